@@ -1,0 +1,52 @@
+# Everything runs in .venv, which is made on first use:  make demo  |  make test
+PYTHON ?= python3
+JOBS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: help venv demo test lint format clean
+.DEFAULT_GOAL := help
+
+help:  ## Show these targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
+
+venv: $(INSTALLED)  ## Create .venv and install mtpd and its tools
+
+# torch comes first and alone: on a machine without a GPU, from PyTorch's index of CPU builds, unless pip's
+# own sources already have one. The rest would otherwise bring in several GB of CUDA libraries.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"mtpd needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12")'
+	@echo "Installing into $(VENV): takes some minutes"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	@index=""; \
+	if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null \
+	    && ! $(BIN)/pip index versions torch 2>/dev/null | grep -qF '$(patsubst torch==%,%,$(TORCH))+cpu'; then \
+	    index="--extra-index-url $(CPU_INDEX)"; \
+	fi; \
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt --no-deps $$index $(TORCH)
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## Train heads for a small real model, and measure the gain
+	$(BIN)/mtpd distill recipes/demo.yaml
+
+# One thread for each test process: more of them than cores make each other slow.
+test: lint  ## Check style and types, and run the tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS)
+
+lint: $(INSTALLED)  ## Check style and types
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## Format the code and apply safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Delete .venv and caches; runs/ stays
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

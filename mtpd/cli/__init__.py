@@ -1,0 +1,70 @@
+"""The command line. Each command is a file here; this one joins them."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from mtpd.cli import distill, recipe
+from mtpd.cli.arguments import Debug
+from mtpd.cli.errors import report, say
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells expect it. Typer gives it back too."""
+
+app = typer.Typer(
+    name="mtpd",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("distill")(distill.distill)
+app.add_typer(recipe.app, name="recipe")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            typer.echo(f"mtpd {version('mtpd')}")
+        except PackageNotFoundError:
+            typer.echo("mtpd (not installed)")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Multi-token-prediction heads for any Hugging Face causal language model, by self-distillation."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and gives back its exit code: 0, 1 for a failure, 2 for a user's mistake, 130 for Ctrl-C.
+
+    Args:
+        arguments: the words after `mtpd`; None takes them from the process.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        # Not standalone: errors come here instead of being printed by Typer.
+        code = typer.main.get_command(app).main(words, prog_name="mtpd", standalone_mode=False)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception as error:
+        if "--debug" in words:
+            traceback.print_exc()
+        return report(error)
+    if code == INTERRUPTED:
+        how = "the same command without --fresh" if "--fresh" in words else "the same command"
+        say(f"interrupted; {how} resumes where this one stopped")
+    return code or 0

@@ -1,0 +1,57 @@
+"""`mtpd distill`: trains heads for a model and measures them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mtpd.cli.arguments import Debug, RecipeArguments, split_arguments
+from mtpd.cli.errors import disk_full, unexpected
+from mtpd.errors import MtpdError
+from mtpd.recipe import load_recipe
+
+
+def distill(
+    arguments: RecipeArguments = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the plan (parameters, tokens, memory, disk, steps) and stop."),
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over: what an earlier run left in the run directory is deleted.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Train MTP heads for a model by self-distillation, and measure what they gain.
+
+    The same command resumes an interrupted run from its run directory.
+
+    Examples:
+
+        mtpd distill recipes/demo.yaml
+
+        mtpd distill recipes/demo.yaml model=./my-checkpoint heads.depth=4
+
+        mtpd distill model=Qwen/Qwen3-0.6B output=runs/qwen --dry-run
+    """
+    path, overrides = split_arguments(arguments)
+    recipe = load_recipe(path, overrides)
+    # Imported here, as both bring in torch.
+    if dry_run:
+        from mtpd.distill.plan import plan
+
+        typer.echo(plan(recipe).table())
+        return
+    from mtpd.distill.run import distill as run
+
+    try:
+        directory = run(recipe, fresh=fresh)
+    except Exception as error:
+        if full := disk_full(error, recipe.output):
+            raise full from error
+        if isinstance(error, EOFError | BrokenPipeError):
+            # From a cut-off file or a lost worker; Typer would take them for the end of its own input or output.
+            raise MtpdError(unexpected(error)) from error
+        raise
+    typer.echo(f"done: {directory}")

@@ -1,0 +1,63 @@
+"""Errors as the command line shows them: one line each, and an exit code."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+
+from mtpd.errors import MtpdError
+
+WORDS_OF_A_FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
+"""Writers in other languages (safetensors, torch.save) pass the reason on as text only."""
+
+
+class DiskFull(MtpdError):
+    """There is no room left where something was written."""
+
+
+def disk_full(error: BaseException, directory: Path) -> DiskFull | None:
+    """The error to show if a full disk caused this one.
+
+    Args:
+        error: what was raised.
+        directory: where the command writes, named if the error itself names no path.
+    """
+    for cause in _chain(error):
+        full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(words in str(cause) for words in WORDS_OF_A_FULL_DISK):
+            path = getattr(cause, "filename", None) or directory
+            return DiskFull(f"no space left on the disk of {path}; free some and run the same command again")
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def report(error: BaseException) -> int:
+    """Prints one line about an error to stderr; gives back the exit code that it means."""
+    if isinstance(error, MtpdError):
+        say(f"error: {error}")
+        return error.exit_code
+    if hasattr(error, "format_message"):  # An unknown command or option. Typer prints help where there is no message.
+        context = getattr(error, "ctx", None)
+        if message := error.format_message():
+            say(f"error: {message.rstrip('.')}; see {context.command_path if context else 'mtpd'} --help")
+        return 2
+    say(f"error: {unexpected(error)}")
+    return 1
+
+
+def unexpected(error: BaseException) -> str:
+    """The line for an error that nobody foresaw."""
+    return f"{type(error).__name__}: {error} (run with --debug for the traceback)"
+
+
+def say(message: str) -> None:
+    """One line on stderr, whatever the message holds."""
+    typer.echo(f"mtpd: {' '.join(message.split())}", err=True)

@@ -1,0 +1,369 @@
+"""Prompts from the built-in set, a JSONL file or a `datasets` id, and their tokens.
+
+A row says what it is by its fields (the formats are TRL's, and suite rows beside them):
+
+    {"prompt": str}                       an instruction: one user message
+    {"turns": [str, ...]}                 a suite row: its first turn is one user message
+    {"prompt": [messages]}                a conversation to be answered
+    {"messages": [messages]}              a conversation; every assistant turn is a response
+    {"prompt": ..., "completion": ...}    both strings (used as they are, no chat template) or both messages
+    {"text": str}                         plain text, used as it is: continued by the trunk, or all of it response
+
+`conversations` with `from`/`value` is read as `messages`. Optional fields: `id`, and `family` or
+`category`, by which results are grouped.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from mtpd.data import sources
+from mtpd.data.packing import Sample
+from mtpd.errors import UserError
+from mtpd.files import fingerprint, short
+
+logger = logging.getLogger(__name__)
+
+Message = dict[str, str]
+ACCEPTED = "prompt, prompt + completion, messages, text, or turns"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and the response that came with it if one did.
+
+    `prompt` is plain text or a list of messages. `response` is of the same kind; as messages it is all
+    that follows the prompt, and its assistant turns are the response.
+    """
+
+    id: str
+    prompt: str | list[Message]
+    response: str | list[Message] | None = None
+    family: str = ""
+
+    @property
+    def text(self) -> str:
+        """The words that tell prompts apart: what the user says, without system messages."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        said = [message["content"] for message in self.prompt if message["role"] == "user"]
+        return "\n".join(said or [message["content"] for message in self.prompt])
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for prompts that differ only in case, spaces and punctuation."""
+        return prompt_fingerprint(self.text)
+
+
+def load_prompts(
+    source: str, *, split: str = "train", subset: str | None = None, limit: int | None = None, seed: int = 0
+) -> list[Prompt]:
+    """Loads prompts.
+
+    Args:
+        source: "builtin", "builtin-held-out", a .jsonl file, or the id (or folder) of a `datasets` data set.
+        split: which split of a `datasets` data set.
+        subset: its configuration name.
+        limit: at most so many, drawn with `seed`; None takes all in their order.
+
+    Raises:
+        UserError: a missing file, an unreadable line (named as file:line), a row of no known format, no rows.
+    """
+    prompts: list[Prompt] = []
+    blank = 0
+    seen: Counter[str] = Counter()
+    stem = Path(source).stem
+    for index, (place, row) in enumerate(sources.read(source, split=split, subset=subset)):
+        prompt = read_row(row, place=place, default_id=f"{stem}-{index}", default_family=stem)
+        if not prompt.text.strip() and not prompt.response:
+            blank += 1
+            continue
+        seen[prompt.id] += 1
+        if seen[prompt.id] > 1:
+            prompt = replace(prompt, id=f"{prompt.id}#{seen[prompt.id]}")
+        prompts.append(prompt)
+    if blank:
+        logger.warning("%s: %d rows without text are left out", source, blank)
+    if not prompts:
+        raise UserError(f"data.prompts: {source} holds no prompts")
+    if limit is not None and limit < len(prompts):
+        prompts = random.Random(seed).sample(prompts, limit)
+    return prompts
+
+
+def read_row(row: Any, *, place: str, default_id: str, default_family: str = "") -> Prompt:
+    """One row of data as a Prompt.
+
+    Raises:
+        UserError: naming `place` and what is accepted.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: expected an object with {ACCEPTED}, got {type(row).__name__}")
+    row = {key: value for key, value in row.items() if value is not None}
+    name = str(row.get("id", default_id))
+    family = str(row.get("family", row.get("category", default_family)))
+    if "conversations" in row:
+        from trl import maybe_convert_to_chatml  # takes seconds to import
+
+        row = maybe_convert_to_chatml(dict(row))
+
+    if "turns" in row:
+        turns = row["turns"]
+        if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
+            raise UserError(f"{place}: `turns` must be a list of strings that is not empty")
+        return Prompt(name, [_user(turns[0])], None, family)
+    if "messages" in row:
+        messages = _messages(row["messages"], "messages", place)
+        first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+        if first == 0:
+            raise UserError(f"{place}: `messages` must not begin with the assistant")
+        return Prompt(name, messages[:first], messages[first:] or None, family)
+    if "prompt" in row:
+        prompt, completion = row["prompt"], row.get("completion")
+        if isinstance(prompt, str) and completion is None:
+            return Prompt(name, [_user(prompt)], None, family)
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return Prompt(name, prompt, completion, family)
+        if isinstance(prompt, str) or isinstance(completion, str):
+            raise UserError(f"{place}: `prompt` and `completion` must both be strings or both be lists of messages")
+        answer = None if completion is None else _messages(completion, "completion", place)
+        return Prompt(name, _messages(prompt, "prompt", place), answer, family)
+    if "text" in row:
+        if not isinstance(row["text"], str):
+            raise UserError(f"{place}: `text` must be a string, got {type(row['text']).__name__}")
+        return Prompt(name, row["text"], None, family)
+    raise UserError(f"{place}: no known field in {sorted(row)}; accepted are {ACCEPTED}")
+
+
+@dataclass(frozen=True)
+class HeldOutSplit:
+    """Training and held-out prompts that share no text.
+
+    `duplicates` counts training prompts that repeat another one, `met` those that a held-out prompt repeats.
+    """
+
+    train: list[Prompt]
+    held_out: list[Prompt]
+    duplicates: int
+    met: int
+
+
+def split_held_out(
+    prompts: list[Prompt], held_out: list[Prompt] | None, *, count: int = 80, seed: int = 0
+) -> HeldOutSplit:
+    """Removes repeated prompts, then everything from training that is held out.
+
+    Args:
+        held_out: the prompts measured on; None takes `count` of the deduplicated `prompts` by `seed`.
+
+    Raises:
+        UserError: nothing is left to train on.
+    """
+    distinct = deduplicate(prompts)
+    duplicates = len(prompts) - len(distinct)
+    if held_out is None:
+        if count >= len(distinct):
+            raise UserError(
+                f"data.held_out_count: {count} of {len(distinct)} distinct prompts leave none to train on; "
+                "give more prompts, a smaller count, or data.held_out"
+            )
+        chosen = set(random.Random(seed).sample(range(len(distinct)), count))
+        kept = [prompt for index, prompt in enumerate(distinct) if index not in chosen]
+        return HeldOutSplit(kept, [distinct[index] for index in sorted(chosen)], duplicates, 0)
+    held_out = deduplicate(held_out)
+    measured = {prompt.fingerprint for prompt in held_out}
+    kept = [prompt for prompt in distinct if prompt.fingerprint not in measured]
+    if not kept:
+        raise UserError(f"data.prompts: all {len(distinct)} distinct prompts are held out; none is left to train on")
+    return HeldOutSplit(kept, held_out, duplicates, len(distinct) - len(kept))
+
+
+def deduplicate(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """The first of each group of prompts with the same normalised text, in order."""
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(prompt.fingerprint, prompt)
+    return list(first.values())
+
+
+def normalise(text: str) -> str:
+    """Lower case, and every run of punctuation and white space as one space.
+
+    Symbols (+, =, <, $) stay, because sums differ by them. A text of punctuation alone stays as it is.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    kept = "".join(" " if unicodedata.category(char)[0] in "PZC" else char for char in folded)
+    return " ".join(kept.split()) or folded.strip()
+
+
+def prompt_fingerprint(text: str) -> str:
+    """Fingerprint of a prompt's normalised text."""
+    return short(fingerprint(normalise(text)))
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Token ids of the prompt up to where the response begins.
+
+    Messages go through the chat template, which writes its own special tokens; plain text gets those
+    that the tokenizer puts before a text.
+
+    Raises:
+        UserError: messages for a model without chat template, or a template that refuses them.
+    """
+    if isinstance(prompt.prompt, str):
+        return _plain(tokenizer, prompt.prompt)
+    return _ids(tokenizer, _apply_template(tokenizer, {"prompt": prompt.prompt}, prompt.id)["prompt"])
+
+
+def given_sample(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, end_tokens: Collection[int]) -> Sample:
+    """A prompt with the response that came with it, tokenised together.
+
+    In a conversation every assistant turn after the prompt is response: its text and the end token that
+    the template writes. What the template writes after the end token is no response, because a model
+    that is asked stops there. Plain text ends with the tokenizer's end token.
+
+    Args:
+        end_tokens: ids that end a turn (`mtpd.data.responses.end_tokens`).
+
+    Raises:
+        UserError: no response in the row, or a template that leaves no response token or renders
+            the same turns differently when others follow.
+    """
+    if isinstance(prompt.prompt, str):
+        assert prompt.response is None or isinstance(prompt.response, str)
+        sample = _given_text(tokenizer, prompt.id, prompt.prompt, prompt.response, prompt.family)
+    elif prompt.response is None:
+        raise UserError(f"prompt {prompt.id}: it has no response, which data.responses=given needs")
+    else:
+        assert not isinstance(prompt.response, str)
+        sample = _given_messages(tokenizer, prompt.id, prompt.prompt, prompt.response, end_tokens, prompt.family)
+    if not any(sample.response_mask):
+        raise UserError(f"prompt {prompt.id}: its response mask is empty: no token of it would be trained on")
+    return sample
+
+
+def _given_text(
+    tokenizer: PreTrainedTokenizerBase, name: str, prompt: str, completion: str | None, family: str
+) -> Sample:
+    whole = prompt if completion is None else prompt + completion
+    ids = _plain(tokenizer, whole)
+    # Text alone is all response; only what the tokenizer puts before it is not.
+    start = max(0, len(ids) - len(_ids(tokenizer, whole)))
+    if completion is not None:
+        if not completion.strip():
+            raise UserError(f"prompt {name}: its completion is empty")
+        start = max(start, _common_prefix(_plain(tokenizer, prompt), ids)) if prompt else start
+    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids = [*ids, tokenizer.eos_token_id]
+    return Sample(name, ids, [index >= start for index in range(len(ids))], family)
+
+
+def _given_messages(
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    prompt: list[Message],
+    response: list[Message],
+    ends: Collection[int],
+    family: str,
+) -> Sample:
+    messages = [*prompt, *response]
+    turns = [turn for turn in range(len(prompt), len(messages)) if messages[turn]["role"] == "assistant"]
+    if not any(messages[turn]["content"].strip() for turn in turns):
+        raise UserError(f"prompt {name}: its response is empty")
+    rendered = [_turn(tokenizer, messages[: turn + 1], name) for turn in turns]
+    whole = "".join(rendered[-1])
+    ids = _ids(tokenizer, whole)
+    mask = [False] * len(ids)
+    last = 0
+    for turn, (before, after) in zip(turns, rendered, strict=True):
+        written = before + after[: _end_of(messages[turn]["content"], after)]
+        if not whole.startswith(written):
+            raise UserError(
+                f"prompt {name}: the chat template writes earlier turns differently once others follow, so response "
+                "tokens cannot be told; give conversations of one turn (prompt + completion)"
+            )
+        start = _common_prefix(_ids(tokenizer, before), ids)
+        # Up to the end token; where the template writes none, as far as it wrote the same for this turn.
+        stop = next((i + 1 for i in range(start, len(ids)) if ids[i] in ends), None)
+        last = stop or _common_prefix(_ids(tokenizer, before + after), ids)
+        mask[start:last] = [True] * (last - start)
+    return Sample(name, ids[:last], mask[:last], family)
+
+
+def _turn(tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str) -> tuple[str, str]:
+    """What the template writes before the last message, and for it.
+
+    A template may begin an answer that it is given otherwise than the one it asks for (with an opened
+    block of thoughts, say): the response then starts where the two part. They must not part earlier.
+    """
+    asked, answer = messages[:-1], messages[-1:]
+    before = _apply_template(tokenizer, {"prompt": asked}, name)["prompt"]
+    parts = _apply_template(tokenizer, {"prompt": asked, "completion": answer}, name)
+    if len(parts["prompt"]) < _end_of(asked[-1]["content"], before):
+        raise UserError(f"prompt {name}: the chat template writes the prompt differently once an answer follows")
+    return parts["prompt"], parts["completion"]
+
+
+def _end_of(content: str, rendered: str) -> int:
+    """Where a message's words end in what the template wrote; its end if the template changed the words."""
+    at = rendered.rfind(content.strip())
+    return len(rendered) if at < 0 else at + len(content.strip())
+
+
+def _apply_template(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[Message]], name: str) -> dict[str, str]:
+    """TRL's rendering of a prompt, with the generation prompt, and of a completion after it."""
+    from trl import apply_chat_template  # takes seconds to import
+
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"prompt {name} is a conversation and the model has no chat template: choose an instruction-tuned model, "
+            "save a template with its tokenizer (chat_template.jinja), or give data.prompts with `text` rows"
+        )
+    try:
+        return apply_chat_template(row, tokenizer)
+    except (TemplateError, ValueError) as error:
+        raise UserError(f"prompt {name}: the chat template refuses its messages: {error}") from error
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
+    # The template has written the special tokens: a second BOS would put the model where it never was.
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of plain text with what the tokenizer puts before it, without what some put after it."""
+    bare = _ids(tokenizer, text)
+    ids = list(tokenizer(text)["input_ids"])
+    extra = len(ids) - len(bare)
+    for before in range(extra, -1, -1):
+        if ids[before : before + len(bare)] == bare:
+            return ids[: before + len(bare)]
+    return ids
+
+
+def _common_prefix(ids: list[int], others: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _messages(value: Any, field: str, place: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{place}: `{field}` must be a string or a list of messages that is not empty")
+    for message in value:
+        # Pictures, tool calls and the like have other contents than text.
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise UserError(f"{place}: each message of `{field}` must have `role` and `content`, both strings")
+    return [{"role": message["role"], "content": message["content"]} for message in value]

@@ -1,0 +1,50 @@
+"""Counts of one decoded text, and the one rule by which a draft counts.
+
+A round drafts K tokens and writes `accepted + 1`. A draft of depth k counts if the text had room for
+it: it lies within the length limit, and not behind an end token that this round wrote. Offline and
+decoded measurement share this rule, so that on the trunk's own greedy text they give equal counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Counts:
+    """Sums over rounds. Index 0 is depth 1; `accepted[k]` counts drafts whose first k + 1 tokens were all accepted."""
+
+    depth: int
+    tokens: int = 0
+    forwards: int = 0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.drafted = self.drafted or [0] * self.depth
+        self.accepted = self.accepted or [0] * self.depth
+
+    def start(self) -> None:
+        """The forward pass over the prompt, which writes one token."""
+        self.tokens += 1
+        self.forwards += 1
+
+    def round(self, accepted: int, *, room: int, end: int | None) -> int:
+        """One round of drafting and verification.
+
+        Args:
+            accepted: how many drafts equal the main head's choices, from the first on.
+            room: tokens that the length limit leaves, at least 1.
+            end: place (from 1) of the first end token among the `accepted + 1` tokens, or None.
+
+        Returns:
+            How many tokens the round writes.
+        """
+        limit = room if end is None else min(room, end)
+        for k in range(min(self.depth, limit)):
+            self.drafted[k] += 1
+            self.accepted[k] += k < accepted
+        written = min(accepted + 1, limit)
+        self.tokens += written
+        self.forwards += 1
+        return written

@@ -1,0 +1,61 @@
+"""From a recipe to transformers' TrainingArguments and the settings of the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from mtpd.errors import UserError
+from mtpd.losses.fused import LossSettings
+from mtpd.recipe import Recipe, loss_weights
+
+
+def loss_settings(recipe: Recipe) -> LossSettings:
+    """The loss that the recipe describes."""
+    alpha, beta = loss_weights(recipe.train, recipe.heads.depth)
+    return LossSettings(alpha, beta, top_n=recipe.train.top_n, teacher_temperature=recipe.train.teacher_temperature)
+
+
+def training_arguments(recipe: Recipe, *, dtype: torch.dtype, device: torch.device) -> TrainingArguments:
+    """Arguments of the trainer.
+
+    Heads are trained in float32 and computed in `dtype` (autocast), the number format of the trunk.
+
+    Raises:
+        UserError: transformers refuses an entry of `train.arguments`.
+    """
+    train = recipe.train
+    arguments: dict[str, Any] = {
+        "output_dir": str(recipe.output),
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "num_train_epochs": train.epochs,
+        "max_steps": train.max_steps,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.scheduler,
+        # A number below 1 is a share of all steps.
+        "warmup_steps": train.warmup_ratio if train.warmup_ratio < 1 else 0,
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "per_device_train_batch_size": train.rows_per_step,
+        "gradient_accumulation_steps": train.gradient_accumulation,
+        "save_strategy": "steps" if train.save_steps else "epoch",
+        "save_steps": train.save_steps or 500,
+        "save_total_limit": train.save_total_limit,
+        "logging_steps": train.logging_steps,
+        "report_to": train.report_to or "none",
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "use_cpu": device.type == "cpu",
+        "adam_beta2": 0.95,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device.type != "cpu",
+        "disable_tqdm": True,
+        "log_level": "error",
+    }
+    try:
+        return TrainingArguments(**{**arguments, **train.arguments})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"train.arguments: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,118 @@
+"""The run directory: what is in it, and whether it belongs to this recipe."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mtpd.errors import UserError
+from mtpd.evaluate.acceptance import library_versions
+from mtpd.files import write_whole, writing
+from mtpd.recipe import Recipe, dump, load_recipe
+
+RECIPE = "recipe.yaml"
+
+
+class RunDirectory:
+    """Names of the files of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / RECIPE
+        self.provenance = path / "provenance.json"
+        self.responses = path / "responses.jsonl"
+        self.held_out = path / "held-out.jsonl"
+        self.hidden_states = path / "hidden-states"
+        self.metrics = path / "metrics.jsonl"
+        self.heads_before = path / "heads-before"
+        self.heads = path / "heads"
+        self.acceptance_before = path / "acceptance-before.json"
+        self.acceptance = path / "acceptance.json"
+        self.decoded_before = path / "acceptance-decoded-before.json"
+        self.decoded = path / "acceptance-decoded.json"
+        self.plot = path / "car.png"
+
+
+def open_run(recipe: Recipe, *, fresh: bool) -> RunDirectory:
+    """The run directory of a recipe: new, or the one that an earlier call left.
+
+    Args:
+        fresh: deletes what an earlier run left. Only a directory that holds a run is ever deleted.
+
+    Raises:
+        UserError: the directory belongs to another recipe, or holds something else.
+    """
+    run = RunDirectory(recipe.output)
+    holds_run = run.recipe.is_file()
+    if run.path.is_file() or (run.path.is_dir() and any(run.path.iterdir()) and not holds_run):
+        raise UserError(f"output: {run.path} exists and is no run directory; choose another output")
+    if holds_run and fresh:
+        shutil.rmtree(run.path)
+    elif holds_run:
+        differing = _differences(load_recipe(run.recipe), recipe)
+        if differing:
+            raise UserError(
+                f"output: {run.path} holds a run of another recipe (differs in {', '.join(differing[:4])}); "
+                "choose another output, or start over with --fresh"
+            )
+    with writing(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+    if not run.recipe.is_file():
+        write_whole(run.recipe, dump(recipe))
+    return run
+
+
+def _differences(old: Recipe, new: Recipe) -> list[str]:
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    # Where it lies is not what it is: a moved run directory is still the same run.
+    return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key) and key != "output")
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        name: leaf for key, part in value.items() for name, leaf in _flat(part, f"{prefix}.{key}".strip(".")).items()
+    }
+
+
+def write_provenance(run: RunDirectory, *, trunk: str, rows: str, prompts: Sequence[str]) -> None:
+    """Where the heads come from: versions, commit, command, and fingerprints of trunk, data and prompts.
+
+    Args:
+        trunk: fingerprint of the trunk.
+        rows: fingerprint of the packed rows that were trained on.
+        prompts: fingerprints of the prompts trained on, to find suites that meet them.
+    """
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    if run.provenance.is_file():
+        started = json.loads(run.provenance.read_text(encoding="utf-8")).get("started", started)
+    content = {
+        "schema": 1,
+        "started": started,
+        "command": sys.argv,
+        "git_commit": _git_commit(),
+        "versions": library_versions(),
+        "trunk": trunk,
+        "rows": rows,
+        "prompts": sorted(prompts),
+    }
+    write_whole(run.provenance, json.dumps(content, indent=2) + "\n")
+
+
+def _git_commit() -> str | None:
+    """Commit of the source tree that runs, or None for an installed package."""
+    here = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False
+        )
+    except OSError:
+        return None
+    return found.stdout.strip() or None

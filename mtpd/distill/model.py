@@ -1,0 +1,69 @@
+"""What the trainer trains: heads beside their frozen trunk, and the loss between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtpd import alignment
+from mtpd.heads import Heads
+from mtpd.losses.fused import LossSettings, LossSums, multi_depth_loss
+from mtpd.trunk import Trunk
+
+
+class DistillModel(nn.Module):
+    """Trunk and heads as one module with a loss; only the heads have gradients.
+
+    Args:
+        settings: weights and form of the loss.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, trunk: Trunk, heads: Heads, settings: LossSettings) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.heads = heads
+        self.settings = settings
+        self.sums: LossSums | None = None
+        rows = heads.rows()
+        self.unembedding = trunk.unembedding.select(rows)
+        # Column of each token among the unembedding's rows in use, -1 where it has none.
+        columns = torch.full((trunk.unembedding.weight.shape[0],), -1, dtype=torch.long, device=trunk.device)
+        used = torch.arange(self.unembedding.weight.shape[0], device=trunk.device)
+        columns[used if rows is None else rows] = used
+        self.register_buffer("columns", columns, persistent=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor,
+        hidden: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss per response token.
+
+        Args:
+            input_ids, labels, position_ids: packed rows [B, T]; labels are -100 outside of responses.
+            hidden: the trunk's states [B, T, D], if they were kept; the trunk runs otherwise.
+            num_items_in_batch: response tokens of the whole optimizer step; those of this batch by default.
+        """
+        if hidden is None:
+            hidden = self.trunk.hidden(input_ids, position_ids=position_ids)
+        states = self.heads(self.trunk, hidden, input_ids, position_ids_BT=position_ids)
+        depths = range(1, len(states) + 1)
+        columns: Any = self.columns
+        total, self.sums = multi_depth_loss(
+            [state.flatten(0, 1) for state in states],
+            hidden.flatten(0, 1),
+            self.unembedding,
+            targets_P=[columns[alignment.target_tokens(input_ids, k)].flatten() for k in depths],
+            masks_P=[alignment.counted(labels, position_ids, k).flatten() for k in depths],
+            settings=self.settings,
+        )
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels != alignment.IGNORED).sum()
+        return {"loss": total / num_items_in_batch}

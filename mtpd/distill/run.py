@@ -1,0 +1,327 @@
+"""`mtpd distill` from beginning to end. Each step leaves files, and a repeated call goes on after the last whole one.
+
+recipe -> trunk -> prompts -> responses -> packed rows -> hidden states -> heads -> acceptance
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from mtpd.data.models import load_model, resolve_dtype, trunk_fingerprint
+from mtpd.data.packing import PackedRows, Sample, collate, pack
+from mtpd.data.prompts import Prompt, given_sample, load_prompts, split_held_out
+from mtpd.data.responses import end_tokens, generate_responses
+from mtpd.data.store import HiddenStore
+from mtpd.data.vocabulary import draft_vocabulary
+from mtpd.distill.arguments import loss_settings, training_arguments
+from mtpd.distill.directory import RunDirectory, open_run, write_provenance
+from mtpd.distill.model import DistillModel
+from mtpd.distill.trainer import HeadTrainer, Metrics, TrainingRows, train
+from mtpd.errors import UserError
+from mtpd.evaluate.acceptance import Acceptance
+from mtpd.evaluate.decoded import measure_decoded
+from mtpd.evaluate.offline import measure_offline
+from mtpd.evaluate.report import decoded_table, offline_table, plot_car
+from mtpd.files import fingerprint_file, fingerprint_json
+from mtpd.heads import WEIGHTS, Heads, HeadsConfig, build_heads, load_heads, save_heads
+from mtpd.heads.initialise import fit, initialise, source_layers
+from mtpd.recipe import Recipe
+from mtpd.trunk import Trunk
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """What the steps of one call share."""
+
+    recipe: Recipe
+    run: RunDirectory
+    trunk: Trunk
+    tokenizer: Any
+    fingerprint: str
+    ends: list[int]
+    progress: bool
+
+
+def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Path:
+    """Trains heads as the recipe says, and measures them before and after.
+
+    Args:
+        recipe: from `mtpd.recipe.load_recipe`.
+        fresh: deletes an earlier run in the same directory instead of going on with it.
+        progress: shows bars and tables.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        UserError, MtpdError: with one line that names the cause.
+    """
+    console = Console(quiet=not progress)
+    run = open_run(recipe, fresh=fresh)
+    session = start(recipe, run, progress=progress)
+    prompts = split_prompts(recipe)
+    console.print(
+        f"{recipe.model}: {session.trunk.name}, {session.trunk.depth} layers, {session.trunk.dtype}; "
+        f"{len(prompts.train)} prompts to train on, {len(prompts.held_out)} held out"
+    )
+    rows = training_rows(session, prompts.train)
+    write_provenance(
+        run,
+        trunk=session.fingerprint,
+        rows=rows.fingerprint,
+        prompts=[prompt.fingerprint for prompt in prompts.train],
+    )
+    store = hidden_states(session, rows)
+    samples, apart = measured_samples(session, prompts.held_out)
+    if not (run.heads / WEIGHTS).is_file():
+        heads = new_heads(session, rows, store)
+        measure(session, heads, samples, run.acceptance_before)
+        train_heads(session, heads, TrainingRows(rows, store))
+        save_heads(heads, run.heads)
+    heads = load_heads(run.heads, session.trunk, fingerprint=session.fingerprint)
+    measure(session, heads, samples, run.acceptance)
+    if recipe.evaluation.decode_prompts:
+        decode(session, samples)
+    show(run, console, apart)
+    return run.path
+
+
+def start(recipe: Recipe, run: RunDirectory, *, progress: bool) -> Session:
+    """Loads the model and proves that heads can be built for it."""
+    model, tokenizer = load_model(
+        recipe.model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
+    )
+    trunk = Trunk(model, tokens=real_tokens(model, tokenizer))
+    trunk.check()
+    if recipe.data.row_length > trunk.context:
+        raise UserError(
+            f"data.row_length: {recipe.data.row_length} is longer than the context of {recipe.model}; "
+            f"accepted: at most {trunk.context}"
+        )
+    return Session(recipe, run, trunk, tokenizer, trunk_fingerprint(model), end_tokens(model, tokenizer), progress)
+
+
+def real_tokens(model: Any, tokenizer: Any) -> int:
+    """Rows of the vocabulary that are tokens; those past them only pad the matrix to a round size."""
+    rows = model.get_output_embeddings().weight.shape[0]
+    return min(rows, max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1))
+
+
+def split_prompts(recipe: Recipe) -> Any:
+    """Prompts to train on and held-out prompts, with nothing in both."""
+    data = recipe.data
+    prompts = load_prompts(data.prompts, split=data.split, subset=data.subset, limit=data.limit, seed=recipe.seed)
+    held_out: list[Prompt] | None = None
+    if data.held_out is not None or data.prompts == "builtin":
+        source = data.held_out or "builtin"
+        held_out = load_prompts("builtin-held-out" if source == "builtin" else source, seed=recipe.seed)
+    return split_held_out(prompts, held_out, count=data.held_out_count, seed=recipe.seed)
+
+
+def training_rows(session: Session, prompts: Sequence[Prompt]) -> PackedRows:
+    """Responses of the trunk (or of the data) to all prompts, and given text, packed into rows."""
+    data = session.recipe.data
+    if data.responses == "trunk":
+        samples = respond(
+            session,
+            prompts,
+            session.run.responses,
+            temperature=data.temperature,
+            top_p=data.top_p,
+            max_new_tokens=data.max_new_tokens,
+        )
+    else:
+        samples = [given_sample(session.tokenizer, prompt, end_tokens=session.ends) for prompt in prompts]
+    for given in data.given:
+        texts = load_prompts(
+            given.prompts, split=given.split, subset=given.subset, limit=given.limit, seed=session.recipe.seed
+        )
+        samples += [given_sample(session.tokenizer, text, end_tokens=session.ends) for text in texts]
+    return pack(samples, row_length=data.row_length)
+
+
+def respond(
+    session: Session,
+    prompts: Sequence[Prompt],
+    path: Path,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> list[Sample]:
+    """Answers of the trunk; greedy unless a temperature says otherwise."""
+    return generate_responses(
+        session.trunk.model,
+        session.tokenizer,
+        prompts,
+        path,
+        trunk=session.fingerprint,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        batch=session.recipe.data.generation_batch,
+        seed=session.recipe.seed,
+        max_length=session.trunk.context,
+        progress=session.progress,
+    )
+
+
+def hidden_states(session: Session, rows: PackedRows) -> HiddenStore | None:
+    """The store of h_t of all rows, if the recipe keeps them."""
+    if session.recipe.data.hidden_states == "recompute":
+        return None
+    return HiddenStore.build(
+        session.trunk,
+        rows,
+        session.run.hidden_states,
+        key=fingerprint_json([session.fingerprint, rows.fingerprint]),
+        batch_rows=session.recipe.train.rows_per_step,
+        progress=session.progress,
+    )
+
+
+def measured_samples(session: Session, held_out: Sequence[Prompt]) -> tuple[list[Sample], frozenset[str]]:
+    """Greedy answers to the held-out prompts, and to those of further suites.
+
+    Returns:
+        The samples, and the names of the further suites.
+    """
+    evaluation = session.recipe.evaluation
+    chosen = spread(list(held_out), evaluation.prompts_limit)
+    apart: list[str] = []
+    for source in evaluation.extra:
+        name = Path(source).stem
+        apart.append(name)
+        extra = load_prompts(source, limit=evaluation.prompts_limit, seed=session.recipe.seed)
+        chosen += [Prompt(f"{name}:{prompt.id}", prompt.prompt, family=name) for prompt in extra]
+    samples = respond(session, chosen, session.run.held_out, max_new_tokens=evaluation.max_new_tokens)
+    return samples, frozenset(apart)
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` items, taken in turns from each family so that all are represented."""
+    families: dict[str, list[Any]] = {}
+    for item in items:
+        families.setdefault(item.family, []).append(item)
+    turns = [
+        family[turn]
+        for turn in range(max(map(len, families.values()), default=0))
+        for family in families.values()
+        if turn < len(family)
+    ]
+    return turns[:count]
+
+
+def new_heads(session: Session, rows: PackedRows, store: HiddenStore | None) -> Heads:
+    """Heads with their first weights, kept in `heads-before/`."""
+    run, trunk, recipe = session.run, session.trunk, session.recipe
+    if (run.heads_before / WEIGHTS).is_file():
+        return load_heads(run.heads_before, trunk, fingerprint=session.fingerprint)
+    tokens = trunk.tokens or trunk.unembedding.weight.shape[0]
+    vocabulary = draft_vocabulary(rows, recipe.heads.vocabulary, tokens=tokens, always=session.ends)
+    config = HeadsConfig(
+        kind=recipe.heads.kind,
+        depth=recipe.heads.depth,
+        hidden_size=trunk.hidden_size,
+        source_layers=source_layers(recipe.heads.init, recipe.heads.depth, trunk.depth),
+        vocabulary_size=0 if vocabulary is None else len(vocabulary),
+        trunk=session.fingerprint,
+    )
+    heads = build_heads(trunk, config)
+    initialise(heads, trunk, recipe.heads.init, seed=recipe.seed)
+    if vocabulary is not None:
+        heads.vocabulary.copy_(vocabulary)
+    if recipe.heads.init == "regression":
+        fit(heads, trunk, fitting_batches(session, TrainingRows(rows, store)))
+    save_heads(heads, run.heads_before)
+    return heads
+
+
+def fitting_batches(session: Session, rows: TrainingRows, tokens: int = 100_000) -> list[dict[str, torch.Tensor]]:
+    """Rows with hidden states, enough for a regression."""
+    chosen = range(min(len(rows), -(-tokens // rows.rows.row_length)))
+    size = session.recipe.train.rows_per_step
+    batches = [
+        collate([rows[index] for index in chosen[first : first + size]]) for first in range(0, len(chosen), size)
+    ]
+    for batch in batches:
+        if "hidden" not in batch:
+            where = session.trunk.device
+            batch["hidden"] = session.trunk.hidden(
+                batch["input_ids"].to(where), position_ids=batch["position_ids"].to(where)
+            )
+    return batches
+
+
+def train_heads(session: Session, heads: Heads, rows: TrainingRows) -> None:
+    """Trains, or goes on from the newest whole checkpoint."""
+    model = DistillModel(session.trunk, heads, loss_settings(session.recipe))
+    arguments = training_arguments(session.recipe, dtype=session.trunk.dtype, device=session.trunk.device)
+    trainer = HeadTrainer(model, arguments, rows, callbacks=[Metrics(session.run.metrics)], progress=session.progress)
+    train(trainer, session.run.path)
+
+
+def measure(session: Session, heads: Heads, samples: Sequence[Sample], path: Path) -> None:
+    """Offline acceptance, written to `path` unless it is there."""
+    if path.is_file():
+        return
+    with torch.no_grad():
+        trained = heads.training
+        heads.eval()
+        copy = build_heads(session.trunk, heads.config)
+        copy.load_state_dict(heads.state_dict())
+        copy.to(session.trunk.dtype).eval()
+        heads.train(trained)
+    suites = measure_offline(session.trunk, copy, samples, end_tokens=session.ends, progress=session.progress)
+    Acceptance(
+        mode="offline", trunk=session.fingerprint, heads=fingerprint_json(heads.config.model_dump()), suites=suites
+    ).save(path)
+
+
+def decode(session: Session, samples: Sequence[Sample]) -> None:
+    """Decodes with the heads before and after training, beside plain `generate`; writes both acceptance files."""
+    run, evaluation = session.run, session.recipe.evaluation
+    if run.decoded.is_file():
+        return
+    trunk = session.trunk
+    wanted = trunk.dtype if evaluation.dtype == "trunk" else resolve_dtype(evaluation.dtype, trunk.device)
+    if wanted != trunk.dtype:
+        model, _ = load_model(
+            session.recipe.model,
+            dtype=evaluation.dtype,
+            device=session.recipe.device,
+            trust_remote_code=session.recipe.trust_remote_code,
+        )
+        trunk = Trunk(model, tokens=session.trunk.tokens)
+    folders = {run.decoded_before: run.heads_before, run.decoded: run.heads}
+    heads = {path.name: load_heads(folder, trunk).to(wanted) for path, folder in folders.items()}
+    results = measure_decoded(
+        trunk,
+        heads,
+        spread(list(samples), evaluation.decode_prompts),
+        max_new_tokens=evaluation.max_new_tokens,
+        end_tokens=session.ends,
+        progress=session.progress,
+    )
+    for path, folder in folders.items():
+        digest = fingerprint_file(folder / WEIGHTS)
+        Acceptance(mode="decoded", trunk=session.fingerprint, heads=digest, suites=results[path.name]).save(path)
+
+
+def show(run: RunDirectory, console: Console, apart: frozenset[str]) -> None:
+    """Tables on the terminal and the picture of CAR by depth."""
+    before, after = Acceptance.load(run.acceptance_before), Acceptance.load(run.acceptance)
+    plot_car(run.plot, {"before training": before, "after training": after}, apart=apart)
+    console.print(offline_table(before, after, apart=apart))
+    if run.decoded.is_file():
+        console.print(decoded_table(Acceptance.load(run.decoded_before), Acceptance.load(run.decoded), apart=apart))
+    console.print(f"CAR by depth: {run.plot}")

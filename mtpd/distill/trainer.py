@@ -1,0 +1,201 @@
+"""The trainer: transformers' own, with checkpoints that hold the heads and not the trunk."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from mtpd.data.packing import PackedRows, collate
+from mtpd.data.store import HiddenStore
+from mtpd.distill.model import DistillModel
+from mtpd.errors import MtpdError
+from mtpd.files import writing
+from mtpd.heads import load_heads, save_heads
+
+COMPLETE = "complete.json"
+"""Written last into a checkpoint: one without it was interrupted and is not resumed from."""
+
+
+class TrainingRows(Dataset[dict[str, Tensor]]):
+    """Packed rows, with the trunk's hidden states where they were kept."""
+
+    def __init__(self, rows: PackedRows, store: HiddenStore | None) -> None:
+        self.rows, self.store = rows, store
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = self.rows[index]
+        return row if self.store is None else {**row, "hidden": self.store[index]}
+
+
+class HeadTrainer(Trainer):
+    """Trains the heads of a `DistillModel`.
+
+    Callbacks, schedulers, `report_to`, accumulation and resuming are transformers'. Different are:
+    checkpoints (heads and optimizer only), and the logs, which have CE, KL and the teacher-forced
+    share of accepted drafts for each depth.
+    """
+
+    def __init__(
+        self,
+        model: DistillModel,
+        args: TrainingArguments,
+        rows: Dataset[dict[str, Tensor]],
+        *,
+        callbacks: Sequence[TrainerCallback] = (),
+        progress: bool = True,
+    ) -> None:
+        super().__init__(
+            model=model, args=args, train_dataset=rows, data_collator=collate, callbacks=[Finished(), *callbacks]
+        )
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        if progress:
+            self.add_callback(Progress())
+        self._totals: Tensor | None = None
+        self._tokens = 0
+        self._began = time.monotonic()
+
+    @property
+    def distill_model(self) -> DistillModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        sums = self.distill_model.sums
+        assert sums is not None
+        step = torch.stack([sums.rows, sums.cross_entropy, sums.divergence, sums.accepted]).detach()
+        self._totals = step if self._totals is None else self._totals + step
+        self._tokens += inputs["input_ids"].numel()
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._totals is not None and "loss" in logs:
+            rows, cross_entropy, divergence, accepted = self._totals.cpu()
+            now = time.monotonic()
+            for k in range(len(rows)):
+                count = max(1.0, rows[k].item())
+                logs[f"ce_{k + 1}"] = cross_entropy[k].item() / count
+                logs[f"kl_{k + 1}"] = divergence[k].item() / count
+                # Of all places where depth 1 drafts, as CAR is defined. Teacher-forced on training text:
+                # the file acceptance.json, not this, says how well the heads draft.
+                logs[f"train_car_{k + 1}"] = accepted[k].item() / max(1.0, rows[0].item())
+            logs["tokens_per_second"] = self._tokens / max(1e-9, now - self._began)
+            self._totals, self._tokens, self._began = None, 0, now
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        save_heads(self.distill_model.heads, Path(output_dir or str(self.args.output_dir)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        heads = self.distill_model.heads
+        heads.load_state_dict(load_heads(resume_from_checkpoint, self.distill_model.trunk).state_dict())
+
+
+class Finished(TrainerCallback):
+    """Marks a checkpoint as whole, after all its files are there."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            names = sorted(path.name for path in folder.iterdir() if path.is_file())
+            with writing(folder / COMPLETE):
+                (folder / COMPLETE).write_text(json.dumps({"step": state.global_step, "files": names}) + "\n")
+
+
+class Metrics(TrainerCallback):
+    """Appends what is logged to `metrics.jsonl`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            line = {"step": state.global_step, **{key: value for key, value in logs.items() if key != "total_flos"}}
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+class Progress(TrainerCallback):
+    """A bar with loss, tokens/s and the share of accepted drafts by depth."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.bar is not None and logs and "tokens_per_second" in logs:
+            rates = [logs[key] for key in sorted(logs, key=_depth_of) if key.startswith("train_car_")]
+            shown = "/".join(f"{rate:.2f}".removeprefix("0") for rate in rates)
+            self.bar.set_postfix_str(
+                f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:.0f} tokens/s, CAR in training {shown}"
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def _depth_of(key: str) -> int:
+    tail = key.rpartition("_")[2]
+    return int(tail) if tail.isdigit() else 0
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The newest whole checkpoint of a run directory, or None."""
+    found = [path for path in directory.glob("checkpoint-*") if (path / COMPLETE).is_file()]
+    found = [path for path in found if path.name.rpartition("-")[2].isdigit()]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def train(trainer: HeadTrainer, directory: Path) -> None:
+    """Trains, from the newest whole checkpoint of `directory` if there is one.
+
+    Raises:
+        MtpdError: the loss is not a number any more.
+    """
+    checkpoint = last_checkpoint(directory)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if any(not torch.isfinite(parameter).all() for parameter in trainer.distill_model.heads.parameters()):
+        raise MtpdError(
+            "training diverged: the heads hold NaN or infinite weights; lower train.learning_rate, "
+            "then run again with --fresh"
+        )

@@ -1,0 +1,1 @@
+"""Acceptance: counted offline and by decoding, stored as counts, shown as ratios."""

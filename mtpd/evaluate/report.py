@@ -1,0 +1,104 @@
+"""Acceptance as tables on the terminal and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.table import Table
+
+from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
+from mtpd.files import write_whole
+
+TOTAL = "all"
+
+
+def with_total(acceptance: Acceptance, *, apart: frozenset[str] = frozenset()) -> dict[str, SuiteCounts]:
+    """Suites and their sum. Suites named in `apart` (of other families) are listed but not summed."""
+    summed = [name for name in acceptance.suites if name not in apart]
+    suites = {name: acceptance.suites[name] for name in summed}
+    if summed:
+        suites[TOTAL] = acceptance.total(summed)
+    return {**suites, **{name: acceptance.suites[name] for name in acceptance.suites if name in apart}}
+
+
+def offline_table(before: Acceptance, after: Acceptance, *, apart: frozenset[str] = frozenset()) -> Table:
+    """AR, CAR, tau and expected acceptance by suite, before and after training."""
+    table = Table(title="Acceptance offline, greedy text of the trunk (before → after)", title_justify="left")
+    depth = len(next(iter(after.suites.values())).drafted)
+    table.add_column("suite")
+    table.add_column("prompts", justify="right")
+    for k in range(1, depth + 1):
+        table.add_column(f"CAR_{k}", justify="right")
+    table.add_column("AR after", justify="right")
+    table.add_column("Σ min(p,q) after", justify="right")
+    table.add_column("tau", justify="right")
+    first = with_total(before, apart=apart)
+    for name, suite in with_total(after, apart=apart).items():
+        cells = [f"{a:.2f} → {b:.2f}" for a, b in zip(first[name].car, suite.car, strict=True)]
+        expected = "/".join(f"{value:.2f}" for value in suite.expected_acceptance or [])
+        table.add_row(
+            name,
+            str(suite.prompts),
+            *cells,
+            "/".join(f"{value:.2f}" for value in suite.ar),
+            expected,
+            f"{first[name].tau:.2f} → {suite.tau:.2f}",
+            style="bold" if name == TOTAL else None,
+        )
+    return table
+
+
+def decoded_table(before: Acceptance, after: Acceptance, *, apart: frozenset[str] = frozenset()) -> Table:
+    """Real decoding: tau, tokens/s of plain `generate` and with heads, and whether the text was the same."""
+    table = Table(title="Decoded greedily with verification (before → after)", title_justify="left")
+    for column in ("suite", "prompts", "CAR after", "tau", "plain tokens/s", "tokens/s", "speed-up", "same text"):
+        table.add_column(column, justify="left" if column == "suite" else "right")
+    first = with_total(before, apart=apart)
+    for name, suite in with_total(after, apart=apart).items():
+        table.add_row(
+            name,
+            str(suite.prompts),
+            "/".join(f"{value:.2f}" for value in suite.car),
+            f"{first[name].tau:.2f} → {suite.tau:.2f}",
+            f"{_rate(suite.tokens, suite.plain_seconds):.1f}",
+            f"{_rate(first[name].tokens, first[name].seconds):.1f} → {_rate(suite.tokens, suite.seconds):.1f}",
+            f"{first[name].speedup or 0:.2f}x → {suite.speedup or 0:.2f}x",
+            f"{suite.identical}/{suite.prompts}",
+            style="bold" if name == TOTAL else None,
+        )
+    return table
+
+
+def _rate(tokens: int, seconds: float | None) -> float:
+    return tokens / seconds if seconds else 0.0
+
+
+def plot_car(path: Path, runs: Mapping[str, Acceptance], *, apart: frozenset[str] = frozenset()) -> None:
+    """A PNG of CAR by depth: one panel a run (such as before and after), one line a suite."""
+    import io
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(runs), figsize=(5.2 * len(runs), 4.2), sharey=True, squeeze=False)
+    for axis, (title, acceptance) in zip(axes[0], runs.items(), strict=True):
+        for name, suite in with_total(acceptance, apart=apart).items():
+            style = {"linewidth": 3.0, "color": "black"} if name == TOTAL else {"linewidth": 1.3}
+            if name in apart:
+                style["linestyle"] = "--"  # type: ignore[assignment]
+            axis.plot(range(1, len(suite.car) + 1), suite.car, marker="o", label=f"{name} (τ {suite.tau:.2f})", **style)
+        axis.set_title(title)
+        axis.set_xlabel("depth k")
+        axis.set_xticks(range(1, len(next(iter(acceptance.suites.values())).drafted) + 1))
+        axis.set_ylim(0, 1)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[0][0].set_ylabel("CAR_k: share of drafts whose first k tokens are accepted")
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    pyplot.close(figure)
+    write_whole(path, buffer.getvalue())

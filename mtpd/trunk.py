@@ -1,0 +1,257 @@
+"""A frozen causal LM as the heads see it.
+
+The trunk gives four things: hidden states after its final norm, embeddings, the unembedding
+with all of its arithmetic (scale, bias, soft-capping), and a factory of *blocks*: one-layer
+decoders of the trunk's own class. Because a block is a whole decoder of that class, its
+attention masks, rotary variants, sliding windows and key/value caches are the architecture's
+own code, and a new architecture needs none of ours.
+
+Shape legend: B batch, T positions, D hidden size, V vocabulary rows, M draft-vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from mtpd.errors import UnsupportedModel
+
+
+@dataclass(frozen=True)
+class Unembedding:
+    """The main head's arithmetic: `softcap * tanh(scale * (h Wᵀ + b) / softcap)`.
+
+    `weight` is [V, D] and frozen; `rows` below restrict it to a draft vocabulary. `vocabulary`
+    counts the rows that are real tokens: rows past it only pad the matrix to a round size.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    vocabulary: int | None = None
+
+    def select(self, rows: Tensor | None) -> Unembedding:
+        """The same arithmetic over a subset of tokens, or over all that are not padding."""
+        if rows is None:
+            real = self.vocabulary or self.weight.shape[0]
+            return Unembedding(
+                self.weight[:real], None if self.bias is None else self.bias[:real], self.scale, self.softcap
+            )
+        rows = rows.to(self.weight.device)
+        bias = None if self.bias is None else self.bias[rows]
+        return Unembedding(self.weight[rows].contiguous(), bias, self.scale, self.softcap)
+
+    def finish(self, products: Tensor) -> Tensor:
+        """What follows the matrix product and bias: logit scale, then soft-capping."""
+        if self.scale != 1.0:
+            products = products * self.scale
+        if self.softcap is not None:
+            products = torch.tanh(products / self.softcap) * self.softcap
+        return products
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., D]."""
+        products = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        return self.finish(products)
+
+
+class Trunk(nn.Module):
+    """A causal LM with its parameters frozen and its modules in eval mode for good.
+
+    Args:
+        model: a transformers causal LM with a decoder of identical-class layers.
+        tokens: how many vocabulary rows are real tokens (the tokenizer's length), or None for all.
+
+    Raises:
+        UnsupportedModel: the architecture lacks what a chain head is built from; the message
+            names the architecture and the reason.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, tokens: int | None = None) -> None:
+        super().__init__()
+        self.name = type(model).__name__
+        decoder = getattr(model, "get_decoder", lambda: None)()
+        for part in ("layers", "norm", "rotary_emb"):
+            if not hasattr(decoder, part):
+                raise UnsupportedModel(
+                    f"{self.name}: cannot build heads for it: its decoder has no `{part}` "
+                    "(a decoder-only model with rotary positions is needed)"
+                )
+        if model.get_output_embeddings() is None:
+            raise UnsupportedModel(f"{self.name}: cannot build heads for it: it has no output head to learn from")
+        self.model = model
+        self.tokens = tokens
+        model.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Trunk:
+        """Stays in eval mode whatever a trainer asks for: the teacher must not change."""
+        return super().train(False)
+
+    @property
+    def decoder(self) -> Any:
+        return self.model.get_decoder()
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.decoder.config
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers."""
+        return len(self.decoder.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def context(self) -> int:
+        """The longest sequence, in tokens, that the model was made for."""
+        return int(getattr(self.config, "max_position_embeddings", 0)) or 2**31
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def unembedding(self) -> Unembedding:
+        head = self.model.get_output_embeddings()
+        config = self.model.config.get_text_config(decoder=True)
+        scale = 1.0 / float(getattr(config, "logits_scaling", None) or 1.0)
+        scale *= float(getattr(config, "logit_scale", None) or 1.0)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return Unembedding(head.weight, getattr(head, "bias", None), scale, softcap, self.tokens)
+
+    @torch.no_grad()
+    def hidden(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Hidden states [B, T, D] after the final norm.
+
+        Several documents may share a row: `position_ids` that start again at 0 mark the borders
+        and attention stays inside them.
+        """
+        return self.decoder(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    @torch.no_grad()
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings [..., D] as the first decoder layer receives them."""
+        embeddings = self.model.get_input_embeddings()(input_ids)
+        return embeddings * float(getattr(self.config, "embedding_multiplier", None) or 1.0)
+
+    def new_cache(self) -> DynamicCache:
+        """An empty key/value cache that keeps every position.
+
+        Sliding-window layers are kept whole too: a cache that has dropped old positions cannot be
+        cropped after a rejected draft. The masks still hide what lies outside of the window.
+        """
+        return DynamicCache()
+
+    def block(self, source_layer: int) -> nn.Module:
+        """A new one-layer decoder, of the kind of the trunk's layer `source_layer` (0-based), with its final norm.
+
+        Called with `inputs_embeds` [B, T, D] it gives hidden states [B, T, D] after the norm.
+        Parameters are newly initialised, trainable and in float32.
+        """
+        decoder_class: Callable[[PretrainedConfig], nn.Module] = type(self.decoder)
+        block: Any = decoder_class(self._block_config(source_layer))
+        block.embed_tokens = None
+        wanted = {name: p.shape for name, p in self.decoder.layers[source_layer].named_parameters()}
+        built = {name: p.shape for name, p in block.layers[0].named_parameters()}
+        if wanted != built:
+            odd = sorted(name for name in wanted.keys() | built.keys() if wanted.get(name) != built.get(name))
+            raise UnsupportedModel(
+                f"{self.name}: cannot build heads for it: a decoder of one layer does not repeat layer "
+                f"{source_layer} (differs in {', '.join(odd[:3])})"
+            )
+        return block.float().requires_grad_(True)
+
+    def _block_config(self, source_layer: int) -> PretrainedConfig:
+        config = copy.deepcopy(self.config)
+        for key, value in list(config.to_dict().items()):
+            # Per-layer settings (layer types, layers without rotary positions, ...) follow the source layer.
+            if isinstance(value, list) and len(value) == self.depth:
+                setattr(config, key, [value[source_layer]])
+        config.num_hidden_layers = 1
+        config.vocab_size = 1
+        config.pad_token_id = None
+        if hasattr(config, "embedding_multiplier"):
+            config.embedding_multiplier = 1.0
+        config._attn_implementation = self.config._attn_implementation
+        return config
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Proves on a few tokens that the pieces above repeat what the model itself computes.
+
+        Raises:
+            UnsupportedModel: naming the piece that differs, so that no head is trained on wrong inputs.
+        """
+        ids = torch.arange(1, 13, device=self.device).remainder(self.tokens or self.config.vocab_size).view(1, -1)
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+                seen[name] = args[0] if args else kwargs["hidden_states"]
+
+            return hook
+
+        layers = self.decoder.layers
+        hooks = [
+            layers[0].register_forward_pre_hook(keep("first"), with_kwargs=True),
+            layers[-1].register_forward_pre_hook(keep("last"), with_kwargs=True),
+        ]
+        try:
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        hidden = self.hidden(ids)
+        block: Any = self.block(self.depth - 1)
+        block.layers[0].load_state_dict(layers[-1].state_dict())
+        block.norm.load_state_dict(self.decoder.norm.state_dict())
+        block.to(device=self.device, dtype=self.dtype).eval()
+        pieces = {
+            "embeddings": (self.embed(ids), seen["first"]),
+            "logits": (self.unembedding(hidden), logits),
+            "last layer": (block(inputs_embeds=seen["last"], use_cache=False).last_hidden_state, hidden),
+        }
+        for piece, (ours, theirs) in pieces.items():
+            scale = theirs.float().abs().max().clamp_min(1e-6)
+            error = ((ours.float() - theirs.float()).abs().max() / scale).item()
+            if not error <= (1e-4 if self.dtype == torch.float32 else 5e-2):
+                raise UnsupportedModel(
+                    f"{self.name}: cannot build heads for it: its {piece} cannot be repeated outside the model "
+                    f"(relative difference {error:.1e})"
+                )
+
+
+def crop(cache: Cache, length: int) -> None:
+    """Drops what the cache holds past its first `length` positions."""
+    surplus = cache.get_seq_length() - length
+    if surplus > 0:
+        cache.crop(-surplus)

@@ -1,0 +1,286 @@
+"""The command line: exit codes, one-line errors, and commands that start fast."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from mtpd.cli import app, main
+from mtpd.errors import MtpdError, UserError
+from mtpd.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[1]
+DEMO = str(ROOT / "recipes" / "demo.yaml")
+
+
+def mtpd(*words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """The real command in a process of its own."""
+    command = [sys.executable, str(ROOT / "cli.py"), *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, check=False, env=environment, cwd=ROOT
+    )
+
+
+def replace_distill(monkeypatch: pytest.MonkeyPatch, run: Callable[..., object]) -> None:
+    """Puts a function in the place of the distillation, to see what the command line makes of its errors."""
+    module = types.ModuleType("mtpd.distill.run")
+    module.distill = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mtpd.distill.run", module)
+
+
+def raising(error: BaseException) -> Callable[..., object]:
+    def run(recipe: Recipe, *, fresh: bool) -> Path:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["distill", "--help"], ["recipe", "show", "--help"]])
+def test_help_needs_no_torch(words: list[str]) -> None:
+    """Fault: an import at the top of some file makes `mtpd --help` take seconds."""
+    code = f"""
+        import sys
+        from mtpd.cli import main
+        code = main({words!r})
+        heavy = {{"torch", "transformers", "datasets", "trl", "matplotlib"}} & set(sys.modules)
+        sys.exit(f"imported {{heavy}}" if heavy else code)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Usage: mtpd" in done.stdout
+
+
+def test_recipe_commands_need_no_torch() -> None:
+    """Fault: checking a recipe loads the training stack."""
+    code = (
+        f"import sys; from mtpd.cli import main; main(['recipe', 'check', {DEMO!r}]); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("words", [["distill", "--help"], ["recipe", "show", "--help"], ["recipe", "check", "--help"]])
+def test_help_shows_examples_that_parse(words: list[str]) -> None:
+    """Fault: the help shows a command with a key that no longer exists."""
+    output = CliRunner().invoke(app, words, terminal_width=200).stdout
+    examples = re.findall(r"^ +(mtpd .*\S) *$", output, flags=re.MULTILINE)
+    assert examples
+    for example in examples:
+        words_of_recipe = [word for word in example.split() if "=" in word or word.endswith(".yaml")]
+        path = words_of_recipe.pop(0) if words_of_recipe[0].endswith(".yaml") else None
+        load_recipe(ROOT / path if path else None, words_of_recipe)
+
+
+def test_version() -> None:
+    """Fault: the version printed is none."""
+    done = CliRunner().invoke(app, ["--version"])
+    assert done.exit_code == 0
+    assert done.stdout.startswith("mtpd ")
+
+
+def test_recipe_show_prints_the_resolved_recipe() -> None:
+    """Fault: what is shown is not what `distill` would use."""
+    done = mtpd("recipe", "show", DEMO, "heads.depth=2", "train.learning_rate=3e-4")
+    assert done.returncode == 0, done.stderr
+    expected = load_recipe(DEMO, ["heads.depth=2", "train.learning_rate=3e-4"])
+    assert yaml.safe_load(done.stdout) == expected.model_dump(mode="json")
+
+
+def test_recipe_check_says_ok_or_exits_with_2() -> None:
+    """Fault: a script that checks recipes cannot tell good from bad."""
+    assert re.fullmatch(r"OK: .*demo\.yaml .*\n", mtpd("recipe", "check", DEMO).stdout)
+    done = mtpd("recipe", "check", DEMO, "heads.dept=2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "mtpd: error: heads.dept: unknown recipe key; did you mean heads.depth? (command line)\n"
+
+
+def test_recipe_schema_is_json() -> None:
+    """Fault: an editor cannot use the schema."""
+    schema = json.loads(mtpd("recipe", "schema").stdout)
+    assert schema["required"] == ["model"]
+    assert schema["$defs"]["HeadsRecipe"]["properties"]["depth"]["maximum"] == 16
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nope"], "No such option: --nope; see mtpd --help"),
+        (["train"], "No such command 'train'; see mtpd --help"),
+        (["distill", "--nope"], "No such option: --nope; see mtpd distill --help"),
+        (["distill"], "model: is missing"),
+        (["distill", "nope.yaml"], "recipe file nope.yaml: no such file"),
+        (["distill", DEMO, "extra.yaml"], "argument 'extra.yaml': is not accepted; accepted: one recipe file, then"),
+        (["distill", "model=demo", "heads.depth=99"], "heads.depth: 99 is not accepted"),
+        (["distill", "model=demo", "--dry-run", "seed=x"], "seed: x is not accepted"),
+    ],
+)
+def test_mistakes_of_the_user_exit_with_2_in_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fault: a mistake ends in a traceback, in a box of several lines, or with the exit code of a failure."""
+    assert main(words) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.err.startswith("mtpd: error: ")
+    assert output.err.count("\n") == 1
+    assert output.out == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("data.prompts: x.jsonl\nis empty"), 2, "mtpd: error: data.prompts: x.jsonl is empty\n"),
+        (MtpdError("the trunk changed"), 1, "mtpd: error: the trunk changed\n"),
+        (
+            RuntimeError("shape\n  mismatch"),
+            1,
+            "mtpd: error: RuntimeError: shape mismatch (run with --debug for the traceback)\n",
+        ),
+        (
+            EOFError("Ran out of input"),
+            1,
+            "mtpd: error: EOFError: Ran out of input (run with --debug for the traceback)\n",
+        ),
+        (
+            OSError(28, "No space left on device", "/data/run/model.safetensors"),
+            1,
+            "mtpd: error: no space left on the disk of /data/run/model.safetensors; free some and run the same "
+            "command again\n",
+        ),
+        (
+            RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0: file write failed"),
+            1,
+            "mtpd: error: no space left on the disk of runs/x; free some and run the same command again\n",
+        ),
+        (BrokenPipeError(32, "Broken pipe"), 1, "mtpd: error: BrokenPipeError: [Errno 32] Broken pipe (run with"),
+        (FileNotFoundError(2, "No such file", "a.jsonl"), 1, "mtpd: error: FileNotFoundError: [Errno 2] No such file"),
+    ],
+)
+def test_errors_of_a_run_are_one_line(
+    error: Exception, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fault: a failure shows a traceback, hides its cause, or exits like a success or like a user's mistake."""
+    replace_distill(monkeypatch, raising(error))
+    assert main(["distill", "model=demo", "output=runs/x"]) == code
+    output = capsys.readouterr().err
+    assert output.startswith(line)
+    assert output.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["--debug", "distill", "model=demo"], ["distill", "model=demo", "--debug"]])
+def test_debug_shows_the_traceback(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fault: --debug is accepted in one place only, or shows no more than the line."""
+    replace_distill(monkeypatch, raising(UserError("data.prompts: nothing in it")))
+    assert main(words) == 2
+    output = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in output
+    assert output.endswith("mtpd: error: data.prompts: nothing in it\n")
+
+
+def test_a_disk_that_is_really_full(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: the operating system's own error carries no path, and the message names none."""
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+
+    def run(recipe: Recipe, *, fresh: bool) -> Path:
+        with full.open("w") as file:
+            file.write("x")
+        raise AssertionError("it was not full")
+
+    replace_distill(monkeypatch, run)
+    assert main(["distill", "model=demo", "output=runs/x"]) == 1
+    assert "no space left on the disk of runs/x;" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "how"), [([], "the same command"), (["--fresh"], "without --fresh")])
+def test_interrupt_exits_with_130(
+    option: list[str], how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fault: Ctrl-C shows a traceback, or leaves open how to go on."""
+    replace_distill(monkeypatch, raising(KeyboardInterrupt()))
+    assert main(["distill", "model=demo", *option]) == 130
+    output = capsys.readouterr().err
+    assert output.startswith("mtpd: interrupted; ")
+    assert how in output
+    assert output.count("\n") == 1
+
+
+def test_a_real_interrupt_of_the_process(tmp_path: Path) -> None:
+    """Fault: the signal of Ctrl-C reaches the process in a place that `main` does not cover."""
+    script = tmp_path / "wait.py"
+    script.write_text(
+        textwrap.dedent("""
+            import sys, time, types
+            module = types.ModuleType("mtpd.distill.run")
+            def distill(recipe, *, fresh):
+                print("running", flush=True)
+                time.sleep(60)
+            module.distill = distill
+            sys.modules["mtpd.distill.run"] = module
+            from mtpd.cli import main
+            sys.exit(main(["distill", "model=demo"]))
+        """)
+    )
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "running\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == "mtpd: interrupted; the same command resumes where this one stopped\n"
+
+
+def test_distill_passes_recipe_and_fresh_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fault: --fresh or an override never reaches the run."""
+    calls: list[tuple[Recipe, bool]] = []
+
+    def run(recipe: Recipe, *, fresh: bool) -> Path:
+        calls.append((recipe, fresh))
+        return recipe.output
+
+    replace_distill(monkeypatch, run)
+    assert main(["distill", DEMO, "heads.depth=2", "--fresh"]) == 0
+    assert main(["distill", "model=tiny"]) == 0
+    assert calls == [
+        (load_recipe(DEMO, ["heads.depth=2"]), True),
+        (load_recipe(None, ["model=tiny"]), False),
+    ]
+    assert "done: runs/demo" in capsys.readouterr().out
+
+
+def test_a_recipe_file_with_an_equals_sign_in_its_name(tmp_path: Path) -> None:
+    """Fault: the path of an existing file is taken for an override."""
+    path = tmp_path / "lr=1.yaml"
+    path.write_text("model: demo\n")
+    assert main(["recipe", "check", str(path)]) == 0
+
+
+def test_the_launcher_accepts_what_deepspeed_adds() -> None:
+    """Fault: `deepspeed cli.py ...` fails on the --local_rank that it puts before our arguments."""
+    done = mtpd("--local_rank=0", "recipe", "check", DEMO)
+    assert done.returncode == 0, done.stderr
