@@ -1,0 +1,45 @@
+"""Multi-token-prediction heads for any Hugging Face causal language model, by self-distillation.
+
+    from mtpd import Acceptance, load_recipe
+    from mtpd.distill import distill
+
+    run = distill(load_recipe("recipes/demo.yaml", ["heads.depth=2"]))
+    print(Acceptance.load(run / "acceptance.json").total().tau)
+
+Names are imported when they are first used: `import mtpd` alone takes no time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mtpd.evaluate.acceptance import Acceptance
+    from mtpd.recipe import Recipe, load_recipe
+
+__all__ = ["Acceptance", "Recipe", "__version__", "load_recipe"]
+
+_HOMES = {"Acceptance": "mtpd.evaluate.acceptance", "Recipe": "mtpd.recipe", "load_recipe": "mtpd.recipe"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("mtpd")
+    except PackageNotFoundError:
+        return "0 (not installed)"

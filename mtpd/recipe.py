@@ -74,6 +74,8 @@ class HeadsRecipe(Section):
     """Kind of the heads. chain: K heads in DeepSeek-V3 form, each reading the hidden state of the one before."""
     depth: int = Field(default=4, ge=1, le=16)
     """K, the number of heads: tokens drafted beyond the main head's own."""
+    shared: bool = False
+    """One block for all depths instead of one each: a K-th of the parameters, and what every serving engine runs."""
     init: Literal["identity", "copy_last", "copy_last_k", "random", "regression"] = "regression"
     """How the heads start. identity: the block passes the trunk's state on; copy_last: all blocks copy the
     trunk's last layer; copy_last_k: block k copies the k-th of the last K layers; random: as transformers

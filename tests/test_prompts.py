@@ -32,13 +32,21 @@ def asked(text: str, id: str = "") -> Prompt:
     return Prompt(id or text, [{"role": "user", "content": text}])
 
 
+FAMILIES = {"chat", "code", "extraction", "math", "qa", "summarising", "translation"}
+
+
 def test_builtin_sets_are_disjoint_and_large_enough() -> None:
-    """A built-in prompt that is in both sets makes the held-out figures too high."""
-    train, held_out = load_prompts("builtin"), load_prompts("builtin-held-out")
-    split = split_held_out(train, held_out)
-    assert (split.met, split.duplicates) == (0, 0)
-    assert len(split.train) >= 300
-    assert len({prompt.id for prompt in train + held_out}) == len(train) + len(held_out)
+    """Fault: a prompt that is in two built-in sets makes the held-out figures too high, or a family is missing."""
+    train, held_out, other = (load_prompts(name) for name in ("builtin", "builtin-held-out", "builtin-other"))
+    everything = [*train, *held_out, *other]
+    assert len({prompt.fingerprint for prompt in everything}) == len(everything)
+    assert len({prompt.id for prompt in everything}) == len(everything)
+    assert (len(train) >= 400, len(held_out) >= 80, len(other)) == (True, True, 24)
+    assert {prompt.family for prompt in train} == {prompt.family for prompt in held_out} == FAMILIES
+    assert {prompt.family for prompt in other} == {"other"}
+    for family in FAMILIES:
+        assert sum(prompt.family == family for prompt in train) >= 50
+        assert sum(prompt.family == family for prompt in held_out) >= 10
 
 
 @pytest.mark.parametrize(

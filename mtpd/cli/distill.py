@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mtpd.cli.arguments import Debug, RecipeArguments, split_arguments
 from mtpd.cli.errors import disk_full, unexpected
+from mtpd.cli.terminal import quiet_libraries
 from mtpd.errors import MtpdError
-from mtpd.recipe import load_recipe
+from mtpd.recipe import Recipe, load_recipe
 
 
 def distill(
+    context: typer.Context,
     arguments: RecipeArguments = None,
     dry_run: Annotated[
         bool,
@@ -37,16 +40,24 @@ def distill(
     """
     path, overrides = split_arguments(arguments)
     recipe = load_recipe(path, overrides)
-    # Imported here, as both bring in torch.
-    if dry_run:
-        from mtpd.distill.plan import plan
+    with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
+        if dry_run:
+            typer.echo(_plan(recipe))
+        else:
+            typer.echo(f"done: {_run(recipe, fresh=fresh)}")
 
-        typer.echo(plan(recipe).table())
-        return
-    from mtpd.distill.run import distill as run
+
+def _plan(recipe: Recipe) -> str:
+    from mtpd.distill.plan import plan  # brings in torch
+
+    return plan(recipe).table()
+
+
+def _run(recipe: Recipe, *, fresh: bool) -> Path:
+    from mtpd.distill.run import distill as run  # brings in torch
 
     try:
-        directory = run(recipe, fresh=fresh)
+        return run(recipe, fresh=fresh)
     except Exception as error:
         if full := disk_full(error, recipe.output):
             raise full from error
@@ -54,4 +65,3 @@ def distill(
             # From a cut-off file or a lost worker; Typer would take them for the end of its own input or output.
             raise MtpdError(unexpected(error)) from error
         raise
-    typer.echo(f"done: {directory}")

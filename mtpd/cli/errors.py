@@ -10,7 +10,12 @@ import typer
 
 from mtpd.errors import MtpdError
 
-WORDS_OF_A_FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
+WORDS_OF_A_FULL_DISK = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "PytorchStreamWriter failed writing",
+    "basic_ios::clear: iostream error",
+)
 """Writers in other languages (safetensors, torch.save) pass the reason on as text only."""
 
 
@@ -60,4 +65,9 @@ def unexpected(error: BaseException) -> str:
 
 def say(message: str) -> None:
     """One line on stderr, whatever the message holds."""
-    typer.echo(f"mtpd: {' '.join(message.split())}", err=True)
+    typer.echo(one_line(message), err=True)
+
+
+def one_line(message: str) -> str:
+    """How a message looks on the terminal."""
+    return f"mtpd: {' '.join(message.split())}"

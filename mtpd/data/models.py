@@ -212,7 +212,11 @@ def _with_weights(
 
 def _tokenizer(place: str, options: dict[str, Any], name: str, *, needed: bool) -> PreTrainedTokenizerBase | None:
     try:
-        return AutoTokenizer.from_pretrained(place, **options)
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        # Where files are missing, transformers makes a tokenizer of its special tokens alone for some models.
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            raise UserError("it has no vocabulary: are its files, such as tokenizer.json, there?")
+        return tokenizer
     except Exception as error:
         if not needed:
             return None

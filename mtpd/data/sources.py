@@ -23,6 +23,9 @@ Rows = Iterator[tuple[str, Any]]
 
 BUILTIN = Path(__file__).parent / "builtin"
 HELD_OUT = "heldout-"
+OTHER = "other"
+"""The file of prompts of other families than those that are trained on."""
+BUILTIN_SETS = ("builtin", "builtin-held-out", "builtin-other")
 
 
 def read(source: str, *, split: str, subset: str | None) -> Rows:
@@ -31,12 +34,12 @@ def read(source: str, *, split: str, subset: str | None) -> Rows:
     Raises:
         UserError: a missing file or data set, a line that is not JSON.
     """
-    if source in ("builtin", "builtin-held-out"):
-        return _builtin_rows(held_out=source == "builtin-held-out")
+    if source in BUILTIN_SETS:
+        return _builtin_rows(source)
     path = Path(source).expanduser()
     if path.is_dir():
         return _dataset_rows(str(path), split, subset, local=True)
-    if path.is_file() or path.suffix in (".jsonl", ".json") or source.startswith((".", "/", "~")):
+    if at_hand(source):
         return _file_rows(path)
     return _dataset_rows(source, split, subset, local=False)
 
@@ -69,10 +72,23 @@ def hub_access(*, needed: bool = True) -> Iterator[bool]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _builtin_rows(*, held_out: bool) -> Iterator[tuple[str, Any]]:
+def at_hand(source: str) -> bool:
+    """Whether a source is built in or a file (which may be missing), and so needs no `datasets` library."""
+    path = Path(source).expanduser()
+    looks_so = path.is_file() or path.suffix in (".jsonl", ".json") or source.startswith((".", "/", "~"))
+    return source in BUILTIN_SETS or (looks_so and not path.is_dir())
+
+
+def _builtin_rows(source: str) -> Rows:
     for path in sorted(BUILTIN.glob("*.jsonl")):
-        if path.name.startswith(HELD_OUT) == held_out:
+        if _set_of(path) == source:
             yield from _file_rows(path)
+
+
+def _set_of(path: Path) -> str:
+    if path.name.startswith(HELD_OUT):
+        return "builtin-held-out"
+    return "builtin-other" if path.stem == OTHER else "builtin"
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:

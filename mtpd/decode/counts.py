@@ -1,8 +1,9 @@
 """Counts of one decoded text, and the one rule by which a draft counts.
 
-A round drafts K tokens and writes `accepted + 1`. A draft of depth k counts if the text had room for
-it: it lies within the length limit, and not behind an end token that this round wrote. Offline and
-decoded measurement share this rule, so that on the trunk's own greedy text they give equal counts.
+A round drafts K tokens and writes `accepted + 1`. A draft of depth k counts if the finished text has a
+token in its place: drafts past the length limit or behind the end token never count, accepted or not.
+Offline and decoded measurement share this rule, so that on the trunk's own greedy text they give equal
+counts. Where a text ends is known when it has ended, so its rounds are counted then.
 """
 
 from __future__ import annotations
@@ -29,22 +30,20 @@ class Counts:
         self.tokens += 1
         self.forwards += 1
 
-    def round(self, accepted: int, *, room: int, end: int | None) -> int:
+    def round(self, accepted: int, *, room: int) -> int:
         """One round of drafting and verification.
 
         Args:
             accepted: how many drafts equal the main head's choices, from the first on.
-            room: tokens that the length limit leaves, at least 1.
-            end: place (from 1) of the first end token among the `accepted + 1` tokens, or None.
+            room: tokens that the finished text has from this round on, at least 1.
 
         Returns:
             How many tokens the round writes.
         """
-        limit = room if end is None else min(room, end)
-        for k in range(min(self.depth, limit)):
+        for k in range(min(self.depth, room)):
             self.drafted[k] += 1
             self.accepted[k] += k < accepted
-        written = min(accepted + 1, limit)
+        written = min(accepted + 1, room)
         self.tokens += written
         self.forwards += 1
         return written

@@ -34,12 +34,11 @@ def generate(
     drafter = heads.drafter(trunk)
     cache = trunk.new_cache()
     unembedding = trunk.unembedding
-    counts = Counts(heads.depth)
 
     hidden = trunk.hidden(prompt[None], cache=cache)
     tokens = torch.cat([prompt, unembedding(hidden[0, -1:]).argmax(-1)])
     written = [int(tokens[-1])]
-    counts.start()
+    rounds: list[tuple[int, int]] = []
     while len(written) < max_new_tokens and written[-1] not in end_tokens:
         drafts = drafter.draft(hidden, tokens)
         start = cache.get_seq_length()
@@ -48,12 +47,18 @@ def generate(
         hidden = trunk.hidden(read[None], position_ids=positions[None], cache=cache)
         choices = unembedding(hidden[0]).argmax(-1)
         accepted = int((drafts == choices[:-1]).long().cumprod(0).sum())
-        new = choices[: accepted + 1].tolist()
-        end = next((place for place, token in enumerate(new, start=1) if token in end_tokens), None)
-        written += new[: counts.round(accepted, room=max_new_tokens - len(written), end=end)]
+        rounds.append((len(written), accepted))
+        new = choices[: accepted + 1].tolist()[: max_new_tokens - len(written)]
+        end = next((place for place, token in enumerate(new, start=1) if token in end_tokens), len(new))
+        written += new[:end]
 
         # The next round continues from the accepted tokens only.
         hidden = hidden[:, : accepted + 1]
         crop(cache, start + accepted + 1)
         tokens = torch.cat([tokens, choices[: accepted + 1]])
+
+    counts = Counts(heads.depth)
+    counts.start()
+    for before, accepted in rounds:
+        counts.round(accepted, room=len(written) - before)
     return written, counts

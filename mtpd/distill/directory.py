@@ -52,9 +52,12 @@ def open_run(recipe: Recipe, *, fresh: bool) -> RunDirectory:
     holds_run = run.recipe.is_file()
     if run.path.is_file() or (run.path.is_dir() and any(run.path.iterdir()) and not holds_run):
         raise UserError(f"output: {run.path} exists and is no run directory; choose another output")
-    if holds_run and fresh:
+    # A recipe alone is what a mistake in it leaves (no such model, say): the mended one takes its place.
+    begun = holds_run and any(path != run.recipe for path in run.path.iterdir())
+    if begun and fresh:
         shutil.rmtree(run.path)
-    elif holds_run:
+        begun = False
+    if begun:
         differing = _differences(load_recipe(run.recipe), recipe)
         if differing:
             raise UserError(
@@ -63,7 +66,7 @@ def open_run(recipe: Recipe, *, fresh: bool) -> RunDirectory:
             )
     with writing(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
-    if not run.recipe.is_file():
+    if not begun:
         write_whole(run.recipe, dump(recipe))
     return run
 

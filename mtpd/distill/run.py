@@ -30,7 +30,8 @@ from mtpd.evaluate.decoded import measure_decoded
 from mtpd.evaluate.offline import measure_offline
 from mtpd.evaluate.report import decoded_table, offline_table, plot_car
 from mtpd.files import fingerprint_file, fingerprint_json
-from mtpd.heads import WEIGHTS, Heads, HeadsConfig, build_heads, load_heads, save_heads
+from mtpd.heads import WEIGHTS, Heads, build_heads, load_heads, save_heads
+from mtpd.heads.config import HeadsConfig
 from mtpd.heads.initialise import fit, initialise, source_layers
 from mtpd.recipe import Recipe
 from mtpd.trunk import Trunk
@@ -102,12 +103,17 @@ def start(recipe: Recipe, run: RunDirectory, *, progress: bool) -> Session:
     )
     trunk = Trunk(model, tokens=real_tokens(model, tokenizer))
     trunk.check()
+    check_row_length(recipe, trunk)
+    return Session(recipe, run, trunk, tokenizer, trunk_fingerprint(model), end_tokens(model, tokenizer), progress)
+
+
+def check_row_length(recipe: Recipe, trunk: Trunk) -> None:
+    """Raises UserError if a row is longer than what the model was made for."""
     if recipe.data.row_length > trunk.context:
         raise UserError(
             f"data.row_length: {recipe.data.row_length} is longer than the context of {recipe.model}; "
             f"accepted: at most {trunk.context}"
         )
-    return Session(recipe, run, trunk, tokenizer, trunk_fingerprint(model), end_tokens(model, tokenizer), progress)
 
 
 def real_tokens(model: Any, tokenizer: Any) -> int:
@@ -228,22 +234,33 @@ def new_heads(session: Session, rows: PackedRows, store: HiddenStore | None) -> 
         return load_heads(run.heads_before, trunk, fingerprint=session.fingerprint)
     tokens = trunk.tokens or trunk.unembedding.weight.shape[0]
     vocabulary = draft_vocabulary(rows, recipe.heads.vocabulary, tokens=tokens, always=session.ends)
-    config = HeadsConfig(
-        kind=recipe.heads.kind,
-        depth=recipe.heads.depth,
-        hidden_size=trunk.hidden_size,
-        source_layers=source_layers(recipe.heads.init, recipe.heads.depth, trunk.depth),
-        vocabulary_size=0 if vocabulary is None else len(vocabulary),
-        trunk=session.fingerprint,
-    )
-    heads = build_heads(trunk, config)
+    size = 0 if vocabulary is None else len(vocabulary)
+    heads = build_heads(trunk, heads_config(recipe, trunk, vocabulary=size, fingerprint=session.fingerprint))
     initialise(heads, trunk, recipe.heads.init, seed=recipe.seed)
     if vocabulary is not None:
-        heads.vocabulary.copy_(vocabulary)
+        heads.get_buffer("vocabulary").copy_(vocabulary)
     if recipe.heads.init == "regression":
         fit(heads, trunk, fitting_batches(session, TrainingRows(rows, store)))
     save_heads(heads, run.heads_before)
     return heads
+
+
+def heads_config(recipe: Recipe, trunk: Trunk, *, vocabulary: int, fingerprint: str) -> HeadsConfig:
+    """What kind of heads the recipe means for this trunk.
+
+    Args:
+        vocabulary: tokens of the draft vocabulary, 0 for all.
+        fingerprint: of the trunk.
+    """
+    return HeadsConfig(
+        kind=recipe.heads.kind,
+        depth=recipe.heads.depth,
+        hidden_size=trunk.hidden_size,
+        shared=recipe.heads.shared,
+        source_layers=source_layers(recipe.heads.init, 1 if recipe.heads.shared else recipe.heads.depth, trunk.depth),
+        vocabulary_size=vocabulary,
+        trunk=fingerprint,
+    )
 
 
 def fitting_batches(session: Session, rows: TrainingRows, tokens: int = 100_000) -> list[dict[str, torch.Tensor]]:

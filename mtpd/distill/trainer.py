@@ -19,7 +19,7 @@ from mtpd.data.packing import PackedRows, collate
 from mtpd.data.store import HiddenStore
 from mtpd.distill.model import DistillModel
 from mtpd.errors import MtpdError
-from mtpd.files import writing
+from mtpd.files import write_whole, writing
 from mtpd.heads import load_heads, save_heads
 
 COMPLETE = "complete.json"
@@ -121,6 +121,14 @@ class Metrics(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Drops what an interrupted run logged after the checkpoint: those steps come again."""
+        if state.is_world_process_zero and self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_whole(self.path, "".join(line for line in lines if _is_before(line, state.global_step)))
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -133,6 +141,14 @@ class Metrics(TrainerCallback):
             line = {"step": state.global_step, **{key: value for key, value in logs.items() if key != "total_flos"}}
             with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def _is_before(line: str, step: int) -> bool:
+    """Whether a line of metrics is whole, and of this step or an earlier one."""
+    try:
+        return int(json.loads(line)["step"]) <= step
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 class Progress(TrainerCallback):
@@ -169,6 +185,10 @@ class Progress(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the bar, if there is one."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -193,7 +213,13 @@ def train(trainer: HeadTrainer, directory: Path) -> None:
         MtpdError: the loss is not a number any more.
     """
     checkpoint = last_checkpoint(directory)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        # A bar left open draws itself once more, below the error that ended the training.
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, Progress):
+                callback.close()
     if any(not torch.isfinite(parameter).all() for parameter in trainer.distill_model.heads.parameters()):
         raise MtpdError(
             "training diverged: the heads hold NaN or infinite weights; lower train.learning_rate, "

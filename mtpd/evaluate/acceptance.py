@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +45,9 @@ class SuiteCounts(BaseModel):
             raise ValueError("drafted and accepted differ in length")
         if any(not 0 <= a <= d for a, d in zip(self.accepted, self.drafted, strict=True)):
             raise ValueError("accepted counts are not between 0 and drafted")
+        for name, values in (("drafted", self.drafted), ("accepted", self.accepted)):
+            if any(later > earlier for earlier, later in pairwise(values)):
+                raise ValueError(f"{name} counts rise with depth")
         return self
 
     @classmethod

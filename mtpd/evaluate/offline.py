@@ -103,8 +103,10 @@ def _walk(
     counts = Counts(depth=drafted_KP.shape[0])
     counts.start()
     drafted, chosen = drafted_KP.tolist(), chosen_P.tolist()
+    # The text ends with its first end token, whatever follows.
+    last = next((place + 1 for place in range(first, last) if ids[place] in end_tokens), last)
     newest = first
-    while newest < last - 1 and ids[newest] not in end_tokens:
+    while newest < last - 1:
         t = newest - 1
         accepted = 0
         room = last - 1 - newest
@@ -115,9 +117,7 @@ def _walk(
                 break
             accepted += 1
         # The token after the accepted ones is the main head's own, which this text has as well.
-        new = ids[newest + 1 : newest + 2 + accepted]
-        end = next((place for place, token in enumerate(new, start=1) if token in end_tokens), None)
-        newest += counts.round(accepted, room=room, end=end)
+        newest += counts.round(accepted, room=room)
     return counts
 
 
@@ -127,9 +127,11 @@ def _add_expected(
     """Adds Σ_x min(p, q) of every position where decoding could draft, one depth after the other."""
     rows = heads.rows()
     main, draft = trunk.unembedding.select(None), trunk.unembedding.select(rows)
-    assert suite.expected is not None and suite.expected_rows is not None
+    assert suite.expected is not None
+    assert suite.expected_rows is not None
     for k, state in enumerate(states_PD, start=1):
-        positions = torch.arange(first - 1, last - 1 - k, device=hidden_PD.device)
+        # None where the response is shorter than the draft.
+        positions = torch.arange(first - 1, max(first - 1, last - 1 - k), device=hidden_PD.device)
         for tile in positions.split(TILE):
             p = main(hidden_PD[alignment.teacher_row(tile, k)]).float().softmax(-1)
             q = draft(state[tile]).float().softmax(-1)

@@ -36,8 +36,9 @@ def save_heads(heads: Heads, directory: str | Path) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.state_dict().items()}
-    write_whole(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    # Weights last: where they are, the heads are whole.
     write_whole(directory / CONFIG, heads.config.model_dump_json(indent=2) + "\n")
+    write_whole(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
 
 
 def load_heads(directory: str | Path, trunk: Trunk, *, fingerprint: str | None = None) -> Heads:
@@ -54,7 +55,11 @@ def load_heads(directory: str | Path, trunk: Trunk, *, fingerprint: str | None =
     try:
         config = HeadsConfig.model_validate_json((directory / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(directory / WEIGHTS)
-    except (OSError, ValidationError, SafetensorError, UnicodeDecodeError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ": ".join(["", *map(str, first["loc"])])
+        raise UserError(f"{directory / CONFIG}: no readable heads here{where}: {first['msg']}") from error
+    except (OSError, SafetensorError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{directory}: no readable heads here ({reason}); expected {CONFIG} and {WEIGHTS}") from error
     if config.kind not in KINDS:
@@ -66,6 +71,11 @@ def load_heads(directory: str | Path, trunk: Trunk, *, fingerprint: str | None =
     if config.hidden_size != trunk.hidden_size:
         raise UserError(
             f"{directory}: these heads have width {config.hidden_size}, and the trunk has {trunk.hidden_size}"
+        )
+    if not all(0 <= layer < trunk.depth for layer in config.source_layers):
+        raise UserError(
+            f"{directory / CONFIG}: source_layers: {config.source_layers}; accepted: 0 to {trunk.depth - 1}, "
+            "the layers of the trunk"
         )
     heads = build_heads(trunk, config)
     expected = {name: tensor.shape for name, tensor in heads.state_dict().items()}

@@ -63,11 +63,17 @@ class ChainHeads(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(ChainHead(trunk, layer) for layer in config.source_layers)
+        assert len(self.layers) == (1 if config.shared else config.depth), "one source layer for each block"
         self.register_buffer("vocabulary", torch.zeros(config.vocabulary_size, dtype=torch.long))
 
     @property
     def depth(self) -> int:
-        return len(self.layers)
+        return self.config.depth
+
+    def chain(self) -> list[ChainHead]:
+        """The heads of depth 1..K; the same one K times where they share a block."""
+        heads: list[Any] = list(self.layers)
+        return heads * self.depth if self.config.shared else heads
 
     def rows(self) -> Tensor | None:
         """Token ids of the draft vocabulary, or None when the heads draft over the whole of it."""
@@ -79,7 +85,7 @@ class ChainHeads(nn.Module):
     ) -> list[Tensor]:
         """Teacher-forced states h^1..h^K, each [B, T, D]: head k reads the true token x_{t+k}."""
         states, state = [], hidden_BTD
-        for depth, head in enumerate(self.layers, start=1):
+        for depth, head in enumerate(self.chain(), start=1):
             embed_BTD = trunk.embed(alignment.tokens_read(input_ids_BT, depth))
             state = head(embed_BTD, state, position_ids_BT=position_ids_BT)
             states.append(state)
@@ -103,7 +109,7 @@ class ChainDrafter:
         self.trunk = trunk
         self.rows = heads.rows()
         self.unembedding: Unembedding = trunk.unembedding.select(self.rows)
-        self.caches = [DynamicCache() for _ in heads.layers]
+        self.caches = [DynamicCache() for _ in range(heads.depth)]
         self.kept: list[Tensor | None] = [None] * heads.depth
         self.lengths = [0] * heads.depth
 
@@ -121,7 +127,7 @@ class ChainDrafter:
         newest = tokens.shape[0] - 1
         drafts = tokens.new_empty(0)
         state = hidden_BTD
-        for k, head in enumerate(self.heads.layers, start=1):
+        for k, head in enumerate(self.heads.chain(), start=1):
             index = k - 1
             kept = self.kept[index]
             if kept is not None:

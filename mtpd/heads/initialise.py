@@ -1,10 +1,10 @@
 """How chain heads start. Measured against each other in `docs/results.md`.
 
-A head that starts well passes the trunk's state on. Three things make that exact: the block's two
-output projections are zero, so that only its residual path is left; M = [small | I]; and the gain of
-the hidden state's norm is 1/g, where g is the gain of the final norm, because the state that comes in
-has been multiplied with g once and leaves through a norm that multiplies with g again. From there
-`regression` goes on in closed form: M_k is the ridge regression of the next state on what head k reads.
+A head that starts well passes the trunk's state on. Three things make that exact: the block adds
+nothing to its residual path; M = [0 | I]; and the gain of the hidden state's norm is 1/g, where g is
+the gain of the final norm, because the state that comes in has been multiplied with g once and leaves
+through a norm that multiplies with g again. From there `regression` goes on in closed form: M_k is the
+ridge regression of the state k positions further on what head k reads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtpd import alignment
 from mtpd.errors import UnsupportedModel
@@ -57,34 +57,43 @@ def initialise(heads: ChainHeads, trunk: Trunk, start: Start, *, seed: int = 0) 
         for parameter in block.layers[0].parameters():
             if parameter.ndim > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=random) * std)
-        project = torch.randn(size, 2 * size, generator=random) * std
-        if start != "random":
-            project[:, size:] += torch.eye(size)
+        project = torch.zeros(size, 2 * size)
+        if start == "random":
+            project = torch.randn(size, 2 * size, generator=random) * std
+        else:
+            project[:, size:] = torch.eye(size)
             set_gain(head.hidden_norm, _inverse(gain(block.norm).float()))
         head.project.weight.copy_(project)
         if start in ("copy_last", "copy_last_k"):
             source = heads.config.source_layers[index]
             block.layers[0].load_state_dict(trunk.decoder.layers[source].state_dict())
         elif start in ("identity", "regression"):
-            for name in output_projections(head, trunk.name):
-                block.layers[0].get_parameter(name).zero_()
+            _silence(block.layers[0], trunk.name)
 
 
-def output_projections(head: ChainHead, model: str) -> list[str]:
-    """Names of the parameters that write into the block's residual stream: attention's and the MLP's last products.
+def _silence(layer: nn.Module, model: str) -> None:
+    """Makes a decoder layer add nothing to its residual path, in a way that it can learn its way out of.
+
+    Where a norm follows attention and MLP (Gemma, OLMo2), its gain becomes zero: behind a zeroed
+    projection that norm would blow the first update up to full size. Elsewhere the two output
+    projections become zero.
 
     Raises:
         UnsupportedModel: the layer has none of the usual names.
     """
-    block: Any = head.block
-    names = [name for name, _ in block.layers[0].named_parameters()]
-    found = [name for name in names if "o_proj" in name or "down_proj" in name]
-    if not any("o_proj" in name for name in found) or not any("down_proj" in name for name in found):
+    if hasattr(layer, "post_feedforward_layernorm"):
+        for name in ("post_attention_layernorm", "post_feedforward_layernorm"):
+            norm = layer.get_submodule(name)
+            set_gain(norm, torch.zeros_like(gain(norm)))
+        return
+    outputs = [(name, value) for name, value in layer.named_parameters() if "o_proj" in name or "down_proj" in name]
+    if not any("o_proj" in name for name, _ in outputs) or not any("down_proj" in name for name, _ in outputs):
         raise UnsupportedModel(
             f"{model}: heads.init: identity and regression need layers with `o_proj` and `down_proj`; "
             "accepted here: copy_last, copy_last_k, random"
         )
-    return found
+    for _, value in outputs:
+        value.zero_()
 
 
 @torch.no_grad()
@@ -101,19 +110,19 @@ def fit(heads: ChainHeads, trunk: Trunk, batches: Iterable[dict[str, Tensor]]) -
     batches = list(batches)
     size = trunk.hidden_size
     device = trunk.device
-    for k in range(1, heads.depth + 1):
+    chain = heads.chain()
+    # A shared block is fitted at depth 1: what takes h_t one token further takes h^1 one further as well.
+    for k in range(1, (1 if heads.config.shared else heads.depth) + 1):
         inputs = torch.zeros(2 * size, 2 * size, dtype=torch.float64, device=device)
         outputs = torch.zeros(2 * size, size, dtype=torch.float64, device=device)
-        head = heads.layers[k - 1]
-        assert isinstance(head, ChainHead)
+        head = chain[k - 1]
         block: Any = head.block
         inverse = _inverse(gain(block.norm).float())
         for batch in batches:
             ids, hidden = batch["input_ids"].to(device), batch["hidden"].to(device).float()
             state = hidden
             for j in range(1, k):
-                earlier = heads.layers[j - 1]
-                assert isinstance(earlier, ChainHead)
+                earlier = chain[j - 1]
                 embed = trunk.embed(alignment.tokens_read(ids, j)).float()
                 state = earlier.block.norm(earlier.mix(embed, state))
             counted = alignment.counted(batch["labels"].to(device), batch["position_ids"].to(device), k)

@@ -25,6 +25,9 @@ def set_gain(norm: nn.Module, value: Tensor) -> None:
 def _gain_offset(norm: nn.Module) -> float:
     """1.0 where the class computes (1 + weight) * x (Gemma), 0.0 where it computes weight * x."""
     probe: Any = copy.deepcopy(norm)
+    if probe.weight.is_meta:
+        # A norm without values (a run that is only planned) computes nothing: the probe needs some.
+        probe.to_empty(device="cpu")
     with torch.no_grad():
         probe.weight.zero_()
         ones = torch.ones_like(probe.weight)

@@ -149,7 +149,9 @@ class _FusedLoss(torch.autograd.Function):
             sums[3, k - 1] = (accepted_so_far & mask).sum()
         ctx.save_for_backward(*[g for g in grads if g is not None])
         exact = torch.promote_types(students_PD[0].dtype, torch.float32)
-        return loss.to(exact), *sums.to(exact).unbind(0)
+        logged = sums.to(exact).unbind(0)
+        ctx.mark_non_differentiable(*logged)
+        return loss.to(exact), *logged
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:

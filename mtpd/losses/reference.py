@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 def cross_entropy(student_NV: Tensor, target_N: Tensor) -> Tensor:
-    """-log p(x): the label's negative log-likelihood. 0 where the label lies outside of the columns (target < 0). [N]"""
+    """-log p(x), and 0 where the label x lies outside of the columns (target < 0). [N]"""
     return F.cross_entropy(student_NV, target_N.clamp_min(-1), ignore_index=-1, reduction="none")
 
 

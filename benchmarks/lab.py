@@ -1,0 +1,159 @@
+"""What the training experiments share: one trunk, response sets, equal tokens, a training run, a measurement."""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from mtpd.data.models import load_model, trunk_fingerprint
+from mtpd.data.packing import PackedRows, Sample, collate, pack
+from mtpd.data.prompts import load_prompts, render
+from mtpd.data.responses import end_tokens, generate_responses
+from mtpd.data.store import HiddenStore
+from mtpd.data.vocabulary import draft_vocabulary
+from mtpd.distill.arguments import loss_settings, training_arguments
+from mtpd.distill.model import DistillModel
+from mtpd.distill.trainer import HeadTrainer, TrainingRows
+from mtpd.evaluate.acceptance import SuiteCounts
+from mtpd.evaluate.offline import measure_offline
+from mtpd.files import fingerprint_json
+from mtpd.heads import Heads, HeadsConfig, build_heads
+from mtpd.heads.initialise import fit, initialise, source_layers
+from mtpd.recipe import Recipe, parse_recipe
+from mtpd.trunk import Trunk
+
+
+@dataclass
+class Lab:
+    """One trunk and a folder in which responses are kept between calls."""
+
+    trunk: Trunk
+    tokenizer: Any
+    fingerprint: str
+    ends: list[int]
+    work: Path
+
+    @classmethod
+    def open(cls, model: str, work: Path) -> Lab:
+        loaded, tokenizer = load_model(model)
+        trunk = Trunk(loaded, tokens=len(tokenizer))
+        return cls(trunk, tokenizer, trunk_fingerprint(loaded), end_tokens(loaded, tokenizer), work)
+
+    def respond(self, source: str, name: str, *, temperature: float, tokens: int, limit: int | None) -> list[Sample]:
+        """The trunk's answers to the prompts of a source."""
+        return generate_responses(
+            self.trunk.model,
+            self.tokenizer,
+            load_prompts(source, limit=limit),
+            self.work / f"{name}.jsonl",
+            trunk=self.fingerprint,
+            temperature=temperature,
+            max_new_tokens=tokens,
+            max_length=self.trunk.context,
+        )
+
+    def given(self, source: str, limit: int | None) -> list[Sample]:
+        """The words of the prompts themselves: text that the trunk did not write."""
+        prompts = load_prompts(source, limit=limit)
+        return [Sample.of(p.id, ids[:1], ids[1:], p.family) for p in prompts for ids in [render(self.tokenizer, p)]]
+
+    def rows(self, samples: Sequence[Sample], *, tokens: int, seed: int) -> PackedRows:
+        """Samples in a random order until there are so many response tokens, packed."""
+        chosen, count = [], 0
+        for sample in random.Random(seed).sample(list(samples), len(samples)):
+            room = tokens - count
+            if room <= 0:
+                break
+            responses = sample.response_ids[:room]
+            chosen.append(Sample.of(sample.id, sample.prompt_ids, responses, sample.family))
+            count += len(responses)
+        if count < tokens:
+            raise SystemExit(f"only {count} response tokens, {tokens} were asked for")
+        return pack(chosen, row_length=512)
+
+    def store(self, rows: PackedRows, name: str) -> HiddenStore:
+        key = fingerprint_json([self.fingerprint, rows.fingerprint])
+        return HiddenStore.build(self.trunk, rows, self.work / f"hidden-{name}", key=key)
+
+    def heads(self, recipe: Recipe, rows: PackedRows, store: HiddenStore) -> Heads:
+        """New heads with the recipe's start."""
+        settings = recipe.heads
+        vocabulary = draft_vocabulary(rows, settings.vocabulary, tokens=self.trunk.tokens or 0, always=self.ends)
+        layers = source_layers(settings.init, 1 if settings.shared else settings.depth, self.trunk.depth)
+        config = HeadsConfig(
+            depth=settings.depth,
+            hidden_size=self.trunk.hidden_size,
+            shared=settings.shared,
+            source_layers=layers,
+            vocabulary_size=0 if vocabulary is None else len(vocabulary),
+        )
+        heads = build_heads(self.trunk, config)
+        initialise(heads, self.trunk, settings.init, seed=recipe.seed)
+        if vocabulary is not None:
+            heads.vocabulary.copy_(vocabulary)
+        if settings.init == "regression":
+            training = TrainingRows(rows, store)
+            fit(heads, self.trunk, [collate([training[i]]) for i in range(len(rows))])
+        return heads
+
+    def train(self, recipe: Recipe, heads: Heads, rows: PackedRows, store: HiddenStore) -> float:
+        """Trains in place; gives seconds."""
+        set_seed(recipe.seed)
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = recipe.model_copy(update={"output": Path(folder)})
+            arguments = training_arguments(recipe, dtype=self.trunk.dtype, device=self.trunk.device)
+            arguments.save_strategy = "no"
+            model = DistillModel(self.trunk, heads, loss_settings(recipe))
+            trainer = HeadTrainer(model, arguments, TrainingRows(rows, store), progress=False)
+            began = time.perf_counter()
+            trainer.train()
+        return time.perf_counter() - began
+
+    def measure(self, heads: Heads, samples: Sequence[Sample]) -> SuiteCounts:
+        """Offline acceptance, all families together."""
+        copy = build_heads(self.trunk, heads.config)
+        copy.load_state_dict(heads.state_dict())
+        same = [Sample(s.id, s.ids, s.response_mask, "all") for s in samples]
+        suites = measure_offline(
+            self.trunk, copy.to(self.trunk.dtype).eval(), same, end_tokens=self.ends, progress=False
+        )
+        return suites["all"]
+
+
+def recipe(**sections: Any) -> Recipe:
+    """A recipe from nested keyword arguments."""
+    return parse_recipe({"model": "demo", **sections})
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
+
+
+def machine() -> str:
+    """Processor and number of threads."""
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def write_rows(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    """The table as JSON, if a file was asked for."""
+    if path is not None:
+        path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,186 @@
+"""The plan of a run, from the configuration of its model alone: `mtpd distill --dry-run`. Nothing is written."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mtpd.data.models import load_model, resolve_device, resolve_dtype
+from mtpd.distill.estimate import Sizes, TextEstimate, estimate_disk, estimate_memory, estimate_text
+from mtpd.distill.run import check_row_length, heads_config, real_tokens
+from mtpd.heads import build_heads
+from mtpd.recipe import Recipe
+from mtpd.trunk import Trunk
+
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will be. Sizes in bytes; None where a data set has to be loaded to know."""
+
+    recipe: Recipe
+    architecture: str
+    layers: int
+    hidden_size: int
+    vocabulary: int
+    """Rows of the embedding."""
+    draft_vocabulary: int
+    context: int
+    dtype: torch.dtype
+    device: torch.device
+    frozen: int
+    """Parameters of the trunk, its output head included."""
+    trained: int
+    """Parameters of all heads."""
+    text: TextEstimate
+    memory: dict[str, dict[str, int]]
+    """By phase (generating, training, decoding) and purpose."""
+    disk: dict[str, int | None]
+
+    @property
+    def peak_memory(self) -> int:
+        """Of the phase that takes most."""
+        return max(sum(purposes.values()) for purposes in self.memory.values())
+
+    def table(self) -> str:
+        """The plan as a reader sees it, lines of at most 100 characters."""
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="bold")
+        grid.add_column()
+        for title, line in self._lines():
+            grid.add_row(title, line)
+        buffer = io.StringIO()
+        Console(file=buffer, width=WIDTH, no_color=True, highlight=False, markup=False).print(grid)
+        return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+
+    def _lines(self) -> list[tuple[str, str]]:
+        recipe, text = self.recipe, self.text
+        name = str(self.dtype).removeprefix("torch.")
+        draft = "all can be drafted"
+        if self.draft_vocabulary < self.vocabulary:
+            draft = f"{self.draft_vocabulary:,} can be drafted"
+        depth = recipe.heads.depth
+        heads = f"one head that is used {depth} times" if recipe.heads.shared else f"{depth} heads"
+        lines = [
+            ("plan", f"{recipe.model} into {recipe.output}; nothing is loaded or written now"),
+            (
+                "model",
+                f"{self.architecture}: {self.layers} layers, width {self.hidden_size:,}, {name} on {self.device}",
+            ),
+            ("vocabulary", f"{self.vocabulary:,} tokens; {draft}"),
+            ("frozen", f"{self.frozen:,} parameters, {size(self.frozen * self.dtype.itemsize)}"),
+            ("trained", f"{self.trained:,} parameters in {heads}, {size(4 * self.trained)} in float32"),
+            ("", ""),
+            ("prompts", self._prompts()),
+            ("tokens", f"{amount(text.tokens)} at most, in {amount(text.rows)} rows of {recipe.data.row_length:,}"),
+            ("steps", self._steps()),
+            ("trunk passes", self._passes()),
+            ("", ""),
+        ]
+        for phase, purposes in self.memory.items():
+            lines.append((f"memory, {phase}", f"{size(sum(purposes.values()))}: {_parts(purposes)}"))
+        known = sum(part or 0 for part in self.disk.values())
+        beyond = " and what is not known yet" if None in self.disk.values() else ""
+        lines += [("disk", f"{size(known)}{beyond}: {_parts(self.disk)}"), ("", "")]
+        notes = ["memory and disk are estimates; what libraries take for themselves is not in them", *text.notes]
+        return lines + [("assumed" if not index else "", note) for index, note in enumerate(notes)]
+
+    def _prompts(self) -> str:
+        data, text = self.recipe.data, self.text
+        line = f"{amount(text.prompts)} to train on, {amount(text.held_out)} held out"
+        if data.responses == "trunk":
+            line += f"; responses of at most {data.max_new_tokens:,} tokens"
+        return line + (f"; {amount(text.given)} given texts" if data.given else "")
+
+    def _steps(self) -> str:
+        train = self.recipe.train
+        rows = train.rows_per_step * train.gradient_accumulation
+        return f"{amount(self.text.steps)} optimizer steps of {rows:,} rows"
+
+    def _passes(self) -> str:
+        """How often the trunk runs over the training text."""
+        data, train = self.recipe.data, self.recipe.train
+        passes = []
+        if data.responses == "trunk":
+            passes.append(f"generation, {data.generation_batch} prompts at a time")
+        if data.hidden_states == "keep":
+            passes.append("1 to keep hidden states, none in training")
+        else:
+            passes.append(f"{train.epochs:g} in training" if train.max_steps <= 0 else "each row of each step")
+        return "; ".join([*passes, "held-out prompts: generation, and 1 before and after"])
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Plans a run on the meta device: no weight is loaded, no data set downloaded, no file written.
+
+    Raises:
+        UserError: what the run itself would refuse, as far as it shows without weights.
+    """
+    model, tokenizer = load_model(
+        recipe.model,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        trust_remote_code=recipe.trust_remote_code,
+        config_only=True,
+    )
+    device = resolve_device(recipe.device)
+    dtype = resolve_dtype(recipe.dtype, device)
+    trunk = Trunk(model, tokens=real_tokens(model, tokenizer) if tokenizer is not None else None)
+    check_row_length(recipe, trunk)
+    rows = trunk.unembedding.weight.shape[0]
+    columns = min(recipe.heads.vocabulary or rows, trunk.tokens or rows)
+    config = heads_config(recipe, trunk, vocabulary=columns if columns < rows else 0, fingerprint="")
+    heads = build_heads(trunk, config)
+    frozen = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in heads.parameters() if parameter.requires_grad)
+    sizes = Sizes.of(
+        trunk.config,
+        frozen=frozen,
+        trained=trained,
+        depth=recipe.heads.depth,
+        columns=columns,
+        item=dtype.itemsize,
+    )
+    text = estimate_text(recipe, tokenizer)
+    wanted = recipe.evaluation.dtype
+    decoding = dtype if wanted == "trunk" else resolve_dtype(wanted, device)
+    return Plan(
+        recipe=recipe,
+        architecture=trunk.name,
+        layers=trunk.depth,
+        hidden_size=trunk.hidden_size,
+        vocabulary=rows,
+        draft_vocabulary=columns,
+        context=trunk.context,
+        dtype=dtype,
+        device=device,
+        frozen=frozen,
+        trained=trained,
+        text=text,
+        memory=estimate_memory(recipe, sizes, decoding_item=decoding.itemsize),
+        disk=estimate_disk(recipe, sizes, text),
+    )
+
+
+def amount(count: int | None) -> str:
+    """A count with separators, or that it is not known."""
+    return "an unknown number" if count is None else f"{count:,}"
+
+
+def size(count: int) -> str:
+    """Bytes in kB, MB or GB (powers of ten)."""
+    if count >= 1e9:
+        return f"{count / 1e9:,.1f} GB"
+    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e3:,.0f} kB"
+
+
+def _parts(parts: Mapping[str, int | None]) -> str:
+    return ", ".join(
+        f"{name} ({'unknown' if part is None else size(part)})" for name, part in parts.items() if part != 0
+    )

@@ -1,0 +1,89 @@
+"""Fixtures that several files share: trunks of every architecture, and heads that have learned a text by heart."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+# Test files import the table of architectures as a module of its own.
+sys.path.insert(0, str(Path(__file__).parent))
+
+import architectures
+
+from mtpd.alignment import IGNORED
+from mtpd.data.packing import Sample
+from mtpd.distill.model import DistillModel
+from mtpd.heads import Heads
+from mtpd.losses.fused import LossSettings
+from mtpd.trunk import Trunk
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=architectures.ARCHITECTURES)
+def name(request: pytest.FixtureRequest) -> str:
+    """Each architecture in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def trunk(name: str) -> Trunk:
+    """The tiny trunk of each architecture in turn."""
+    return architectures.tiny_trunk(name)
+
+
+@pytest.fixture
+def llama() -> Trunk:
+    """One trunk, where the architecture does not matter."""
+    return architectures.tiny_trunk("llama")
+
+
+class Learned(NamedTuple):
+    """A greedy text of a tiny model, and heads of depth 3 before, amid and after learning it by heart."""
+
+    trunk: Trunk
+    sample: Sample
+    untrained: Heads
+    half: Heads
+    perfect: Heads
+
+
+@functools.cache
+def learn(name: str) -> Learned:
+    """Trains until every draft along the text is the main head's own choice."""
+    trunk = architectures.tiny_trunk(name)
+    prompt, text = architectures.greedy_text(name, 5, 48)
+    sample = Sample.of("one", prompt, text)
+    ids = torch.tensor([sample.ids])
+    labels = torch.tensor([[IGNORED] * len(prompt) + text])
+    positions = torch.arange(ids.shape[1])[None]
+    heads = architectures.random_heads(trunk)
+    untrained, half = copy.deepcopy(heads), None
+    model = DistillModel(trunk, heads.train(), LossSettings((0.3,) * 3, (0.5,) * 3, top_n=20))
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-2)
+    for _ in range(300):
+        model(ids, labels, positions)["loss"].backward()
+        assert model.sums is not None
+        share = (model.sums.accepted / model.sums.rows).tolist()
+        if half is None and share[0] > 0.5:
+            half = copy.deepcopy(heads).eval()
+        if min(share) == 1.0:
+            break
+        optimizer.step()
+        optimizer.zero_grad()
+    else:
+        pytest.fail(f"heads did not learn one sample by heart: accepted {share}")
+    assert half is not None
+    return Learned(trunk, sample, untrained, half, heads.eval())
+
+
+@pytest.fixture
+def learned() -> Learned:
+    """What `learn` gives for the tiny Llama."""
+    return learn("llama")

@@ -1,0 +1,213 @@
+"""Acceptance: what is measured offline is what decoding does, and files hold counts that are possible."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import TOKENS, greedy_text, random_heads
+from conftest import Learned, learn
+from rich.console import Console
+
+from mtpd import alignment
+from mtpd.data.packing import Sample
+from mtpd.errors import UserError
+from mtpd.evaluate.acceptance import Acceptance, SuiteCounts, cumulative
+from mtpd.evaluate.decoded import measure_decoded
+from mtpd.evaluate.offline import measure_offline
+from mtpd.evaluate.report import decoded_table, offline_table, plot_car, with_total
+from mtpd.heads import Heads
+from mtpd.losses import reference
+from mtpd.trunk import Trunk
+
+LIMIT = 48
+
+
+def greedy_samples(name: str, ends: list[int]) -> list[Sample]:
+    """Greedy texts of prompts of several lengths, each up to the first end token or the limit."""
+    samples = []
+    for length in (1, 5, 9, 20):
+        prompt, text = greedy_text(name, length, LIMIT)
+        end = next((place for place, token in enumerate(text) if token in ends), LIMIT)
+        samples.append(Sample.of(str(length), prompt, text[: end + 1], "long" if length > 5 else "short"))
+    return samples
+
+
+def both(trunk: Trunk, heads: Heads, samples: list[Sample], ends: list[int], limit: int = LIMIT) -> list[Any]:
+    """Counts measured offline and by decoding, without what only one of the two has."""
+    offline = measure_offline(trunk, heads, samples, end_tokens=ends, batch=3, progress=False)
+    decoded = measure_decoded(trunk, {"heads": heads}, samples, max_new_tokens=limit, end_tokens=ends, progress=False)
+    assert all(suite.identical == suite.prompts for suite in decoded["heads"].values())
+    only_one = {"seconds", "plain_seconds", "identical", "expected", "expected_rows"}
+    return [
+        {family: suite.model_dump(exclude=only_one) for family, suite in suites.items()}
+        for suites in (offline, decoded["heads"])
+    ]
+
+
+@pytest.mark.parametrize("stage", ["untrained", "half", "perfect"])
+def test_offline_counts_are_those_of_decoding(learned: Learned, stage: str) -> None:
+    """Fault: an offline number that decoding does not reach: other places, another prefix, other room at the end."""
+    _, text = greedy_text("llama", 5, LIMIT)
+    for ends in ([], [text[11]], [text[30], text[6]], [greedy_text("llama", 9, LIMIT)[1][0]]):
+        samples = greedy_samples("llama", ends)
+        offline, decoded = both(learned.trunk, getattr(learned, stage), samples, ends)
+        assert offline == decoded
+    rates = measure_offline(learned.trunk, getattr(learned, stage), [learned.sample], progress=False)["prompts"].car
+    assert {"untrained": rates[0] < 0.3, "half": 0.3 < rates[0] < 1.0, "perfect": rates == [1.0] * 3}[stage]
+
+
+def test_offline_counts_for_every_architecture(name: str, trunk: Trunk) -> None:
+    """Fault: an architecture whose caches and whole passes disagree."""
+    ends = [greedy_text(name, 9, LIMIT)[1][20]]
+    offline, decoded = both(trunk, learn(name).perfect, greedy_samples(name, ends), ends)
+    assert offline == decoded
+    assert offline["short"]["accepted"][0] > 0
+
+
+def test_offline_counts_with_a_draft_vocabulary(llama: Trunk) -> None:
+    """Fault: columns compared with token ids, or one block for all depths measured as one depth."""
+    for heads in (random_heads(llama, vocabulary=torch.arange(1, TOKENS, 2)), random_heads(llama, shared=True)):
+        offline, decoded = both(llama, heads, greedy_samples("llama", []), [])
+        assert offline == decoded
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_expected_acceptance(learned: Learned, draft: bool) -> None:
+    """Fault: Σ min(p, q) over the wrong rows, with padding rows, or with p renormalised to the draft vocabulary."""
+    vocabulary = torch.arange(1, TOKENS, 2) if draft else torch.arange(TOKENS)
+    heads = random_heads(learned.trunk, vocabulary=vocabulary) if draft else learned.half
+    sample = learned.sample
+    suite = measure_offline(learned.trunk, heads, [sample], progress=False)["prompts"]
+    ids = torch.tensor([sample.ids])
+    positions = torch.arange(ids.shape[1])[None]
+    labels = torch.where(positions >= len(sample.prompt_ids), ids, alignment.IGNORED)
+    hidden = learned.trunk.hidden(ids)
+    with torch.no_grad():
+        states = heads(learned.trunk, hidden, ids, position_ids_BT=positions)
+    main = learned.trunk.unembedding(hidden)[0, :, :TOKENS]
+    expected = []
+    for k, state in enumerate(states, start=1):
+        at = alignment.counted(labels, positions, k)[0].nonzero().squeeze(1)
+        assert suite.expected_rows is not None
+        assert suite.expected_rows[k - 1] == len(at)
+        student = torch.full((len(at), TOKENS), -torch.inf)
+        student[:, vocabulary] = learned.trunk.unembedding(state[0, at])[:, vocabulary]
+        expected.append(reference.acceptance(student, main[alignment.teacher_row(at, k)]).mean().item())
+    assert suite.expected_acceptance == pytest.approx(expected, rel=1e-4)
+
+
+def test_texts_shorter_than_a_draft(llama: Trunk) -> None:
+    """Fault: a prompt that was answered with a word, or nothing, ends the measurement."""
+    for length in (1, 2, 3):
+        sample = Sample.of("a", *greedy_text("llama", 5, length))
+        offline, decoded = both(llama, random_heads(llama), [sample], [], length)
+        assert offline == decoded
+        assert offline["prompts"]["tokens"] == length
+    suites = measure_offline(llama, random_heads(llama), [Sample.of("a", [4, 5], [])], progress=False)
+    assert suites["prompts"].drafted == [0, 0, 0]
+    assert suites["prompts"].tau == 1.0
+    assert measure_offline(llama, random_heads(llama), [], progress=False) == {}
+    nothing = measure_decoded(llama, {"a": random_heads(llama)}, [], max_new_tokens=4, end_tokens=[], progress=False)
+    assert nothing == {"a": {}}
+
+
+def counts(**changes: Any) -> SuiteCounts:
+    values = {"prompts": 2, "tokens": 30, "forwards": 12, "drafted": [10, 10, 8], "accepted": [8, 4, 2]}
+    return SuiteCounts.model_validate(values | changes)
+
+
+def test_ratios_by_hand() -> None:
+    """Fault: AR printed as CAR, or tau without the main head's own token."""
+    suite = counts(seconds=2.0, plain_seconds=5.0, expected=[5.0, 2.0, 0.0], expected_rows=[10, 8, 0])
+    assert suite.car == pytest.approx([0.8, 0.4, 0.25])
+    assert suite.ar == pytest.approx([0.8, 0.5, 0.625])
+    assert cumulative(suite.ar) == pytest.approx(suite.car)
+    assert suite.tau == pytest.approx(1 + 0.8 + 0.4 + 0.25)
+    assert suite.speedup == 2.5
+    assert suite.expected_acceptance == pytest.approx([0.5, 0.25, 0.0])
+    nothing = counts(accepted=[0, 0, 0])
+    assert (nothing.car, nothing.ar, nothing.tau, nothing.speedup) == ([0.0] * 3, [0.0] * 3, 1.0, None)
+
+
+def acceptance(mode: Any = "decoded", **changes: Any) -> Acceptance:
+    first = counts(seconds=1.0, plain_seconds=3.0, identical=2, **changes)
+    second = counts(prompts=1, accepted=[2, 0, 0], seconds=1.0, plain_seconds=1.0, identical=1)
+    return Acceptance(mode=mode, trunk="t", heads="h", suites={"chat": first, "code": second})
+
+
+def test_totals_are_sums_of_counts() -> None:
+    """Fault: a mean of ratios, in which a small suite weighs as much as a large one."""
+    total = acceptance().total()
+    assert (total.prompts, total.tokens, total.drafted, total.accepted) == (3, 60, [20, 20, 16], [10, 4, 2])
+    assert (total.speedup, total.identical, total.expected) == (2.0, 3, None)
+    assert list(with_total(acceptance(), apart=frozenset(["code"]))) == ["chat", "all", "code"]
+    assert with_total(acceptance(), apart=frozenset(["code"]))["all"] == acceptance().suites["chat"]
+
+
+def test_acceptance_file(tmp_path: Path) -> None:
+    """Fault: a field that a file loses, or a ratio stored beside the counts that may contradict them."""
+    before = acceptance(expected=[1.0, 2.0, 3.0], expected_rows=[3, 3, 3])
+    before.save(tmp_path / "acceptance.json")
+    assert Acceptance.load(tmp_path / "acceptance.json") == before
+    content = json.loads((tmp_path / "acceptance.json").read_text())
+    assert set(content) == {"schema", "mode", "sampling", "trunk", "heads", "versions", "suites"}
+    assert content["schema"] == 1
+    assert set(content["suites"]["chat"]) == set(SuiteCounts.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"accepted": [11, 4, 2]}, "accepted"),
+        ({"accepted": [-1, 4, 2]}, "accepted"),
+        ({"accepted": [4, 8, 2]}, "accepted"),
+        ({"drafted": [10, 10]}, "drafted"),
+        ({"drafted": [8, 10, 10]}, "drafted"),
+        ({"prompts": -1}, "prompts"),
+        ({"tau": 2.2}, "tau"),
+        ({"tokens": "many"}, "tokens"),
+    ],
+    ids=str,
+)
+def test_impossible_counts_are_refused(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    """Fault: a report of what cannot have happened."""
+    content = acceptance().model_dump(mode="json", by_alias=True)
+    content["suites"]["chat"] |= change
+    path = tmp_path / "acceptance.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"acceptance.json: not an acceptance file: suites\.chat.*{named}"):
+        Acceptance.load(path)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    """Fault: a traceback for a file that is missing, cut off, of another schema or not text."""
+    path = tmp_path / "acceptance.json"
+    with pytest.raises(UserError, match="acceptance.json: cannot be read"):
+        Acceptance.load(path)
+    acceptance().save(path)
+    whole = path.read_bytes()
+    for broken in (whole[:-40], b"", whole.replace(b'"schema": 1', b'"schema": 2'), b'{"suites": {}}'):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match="not an acceptance file"):
+            Acceptance.load(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot be read"):
+        Acceptance.load(path)
+
+
+def test_tables_and_picture(tmp_path: Path) -> None:
+    """Fault: before and after exchanged, or a suite of other families summed with the rest."""
+    before, after = acceptance(accepted=[1, 0, 0]), acceptance()
+    console = Console(record=True, width=200, file=(tmp_path / "out").open("w"))
+    console.print(offline_table(before, after, apart=frozenset(["code"])))
+    console.print(decoded_table(before, after))
+    shown = console.export_text()
+    assert "0.10 → 0.80" in shown
+    assert "1.10 → 2.45" in shown
+    assert "2.00x → 2.00x" in shown
+    plot_car(tmp_path / "car.png", {"before": before, "after": after}, apart=frozenset(["code"]))
+    assert (tmp_path / "car.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,69 @@
+"""Imports point in one direction, so that a part can be read, tested and replaced without what stands on it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "mtpd"
+
+# What each part may import of the others. `errors` and `files` stand under everything.
+BELOW = {"errors", "files"}
+MAY_IMPORT = {
+    "errors": set(),
+    "files": {"errors"},
+    "recipe_text": BELOW,
+    "recipe": BELOW | {"recipe_text"},
+    "alignment": BELOW,
+    "trunk": BELOW | {"alignment"},
+    "heads": BELOW | {"trunk", "alignment"},
+    "losses": BELOW | {"trunk", "alignment"},
+    "data": BELOW | {"heads", "losses", "trunk", "alignment"},
+    "decode": BELOW | {"heads", "losses", "trunk", "alignment"},
+    "checkpoints": BELOW | {"decode", "data", "heads", "losses", "trunk", "alignment"},
+    "evaluate": BELOW | {"decode", "data", "heads", "losses", "trunk", "alignment"},
+    "distill": BELOW | {"recipe", "evaluate", "decode", "data", "heads", "losses", "trunk", "alignment"},
+}
+MAY_IMPORT["cli"] = set(MAY_IMPORT)
+
+
+def part(module: str) -> str | None:
+    """The part of mtpd that a module belongs to, or None if it is of another package."""
+    names = module.split(".")
+    return names[1] if names[0] == "mtpd" and len(names) > 1 else None
+
+
+def imported(file: Path) -> set[str]:
+    """Parts of mtpd that a file imports, wherever in it."""
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {found for module in modules if (found := part(module)) is not None}
+
+
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_down(file: Path) -> None:
+    """Fault: heads or losses that know a recipe, a trainer or prompts; two parts that need each other."""
+    own = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert own in MAY_IMPORT, f"{own} is a new part: say here what it may import"
+    forbidden = imported(file) - MAY_IMPORT[own] - {own}
+    assert not forbidden, f"mtpd/{file.relative_to(PACKAGE)} imports {', '.join(sorted(forbidden))}"
+
+
+def test_directions_have_no_circle() -> None:
+    """Fault: a line added above that lets two parts import each other."""
+    left = dict(MAY_IMPORT)
+    while left:
+        free = [name for name, below in left.items() if not below - {name} & set(left)]
+        assert free, f"these need each other: {', '.join(left)}"
+        for name in free:
+            del left[name]
