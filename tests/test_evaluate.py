@@ -60,6 +60,18 @@ def test_offline_counts_are_those_of_decoding(learned: Learned, stage: str) -> N
     assert {"untrained": rates[0] < 0.3, "half": 0.3 < rates[0] < 1.0, "perfect": rates == [1.0] * 3}[stage]
 
 
+def test_what_follows_an_end_token_does_not_count(learned: Learned) -> None:
+    """Fault: places counted offline that decoding never reaches."""
+    prompt, text = learned.sample.prompt_ids, learned.sample.response_ids
+    end = text[9]
+    whole, cut = (
+        measure_offline(learned.trunk, learned.half, [sample], end_tokens=[end], progress=False)["prompts"]
+        for sample in (learned.sample, Sample.of("cut", prompt, text[: text.index(end) + 1]))
+    )
+    assert (whole.tokens, whole.drafted, whole.accepted) == (cut.tokens, cut.drafted, cut.accepted)
+    assert whole.tokens == text.index(end) + 1
+
+
 def test_offline_counts_for_every_architecture(name: str, trunk: Trunk) -> None:
     """Fault: an architecture whose caches and whole passes disagree."""
     ends = [greedy_text(name, 9, LIMIT)[1][20]]

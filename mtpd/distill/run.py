@@ -6,6 +6,7 @@ recipe -> trunk -> prompts -> responses -> packed rows -> hidden states -> heads
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,8 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
     Raises:
         UserError, MtpdError: with one line that names the cause.
     """
-    console = Console(quiet=not progress)
+    # Wide enough for the tables where the output is a file.
+    console = Console(quiet=not progress, width=None if sys.stdout.isatty() else 132)
     run = open_run(recipe, fresh=fresh)
     session = start(recipe, run, progress=progress)
     prompts = split_prompts(recipe)

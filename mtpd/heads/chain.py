@@ -29,9 +29,9 @@ class ChainHead(nn.Module):
     def __init__(self, trunk: Trunk, source_layer: int) -> None:
         super().__init__()
         size = trunk.hidden_size
-        self.block = trunk.block(source_layer)
-        self.embed_norm: nn.Module = _unit_norm(self.block.norm)
-        self.hidden_norm: nn.Module = _unit_norm(self.block.norm)
+        self.block: Any = trunk.block(source_layer)
+        self.embed_norm = _unit_norm(self.block.norm)
+        self.hidden_norm = _unit_norm(self.block.norm)
         self.project = nn.Linear(2 * size, size, bias=False)
 
     def mix(self, embed_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:
@@ -42,8 +42,7 @@ class ChainHead(nn.Module):
         self, embed_BTD: Tensor, hidden_BTD: Tensor, *, position_ids_BT: Tensor, cache: Cache | None = None
     ) -> Tensor:
         """Hidden states [B, T, D] of this depth from the embeddings of x_{t+k} and the states of depth k-1."""
-        block: Any = self.block
-        return block(
+        return self.block(
             inputs_embeds=self.mix(embed_BTD, hidden_BTD),
             position_ids=position_ids_BT,
             past_key_values=cache,
