@@ -80,7 +80,10 @@ def main() -> None:
 
 def report(table: list[dict[str, Any]]) -> None:
     """Means over seeds, and the paired difference to CE."""
-    print("\n| text | loss | domain | tau | tau - tau of CE | Σ min(p,q), depth 1 | depth 2 |\n|---|---|---|---|---|---|---|")
+    print(
+        "\n| text | loss | domain | tau | tau - tau of CE | Σ min(p,q), depth 1 | depth 2 |\n"
+        "|---|---|---|---|---|---|---|"
+    )
     keys = dict.fromkeys((row["text"], row["loss"], row["domain"]) for row in table)
     for text, loss, domain in sorted(keys, key=lambda key: (key[2], key[0])):
         rows = [r for r in table if (r["text"], r["loss"], r["domain"]) == (text, loss, domain)]

@@ -29,9 +29,10 @@ class ChainHead(nn.Module):
     def __init__(self, trunk: Trunk, source_layer: int) -> None:
         super().__init__()
         size = trunk.hidden_size
-        self.block: Any = trunk.block(source_layer)
-        self.embed_norm = _unit_norm(self.block.norm)
-        self.hidden_norm = _unit_norm(self.block.norm)
+        block: Any = trunk.block(source_layer)
+        self.block = block
+        self.embed_norm = _unit_norm(block.norm)
+        self.hidden_norm = _unit_norm(block.norm)
         self.project = nn.Linear(2 * size, size, bias=False)
 
     def mix(self, embed_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:
