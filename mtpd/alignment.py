@@ -22,6 +22,8 @@ Shape legend: B rows, T positions, K depths.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,9 @@ def counted(labels_BT: Tensor, position_ids_BT: Tensor, depth: int) -> Tensor:
     return mask
 
 
-def teacher_row(positions: Tensor, depth: int) -> Tensor:
-    """Row of the main head that has the same prefix as head `depth` at these (flat) positions."""
+Positions = TypeVar("Positions", Tensor, int)
+
+
+def teacher_row(positions: Positions, depth: int) -> Positions:
+    """Row of the main head that has the same prefix as head `depth` at these positions (flat, or of one row)."""
     return positions + depth

@@ -152,7 +152,7 @@ class TrainRecipe(Section):
     """Passes over the training rows."""
     max_steps: int = Field(default=-1, ge=-1)
     """Optimizer steps; overrides `epochs` unless -1."""
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=4e-4, gt=0)
     """Peak learning rate of AdamW."""
     scheduler: SCHEDULERS = "cosine"
     """Learning-rate schedule, by its name in transformers."""
@@ -192,7 +192,7 @@ class EvaluationRecipe(Section):
     """Number format while decoding. trunk: the one of the run. In float32 the text of one-token and
     many-token passes agrees; lower precision can break ties differently."""
     extra: list[Text] = []
-    """Further prompt files (.jsonl), each measured as a suite of its own."""
+    """Further prompts (.jsonl files, datasets ids, or `builtin-other`), each measured as a suite of its own."""
 
 
 class Recipe(Section):

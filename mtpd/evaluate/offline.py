@@ -11,6 +11,7 @@ Legend: P positions that are looked at, K depths, M columns of the draft vocabul
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from mtpd.data.packing import Sample
 from mtpd.decode import Counts
 from mtpd.evaluate.acceptance import SuiteCounts
 from mtpd.heads import Heads
-from mtpd.trunk import Trunk, Unembedding
+from mtpd.trunk import Trunk
 
 TILE = 512
 """Positions whose logits are held at a time."""
@@ -65,10 +66,12 @@ def measure_offline(
             suite = suites.setdefault(sample.family or "prompts", _empty(heads.depth))
             if last <= first:
                 continue
-            chosen = _choices(trunk.unembedding, hidden[row])
-            drafted = torch.stack([_drafts(trunk, heads, state[row]) for state in states])
-            suite.add(_walk(sample.ids, first, last, drafted, chosen, end_tokens, target_shift))
-            _add_expected(suite, trunk, heads, hidden[row], [state[row] for state in states], first, last)
+            compared = _compare(trunk, heads, hidden[row], [state[row] for state in states], first, last)
+            suite.add(_walk(sample.ids, first, last, compared, end_tokens, target_shift))
+            assert suite.expected is not None
+            assert suite.expected_rows is not None
+            suite.expected = [a + b for a, b in zip(suite.expected, compared.expected, strict=True)]
+            suite.expected_rows = [a + b for a, b in zip(suite.expected_rows, compared.rows, strict=True)]
     return suites
 
 
@@ -78,31 +81,62 @@ def _empty(depth: int) -> SuiteCounts:
     return suite
 
 
-def _choices(unembedding: Unembedding, hidden_PD: Tensor) -> Tensor:
-    """What the main head chooses after each position. [P]"""
-    return torch.cat([unembedding(tile).argmax(-1) for tile in hidden_PD.split(TILE)])
+@dataclass
+class _Compared:
+    """One text: what the main head chooses after each position, and the heads' drafts at the same positions."""
+
+    chosen: list[int]
+    drafted: list[list[int]]
+    """By depth, then by position; -2 where decoding never drafts."""
+    expected: list[float]
+    """By depth, Σ_x min(p, q) summed over the positions where decoding could draft."""
+    rows: list[int]
 
 
-def _drafts(trunk: Trunk, heads: Heads, state_PD: Tensor) -> Tensor:
-    """What a head drafts at each position, as token ids. [P]"""
-    rows = heads.rows()
-    choice = _choices(trunk.unembedding.select(rows), state_PD)
-    return choice if rows is None else rows[choice]
+def _compare(
+    trunk: Trunk, heads: Heads, hidden_PD: Tensor, states_PD: list[Tensor], first: int, last: int
+) -> _Compared:
+    """Compares all depths with the main head, computing each of its rows once.
+
+    Args:
+        first, last: position of the first response token, and the length of the text.
+    """
+    subset = heads.rows()
+    main, draft = trunk.unembedding, trunk.unembedding.select(subset)
+    real = trunk.tokens or main.weight.shape[0]
+    depth, length = len(states_PD), hidden_PD.shape[0]
+    chosen = torch.full((length,), -1, dtype=torch.long, device=hidden_PD.device)
+    drafted = torch.full((depth, length), -2, dtype=torch.long, device=hidden_PD.device)
+    expected, counts = [0.0] * depth, [0] * depth
+    for rows in torch.arange(first - 1, last, device=hidden_PD.device).split(TILE):
+        z = main(hidden_PD[rows]).float()
+        chosen[rows] = z.argmax(-1)
+        p = z[:, :real].softmax(-1)
+        p = p if subset is None else p[:, subset]
+        for k in range(1, depth + 1):
+            # Rows that are the teacher of a draft: the draft's place is in the response, and so is its target.
+            kept = (rows - k >= first - 1) & (rows < last - 1)
+            t = rows[kept] - k
+            y = draft(states_PD[k - 1][t]).float()
+            choice = y.argmax(-1)
+            drafted[k - 1, t] = choice if subset is None else subset[choice]
+            expected[k - 1] += torch.minimum(p[kept], y.softmax(-1)).sum().item()
+            counts[k - 1] += len(t)
+    return _Compared(chosen.tolist(), drafted.tolist(), expected, counts)
 
 
 def _walk(
     ids: list[int],
     first: int,
     last: int,
-    drafted_KP: Tensor,
-    chosen_P: Tensor,
+    compared: _Compared,
     end_tokens: Collection[int],
     target_shift: int,
 ) -> Counts:
     """The rounds of decoding this text: `first` is the position of its first response token, `last` its length."""
-    counts = Counts(depth=drafted_KP.shape[0])
+    counts = Counts(depth=len(compared.drafted))
     counts.start()
-    drafted, chosen = drafted_KP.tolist(), chosen_P.tolist()
+    drafted, chosen = compared.drafted, compared.chosen
     # The text ends with its first end token, whatever follows.
     last = next((place + 1 for place in range(first, last) if ids[place] in end_tokens), last)
     newest = first
@@ -112,30 +146,10 @@ def _walk(
         room = last - 1 - newest
         while accepted < min(counts.depth, room):
             k = accepted + 1
-            row = alignment.teacher_row(torch.tensor(t), k).item() + target_shift
-            if row >= len(chosen) or drafted[k - 1][t] != chosen[int(row)]:
+            row = alignment.teacher_row(t, k) + target_shift
+            if row >= len(chosen) or drafted[k - 1][t] != chosen[row]:
                 break
             accepted += 1
         # The token after the accepted ones is the main head's own, which this text has as well.
         newest += counts.round(accepted, room=room)
     return counts
-
-
-def _add_expected(
-    suite: SuiteCounts, trunk: Trunk, heads: Heads, hidden_PD: Tensor, states_PD: list[Tensor], first: int, last: int
-) -> None:
-    """Adds Σ_x min(p, q) of every position where decoding could draft, one depth after the other."""
-    rows = heads.rows()
-    main, draft = trunk.unembedding.select(None), trunk.unembedding.select(rows)
-    assert suite.expected is not None
-    assert suite.expected_rows is not None
-    for k, state in enumerate(states_PD, start=1):
-        # None where the response is shorter than the draft.
-        positions = torch.arange(first - 1, max(first - 1, last - 1 - k), device=hidden_PD.device)
-        for tile in positions.split(TILE):
-            p = main(hidden_PD[alignment.teacher_row(tile, k)]).float().softmax(-1)
-            q = draft(state[tile]).float().softmax(-1)
-            if rows is not None:
-                p = p[:, rows]
-            suite.expected[k - 1] += torch.minimum(p, q).sum().item()
-            suite.expected_rows[k - 1] += len(tile)
