@@ -1,9 +1,10 @@
 """Counts of one decoded text, and the one rule by which a draft counts.
 
-A round drafts K tokens and writes `accepted + 1`. A draft of depth k counts if the finished text has a
-token in its place: drafts past the length limit or behind the end token never count, accepted or not.
-Offline and decoded measurement share this rule, so that on the trunk's own greedy text they give equal
-counts. Where a text ends is known when it has ended, so its rounds are counted then.
+A round drafts K tokens and writes `accepted + 1`. Its drafts count if the finished text has tokens in
+all K places: the last round or two of a text, whose drafts lie past the length limit or behind the end
+token, count at no depth. All depths are thus counted over the same rounds, and CAR_k is the product of
+AR_1..AR_k. Offline and decoded measurement share this rule, so that on the trunk's own greedy text they
+give equal counts. Where a text ends is known when it has ended, so its rounds are counted then.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ class Counts:
         Returns:
             How many tokens the round writes.
         """
-        for k in range(min(self.depth, room)):
-            self.drafted[k] += 1
-            self.accepted[k] += k < accepted
+        if room >= self.depth:
+            for k in range(self.depth):
+                self.drafted[k] += 1
+                self.accepted[k] += k < accepted
         written = min(accepted + 1, room)
         self.tokens += written
         self.forwards += 1
