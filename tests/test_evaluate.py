@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from architectures import TOKENS, greedy_text, random_heads
+from architectures import TOKENS, greedy_text, random_heads, tiny_trunk
 from conftest import Learned, learn
 from rich.console import Console
 
@@ -16,7 +17,7 @@ from mtpd import alignment
 from mtpd.data.packing import Sample
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts, cumulative
-from mtpd.evaluate.decoded import measure_decoded
+from mtpd.evaluate.decoded import measure_decoded, parted_at_tie
 from mtpd.evaluate.offline import measure_offline
 from mtpd.evaluate.report import decoded_table, offline_table, plot_car, with_total
 from mtpd.heads import Heads
@@ -223,3 +224,14 @@ def test_tables_and_picture(tmp_path: Path) -> None:
     assert "2.00x → 2.00x" in shown
     plot_car(tmp_path / "car.png", {"before": before, "after": after}, apart=frozenset(["code"]))
     assert (tmp_path / "car.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_tie_is_told_from_a_mistake() -> None:
+    """Fault: a wrong token excused as a tie, or a tie reported as a wrong text."""
+    trunk = copy.deepcopy(tiny_trunk("llama"))
+    prompt = torch.tensor([3, 4, 5])
+    ranked = trunk.unembedding(trunk.hidden(prompt[None])[0, -1]).argsort(descending=True).tolist()
+    assert not parted_at_tie(trunk, prompt, [ranked[0]], [ranked[-1]])
+    assert not parted_at_tie(trunk, prompt, [ranked[0]], [ranked[0]])
+    trunk.model.get_output_embeddings().weight.data[ranked[1]] = trunk.unembedding.weight[ranked[0]]
+    assert parted_at_tie(trunk, prompt, [ranked[0]], [ranked[1]])

@@ -34,6 +34,8 @@ class SuiteCounts(BaseModel):
     plain_seconds: float | None = None
     identical: int | None = None
     """Decoded prompts whose text equals plain `generate` token for token; null offline."""
+    ties: int | None = None
+    """Of the others, those that part from it at a tie: two tokens whose logits agree to rounding. null offline."""
     expected: list[float] | None = None
     """Sums over drafts of Σ_x min(p, q) at each depth, teacher-forced: what sampling would accept; null decoded."""
     expected_rows: list[int] | None = None
@@ -117,7 +119,7 @@ class Acceptance(BaseModel):
             total.drafted = [a + b for a, b in zip(total.drafted, suite.drafted, strict=True)]
             total.accepted = [a + b for a, b in zip(total.accepted, suite.accepted, strict=True)]
             total.seconds += suite.seconds
-        for name in ("plain_seconds", "identical"):
+        for name in ("plain_seconds", "identical", "ties"):
             values = [getattr(suite, name) for suite in chosen]
             setattr(total, name, None if None in values else sum(values))
         for name in ("expected", "expected_rows"):

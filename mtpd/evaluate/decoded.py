@@ -16,6 +16,9 @@ from mtpd.evaluate.acceptance import SuiteCounts
 from mtpd.heads import Heads
 from mtpd.trunk import Trunk
 
+TIE_UNITS = 4
+"""Logits this many units of rounding (of the largest logit) apart are a tie."""
+
 
 def measure_decoded(
     trunk: Trunk,
@@ -34,7 +37,8 @@ def measure_decoded(
         max_new_tokens: the same limit for all.
 
     Returns:
-        For each name, counts by family; `identical` says in how many prompts the text was that of `generate`.
+        For each name, counts by family; `identical` says in how many prompts the text was that of `generate`,
+        `ties` in how many it parted from it at a tie.
     """
     results: dict[str, dict[str, SuiteCounts]] = {name: {} for name in heads}
     if not samples:
@@ -57,7 +61,24 @@ def measure_decoded(
             suite.add(counts, seconds=seconds)
             suite.plain_seconds = (suite.plain_seconds or 0.0) + plain_seconds
             suite.identical = (suite.identical or 0) + (tokens == text)
+            suite.ties = (suite.ties or 0) + (tokens != text and parted_at_tie(trunk, prompt, text, tokens))
     return results
+
+
+@torch.inference_mode()
+def parted_at_tie(trunk: Trunk, prompt: torch.Tensor, text: list[int], other: list[int]) -> bool:
+    """Whether two texts part where the main head rates both tokens the same, to rounding.
+
+    A pass over one token and a pass over several round differently; in 16 bits that decides between
+    tokens whose logits are a few units in the last place apart.
+    """
+    place = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), None)
+    if place is None:
+        return False
+    prefix = torch.cat([prompt, prompt.new_tensor(text[:place])])
+    logits = trunk.unembedding(trunk.hidden(prefix[None])[0, -1]).float()
+    gap = (logits[text[place]] - logits[other[place]]).abs()
+    return bool(gap <= TIE_UNITS * torch.finfo(trunk.dtype).eps * logits.abs().max())
 
 
 def _plain(trunk: Trunk, prompt: torch.Tensor, max_new_tokens: int, end_tokens: Collection[int]) -> list[int]:
