@@ -42,7 +42,8 @@ def both(trunk: Trunk, heads: Heads, samples: list[Sample], ends: list[int], lim
     offline = measure_offline(trunk, heads, samples, end_tokens=ends, batch=3, progress=False)
     decoded = measure_decoded(trunk, {"heads": heads}, samples, max_new_tokens=limit, end_tokens=ends, progress=False)
     assert all(suite.identical == suite.prompts for suite in decoded["heads"].values())
-    only_one = {"seconds", "plain_seconds", "identical", "expected", "expected_rows"}
+    assert all(suite.ties == 0 for suite in decoded["heads"].values())
+    only_one = {"seconds", "plain_seconds", "identical", "ties", "expected", "expected_rows"}
     return [
         {family: suite.model_dump(exclude=only_one) for family, suite in suites.items()}
         for suites in (offline, decoded["heads"])
