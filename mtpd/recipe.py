@@ -188,6 +188,9 @@ class EvaluationRecipe(Section):
     decode_prompts: int = Field(default=14, ge=0)
     """Held-out prompts that are decoded for real with drafts and verification, beside plain `generate`, one
     after the other; 0 leaves it out."""
+    decode_depth: int | None = Field(default=None, ge=1)
+    """Tokens drafted a round while decoding, at most `heads.depth`; null for all. Where a draft costs much of a pass
+    of the trunk, fewer are faster."""
     dtype: Literal["float32", "bfloat16", "float16", "trunk"] = "float32"
     """Number format while decoding. trunk: the one of the run. In float32 the text of one-token and
     many-token passes agrees; lower precision can break ties differently."""
@@ -218,7 +221,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Recipe:
-        for problem in (*_data_problems(self.data), *_train_problems(self.train, self.heads.depth)):
+        problems = [*_data_problems(self.data), *_train_problems(self.train, self.heads.depth)]
+        drafts = self.evaluation.decode_depth
+        if drafts is not None and drafts > self.heads.depth:
+            problems.append(
+                f"evaluation.decode_depth: {drafts} is more than there are heads; "
+                f"accepted: at most heads.depth, which is {self.heads.depth}"
+            )
+        for problem in problems:
             raise ValueError(problem)
         return self
 

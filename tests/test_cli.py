@@ -227,7 +227,9 @@ def test_a_real_interrupt_of_the_process(tmp_path: Path) -> None:
     script = tmp_path / "wait.py"
     script.write_text(
         textwrap.dedent("""
-            import sys, time, types
+            import signal, sys, time, types
+            # Tests that run in the background of a shell inherit that the signal is ignored.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             module = types.ModuleType("mtpd.distill.run")
             def distill(recipe, *, fresh):
                 print("running", flush=True)

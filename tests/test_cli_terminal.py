@@ -22,11 +22,11 @@ def talk() -> None:
 
 @pytest.fixture
 def deepspeed(tmp_path: Path) -> Path:
-    """The file that deepspeed's logger writes to."""
+    """The file that deepspeed's logger writes to, and nowhere else: its own handler may hold a closed stream."""
     logger, handler = logging.getLogger("DeepSpeed"), logging.FileHandler(tmp_path / "log")
-    logger.addHandler(handler)
+    before, logger.handlers = logger.handlers, [handler]
     yield tmp_path / "log"
-    logger.removeHandler(handler)
+    logger.handlers = before
 
 
 def test_own_warnings_are_one_line_and_those_of_libraries_are_hidden(

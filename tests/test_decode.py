@@ -175,3 +175,15 @@ def test_counts_by_hand() -> None:
     assert counts.round(1, room=2) == 2
     assert (counts.drafted, counts.accepted) == ([2, 2, 2], [2, 2, 1])
     assert (counts.tokens, counts.forwards) == (1 + 3 + 3 + 2, 4)
+
+
+def test_fewer_heads_draft_the_same() -> None:
+    """Fault: heads that were shortened draft other tokens, or their text is another one."""
+    trunk = tiny_trunk("llama")
+    whole, fewer = random_heads(trunk), random_heads(trunk)
+    fewer.shorten(2)
+    ids = torch.arange(3, 15)
+    hidden = trunk.hidden(ids[None])[:, :-1]
+    assert fewer.depth == 2
+    assert torch.equal(fewer.drafter(trunk).draft(hidden, ids), whole.drafter(trunk).draft(hidden, ids)[:2])
+    assert generate(trunk, fewer, ids, max_new_tokens=20)[0] == generate(trunk, whole, ids, max_new_tokens=20)[0]

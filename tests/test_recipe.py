@@ -113,7 +113,7 @@ def test_a_dump_keeps_values_that_yaml_could_misread(tmp_path: Path) -> None:
         ("learning_rat=1", "did you mean train.learning_rate?"),
         ("temperature=1", "did you mean data.temperature?"),
         ("warmup=1", "did you mean train.warmup_ratio?"),
-        ("heads.zzz=1", "accepted here: kind, depth, init, vocabulary"),
+        ("heads.zzz=1", "accepted here: kind, depth, shared, init, vocabulary"),
         ("data.given=[{prompts: a.jsonl, limt: 3}]", "did you mean data.given.limit?"),
     ],
 )
@@ -275,3 +275,9 @@ def test_default_numbers_are_finite() -> None:
     numbers = [value for value in TrainRecipe().model_dump().values() if isinstance(value, float)]
     assert numbers
     assert all(map(math.isfinite, numbers))
+
+
+def test_more_drafts_than_heads_are_refused() -> None:
+    """Fault: a depth that no head drafts accepted, and found out after the training."""
+    with pytest.raises(UserError, match=r"evaluation\.decode_depth: 3 .* at most heads\.depth, which is 2"):
+        load_recipe(None, ["model=tiny", "heads.depth=2", "evaluation.decode_depth=3"])

@@ -323,6 +323,8 @@ def decode(session: Session, samples: Sequence[Sample]) -> None:
         trunk = Trunk(model, tokens=session.trunk.tokens)
     folders = {run.decoded_before: run.heads_before, run.decoded: run.heads}
     heads = {path.name: load_heads(folder, trunk).to(wanted) for path, folder in folders.items()}
+    for each in heads.values():
+        each.shorten(evaluation.decode_depth or each.depth)
     results = measure_decoded(
         trunk,
         heads,

@@ -75,6 +75,14 @@ class ChainHeads(nn.Module):
         heads: list[Any] = list(self.layers)
         return heads * self.depth if self.config.shared else heads
 
+    def shorten(self, depth: int) -> None:
+        """Keeps the heads of depth 1..`depth` only: no later one changes what they draft."""
+        assert 1 <= depth <= self.depth, "heads can only become fewer"
+        blocks = 1 if self.config.shared else depth
+        self.layers = self.layers[:blocks]
+        kept = {"depth": depth, "source_layers": self.config.source_layers[:blocks]}
+        self.config = self.config.model_copy(update=kept)
+
     def rows(self) -> Tensor | None:
         """Token ids of the draft vocabulary, or None when the heads draft over the whole of it."""
         vocabulary: Any = self.vocabulary
