@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -36,13 +36,12 @@ def offline_table(before: Acceptance, after: Acceptance, *, apart: frozenset[str
     first = with_total(before, apart=apart)
     for name, suite in with_total(after, apart=apart).items():
         cells = [f"{a:.2f} → {b:.2f}" for a, b in zip(first[name].car, suite.car, strict=True)]
-        expected = "/".join(f"{value:.2f}" for value in suite.expected_acceptance or [])
         table.add_row(
             name,
             str(suite.prompts),
             *cells,
-            "/".join(f"{value:.2f}" for value in suite.ar),
-            expected,
+            _short(suite.ar),
+            _short(suite.expected_acceptance or []),
             f"{first[name].tau:.2f} → {suite.tau:.2f}",
             style="bold" if name == TOTAL else None,
         )
@@ -59,7 +58,7 @@ def decoded_table(before: Acceptance, after: Acceptance, *, apart: frozenset[str
         table.add_row(
             name,
             str(suite.prompts),
-            "/".join(f"{value:.2f}" for value in suite.car),
+            _short(suite.car),
             f"{first[name].tau:.2f} → {suite.tau:.2f}",
             f"{_rate(suite.tokens, suite.plain_seconds):.1f}",
             f"{_rate(first[name].tokens, first[name].seconds):.1f} → {_rate(suite.tokens, suite.seconds):.1f}",
@@ -68,6 +67,11 @@ def decoded_table(before: Acceptance, after: Acceptance, *, apart: frozenset[str
             style="bold" if name == TOTAL else None,
         )
     return table
+
+
+def _short(rates: Sequence[float]) -> str:
+    """Rates of all depths in one cell: .45/.31/1.00"""
+    return "/".join(f"{rate:.2f}".removeprefix("0") for rate in rates)
 
 
 def _rate(tokens: int, seconds: float | None) -> float:
@@ -96,7 +100,7 @@ def plot_car(path: Path, runs: Mapping[str, Acceptance], *, apart: frozenset[str
         axis.set_ylim(0, 1)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    axes[0][0].set_ylabel("CAR_k: share of drafts whose first k tokens are accepted")
+    axes[0][0].set_ylabel("CAR_k (first k drafts all accepted)")
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
