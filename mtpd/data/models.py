@@ -10,7 +10,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -196,9 +195,7 @@ def _locate(name: str) -> tuple[str, bool, dict[str, Any]]:
 def _with_weights(
     place: str, options: dict[str, Any], name: str, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    further: dict[str, Any] = (
-        {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in options else {"use_safetensors": True}
-    )
+    further: dict[str, Any] = builtin_models.gguf_options() if "gguf_file" in options else {"use_safetensors": True}
     model, report = AutoModelForCausalLM.from_pretrained(
         place, dtype=dtype, output_loading_info=True, **options, **further
     )
