@@ -24,12 +24,13 @@ from mtpd.data.store import HiddenStore
 from mtpd.data.vocabulary import draft_vocabulary
 from mtpd.distill.arguments import loss_settings, training_arguments
 from mtpd.distill.model import DistillModel
+from mtpd.distill.run import heads_config
 from mtpd.distill.trainer import HeadTrainer, TrainingRows
 from mtpd.evaluate.acceptance import SuiteCounts
 from mtpd.evaluate.offline import measure_offline
 from mtpd.files import fingerprint_json
-from mtpd.heads import Heads, HeadsConfig, build_heads
-from mtpd.heads.initialise import fit, initialise, source_layers
+from mtpd.heads import Heads, build_heads
+from mtpd.heads.initialise import fit, initialise
 from mtpd.recipe import Recipe, parse_recipe
 from mtpd.trunk import Trunk
 
@@ -90,14 +91,8 @@ class Lab:
         """New heads with the recipe's start."""
         settings = recipe.heads
         vocabulary = draft_vocabulary(rows, settings.vocabulary, tokens=self.trunk.tokens or 0, always=self.ends)
-        layers = source_layers(settings.init, 1 if settings.shared else settings.depth, self.trunk.depth)
-        config = HeadsConfig(
-            depth=settings.depth,
-            hidden_size=self.trunk.hidden_size,
-            shared=settings.shared,
-            source_layers=layers,
-            vocabulary_size=0 if vocabulary is None else len(vocabulary),
-        )
+        size = 0 if vocabulary is None else len(vocabulary)
+        config = heads_config(recipe, self.trunk, vocabulary=size, fingerprint=self.fingerprint)
         heads = build_heads(self.trunk, config)
         initialise(heads, self.trunk, settings.init, seed=recipe.seed)
         if vocabulary is not None:

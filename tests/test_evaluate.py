@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.console import Console
 from mtpd import alignment
 from mtpd.data.packing import Sample
 from mtpd.errors import UserError
-from mtpd.evaluate.acceptance import Acceptance, SuiteCounts, cumulative
+from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.decoded import measure_decoded, parted_at_tie
 from mtpd.evaluate.offline import measure_offline
 from mtpd.evaluate.report import decoded_table, offline_table, plot_car, with_total
@@ -139,7 +140,7 @@ def test_ratios_by_hand() -> None:
     suite = counts(seconds=2.0, plain_seconds=5.0, expected=[5.0, 2.0, 0.0], expected_rows=[10, 8, 0])
     assert suite.car == pytest.approx([0.8, 0.4, 0.25])
     assert suite.ar == pytest.approx([0.8, 0.5, 0.625])
-    assert cumulative(suite.ar) == pytest.approx(suite.car)
+    assert [math.prod(suite.ar[: k + 1]) for k in range(len(suite.ar))] == pytest.approx(suite.car)
     assert suite.tau == pytest.approx(1 + 0.8 + 0.4 + 0.25)
     assert suite.speedup == 2.5
     assert suite.expected_acceptance == pytest.approx([0.5, 0.25, 0.0])

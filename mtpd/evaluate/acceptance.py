@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -156,8 +156,3 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def cumulative(rates: Iterable[float]) -> list[float]:
-    """CAR from AR: products of the first k."""
-    return list(accumulate(rates, lambda a, b: a * b))

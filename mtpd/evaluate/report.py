@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -90,9 +91,9 @@ def plot_car(path: Path, runs: Mapping[str, Acceptance], *, apart: frozenset[str
     figure, axes = pyplot.subplots(1, len(runs), figsize=(5.2 * len(runs), 4.2), sharey=True, squeeze=False)
     for axis, (title, acceptance) in zip(axes[0], runs.items(), strict=True):
         for name, suite in with_total(acceptance, apart=apart).items():
-            style = {"linewidth": 3.0, "color": "black"} if name == TOTAL else {"linewidth": 1.3}
+            style: dict[str, Any] = {"linewidth": 3.0, "color": "black"} if name == TOTAL else {"linewidth": 1.3}
             if name in apart:
-                style["linestyle"] = "--"  # type: ignore[assignment]
+                style["linestyle"] = "--"
             axis.plot(range(1, len(suite.car) + 1), suite.car, marker="o", label=f"{name} (τ {suite.tau:.2f})", **style)
         axis.set_title(title)
         axis.set_xlabel("depth k")
