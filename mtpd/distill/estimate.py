@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from mtpd.data.prompts import Prompt, load_prompts, render
 from mtpd.data.sources import at_hand
 from mtpd.distill.run import split_prompts
-from mtpd.losses.fused import TILE_BYTES
+from mtpd.losses.fused import block_size
 from mtpd.recipe import Recipe
 
 CHARACTERS_PER_TOKEN = 4
@@ -28,8 +28,6 @@ COUNTED = 1000
 """Prompts that are tokenised and packed; the others are taken to be like them."""
 BYTES_OF_A_TOKEN_ID = 7
 """In responses.jsonl: digits, comma, space."""
-LIVE_TILES = 8
-"""Tiles of logits that the fused loss holds at a time."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +192,6 @@ def estimate_memory(recipe: Recipe, sizes: Sizes, *, decoding_item: int) -> dict
     batch_tokens = recipe.train.rows_per_step * data.row_length
     # What autograd keeps of a head, counted in a llama block: 22 D of norms, projection and residuals.
     elements = 22 * sizes.hidden + 2 * sizes.projected + 4 * sizes.inner + 6 * sizes.hidden * sizes.experts
-    tile = max(1, TILE_BYTES // (4 * sizes.columns)) * sizes.columns * 4
     phases = {
         "generating": {
             "trunk": weights,
@@ -215,7 +212,7 @@ def estimate_memory(recipe: Recipe, sizes: Sizes, *, decoding_item: int) -> dict
             "heads in the trunk's number format": item * sizes.trained if item < 4 else 0,
             "activations of the heads": batch_tokens * sizes.depth * elements * item,
             "hidden states of a batch": batch_tokens * sizes.hidden * item,
-            "loss tile": LIVE_TILES * tile,
+            "loss": block_size(sizes.columns, sizes.columns, item)[1],
         },
     }
     if data.responses == "given":

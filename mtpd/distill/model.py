@@ -29,6 +29,7 @@ class DistillModel(nn.Module):
         self.settings = settings
         self.sums: LossSums | None = None
         rows = heads.rows()
+        self.main_head = trunk.unembedding.select(None)
         self.unembedding = trunk.unembedding.select(rows)
         # Column of each token among the unembedding's rows in use, -1 where it has none.
         columns = torch.full((trunk.unembedding.weight.shape[0],), -1, dtype=torch.long, device=trunk.device)
@@ -63,6 +64,8 @@ class DistillModel(nn.Module):
             targets_P=[columns[alignment.target_tokens(input_ids, k)].flatten() for k in depths],
             masks_P=[alignment.counted(labels, position_ids, k).flatten() for k in depths],
             settings=self.settings,
+            main_head=self.main_head,
+            columns_M=self.heads.rows(),
         )
         if num_items_in_batch is None:
             num_items_in_batch = (labels != alignment.IGNORED).sum()

@@ -1,54 +1,47 @@
 """The loss of all depths without a [T, V] tensor: the values of `reference.py`, tile by tile.
 
-The derivation. With frozen W, the gradient of a row's loss with respect to its logits y is known as
-soon as y is, so loss and gradient need one pass:
+With frozen W, the gradient of a row's loss with respect to its logits y is known as soon as y is, so loss and
+gradient need one pass:
 
-    y = finish(W h)             p = softmax(y)         q = softmax(z / τ), z = finish(W h_teacher)
-    CE  = lse(y) - y_x          dCE/dy = p - 1_x
-    KL  = Σ q log q - Σ q y + lse_S(y)     dKL/dy = p_S - q        (S: the teacher's top n; p_S renormalised)
-    dL/dh = (dL/dy · finish'(y)) W
+    y = finish(W h)      L and dL/dy from y and the teacher row (`tile.py`)      dL/dh = (dL/dy · finish'(y)) W
 
-That is two products a head and one for the teacher. Depth k's student row t and teacher row t + k meet
-in one tile because tiles run over teacher rows: each teacher row is computed once for all depths.
+That is two products a head and one for the teacher. Depth k's student row t and teacher row t + k meet in one
+block because blocks run over teacher rows: each teacher row is computed once for all depths.
 
-Legend: P flat positions, D hidden size, S rows of a tile, M vocabulary columns in use.
+Two sizes, because a CPU wants both: products are over blocks of many rows, so that W is read seldom; the sweeps
+between them are over tiles of few rows, which stay in cache. Gradients take the place of the logits they come from.
+
+Two losses need something of other rows. LK's λ is taken from a few rows before the pass. The end-to-end TV of a
+position multiplies its depths, which lie in different teacher rows; but that only scales the gradient of whole rows,
+so it is done after the pass.
+
+Legend: P flat positions, D hidden size, R rows of a block, S rows of a tile, M columns in use, V tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtpd import alignment
+from mtpd.losses import reference, tile
+from mtpd.losses.settings import ESTIMATE_ROWS, LossSettings, LossSums
 from mtpd.trunk import Unembedding
 
+__all__ = ["BLOCK_BYTES", "TILE_BYTES", "LossSettings", "LossSums", "multi_depth_loss"]
+
+BLOCK_ROWS = 256
+"""Rows of a block at most: from there on matrix products are not faster."""
+BLOCK_BYTES = 256 * 2**20
+"""Size of a block at most: logits of the teacher and of one depth, and the teacher's probabilities."""
 TILE_BYTES = 4 * 2**20
-"""Size of one float32 tile of logits; a handful of them live at a time. Larger ones leave the cache."""
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """alpha and beta per depth; n of the top-n set (0: all columns); teacher temperature."""
-
-    alpha: tuple[float, ...]
-    beta: tuple[float, ...]
-    top_n: int = 0
-    teacher_temperature: float = 1.0
-
-
-@dataclass(frozen=True)
-class LossSums:
-    """Sums over rows, per depth [K]: what is logged beside the loss. None of them holds a graph."""
-
-    rows: Tensor
-    cross_entropy: Tensor
-    divergence: Tensor
-    accepted: Tensor
-    """Rows whose first k drafts all equal the main head's own choice, teacher-forced."""
+"""Size of one float32 tile. Larger ones leave the cache."""
+LIVE_TILES = 8
+"""Tiles that the sweeps hold at a time."""
 
 
 def multi_depth_loss(
@@ -59,95 +52,50 @@ def multi_depth_loss(
     targets_P: Sequence[Tensor],
     masks_P: Sequence[Tensor],
     settings: LossSettings,
+    main_head: Unembedding | None = None,
+    columns_M: Tensor | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, LossSums]:
-    """Σ_k Σ_rows α_k CE + β_k KL, and the sums behind it.
+    """Σ_k Σ_rows α_k CE + β_k D, and the sums behind it.
 
     Args:
         students_PD: states of depth 1..K at flat positions, each [P, D].
         trunk_PD: the trunk's states h at the same positions [P, D]; depth k is compared with row p + k.
         unembedding: shared and frozen, over the columns in use (no padding rows, or a draft vocabulary).
         targets_P: per depth, the column of the token to predict [P], -1 where it has no column.
-        masks_P: per depth, which positions count [P] bool.
-        settings: weights, top-n, temperature.
+        masks_P: per depth, which positions count [P] bool. They nest: where depth k counts, those before it do.
+        settings: weights and form of the loss.
+        main_head, columns_M: with a draft vocabulary, the unembedding over all tokens and the token of each
+            column; read by losses of the teacher's true probabilities.
+        compiled: runs the sweeps over a tile as code of torch.compile. Needs a compiler on the machine.
 
     Returns:
         The summed loss (a scalar in float32 that carries gradient to `students_PD` only) and the sums.
     """
-    depths = len(students_PD)
-    assert len(settings.alpha) == len(settings.beta) == depths, "one alpha and one beta for each depth"
-    loss, *sums = _FusedLoss.apply(
-        trunk_PD.detach(), unembedding, tuple(targets_P), tuple(masks_P), settings, *students_PD
-    )
+    assert len(students_PD) == len(settings.alpha), "one alpha and one beta for each depth"
+    walk = _Walk(trunk_PD.detach(), unembedding, targets_P, masks_P, settings, main_head, columns_M, compiled)
+    loss, *sums = _FusedLoss.apply(walk, *students_PD)
     return loss, LossSums(*sums)
+
+
+def block_size(columns: int, tokens: int, item: int) -> tuple[int, int]:
+    """Rows of a block, and the bytes that the loss takes while it runs, gradients left out.
+
+    Args:
+        columns: M, of the students.
+        tokens: of the teacher: M, or V for losses of its true probabilities.
+        item: bytes of a number of the unembedding.
+    """
+    row = (columns + tokens) * item + 2 * columns * max(4, item)
+    rows = max(1, min(BLOCK_ROWS, BLOCK_BYTES // row))
+    return rows, rows * row + LIVE_TILES * max(TILE_BYTES, 4 * columns)
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        trunk_PD: Tensor,
-        unembedding: Unembedding,
-        targets_P: tuple[Tensor, ...],
-        masks_P: tuple[Tensor, ...],
-        settings: LossSettings,
-        *students_PD: Tensor,
-    ) -> tuple[Tensor, ...]:
-        depths = len(students_PD)
-        device = trunk_PD.device
-        positions = trunk_PD.shape[0]
-        needs_grad = any(ctx.needs_input_grad[5:])
-        sums = torch.zeros(4, depths, dtype=torch.float64, device=device)
-        loss = torch.zeros((), dtype=torch.float64, device=device)
-        grads = [torch.zeros_like(student) if needs_grad else None for student in students_PD]
-
-        used = torch.zeros(positions + depths, dtype=torch.bool, device=device)
-        for k, mask in enumerate(masks_P, start=1):
-            used[k : k + positions] |= mask
-        # A mask never reaches past its document, so a teacher row is always inside.
-        teacher_rows = used.nonzero().squeeze(1)
-        # accepted_so_far[p]: every depth up to the last one drafted from p what the main head chose.
-        accepted_so_far = torch.ones(positions, dtype=torch.bool, device=device)
-        chosen = torch.full((positions + depths,), -1, dtype=torch.long, device=device)
-        drafted = torch.full((depths, positions), -2, dtype=torch.long, device=device)
-
-        tile = max(1, TILE_BYTES // (4 * unembedding.weight.shape[0]))
-        for rows in teacher_rows.split(tile):
-            z = _exact(unembedding(trunk_PD[rows]))
-            chosen[rows] = z.argmax(1)
-            teacher = _Teacher(z, settings)
-            for k in range(1, depths + 1):
-                at = rows - k
-                inside = at >= 0
-                keep = inside & masks_P[k - 1][at.clamp_min(0)]
-                if not bool(keep.any()):
-                    continue
-                at = at[keep]
-                every = bool(keep.all())
-                student = students_PD[k - 1][at]
-                y = _exact(unembedding(student))
-                alpha, beta = settings.alpha[k - 1], settings.beta[k - 1]
-                ce, kl, drafted[k - 1, at], dy = teacher.compare(
-                    y, targets_P[k - 1][at], None if every else keep, alpha, beta, needs_grad
-                )
-                sums[0, k - 1] += len(at)
-                sums[1, k - 1] += ce
-                sums[2, k - 1] += kl
-                loss += alpha * ce + beta * kl
-                if dy is not None:
-                    if unembedding.softcap is not None:
-                        dy *= 1.0 - (y / unembedding.softcap) ** 2
-                    if unembedding.scale != 1.0:
-                        dy *= unembedding.scale
-                    weight = unembedding.weight
-                    grad: Any = grads[k - 1]
-                    grad[at] = (dy.to(weight.dtype) @ weight).to(grad.dtype)
-        for k in range(1, depths + 1):
-            mask = masks_P[k - 1]
-            accepted_so_far &= (
-                drafted[k - 1] == chosen[alignment.teacher_row(torch.arange(positions, device=device), k)]
-            )
-            sums[3, k - 1] = (accepted_so_far & mask).sum()
-        ctx.save_for_backward(*[g for g in grads if g is not None])
+    def forward(ctx: Any, walk: _Walk, *students_PD: Tensor) -> tuple[Tensor, ...]:
+        loss, sums, grads = walk.run(students_PD, needs_grad=any(ctx.needs_input_grad))
+        ctx.save_for_backward(*grads)
         exact = torch.promote_types(students_PD[0].dtype, torch.float32)
         logged = sums.to(exact).unbind(0)
         ctx.mark_non_differentiable(*logged)
@@ -155,71 +103,175 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        return (None, None, None, None, None, *(grad_loss.to(g.dtype) * g for g in ctx.saved_tensors))
+        return (None, *(grad_loss.to(grad.dtype) * grad for grad in ctx.saved_tensors))
 
 
-def _exact(logits: Tensor) -> Tensor:
-    """float32, or float64 where the inputs are."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+class _Walk:
+    """One pass over all teacher rows that are compared with something."""
+
+    def __init__(
+        self,
+        trunk_PD: Tensor,
+        unembedding: Unembedding,
+        targets_P: Sequence[Tensor],
+        masks_P: Sequence[Tensor],
+        settings: LossSettings,
+        main_head: Unembedding | None,
+        columns_M: Tensor | None,
+        compiled: bool,
+    ) -> None:
+        self.trunk_PD, self.unembedding = trunk_PD, unembedding
+        self.targets_P, self.masks_P = targets_P, masks_P
+        self.settings = settings
+        self.teacher_head, self.columns_M = unembedding, None
+        if settings.true_probabilities and columns_M is not None:
+            assert main_head is not None, "columns_M comes with main_head"
+            self.teacher_head, self.columns_M = main_head, columns_M
+        self.compare = _compiled_compare() if compiled else tile.compare
+
+    def run(self, students_PD: Sequence[Tensor], *, needs_grad: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The loss, the sums [4, K] and the gradient of each depth."""
+        settings, device = self.settings, self.trunk_PD.device
+        depths, positions = len(students_PD), len(self.trunk_PD)
+        columns = self.unembedding.weight.shape[0]
+        weight = self.unembedding.weight
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        grads = [torch.zeros_like(student) for student in students_PD] if needs_grad else []
+        values_KP = torch.zeros(2, depths, positions, dtype=exact, device=device)
+        # No choice of a student equals that of a teacher row which was not computed.
+        drafted_KP = torch.full((depths, positions), -2, dtype=torch.long, device=device)
+        chosen = torch.full((positions + depths,), -1, dtype=torch.long, device=device)
+        weights = self._mixtures(students_PD)
+
+        rows, kept_KR = self._order()
+        kept_on_host = kept_KR.cpu()
+        size, _ = block_size(columns, self.teacher_head.weight.shape[0], weight.dtype.itemsize)
+        raw_z = weight.new_empty(min(size, len(rows)), self.teacher_head.weight.shape[0])
+        raw_y = weight.new_empty(min(size, len(rows)), columns)
+        step = max(1, TILE_BYTES // (4 * columns))
+        for start in range(0, len(rows), size):
+            block = rows[start : start + size]
+            logits = _product(self.trunk_PD[block], self.teacher_head, raw_z[: len(block)])
+            teachers = []
+            for part, ids in zip(logits.split(step), block.split(step), strict=True):
+                teacher, chosen[ids] = tile.teacher_tile(part, self.teacher_head, settings, self.columns_M)
+                teachers.append(teacher)
+            for k in range(1, depths + 1):
+                kept = kept_on_host[k - 1, start : start + size]
+                if not kept.any():
+                    continue
+                # Where masks nest, the rows that depth k reads come first in a block, and none is in vain.
+                count = int(kept.nonzero()[-1]) + 1
+                all_kept = bool(kept[:count].all())
+                at = block[:count] - k
+                if not all_kept:
+                    keep = kept_KR[k - 1, start : start + count]
+                    at = torch.where(keep, at, 0)
+                y = _product(students_PD[k - 1][at], self.unembedding, raw_y[:count])
+                depth = tile.Depth.of(settings, k, self.unembedding)
+                label_weight = torch.tensor(depth.label_weight, dtype=exact, device=device)
+                target = self.targets_P[k - 1][at]
+                results = [
+                    self.compare(
+                        part,
+                        None if teacher is None else teacher.rows(len(part)),
+                        wanted,
+                        label_weight,
+                        weights[k - 1],
+                        self.unembedding,
+                        settings,
+                        diverges=depth.diverges,
+                        needs_grad=needs_grad,
+                    )
+                    for part, teacher, wanted in zip(y.split(step), teachers, target.split(step), strict=False)
+                ]
+                ce, value, choice = (torch.cat(parts) for parts in zip(*results, strict=True))
+                found = (y @ weight).mul_(depth.factor) if needs_grad else None
+                if not all_kept:
+                    at, ce, value, choice = at[keep], ce[keep], value[keep], choice[keep]
+                    found = None if found is None else found[keep]
+                values_KP[0, k - 1, at], values_KP[1, k - 1, at] = ce, value
+                drafted_KP[k - 1, at] = choice
+                if found is not None:
+                    grads[k - 1][at] = found.to(grads[k - 1].dtype)
+        return self._finish(values_KP, drafted_KP, chosen, grads)
+
+    def _order(self) -> tuple[Tensor, Tensor]:
+        """Teacher rows that count at some depth [R], those of most depths first, and at which [K, R] bool.
+
+        A teacher row that counts at depth k counts at those before: in this order, the rows of a depth are the
+        first ones of a block, so that none has to be gathered.
+        """
+        depths, positions = len(self.masks_P), len(self.trunk_PD)
+        kept = torch.zeros(depths, positions + depths, dtype=torch.bool, device=self.trunk_PD.device)
+        for k, mask in enumerate(self.masks_P, start=1):
+            kept[k - 1, alignment.teacher_row(0, k) :][:positions] = mask
+        count = kept.sum(0)
+        # A mask never reaches past its document, so a teacher row is always inside.
+        order = count.argsort(descending=True, stable=True)[: int((count > 0).sum())]
+        return order, kept[:, order]
+
+    def _mixtures(self, students_PD: Sequence[Tensor]) -> list[Tensor]:
+        """λ of each depth, for LK: from a few rows, ahead of the pass."""
+        one = torch.ones((), dtype=torch.promote_types(self.unembedding.weight.dtype, torch.float32))
+        weights = [one.to(self.trunk_PD.device)] * len(students_PD)
+        if self.settings.divergence != "lk":
+            return weights
+        for k, (student_PD, mask) in enumerate(zip(students_PD, self.masks_P, strict=True), start=1):
+            at = mask.nonzero().squeeze(1)
+            at = at[:: max(1, -(-len(at) // ESTIMATE_ROWS))]
+            step = max(1, TILE_BYTES // (4 * self.teacher_head.weight.shape[0]))
+            accepted = [
+                reference.acceptance(
+                    tile.finished(_product(student_PD[few], self.unembedding), self.unembedding),
+                    tile.finished(
+                        _product(self.trunk_PD[alignment.teacher_row(few, k)], self.teacher_head), self.teacher_head
+                    ),
+                    columns_M=self.columns_M,
+                    teacher_temperature=self.settings.teacher_temperature,
+                    student_temperature=self.settings.student_temperature,
+                )
+                for few in at.split(step)
+            ]
+            if len(at):
+                weights[k - 1] = reference.lk_weight(torch.cat(accepted), self.settings.eta)
+        return weights
+
+    def _finish(
+        self, values_KP: Tensor, drafted_KP: Tensor, chosen: Tensor, grads: list[Tensor]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Sums over rows, and what the end-to-end loss does with the rows of a position."""
+        settings = self.settings
+        depths, positions = drafted_KP.shape
+        counted_KP = torch.stack(list(self.masks_P))
+        agree_KP = torch.stack(
+            [drafted_KP[k - 1] == chosen[alignment.teacher_row(0, k) :][:positions] for k in range(1, depths + 1)]
+        )
+        ce_KP, value_KP = values_KP.double()
+        sums = torch.stack(
+            [counted_KP.sum(1), ce_KP.sum(1), value_KP.sum(1), (agree_KP.cumprod(0) * counted_KP).sum(1)]
+        )
+        alpha = sums.new_tensor(settings.alpha)
+        if settings.divergence != "end_to_end_tv":
+            return alpha @ sums[1] + sums.new_tensor(settings.beta) @ sums[2], sums, grads
+        accepted_KP = torch.where(counted_KP, 1.0 - value_KP, 1.0).requires_grad_()
+        with torch.enable_grad():
+            loss = reference.end_to_end_tv(accepted_KP, counted_KP, settings.depth_weights).sum()
+            (slope_KP,) = torch.autograd.grad(loss, accepted_KP)
+        # dL/dTV of each row; the pass gave dTV/dh.
+        for grad, slope_P in zip(grads, slope_KP, strict=True):
+            grad.mul_(-slope_P[:, None].to(grad.dtype))
+        return loss.detach(), sums, grads
 
 
-class _Teacher:
-    """One tile of teacher rows: computed once, compared with every depth."""
-
-    def __init__(self, z: Tensor, settings: LossSettings) -> None:
-        self.kept: Tensor | None = None
-        self.q: Tensor | None = None
-        if not any(settings.beta):
-            return
-        if 0 < settings.top_n < z.shape[1]:
-            # The set of the n largest by its smallest member: found by selection, without sorting.
-            threshold = z.kthvalue(z.shape[1] - settings.top_n + 1, dim=1).values
-            self.kept = z >= threshold[:, None]
-        if settings.teacher_temperature != 1.0:
-            z = z / settings.teacher_temperature
-        self.q, lse, _ = _softmax(z, self.kept)
-        self.negative_entropy = (self.q * z).sum(1) - lse
-
-    def compare(
-        self, y: Tensor, target: Tensor, keep: Tensor | None, alpha: float, beta: float, needs_grad: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Summed CE, summed KL, the student's choice [S] and the gradient of α CE + β KL in y [S, M]."""
-        p, lse, choice = _softmax(y, None)
-        known = target >= 0
-        column = target.clamp_min(0)[:, None]
-        ce = torch.where(known, lse - y.gather(1, column).squeeze(1), 0.0).sum()
-        kl = y.new_zeros(())
-        dy: Tensor | None = None
-        weight = (alpha * known.to(y.dtype))[:, None]
-        if self.q is None:
-            dy = p.mul_(weight) if needs_grad else None
-        else:
-            q, kept, negative_entropy = self.q, self.kept, self.negative_entropy
-            if keep is not None:
-                q, negative_entropy = q[keep], negative_entropy[keep]
-                kept = None if kept is None else kept[keep]
-            p_inside, lse_inside = p, lse
-            if kept is not None:
-                p_inside, lse_inside, _ = _softmax(y, kept)
-            kl = (negative_entropy - (q * y).sum(1) + lse_inside).sum()
-            if needs_grad:
-                if kept is None:
-                    dy = p.mul_(weight + beta).sub_(q, alpha=beta)
-                else:
-                    dy = p.mul_(weight).add_(p_inside.sub_(q), alpha=beta)
-        if dy is not None and alpha:
-            dy.scatter_add_(1, column, -weight)
-        return ce, kl, choice, dy
+def _product(states_RD: Tensor, head: Unembedding, out: Tensor | None = None) -> Tensor:
+    """W h + b, before `finish`: [R, M]."""
+    states_RD = states_RD.to(head.weight.dtype)
+    if head.bias is None:
+        return torch.mm(states_RD, head.weight.T, out=out)
+    return torch.addmm(head.bias, states_RD, head.weight.T, out=out)
 
 
-def _softmax(y: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax [S, M] (zero outside `kept`), log-sum-exp [S] and arg-max [S] in two sweeps.
-
-    The log-sum-exp comes from the largest entry, whose probability is at least 1/M and so exact to
-    rounding: `exp` and `logsumexp` of their own would cost three times the softmax kernel on a CPU.
-    """
-    if kept is not None:
-        y = y.masked_fill(~kept, -torch.inf)
-    p = torch.softmax(y, dim=1)
-    largest, choice = y.max(1)
-    return p, largest - p.gather(1, choice[:, None]).squeeze(1).log(), choice
+@functools.cache
+def _compiled_compare() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(tile.compare, dynamic=True)
