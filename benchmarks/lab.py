@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import random
+import shutil
 import statistics
 import tempfile
 import time
@@ -20,15 +21,15 @@ from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.data.packing import PackedRows, Sample, collate, pack
 from mtpd.data.prompts import load_prompts, render
 from mtpd.data.responses import end_tokens, generate_responses
-from mtpd.data.store import HiddenStore
+from mtpd.data.store import DiskStore, HiddenStates, fill, store_key, with_hidden
 from mtpd.data.vocabulary import draft_vocabulary
 from mtpd.distill.arguments import loss_settings, training_arguments
 from mtpd.distill.model import DistillModel
 from mtpd.distill.run import heads_config
 from mtpd.distill.trainer import HeadTrainer, TrainingRows
+from mtpd.errors import MtpdError
 from mtpd.evaluate.acceptance import SuiteCounts
 from mtpd.evaluate.offline import measure_offline
-from mtpd.files import fingerprint_json
 from mtpd.heads import Heads, build_heads
 from mtpd.heads.initialise import fit, initialise
 from mtpd.recipe import Recipe, parse_recipe
@@ -83,11 +84,19 @@ class Lab:
             raise SystemExit(f"only {count} response tokens, {tokens} were asked for")
         return pack(chosen, row_length=512)
 
-    def store(self, rows: PackedRows, name: str) -> HiddenStore:
-        key = fingerprint_json([self.fingerprint, rows.fingerprint])
-        return HiddenStore.build(self.trunk, rows, self.work / f"hidden-{name}", key=key)
+    def store(self, rows: PackedRows, name: str) -> HiddenStates:
+        """The hidden states of all rows, in a directory that holds those of one set of rows at a time."""
+        key = store_key(self.fingerprint, self.tokenizer, [], rows)
+        directory = self.work / f"hidden-{name}"
+        try:
+            store = DiskStore(directory, self.trunk, rows, key=key)
+        except MtpdError:
+            shutil.rmtree(directory)
+            store = DiskStore(directory, self.trunk, rows, key=key)
+        fill(store, self.trunk, rows)
+        return store
 
-    def heads(self, recipe: Recipe, rows: PackedRows, store: HiddenStore) -> Heads:
+    def heads(self, recipe: Recipe, rows: PackedRows, store: HiddenStates) -> Heads:
         """New heads with the recipe's start."""
         settings = recipe.heads
         vocabulary = draft_vocabulary(rows, settings.vocabulary, tokens=self.trunk.tokens or 0, always=self.ends)
@@ -98,11 +107,12 @@ class Lab:
         if vocabulary is not None:
             heads.vocabulary.copy_(vocabulary)
         if settings.init == "regression":
-            training = TrainingRows(rows, store)
-            fit(heads, self.trunk, [collate([training[i]]) for i in range(len(rows))])
+            training = TrainingRows(rows)
+            batches = [with_hidden(collate([training[i]]), self.trunk, store) for i in range(len(rows))]
+            fit(heads, self.trunk, batches)
         return heads
 
-    def train(self, recipe: Recipe, heads: Heads, rows: PackedRows, store: HiddenStore) -> float:
+    def train(self, recipe: Recipe, heads: Heads, rows: PackedRows, store: HiddenStates) -> float:
         """Trains in place; gives seconds."""
         set_seed(recipe.seed)
         with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +120,7 @@ class Lab:
             arguments = training_arguments(recipe, dtype=self.trunk.dtype, device=self.trunk.device)
             arguments.save_strategy = "no"
             model = DistillModel(self.trunk, heads, loss_settings(recipe))
-            trainer = HeadTrainer(model, arguments, TrainingRows(rows, store), progress=False)
+            trainer = HeadTrainer(model, arguments, rows, store=store, progress=False)
             began = time.perf_counter()
             trainer.train()
         return time.perf_counter() - began

@@ -55,6 +55,8 @@ OWNED_ARGUMENTS = {
     "save_total_limit": "train.save_total_limit",
     "logging_steps": "train.logging_steps",
     "report_to": "train.report_to",
+    "torch_compile": "train.compile",
+    "gradient_checkpointing": "train.checkpoint_blocks",
 }
 """transformers.TrainingArguments that have a recipe key: there is one way to say each of them."""
 
@@ -80,9 +82,9 @@ class HeadsRecipe(Section):
     """How the heads start. identity: the block passes the trunk's state on; copy_last: all blocks copy the
     trunk's last layer; copy_last_k: block k copies the k-th of the last K layers; random: as transformers
     initialises a layer; regression: identity, with the projection fitted by least squares."""
-    vocabulary: int = Field(default=0, ge=0)
-    """Draft vocabulary: how many of the tokens most frequent in the training responses can be drafted;
-    0 for all tokens."""
+    vocabulary: Annotated[int, Field(ge=0)] | Text = 0
+    """Draft vocabulary: how many of the tokens most frequent in the training responses can be drafted, special tokens
+    among them; 0 for all tokens. Or a file that `mtpd data vocab` wrote."""
 
 
 class GivenText(Section):
@@ -128,26 +130,45 @@ class DataRecipe(Section):
     """Further texts to train on, with their own responses."""
     row_length: int = Field(default=512, ge=32)
     """Tokens of a packed row: several documents share one, with their borders kept."""
-    hidden_states: Literal["keep", "recompute"] = "keep"
-    """keep: the trunk runs once and its hidden states stay on disk (2 * hidden size bytes a token in bf16).
-    recompute: the trunk runs in each epoch and the disk stays empty."""
+    hidden_states: Literal["disk", "memory", "recompute"] = "disk"
+    """disk: the trunk runs in the first epoch alone, and its hidden states are kept in files (2 * hidden size bytes a
+    token in bf16). memory: they are kept in memory. recompute: the trunk runs in each epoch, and nothing is kept."""
+    store: Text | None = None
+    """Directory of the files for hidden_states: disk, such as one that `mtpd data store` filled. null: one in the run
+    directory."""
 
 
 class TrainRecipe(Section):
     """The loss and its optimisation."""
 
-    loss: Literal["mtp_d", "ce", "kl"] = "mtp_d"
-    """mtp_d: alpha * CE + beta * KL summed over depths. ce and kl: that term alone with weight 1; they do
-    not read alpha and beta."""
+    loss: Literal["mtp_d", "ce", "kl", "reverse_kl", "jsd", "tv", "lk", "end_to_end_tv"] = "mtp_d"
+    """What is trained on, summed over depths. mtp_d: alpha * CE + beta * KL. ce: the true token. kl, reverse_kl,
+    jsd: that divergence from the main head. tv: one minus the chance that rejection sampling accepts. lk: from kl to
+    tv as acceptance grows. end_to_end_tv: one minus the mean chance that a draft is accepted up to depth k."""
     alpha: Weight | list[Weight] = 0.3
-    """Weight of the cross-entropy with the true token: one number, or one for each depth."""
+    """Weight of the cross-entropy in mtp_d: one number, or one for each depth."""
     beta: Weight | list[Weight] | None = None
-    """Weight of the KL from the main head: one number, or one for each depth. null: 1.0 for one head, 0.5 for
-    more."""
-    top_n: int = Field(default=10_000, ge=0)
-    """Tokens that the KL compares: the teacher's n most likely, renormalised; 0 for the whole vocabulary."""
+    """Weight of the KL in mtp_d: one number, or one for each depth. null: 1.0 for one head, 0.5 for more."""
+    weights: list[Weight] | None = None
+    """Weight of each depth in a loss other than mtp_d; null: 1 for all."""
+    decay: float = Field(default=1.0, gt=0, le=1)
+    """Each depth weighs so many times what the one before it does."""
+    top_n: int | None = Field(default=None, ge=0)
+    """Tokens that mtp_d, kl, reverse_kl and jsd compare: the teacher's n most likely, renormalised; 0 for the whole
+    vocabulary. null: 10,000."""
     teacher_temperature: float = Field(default=1.0, gt=0)
-    """Temperature of the teacher's distribution in the KL."""
+    """Temperature of the teacher's distribution in the divergence."""
+    student_temperature: float = Field(default=1.0, gt=0)
+    """Temperature of the heads' distribution in the divergence."""
+    jsd_mix: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the teacher in the mixture that jsd compares with."""
+    lk_eta: float = Field(default=3.0, ge=0)
+    """How fast lk goes from kl to tv: its share of kl is exp(-lk_eta * acceptance), depth by depth."""
+    compile: bool = False
+    """Compile the loss with torch.compile: faster steps after a start of about half a minute. Needs a compiler."""
+    checkpoint_blocks: bool = False
+    """Keep the input of each head for the backward pass instead of all that is inside: less memory for long rows,
+    and a second forward pass of the heads."""
     epochs: float = Field(default=3.0, gt=0)
     """Passes over the training rows."""
     max_steps: int = Field(default=-1, ge=-1)
@@ -248,6 +269,11 @@ def _data_problems(data: DataRecipe) -> list[str]:
         problems.append(
             "data.responses: given is not accepted with data.prompts: builtin, which has prompts only; accepted: trunk"
         )
+    if data.store is not None and data.hidden_states != "disk":
+        problems.append(
+            f"data.store: {data.store} does nothing with data.hidden_states: {data.hidden_states}; "
+            "accepted: null, or hidden_states: disk"
+        )
     sources = [("data", data.prompts, data.subset)]
     sources += [(f"data.given.{number}", text.prompts, text.subset) for number, text in enumerate(data.given)]
     for key, prompts, subset in sources:
@@ -262,16 +288,44 @@ def _data_problems(data: DataRecipe) -> list[str]:
     return problems
 
 
+TOP_N = 10_000
+RENORMALISED = ("mtp_d", "kl", "reverse_kl", "jsd")
+DISTILLING = (*RENORMALISED, "tv", "lk", "end_to_end_tv")
+READ_BY = {
+    "alpha": ("mtp_d",),
+    "beta": ("mtp_d",),
+    "weights": ("ce", *DISTILLING[1:]),
+    "top_n": RENORMALISED,
+    "teacher_temperature": DISTILLING,
+    "student_temperature": DISTILLING,
+    "jsd_mix": ("jsd",),
+    "lk_eta": ("lk",),
+}
+"""Which losses read a key of `train`. With another loss it has to keep its default."""
+
+
 def _train_problems(train: TrainRecipe, depth: int) -> list[str]:
     problems = []
-    for key, weights in (("alpha", train.alpha), ("beta", train.beta)):
+    for key, losses in READ_BY.items():
+        value, default = getattr(train, key), TrainRecipe.model_fields[key].default
+        if train.loss not in losses and value != default:
+            accepted = "null" if default is None else default
+            problems.append(
+                f"train.{key}: {value} does nothing with train.loss: {train.loss}; accepted: {accepted}, "
+                f"or loss: {', '.join(losses)}"
+            )
+    listed = [key for key in ("alpha", "beta", "weights") if isinstance(getattr(train, key), list)]
+    if train.decay != 1.0 and listed:
+        problems.append(f"train.decay: {train.decay} is not accepted with a list in train.{listed[0]}; accepted: 1.0")
+    for key, weights in (("alpha", train.alpha), ("beta", train.beta), ("weights", train.weights)):
         if isinstance(weights, list) and len(weights) != depth:
             problems.append(
                 f"train.{key}: {weights} has {len(weights)} weights; accepted: one number, or a list of {depth} "
                 f"(heads.depth is {depth})"
             )
     if not problems and not any(sum(loss_weights(train, depth), ())):
-        problems.append("train.alpha: all weights of the loss are 0; accepted: at least one alpha or beta above 0")
+        key, accepted = ("alpha", "alpha or beta") if train.loss == "mtp_d" else ("weights", "of them")
+        problems.append(f"train.{key}: all weights of the loss are 0; accepted: at least one {accepted} above 0")
     if train.max_steps == 0:
         problems.append("train.max_steps: 0 is not accepted; accepted: -1 for whole epochs, or at least 1")
     return problems + _argument_problems(train.arguments)
@@ -304,17 +358,24 @@ def _argument_problems(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def loss_weights(train: TrainRecipe, depth: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The (alpha, beta) of each depth that `train.loss` means. Each tuple has `depth` numbers."""
-    if train.loss == "ce":
-        return (1.0,) * depth, (0.0,) * depth
-    if train.loss == "kl":
-        return (0.0,) * depth, (1.0,) * depth
-    beta = train.beta if train.beta is not None else (1.0 if depth == 1 else 0.5)
-    return _per_depth(train.alpha, depth), _per_depth(beta, depth)
+    """The weights of cross-entropy and divergence that `train.loss` means. Each tuple has `depth` numbers."""
+    if train.loss == "mtp_d":
+        beta = train.beta if train.beta is not None else (1.0 if depth == 1 else 0.5)
+        return _per_depth(train.alpha, train.decay, depth), _per_depth(beta, train.decay, depth)
+    weights = _per_depth(1.0 if train.weights is None else train.weights, train.decay, depth)
+    none = (0.0,) * depth
+    return (weights, none) if train.loss == "ce" else (none, weights)
 
 
-def _per_depth(weights: float | list[float], depth: int) -> tuple[float, ...]:
-    return tuple(weights) if isinstance(weights, list) else (weights,) * depth
+def _per_depth(weights: float | list[float], decay: float, depth: int) -> tuple[float, ...]:
+    return tuple(weights) if isinstance(weights, list) else tuple(weights * decay**k for k in range(depth))
+
+
+def compared_tokens(train: TrainRecipe) -> int:
+    """The n of the top n that `train` means, 0 for all tokens."""
+    if train.loss not in RENORMALISED:
+        return 0
+    return TOP_N if train.top_n is None else train.top_n
 
 
 def parse_recipe(values: Mapping[str, Any], *, source: str = "recipe", overridden: Sequence[str] = ()) -> Recipe:

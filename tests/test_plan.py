@@ -156,7 +156,9 @@ def test_data_sets_of_the_hub_are_not_loaded(monkeypatch: pytest.MonkeyPatch) ->
     [
         (["heads.depth=4"], ["heads.depth=2"]),
         (["train.rows_per_step=8"], ["train.rows_per_step=2"]),
-        (["data.hidden_states=keep"], ["data.hidden_states=recompute"]),
+        (["data.hidden_states=disk"], ["data.hidden_states=recompute"]),
+        (["data.hidden_states=memory"], ["data.hidden_states=recompute"]),
+        (["heads.vocabulary=100", "train.loss=tv"], ["heads.vocabulary=100", "train.loss=kl"]),
         (["train.save_total_limit=5", "train.save_steps=1"], ["train.save_total_limit=1", "train.save_steps=1"]),
         (["heads.shared=false"], ["heads.shared=true"]),
     ],

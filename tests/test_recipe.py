@@ -179,7 +179,45 @@ def test_weights_of_each_depth_must_be_as_many_as_heads(key: str) -> None:
 def test_a_loss_of_zero_is_refused() -> None:
     """Fault: a run trains on nothing for hours."""
     assert "all weights of the loss are 0" in refusal("train.alpha=0", "train.beta=0")
-    assert load_recipe(None, ["model=demo", "train.alpha=0", "train.beta=0", "train.loss=kl"]).train.loss == "kl"
+    assert "train.weights: all weights" in refusal("heads.depth=1", "train.loss=kl", "train.weights=[0]")
+
+
+@pytest.mark.parametrize(
+    ("loss", "key", "value", "readers"),
+    [
+        ("kl", "alpha", "0.5", "mtp_d"),
+        ("ce", "beta", "0.5", "mtp_d"),
+        ("mtp_d", "weights", "[1, 1, 1, 1]", "ce, kl, reverse_kl, jsd, tv, lk, end_to_end_tv"),
+        ("tv", "top_n", "100", "mtp_d, kl, reverse_kl, jsd"),
+        ("ce", "teacher_temperature", "0.5", "mtp_d, kl, reverse_kl, jsd, tv, lk, end_to_end_tv"),
+        ("ce", "student_temperature", "0.5", "mtp_d, kl, reverse_kl, jsd, tv, lk, end_to_end_tv"),
+        ("kl", "jsd_mix", "0.1", "jsd"),
+        ("tv", "lk_eta", "1.0", "lk"),
+    ],
+)
+def test_keys_that_the_loss_does_not_read_are_refused(
+    loss: str, key: str, value: str, readers: str, tmp_path: Path
+) -> None:
+    """Fault: a setting is tuned that changes nothing."""
+    message = refusal(f"train.loss={loss}", f"train.{key}={value}")
+    assert f"train.{key}: " in message
+    assert f"does nothing with train.loss: {loss}" in message
+    assert f"or loss: {readers}" in message
+    reader = load_recipe(None, ["model=demo", f"train.loss={readers.split(', ')[0]}", f"train.{key}={value}"])
+    (tmp_path / "resolved.yaml").write_text(dump(reader))
+    assert load_recipe(tmp_path / "resolved.yaml") == reader
+
+
+def test_a_decay_beside_a_list_is_refused() -> None:
+    """Fault: two ways to weigh depths that multiply without a word."""
+    assert "train.decay: 0.6 is not accepted with a list in train.alpha" in refusal(
+        "train.alpha=[1, 1, 1, 1]", "train.decay=0.6"
+    )
+
+
+def test_a_store_that_nothing_fills_is_refused() -> None:
+    """Fault: the trunk runs in each epoch although a store was made for it."""
+    assert "data.store: states does nothing" in refusal("data.store=states", "data.hidden_states=memory")
 
 
 @pytest.mark.parametrize(
@@ -222,8 +260,11 @@ def test_a_model_is_needed() -> None:
         (TrainRecipe(), 1, (0.3,), (1.0,)),
         (TrainRecipe(), 4, (0.3,) * 4, (0.5,) * 4),
         (TrainRecipe(alpha=[1.0, 0.5], beta=0.0), 2, (1.0, 0.5), (0.0, 0.0)),
-        (TrainRecipe(loss="ce", alpha=0.3, beta=0.7), 2, (1.0, 1.0), (0.0, 0.0)),
-        (TrainRecipe(loss="kl", alpha=0.3, beta=0.7), 2, (0.0, 0.0), (1.0, 1.0)),
+        (TrainRecipe(loss="ce"), 2, (1.0, 1.0), (0.0, 0.0)),
+        (TrainRecipe(loss="kl"), 2, (0.0, 0.0), (1.0, 1.0)),
+        (TrainRecipe(loss="tv", weights=[1.0, 0.2]), 2, (0.0, 0.0), (1.0, 0.2)),
+        (TrainRecipe(loss="ce", decay=0.5), 3, (1.0, 0.5, 0.25), (0.0, 0.0, 0.0)),
+        (TrainRecipe(alpha=0.4, decay=0.5), 2, (0.4, 0.2), (0.5, 0.25)),
     ],
 )
 def test_loss_weights(train: TrainRecipe, depth: int, alpha: tuple[float, ...], beta: tuple[float, ...]) -> None:

@@ -1,22 +1,24 @@
-"""The store of hidden states: the trunk's own states, built once, and never another trunk's."""
+"""The store of hidden states: the trunk's own states, computed once, and never another trunk's."""
 
 from __future__ import annotations
 
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
 from mtpd.data import store
 from mtpd.data.models import load_model
-from mtpd.data.packing import PackedRows, Sample, pack
-from mtpd.data.store import HiddenStore
+from mtpd.data.packing import PackedRows, Sample, collate, pack
+from mtpd.data.store import DiskStore, MemoryStore, fill, store_key, with_hidden
 from mtpd.errors import MtpdError
 from mtpd.files import write_whole
 from mtpd.trunk import Trunk
+
+KEY = {"trunk": "a", "tokenizer": "b", "prompts": "c", "packed rows": "d"}
 
 
 class Setting(NamedTuple):
@@ -24,13 +26,16 @@ class Setting(NamedTuple):
     rows: PackedRows
     passes: list[int]
 
+    def batch(self, *numbers: int) -> dict[str, torch.Tensor]:
+        return collate([{**self.rows[number], "row": torch.tensor(number)} for number in numbers])
+
 
 @pytest.fixture
 def setting(monkeypatch: pytest.MonkeyPatch) -> Setting:
     """Ten rows in shards of four, and a trunk whose passes are counted."""
-    monkeypatch.setattr(store, "SHARD_ROWS", 4)
     trunk = Trunk(load_model("tiny", dtype="bfloat16", device="cpu")[0])
     rows = pack([Sample.of(str(n), [n, 1, 2], [n + 3] * (10 + n % 7)) for n in range(10)], row_length=24)
+    monkeypatch.setattr(store, "SHARD_BYTES", 4 * 24 * trunk.hidden_size * 2)
     passes: list[int] = []
     hidden = trunk.hidden
 
@@ -43,29 +48,58 @@ def setting(monkeypatch: pytest.MonkeyPatch) -> Setting:
     return Setting(trunk, rows, passes)
 
 
-def build(setting: Setting, directory: Path, key: str = "k") -> HiddenStore:
-    return HiddenStore.build(setting.trunk, setting.rows, directory, key=key, batch_rows=3, progress=False)
+def filled(setting: Setting, directory: Path) -> DiskStore:
+    found = DiskStore(directory, setting.trunk, setting.rows, key=KEY)
+    fill(found, setting.trunk, setting.rows, batch_rows=2, progress=False)
+    return found
 
 
 def test_states_are_the_trunks_own(setting: Setting, tmp_path: Path) -> None:
-    """Rows stored under another index, or states computed across document borders."""
-    build(setting, tmp_path)
-    # As the workers of a data loader receive it.
-    opened = pickle.loads(pickle.dumps(HiddenStore.open(tmp_path, key="k")))  # noqa: S301
-    assert len(opened) == 10
-    assert opened[0].dtype == torch.bfloat16
-    for index in (0, 3, 4, 9):
-        row = setting.rows[index]
+    """Fault: rows stored under another number, or states computed across document borders."""
+    found = filled(setting, tmp_path)
+    reopened = DiskStore(tmp_path, setting.trunk, setting.rows, key=KEY)
+    assert reopened[0].dtype == torch.bfloat16
+    for number in range(10):
+        row = setting.rows[number]
         expected = setting.trunk.hidden(row["input_ids"][None], position_ids=row["position_ids"][None])[0]
-        torch.testing.assert_close(opened[index].float(), expected.float(), atol=0.05, rtol=0.05)
-    with pytest.raises(IndexError):
-        opened[10]
+        torch.testing.assert_close(reopened[number].float(), expected.float(), atol=0.05, rtol=0.05)
+        assert torch.equal(found[number], reopened[number])
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) < 1.1 * store.bytes_needed(
+        10, 24, setting.trunk
+    )
 
 
-def test_an_interrupted_build_continues_by_shards(
+@pytest.mark.parametrize("kind", ["disk", "memory"])
+def test_the_trunk_runs_once_for_each_row(setting: Setting, tmp_path: Path, kind: str) -> None:
+    """Fault: a second epoch that runs the trunk again; rows of a half-known batch that change places."""
+    found: Any = MemoryStore(setting.trunk, setting.rows)
+    if kind == "disk":
+        found = DiskStore(tmp_path, setting.trunk, setting.rows, key=KEY)
+    first = {}
+    for numbers in ((7, 2, 5), (9, 0, 1), (3, 8, 4), (6,)):
+        batch = with_hidden(setting.batch(*numbers), setting.trunk, found)
+        assert "row" not in batch
+        first |= dict(zip(numbers, batch["hidden"].clone(), strict=True))
+    assert sum(setting.passes) == 10
+    mixed = with_hidden(setting.batch(4, 9, 7), setting.trunk, found)
+    for state, number in zip(mixed["hidden"], (4, 9, 7), strict=True):
+        assert torch.equal(state, first[number])
+    assert sum(setting.passes) == 10
+    # A store that lacks one row of a batch computes that row alone, and keeps the order.
+    other = MemoryStore(setting.trunk, setting.rows)
+    other.put([4, 7], torch.stack([first[4], first[7]]))
+    mixed = with_hidden(setting.batch(4, 9, 7), setting.trunk, other)
+    assert setting.passes[-1] == 1
+    for state, number in zip(mixed["hidden"], (4, 9, 7), strict=True):
+        torch.testing.assert_close(state.float(), first[number].float(), atol=0.05, rtol=0.05)
+    without = with_hidden(setting.batch(4), setting.trunk, None)
+    assert without["hidden"].shape == (1, 24, setting.trunk.hidden_size)
+
+
+def test_what_is_interrupted_continues_by_shards(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A build that starts anew after each kill never ends on a machine that is often interrupted."""
+    """Fault: a store that starts anew after each kill never ends on a machine that is often interrupted."""
     write, written = write_whole, []
 
     def killed(path: Path, content: Any) -> None:
@@ -77,50 +111,64 @@ def test_an_interrupted_build_continues_by_shards(
     with monkeypatch.context() as patched:
         patched.setattr(store, "write_whole", killed)
         with pytest.raises(KeyboardInterrupt):
-            build(setting, tmp_path)
-    with pytest.raises(MtpdError, match="not finished"):
-        HiddenStore.open(tmp_path, key="k")
+            filled(setting, tmp_path)
     setting.passes.clear()
-    build(setting, tmp_path)
+    filled(setting, tmp_path)
     assert sum(setting.passes) == 6, "the first shard was computed again"
     setting.passes.clear()
-    build(setting, tmp_path)
+    whole = filled(setting, tmp_path)
     assert not setting.passes
-    HiddenStore.open(tmp_path, key="k")
+    assert all(number in whole for number in range(10))
 
 
-def test_a_damaged_shard_is_found_and_built_again(setting: Setting, tmp_path: Path) -> None:
-    """Bytes that changed on the disk and are trained on."""
-    states = build(setting, tmp_path)[9].clone()
+def test_a_damaged_shard_is_computed_again(setting: Setting, tmp_path: Path) -> None:
+    """Fault: bytes that changed on the disk are trained on."""
+    states = filled(setting, tmp_path)[9].clone()
     shard = tmp_path / "hidden-00002.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(MtpdError, match="damaged"):
-        HiddenStore.open(tmp_path, key="k")
     setting.passes.clear()
-    assert torch.equal(build(setting, tmp_path)[9], states)
+    assert torch.equal(filled(setting, tmp_path)[9], states)
     assert sum(setting.passes) == 2
 
 
-def test_states_of_another_key_are_not_used(setting: Setting, tmp_path: Path) -> None:
-    """Hidden states of another trunk or other rows teach nonsense."""
-    build(setting, tmp_path)
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(MtpdError, match="another trunk or other rows"):
-        HiddenStore.open(tmp_path, key="other")
-    setting.passes.clear()
-    build(setting, tmp_path, key="other")
-    assert sum(setting.passes) == 10
-    assert (tmp_path / "notes.txt").exists()
-    with pytest.raises(MtpdError, match="no store"):
-        HiddenStore.open(tmp_path / "none", key="k")
+@pytest.mark.parametrize("name", KEY)
+def test_states_of_something_else_are_refused(setting: Setting, tmp_path: Path, name: str) -> None:
+    """Fault: hidden states of another trunk or other rows teach nonsense; or another run's are deleted."""
+    filled(setting, tmp_path)
+    with pytest.raises(MtpdError, match=f"of another run: other {name}; delete the directory"):
+        DiskStore(tmp_path, setting.trunk, setting.rows, key={**KEY, name: "z"})
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    (tmp_path / "index.json").write_text('{"schema": 1}')
+    with pytest.raises(MtpdError, match="not readable as the index"):
+        DiskStore(tmp_path, setting.trunk, setting.rows, key=KEY)
+
+
+def test_the_key_names_all_that_states_depend_on(setting: Setting) -> None:
+    """Fault: a changed chat template, prompt or packing that leaves the key as it was."""
+    tokenizer: Any = load_model("tiny", device="cpu")[1]
+    key = store_key("trunk", tokenizer, ["p", "q"], setting.rows)
+    assert key == store_key("trunk", tokenizer, ["q", "p"], setting.rows)
+    assert key.keys() == KEY.keys()
+    tokenizer.chat_template = "other"
+    other = store_key("other", tokenizer, ["p"], pack([Sample.of("", [1], [2])], row_length=24))
+    assert not set(key.values()) & set(other.values())
 
 
 def test_a_full_disk_is_told_before_the_work(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hours of trunk passes that end in `No space left on device`."""
-    usage = shutil.disk_usage(tmp_path)._replace(free=store.MARGIN + 10 * 24 * 64 * 2 - 1)
+    """Fault: hours of trunk passes that end in `No space left on device`."""
+    needed = 10 * 24 * setting.trunk.hidden_size * 2
+    usage = shutil.disk_usage(tmp_path)._replace(free=store.MARGIN + needed - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(MtpdError, match=r"data\.hidden_states=recompute"):
-        build(setting, tmp_path / "new")
-    assert not setting.passes
+    with pytest.raises(MtpdError, match=r"need 0\.\d+ GB and the disk has 0\.\d+ GB free; set data\.hidden_states"):
+        DiskStore(tmp_path / "new", setting.trunk, setting.rows, key=KEY)
+    assert not (tmp_path / "new").exists()
+
+
+def test_too_little_memory_is_told_before_the_work(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: a run that the system kills at the end of its first epoch."""
+    memory = psutil.virtual_memory()._replace(available=10 * 24 * setting.trunk.hidden_size * 2 - 1)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    with pytest.raises(MtpdError, match=r"memory needs 0\.\d+ GB .* accepted then: disk or recompute"):
+        MemoryStore(setting.trunk, setting.rows)

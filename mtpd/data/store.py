@@ -1,22 +1,28 @@
-"""The trunk's hidden states of all rows, on disk, so that the trunk runs once.
+"""The trunk's hidden states of training rows, kept so that the trunk runs over each row once.
 
-The trunk is frozen, so h_t of a row never changes, and everything that training needs follows from it:
-a store of h_t costs 2 D bytes a token in bfloat16, where logits would cost thirty times that.
+The trunk is frozen, so h_t of a row never changes, and everything that training needs follows from it: h_t costs
+2 D bytes a token in bfloat16, where logits would cost thirty times that. A store fills while it is used: a row that
+it lacks is computed and kept (`with_hidden`), so that from the second epoch on the trunk does not run. `fill`
+computes all rows ahead of that.
 
-A store is a directory: `hidden-00000.safetensors`, ... with a tensor `hidden` [n, T, D] each, and
-`index.json` with the shapes, the key that says what the states belong to, and the SHA-256 of each
-shard. The index is written after each shard, so that an interrupted build goes on where it stopped.
+On disk a store is a directory: `hidden-00000.safetensors`, ... with a tensor `hidden` [n, T, D] each, and
+`index.json` with the shapes, the fingerprints of what the states belong to, and for each shard its SHA-256 and its
+rows, in the order in which they came. The index is written after each shard, so that what is interrupted goes on
+from the last whole one.
 
-Shape legend: N rows, T positions, D hidden size.
+Legend: N rows, B rows of a batch, T positions, D hidden size.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -25,142 +31,213 @@ from tqdm.auto import tqdm
 
 from mtpd.data.packing import PackedRows, collate
 from mtpd.errors import MtpdError
-from mtpd.files import fingerprint, fingerprint_file, write_whole
+from mtpd.files import fingerprint, fingerprint_file, fingerprint_json, write_whole
 from mtpd.trunk import Trunk
 
+logger = logging.getLogger(__name__)
+
 INDEX = "index.json"
-SHARD_ROWS = 64
+SCHEMA = 2
+SHARD_BYTES = 256 * 2**20
+"""Size of a shard at most, and so of what is lost when a run is interrupted."""
 MARGIN = 64 * 2**20
 """Bytes that stay free on the disk for the other files of a run."""
 
 
-class HiddenStore:
-    """Hidden states by row: `store[i]` is [T, D] in the trunk's number format, read from a mapped file."""
+class HiddenStates(Protocol):
+    """What keeps hidden states by the number of their row."""
 
-    def __init__(self, directory: Path, index: dict[str, Any]) -> None:
-        self.directory = directory
-        self.index = index
-        self._slices: dict[str, Any] = {}
+    def __contains__(self, row: object) -> bool: ...
 
-    @classmethod
-    def build(
-        cls,
-        trunk: Trunk,
-        rows: PackedRows,
-        directory: str | Path,
-        *,
-        key: str,
-        batch_rows: int = 8,
-        progress: bool = True,
-    ) -> HiddenStore:
-        """Runs the trunk over all rows, or over those that an earlier build of the same key has not reached.
+    def __getitem__(self, row: int) -> Tensor: ...
 
-        Args:
-            key: fingerprint of trunk and rows; a store of another key in `directory` is replaced.
-            batch_rows: rows a forward pass of the trunk.
+    def put(self, rows: Sequence[int], hidden_BTD: Tensor) -> None:
+        """Keeps the states of these rows."""
 
-        Raises:
-            MtpdError: the disk has no room; the message says how much is needed.
-        """
-        directory = Path(directory)
-        length = len(rows[0]["input_ids"])
-        wanted = {
-            "schema": 1,
-            "key": key,
+    def flush(self) -> None:
+        """Makes what was kept durable."""
+
+
+def store_key(trunk: str, tokenizer: Any, prompts: Sequence[str], rows: PackedRows) -> dict[str, str]:
+    """Fingerprints of all that the hidden states of packed rows depend on, by name.
+
+    Args:
+        trunk: fingerprint of the trunk.
+        prompts: fingerprints of the prompts.
+    """
+    words = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer.chat_template]
+    return {
+        "trunk": trunk,
+        "tokenizer": fingerprint_json(words),
+        "prompts": fingerprint_json(sorted(prompts)),
+        "packed rows": rows.fingerprint,
+    }
+
+
+def bytes_needed(rows: int, row_length: int, trunk: Trunk) -> int:
+    """Size of the states of so many rows."""
+    return rows * row_length * trunk.hidden_size * trunk.dtype.itemsize
+
+
+class MemoryStore:
+    """Hidden states in the memory of the process, in the trunk's number format.
+
+    Raises:
+        MtpdError: the memory has no room for all rows; the message says how much is needed.
+    """
+
+    def __init__(self, trunk: Trunk, rows: PackedRows) -> None:
+        needed, free = bytes_needed(len(rows), rows.row_length, trunk), psutil.virtual_memory().available
+        if needed > free:
+            raise MtpdError(
+                f"data.hidden_states: memory needs {needed / 1e9:.2f} GB for the hidden states, and "
+                f"{free / 1e9:.2f} GB are free; accepted then: disk or recompute"
+            )
+        self._states: dict[int, Tensor] = {}
+        self._dtype = trunk.dtype
+
+    def __contains__(self, row: object) -> bool:
+        return row in self._states
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self._states[row]
+
+    def put(self, rows: Sequence[int], hidden_BTD: Tensor) -> None:
+        for row, hidden_TD in zip(rows, hidden_BTD.to("cpu", self._dtype), strict=True):
+            self._states[row] = hidden_TD.clone()
+
+    def flush(self) -> None:
+        """Nothing: memory is not durable."""
+
+
+class DiskStore:
+    """Hidden states in a directory, in the trunk's number format, read from mapped files.
+
+    Opening reads all shards once, to compare each with its SHA-256; a damaged one is dropped and its rows are
+    computed again.
+
+    Args:
+        key: what the states belong to, by name (`store_key`).
+
+    Raises:
+        MtpdError: the directory has states that belong to something else, or the disk has no room for the rows
+            that are missing; the message says how much is needed.
+    """
+
+    def __init__(self, directory: str | Path, trunk: Trunk, rows: PackedRows, *, key: Mapping[str, str]) -> None:
+        self.directory = Path(directory)
+        self._dtype = trunk.dtype
+        wanted: dict[str, Any] = {
+            "schema": SCHEMA,
+            "key": dict(key),
             "rows": len(rows),
-            "row_length": length,
+            "row_length": rows.row_length,
             "hidden_size": trunk.hidden_size,
             "dtype": str(trunk.dtype).removeprefix("torch."),
-            "shard_rows": SHARD_ROWS,
         }
-        index = _read_index(directory)
-        if index is None or any(index.get(name) != value for name, value in wanted.items()):
-            clear(directory)
-            index = {**wanted, "shards": {}}
-        shards: dict[str, str] = index["shards"]
-        for name in [name for name, digest in shards.items() if not _intact(directory / name, digest)]:
-            del shards[name]
-        count = -(-len(rows) // SHARD_ROWS)
-        numbers = [number for number in range(count) if _shard_name(number) not in shards]
-        missing = sum(min(SHARD_ROWS, len(rows) - number * SHARD_ROWS) for number in numbers)
-        _check_room(directory, missing * length * trunk.hidden_size * trunk.dtype.itemsize)
+        found = _read_index(self.directory)
+        _refuse_stale(self.directory, found, wanted)
+        self.index = {**wanted, "shards": {} if found is None else found["shards"]}
+        self._shards: dict[str, Any] = {}
+        self._pending: dict[int, Tensor] = {}
+        self._places: dict[int, tuple[str, int]] = {}
+        for name, shard in list(self.index["shards"].items()):
+            if not _intact(self.directory / name, shard["sha256"]):
+                logger.warning("%s: damaged (its SHA-256 is not that of the index); computed again", name)
+                del self.index["shards"][name]
+                continue
+            self._places |= {row: (name, place) for place, row in enumerate(shard["rows"])}
+        self._shard_rows = max(1, SHARD_BYTES // bytes_needed(1, rows.row_length, trunk))
+        _check_room(self.directory, bytes_needed(len(rows) - len(self._places), rows.row_length, trunk))
 
-        bar = tqdm(
-            total=missing * length,
-            desc="hidden states",
-            unit="token",
-            unit_scale=True,
-            disable=not (progress and missing),
-        )
-        with bar:
-            for number in numbers:
-                name, start = _shard_name(number), number * SHARD_ROWS
-                stop = min(start + SHARD_ROWS, len(rows))
-                parts = []
-                for first in range(start, stop, batch_rows):
-                    batch = collate([rows[row] for row in range(first, min(first + batch_rows, stop))])
-                    hidden = trunk.hidden(
-                        batch["input_ids"].to(trunk.device), position_ids=batch["position_ids"].to(trunk.device)
-                    )
-                    parts.append(hidden.to("cpu", trunk.dtype))
-                    bar.update(batch["input_ids"].numel())
-                content = save({"hidden": torch.cat(parts).contiguous()})
-                write_whole(directory / name, content)
-                shards[name] = fingerprint(content)
-                write_whole(directory / INDEX, json.dumps(index, indent=1))
-        return cls(directory, index)
-
-    @classmethod
-    def open(cls, directory: str | Path, *, key: str) -> HiddenStore:
-        """Opens a finished store, and reads it once to compare each shard with its SHA-256.
-
-        Raises:
-            MtpdError: there is none, it belongs to another trunk or other rows, or it is damaged or unfinished.
-        """
-        directory = Path(directory)
-        index = _read_index(directory)
-        way_out = "delete the directory, it is built again from the trunk"
-        if index is None:
-            raise MtpdError(f"{directory}: no store of hidden states is here")
-        if index["key"] != key:
-            raise MtpdError(f"{directory}: these hidden states belong to another trunk or other rows; {way_out}")
-        for number in range(-(-index["rows"] // index["shard_rows"])):
-            name = _shard_name(number)
-            if name not in index["shards"]:
-                raise MtpdError(f"{directory}: the store of hidden states is not finished: {name} is missing")
-            if not _intact(directory / name, index["shards"][name]):
-                raise MtpdError(f"{directory / name}: damaged (its SHA-256 is not that of the index); {way_out}")
-        return cls(directory, index)
-
-    def __len__(self) -> int:
-        return int(self.index["rows"])
+    def __contains__(self, row: object) -> bool:
+        return row in self._places or row in self._pending
 
     def __getitem__(self, row: int) -> Tensor:
         """Hidden states [T, D] of a row."""
-        if not 0 <= row < len(self):
-            raise IndexError(row)
-        number, place = divmod(row, self.index["shard_rows"])
-        return self._slice(_shard_name(number))[place]
+        if row in self._pending:
+            return self._pending[row]
+        name, place = self._places[row]
+        if name not in self._shards:
+            self._shards[name] = safe_open(self.directory / name, framework="pt").get_slice("hidden")
+        return self._shards[name][place]
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Mapped files do not travel to other processes; each one maps its own.
-        return {**self.__dict__, "_slices": {}}
+    def put(self, rows: Sequence[int], hidden_BTD: Tensor) -> None:
+        for row, hidden_TD in zip(rows, hidden_BTD.to("cpu", self._dtype), strict=True):
+            self._pending[row] = hidden_TD.clone()
+        if len(self._pending) >= self._shard_rows:
+            self.flush()
 
-    def _slice(self, name: str) -> Any:
-        if name not in self._slices:
-            self._slices[name] = safe_open(self.directory / name, framework="pt").get_slice("hidden")
-        return self._slices[name]
+    def flush(self) -> None:
+        """Writes the rows that are not on the disk yet as one more shard."""
+        if not self._pending:
+            return
+        shards = self.index["shards"]
+        taken = [int(name.removesuffix(".safetensors").rpartition("-")[2]) for name in shards]
+        name = f"hidden-{max(taken, default=-1) + 1:05d}.safetensors"
+        content = save({"hidden": torch.stack(list(self._pending.values()))})
+        write_whole(self.directory / name, content)
+        shards[name] = {"sha256": fingerprint(content), "rows": list(self._pending)}
+        write_whole(self.directory / INDEX, json.dumps(self.index))
+        self._places |= {row: (name, place) for place, row in enumerate(self._pending)}
+        self._pending.clear()
 
 
-def clear(directory: Path) -> None:
-    """Removes the files of a store, the index first, and nothing else."""
-    (directory / INDEX).unlink(missing_ok=True)
-    for path in directory.glob("hidden-*.safetensors"):
-        path.unlink()
+def with_hidden(batch: dict[str, Tensor], trunk: Trunk, store: HiddenStates | None) -> dict[str, Tensor]:
+    """A batch with the trunk's states "hidden" [B, T, D] in place of the numbers of its rows, "row" [B].
+
+    The trunk runs over the rows that the store lacks, and the store keeps them.
+    """
+    batch = dict(batch)
+    numbers: list[int] = batch.pop("row").tolist()
+    missing = [at for at, row in enumerate(numbers) if store is None or row not in store]
+    computed: dict[int, Tensor] = {}
+    if missing:
+        ids, positions = (batch[name][missing].to(trunk.device) for name in ("input_ids", "position_ids"))
+        hidden = trunk.hidden(ids, position_ids=positions)
+        if store is not None:
+            store.put([numbers[at] for at in missing], hidden)
+        computed = dict(zip(missing, hidden, strict=True))
+    states = [
+        computed[at] if at in computed or store is None else store[row].to(trunk.device)
+        for at, row in enumerate(numbers)
+    ]
+    batch["hidden"] = torch.stack(states)
+    return batch
 
 
-def _shard_name(number: int) -> str:
-    return f"hidden-{number:05d}.safetensors"
+def fill(store: HiddenStates, trunk: Trunk, rows: PackedRows, *, batch_rows: int = 8, progress: bool = True) -> None:
+    """Runs the trunk over all rows that the store lacks.
+
+    Args:
+        batch_rows: rows a forward pass of the trunk.
+    """
+    missing = [row for row in range(len(rows)) if row not in store]
+    bar = tqdm(
+        total=len(missing) * rows.row_length,
+        desc="hidden states",
+        unit="token",
+        unit_scale=True,
+        disable=not (progress and missing),
+    )
+    with bar:
+        for first in range(0, len(missing), batch_rows):
+            batch = [{**rows[row], "row": torch.tensor(row)} for row in missing[first : first + batch_rows]]
+            with_hidden(collate(batch), trunk, store)
+            bar.update(len(batch) * rows.row_length)
+    store.flush()
+
+
+def _refuse_stale(directory: Path, found: dict[str, Any] | None, wanted: Mapping[str, Any]) -> None:
+    way_out = "delete the directory, or name another in data.store"
+    if found is None:
+        if any(directory.glob("hidden-*.safetensors")) and (directory / INDEX).exists():
+            raise MtpdError(f"{directory / INDEX}: not readable as the index of hidden states; {way_out}")
+        return
+    other = [name for name, value in wanted["key"].items() if found["key"].get(name) != value]
+    other += [name for name in ("row_length", "hidden_size", "dtype") if found.get(name) != wanted[name]]
+    if other:
+        raise MtpdError(f"{directory}: these hidden states are of another run: other {', '.join(other)}; {way_out}")
 
 
 def _intact(path: Path, digest: str) -> bool:
@@ -172,7 +249,7 @@ def _read_index(directory: Path) -> dict[str, Any] | None:
         index = json.loads((directory / INDEX).read_text())
     except (FileNotFoundError, ValueError):
         return None
-    return index if isinstance(index, dict) and index.get("schema") == 1 else None
+    return index if isinstance(index, dict) and index.get("schema") == SCHEMA else None
 
 
 def _check_room(directory: Path, needed: int) -> None:
@@ -180,8 +257,8 @@ def _check_room(directory: Path, needed: int) -> None:
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free
-    if needed + MARGIN > free:
+    if needed and needed + MARGIN > free:
         raise MtpdError(
             f"{directory}: the hidden states need {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
-            "set data.hidden_states=recompute, or output to another disk"
+            "set data.hidden_states=recompute, or data.store to another disk"
         )

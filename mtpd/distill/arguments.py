@@ -8,14 +8,33 @@ import torch
 from transformers import TrainingArguments
 
 from mtpd.errors import UserError
-from mtpd.losses.fused import LossSettings
-from mtpd.recipe import Recipe, loss_weights
+from mtpd.losses.settings import Divergence, LossSettings
+from mtpd.recipe import Recipe, compared_tokens, loss_weights
+
+DIVERGENCES: dict[str, Divergence] = {
+    "reverse_kl": "reverse_kl",
+    "jsd": "jsd",
+    "tv": "tv",
+    "lk": "lk",
+    "end_to_end_tv": "end_to_end_tv",
+}
+"""What `train.loss` compares with the teacher; mtp_d and kl have the KL."""
 
 
 def loss_settings(recipe: Recipe) -> LossSettings:
     """The loss that the recipe describes."""
     alpha, beta = loss_weights(recipe.train, recipe.heads.depth)
-    return LossSettings(alpha, beta, top_n=recipe.train.top_n, teacher_temperature=recipe.train.teacher_temperature)
+    train = recipe.train
+    return LossSettings(
+        alpha,
+        beta,
+        divergence=DIVERGENCES.get(train.loss, "kl"),
+        top_n=compared_tokens(train),
+        teacher_temperature=train.teacher_temperature,
+        student_temperature=train.student_temperature,
+        mix=train.jsd_mix,
+        eta=train.lk_eta,
+    )
 
 
 def training_arguments(recipe: Recipe, *, dtype: torch.dtype, device: torch.device) -> TrainingArguments:

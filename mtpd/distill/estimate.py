@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mtpd.data.prompts import Prompt, load_prompts, render
 from mtpd.data.sources import at_hand
+from mtpd.distill.arguments import loss_settings
 from mtpd.distill.run import split_prompts
 from mtpd.losses.fused import block_size
 from mtpd.recipe import Recipe
@@ -145,6 +146,8 @@ class Sizes:
     hidden: int
     columns: int
     """Of the draft vocabulary, or of the whole one."""
+    tokens: int
+    """Of the whole vocabulary."""
     projected: int
     """Features of queries, keys and values together."""
     cached: int
@@ -157,7 +160,7 @@ class Sizes:
     """Bytes of a number of the trunk."""
 
     @classmethod
-    def of(cls, config: Any, *, frozen: int, trained: int, depth: int, columns: int, item: int) -> Sizes:
+    def of(cls, config: Any, *, frozen: int, trained: int, depth: int, columns: int, tokens: int, item: int) -> Sizes:
         """Reads the shapes from a model's configuration."""
         heads = int(config.num_attention_heads)
         width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
@@ -173,6 +176,7 @@ class Sizes:
             layers=int(config.num_hidden_layers),
             hidden=int(config.hidden_size),
             columns=columns,
+            tokens=tokens,
             projected=width * heads + cached,
             cached=cached,
             inner=inner * max(1, experts),
@@ -181,7 +185,9 @@ class Sizes:
         )
 
 
-def estimate_memory(recipe: Recipe, sizes: Sizes, *, decoding_item: int) -> dict[str, dict[str, int]]:
+def estimate_memory(
+    recipe: Recipe, sizes: Sizes, text: TextEstimate, *, decoding_item: int
+) -> dict[str, dict[str, int]]:
     """Bytes by phase and purpose. What allocators and libraries add is left out.
 
     Args:
@@ -192,6 +198,8 @@ def estimate_memory(recipe: Recipe, sizes: Sizes, *, decoding_item: int) -> dict
     batch_tokens = recipe.train.rows_per_step * data.row_length
     # What autograd keeps of a head, counted in a llama block: 22 D of norms, projection and residuals.
     elements = 22 * sizes.hidden + 2 * sizes.projected + 4 * sizes.inner + 6 * sizes.hidden * sizes.experts
+    # Losses of the teacher's true probabilities read its logits over all tokens.
+    tokens = sizes.tokens if loss_settings(recipe).true_probabilities else sizes.columns
     phases = {
         "generating": {
             "trunk": weights,
@@ -211,8 +219,11 @@ def estimate_memory(recipe: Recipe, sizes: Sizes, *, decoding_item: int) -> dict
             "optimizer": 8 * sizes.trained,
             "heads in the trunk's number format": item * sizes.trained if item < 4 else 0,
             "activations of the heads": batch_tokens * sizes.depth * elements * item,
+            "hidden states kept": (hidden_state_bytes(recipe, sizes, text) or 0)
+            if data.hidden_states == "memory"
+            else 0,
             "hidden states of a batch": batch_tokens * sizes.hidden * item,
-            "loss": block_size(sizes.columns, sizes.columns, item)[1],
+            "loss": block_size(sizes.columns, tokens, item)[1],
         },
     }
     if data.responses == "given":
@@ -227,14 +238,19 @@ def estimate_memory(recipe: Recipe, sizes: Sizes, *, decoding_item: int) -> dict
     return phases
 
 
+def hidden_state_bytes(recipe: Recipe, sizes: Sizes, text: TextEstimate) -> int | None:
+    """Of all rows, kept; None where the amount of text is not known."""
+    return None if text.rows is None else text.rows * recipe.data.row_length * sizes.hidden * sizes.item
+
+
 def estimate_disk(recipe: Recipe, sizes: Sizes, text: TextEstimate) -> dict[str, int | None]:
     """Bytes of the run directory by file, at most; None where the amount of text is not known."""
     kept = recipe.train.save_total_limit + 1  # One more while it is being written.
     checkpoints = kept if text.saves is None else min(kept, text.saves)
     responses = None if text.tokens is None else BYTES_OF_A_TOKEN_ID * text.tokens
     states: int | None = 0
-    if recipe.data.hidden_states == "keep":
-        states = None if text.rows is None else text.rows * recipe.data.row_length * sizes.hidden * sizes.item
+    if recipe.data.hidden_states == "disk":
+        states = hidden_state_bytes(recipe, sizes, text)
     return {
         "hidden states": states,
         f"checkpoints, {checkpoints} at a time": checkpoints * 12 * sizes.trained,

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mtpd import alignment
 from mtpd.heads import Heads
-from mtpd.losses.fused import LossSettings, LossSums, multi_depth_loss
+from mtpd.losses.fused import multi_depth_loss
+from mtpd.losses.settings import LossSettings, LossSums
 from mtpd.trunk import Trunk
 
 
@@ -18,12 +20,26 @@ class DistillModel(nn.Module):
 
     Args:
         settings: weights and form of the loss.
+        compiled: runs the loss as code of torch.compile.
+        checkpoint_blocks: computes what is inside of each head a second time in the backward pass.
     """
 
     accepts_loss_kwargs = True
 
-    def __init__(self, trunk: Trunk, heads: Heads, settings: LossSettings) -> None:
+    def __init__(
+        self,
+        trunk: Trunk,
+        heads: Heads,
+        settings: LossSettings,
+        *,
+        compiled: bool = False,
+        checkpoint_blocks: bool = False,
+    ) -> None:
         super().__init__()
+        self.compiled = compiled
+        if checkpoint_blocks:
+            for head in heads.layers:
+                _checkpoint(head)
         self.trunk = trunk
         self.heads = heads
         self.settings = settings
@@ -66,7 +82,20 @@ class DistillModel(nn.Module):
             settings=self.settings,
             main_head=self.main_head,
             columns_M=self.heads.rows(),
+            compiled=self.compiled,
         )
         if num_items_in_batch is None:
             num_items_in_batch = (labels != alignment.IGNORED).sum()
         return {"loss": total / num_items_in_batch}
+
+
+def _checkpoint(head: nn.Module) -> None:
+    """Keeps only the inputs of a head for its backward pass, where one will come."""
+    inside = head.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return inside(*args, **kwargs)
+        return checkpoint(inside, *args, use_reentrant=False, **kwargs)
+
+    head.forward = forward

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtpd.data.models import load_model, resolve_device, resolve_dtype
+from mtpd.data.vocabulary import draft_size
 from mtpd.distill.estimate import Sizes, TextEstimate, estimate_disk, estimate_memory, estimate_text
 from mtpd.distill.run import check_row_length, heads_config, real_tokens
 from mtpd.heads import build_heads
@@ -109,8 +110,8 @@ class Plan:
         passes = []
         if data.responses == "trunk":
             passes.append(f"generation, {data.generation_batch} prompts at a time")
-        if data.hidden_states == "keep":
-            passes.append("1 to keep hidden states, none in training")
+        if data.hidden_states != "recompute":
+            passes.append("1 in training, or none if data.store has all rows")
         else:
             passes.append(f"{train.epochs:g} in training" if train.max_steps <= 0 else "each row of each step")
         return "; ".join([*passes, "held-out prompts: generation, and 1 before and after"])
@@ -134,7 +135,7 @@ def plan(recipe: Recipe) -> Plan:
     trunk = Trunk(model, tokens=real_tokens(model, tokenizer) if tokenizer is not None else None)
     check_row_length(recipe, trunk)
     rows = trunk.unembedding.weight.shape[0]
-    columns = min(recipe.heads.vocabulary or rows, trunk.tokens or rows)
+    columns = min(draft_size(recipe.heads.vocabulary) or rows, trunk.tokens or rows)
     config = heads_config(recipe, trunk, vocabulary=columns if columns < rows else 0, fingerprint="")
     heads = build_heads(trunk, config)
     frozen = sum(parameter.numel() for parameter in model.parameters())
@@ -145,6 +146,7 @@ def plan(recipe: Recipe) -> Plan:
         trained=trained,
         depth=recipe.heads.depth,
         columns=columns,
+        tokens=rows,
         item=dtype.itemsize,
     )
     text = estimate_text(recipe, tokenizer)
@@ -163,7 +165,7 @@ def plan(recipe: Recipe) -> Plan:
         frozen=frozen,
         trained=trained,
         text=text,
-        memory=estimate_memory(recipe, sizes, decoding_item=decoding.itemsize),
+        memory=estimate_memory(recipe, sizes, text, decoding_item=decoding.itemsize),
         disk=estimate_disk(recipe, sizes, text),
     )
 

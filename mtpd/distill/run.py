@@ -19,8 +19,8 @@ from mtpd.data.models import load_model, resolve_dtype, trunk_fingerprint
 from mtpd.data.packing import PackedRows, Sample, collate, pack
 from mtpd.data.prompts import Prompt, given_sample, load_prompts, split_held_out
 from mtpd.data.responses import end_tokens, generate_responses
-from mtpd.data.store import HiddenStore
-from mtpd.data.vocabulary import draft_vocabulary
+from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, store_key, with_hidden
+from mtpd.data.vocabulary import draft_vocabulary, load_vocabulary
 from mtpd.distill.arguments import loss_settings, training_arguments
 from mtpd.distill.directory import RunDirectory, open_run, write_provenance
 from mtpd.distill.model import DistillModel
@@ -83,12 +83,12 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
         rows=rows.fingerprint,
         prompts=[prompt.fingerprint for prompt in prompts.train],
     )
-    store = hidden_states(session, rows)
+    store = hidden_states(session, rows, prompts.train)
     samples, apart = measured_samples(session, prompts.held_out)
     if not (run.heads / WEIGHTS).is_file():
         heads = new_heads(session, rows, store)
         measure(session, heads, samples, run.acceptance_before)
-        train_heads(session, heads, TrainingRows(rows, store))
+        train_heads(session, heads, rows, store)
         save_heads(heads, run.heads)
     heads = load_heads(run.heads, session.trunk, fingerprint=session.fingerprint)
     measure(session, heads, samples, run.acceptance)
@@ -183,18 +183,25 @@ def respond(
     )
 
 
-def hidden_states(session: Session, rows: PackedRows) -> HiddenStore | None:
-    """The store of h_t of all rows, if the recipe keeps them."""
-    if session.recipe.data.hidden_states == "recompute":
+def hidden_states(session: Session, rows: PackedRows, prompts: Sequence[Prompt]) -> HiddenStates | None:
+    """What keeps h_t of the rows, if the recipe keeps them; it may have none of them yet."""
+    data = session.recipe.data
+    if data.hidden_states == "recompute":
         return None
-    return HiddenStore.build(
-        session.trunk,
-        rows,
-        session.run.hidden_states,
-        key=fingerprint_json([session.fingerprint, rows.fingerprint]),
-        batch_rows=session.recipe.train.rows_per_step,
-        progress=session.progress,
-    )
+    if data.hidden_states == "memory":
+        return MemoryStore(session.trunk, rows)
+    key = store_key(session.fingerprint, session.tokenizer, [prompt.fingerprint for prompt in prompts], rows)
+    return DiskStore(data.store or session.run.hidden_states, session.trunk, rows, key=key)
+
+
+def vocabulary_of(session: Session, rows: PackedRows) -> torch.Tensor | None:
+    """Token ids of the draft vocabulary, or None where all tokens can be drafted."""
+    trunk, wanted = session.trunk, session.recipe.heads.vocabulary
+    tokens = trunk.tokens or trunk.unembedding.weight.shape[0]
+    if isinstance(wanted, str):
+        return load_vocabulary(wanted, tokens=tokens)
+    always = {*session.ends, *session.tokenizer.all_special_ids}
+    return draft_vocabulary(rows, wanted, tokens=tokens, always=always)
 
 
 def measured_samples(session: Session, held_out: Sequence[Prompt]) -> tuple[list[Sample], frozenset[str]]:
@@ -229,20 +236,19 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
     return turns[:count]
 
 
-def new_heads(session: Session, rows: PackedRows, store: HiddenStore | None) -> Heads:
+def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) -> Heads:
     """Heads with their first weights, kept in `heads-before/`."""
     run, trunk, recipe = session.run, session.trunk, session.recipe
     if (run.heads_before / WEIGHTS).is_file():
         return load_heads(run.heads_before, trunk, fingerprint=session.fingerprint)
-    tokens = trunk.tokens or trunk.unembedding.weight.shape[0]
-    vocabulary = draft_vocabulary(rows, recipe.heads.vocabulary, tokens=tokens, always=session.ends)
+    vocabulary = vocabulary_of(session, rows)
     size = 0 if vocabulary is None else len(vocabulary)
     heads = build_heads(trunk, heads_config(recipe, trunk, vocabulary=size, fingerprint=session.fingerprint))
     initialise(heads, trunk, recipe.heads.init, seed=recipe.seed)
     if vocabulary is not None:
         heads.get_buffer("vocabulary").copy_(vocabulary)
     if recipe.heads.init == "regression":
-        fit(heads, trunk, fitting_batches(session, TrainingRows(rows, store)))
+        fit(heads, trunk, fitting_batches(session, rows, store))
     save_heads(heads, run.heads_before)
     return heads
 
@@ -265,27 +271,38 @@ def heads_config(recipe: Recipe, trunk: Trunk, *, vocabulary: int, fingerprint: 
     )
 
 
-def fitting_batches(session: Session, rows: TrainingRows, tokens: int = 100_000) -> list[dict[str, torch.Tensor]]:
+def fitting_batches(
+    session: Session, rows: PackedRows, store: HiddenStates | None, tokens: int = 100_000
+) -> list[dict[str, torch.Tensor]]:
     """Rows with hidden states, enough for a regression."""
-    chosen = range(min(len(rows), -(-tokens // rows.rows.row_length)))
-    size = session.recipe.train.rows_per_step
+    training, size = TrainingRows(rows), session.recipe.train.rows_per_step
+    chosen = range(min(len(rows), -(-tokens // rows.row_length)))
     batches = [
-        collate([rows[index] for index in chosen[first : first + size]]) for first in range(0, len(chosen), size)
+        collate([training[index] for index in chosen[first : first + size]]) for first in range(0, len(chosen), size)
     ]
-    for batch in batches:
-        if "hidden" not in batch:
-            where = session.trunk.device
-            batch["hidden"] = session.trunk.hidden(
-                batch["input_ids"].to(where), position_ids=batch["position_ids"].to(where)
-            )
-    return batches
+    return [with_hidden(batch, session.trunk, store) for batch in batches]
 
 
-def train_heads(session: Session, heads: Heads, rows: TrainingRows) -> None:
+def train_heads(session: Session, heads: Heads, rows: PackedRows, store: HiddenStates | None) -> None:
     """Trains, or goes on from the newest whole checkpoint."""
-    model = DistillModel(session.trunk, heads, loss_settings(session.recipe))
+    settings = session.recipe.train
+    model = DistillModel(
+        session.trunk,
+        heads,
+        loss_settings(session.recipe),
+        compiled=settings.compile,
+        checkpoint_blocks=settings.checkpoint_blocks,
+    )
     arguments = training_arguments(session.recipe, dtype=session.trunk.dtype, device=session.trunk.device)
-    trainer = HeadTrainer(model, arguments, rows, callbacks=[Metrics(session.run.metrics)], progress=session.progress)
+    if arguments.world_size > 1 and store is not None and not all(row in store for row in range(len(rows))):
+        logger.warning(
+            "data.hidden_states: several processes do not fill a store, the trunk runs in each epoch; "
+            "`mtpd data store` fills it ahead of training"
+        )
+        store = None
+    trainer = HeadTrainer(
+        model, arguments, rows, store=store, callbacks=[Metrics(session.run.metrics)], progress=session.progress
+    )
     train(trainer, session.run.path)
 
 

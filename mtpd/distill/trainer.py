@@ -16,35 +16,36 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mtpd.data.packing import PackedRows, collate
-from mtpd.data.store import HiddenStore
+from mtpd.data.store import HiddenStates, with_hidden
 from mtpd.distill.model import DistillModel
 from mtpd.errors import MtpdError
 from mtpd.files import write_whole, writing
 from mtpd.heads import load_heads, save_heads
+from mtpd.losses.settings import LossSettings
 
 COMPLETE = "complete.json"
 """Written last into a checkpoint: one without it was interrupted and is not resumed from."""
 
 
 class TrainingRows(Dataset[dict[str, Tensor]]):
-    """Packed rows, with the trunk's hidden states where they were kept."""
+    """Packed rows, each with its number "row", by which its hidden states are kept."""
 
-    def __init__(self, rows: PackedRows, store: HiddenStore | None) -> None:
-        self.rows, self.store = rows, store
+    def __init__(self, rows: PackedRows) -> None:
+        self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = self.rows[index]
-        return row if self.store is None else {**row, "hidden": self.store[index]}
+        return {**self.rows[index], "row": torch.tensor(index)}
 
 
 class HeadTrainer(Trainer):
     """Trains the heads of a `DistillModel`.
 
+    The trunk's states come from the store; those that it lacks, all of them without one, from the trunk.
     Callbacks, schedulers, `report_to`, accumulation and resuming are transformers'. Different are:
-    checkpoints (heads and optimizer only), and the logs, which have CE, KL and the teacher-forced
+    checkpoints (heads and optimizer only), and the logs, which have CE, divergence and the teacher-forced
     share of accepted drafts for each depth.
     """
 
@@ -52,14 +53,20 @@ class HeadTrainer(Trainer):
         self,
         model: DistillModel,
         args: TrainingArguments,
-        rows: Dataset[dict[str, Tensor]],
+        rows: PackedRows,
         *,
+        store: HiddenStates | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         progress: bool = True,
     ) -> None:
         super().__init__(
-            model=model, args=args, train_dataset=rows, data_collator=collate, callbacks=[Finished(), *callbacks]
+            model=model,
+            args=args,
+            train_dataset=TrainingRows(rows),
+            data_collator=collate,
+            callbacks=[Finished(), *callbacks],
         )
+        self.store = store
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         if progress:
@@ -73,22 +80,26 @@ class HeadTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        tokens = inputs["input_ids"].numel()
+        inputs = with_hidden(inputs, self.distill_model.trunk, self.store)
         result = super().compute_loss(model, inputs, *args, **kwargs)
         sums = self.distill_model.sums
         assert sums is not None
         step = torch.stack([sums.rows, sums.cross_entropy, sums.divergence, sums.accepted]).detach()
         self._totals = step if self._totals is None else self._totals + step
-        self._tokens += inputs["input_ids"].numel()
+        self._tokens += tokens
         return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._totals is not None and "loss" in logs:
             rows, cross_entropy, divergence, accepted = self._totals.cpu()
             now = time.monotonic()
+            settings = self.distill_model.settings
             for k in range(len(rows)):
                 count = max(1.0, rows[k].item())
                 logs[f"ce_{k + 1}"] = cross_entropy[k].item() / count
-                logs[f"kl_{k + 1}"] = divergence[k].item() / count
+                if any(settings.beta):
+                    logs[f"{_name(settings)}_{k + 1}"] = divergence[k].item() / count
                 # Of all places where depth 1 drafts, as CAR is defined. Teacher-forced on training text:
                 # the file acceptance.json, not this, says how well the heads draft.
                 logs[f"train_car_{k + 1}"] = accepted[k].item() / max(1.0, rows[0].item())
@@ -102,6 +113,11 @@ class HeadTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         heads = self.distill_model.heads
         heads.load_state_dict(load_heads(resume_from_checkpoint, self.distill_model.trunk).state_dict())
+
+
+def _name(settings: LossSettings) -> str:
+    """What the logged divergence of one depth is."""
+    return "tv" if settings.divergence == "end_to_end_tv" else settings.divergence
 
 
 class Finished(TrainerCallback):
@@ -215,6 +231,8 @@ def train(trainer: HeadTrainer, directory: Path) -> None:
     checkpoint = last_checkpoint(directory)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.store is not None:
+            trainer.store.flush()
     finally:
         # A bar left open draws itself once more, below the error that ended the training.
         for callback in trainer.callback_handler.callbacks:

@@ -21,7 +21,7 @@ Legend: P flat positions, D hidden size, R rows of a block, S rows of a tile, M 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -127,11 +127,14 @@ class _Walk:
         if settings.true_probabilities and columns_M is not None:
             assert main_head is not None, "columns_M comes with main_head"
             self.teacher_head, self.columns_M = main_head, columns_M
-        self.compare = _compiled_compare() if compiled else tile.compare
+        sweeps: tuple[Any, Any] = _compiled() if compiled else (tile.teacher_tile, tile.compare)
+        self.teacher_tile, self.compare = sweeps
 
     def run(self, students_PD: Sequence[Tensor], *, needs_grad: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The loss, the sums [4, K] and the gradient of each depth."""
         settings, device = self.settings, self.trunk_PD.device
+        if device.type == "cpu":
+            _keep_freed_memory()
         depths, positions = len(students_PD), len(self.trunk_PD)
         columns = self.unembedding.weight.shape[0]
         weight = self.unembedding.weight
@@ -154,7 +157,7 @@ class _Walk:
             logits = _product(self.trunk_PD[block], self.teacher_head, raw_z[: len(block)])
             teachers = []
             for part, ids in zip(logits.split(step), block.split(step), strict=True):
-                teacher, chosen[ids] = tile.teacher_tile(part, self.teacher_head, settings, self.columns_M)
+                teacher, chosen[ids] = self.teacher_tile(part, self.teacher_head, settings, self.columns_M)
                 teachers.append(teacher)
             for k in range(1, depths + 1):
                 kept = kept_on_host[k - 1, start : start + size]
@@ -273,5 +276,17 @@ def _product(states_RD: Tensor, head: Unembedding, out: Tensor | None = None) ->
 
 
 @functools.cache
-def _compiled_compare() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    return torch.compile(tile.compare, dynamic=True)
+def _compiled() -> tuple[Any, Any]:
+    """The sweeps as code of torch.compile, for any number of rows."""
+    return torch.compile(tile.teacher_tile, dynamic=True), torch.compile(tile.compare, dynamic=True)
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Lets freed tiles stay with the process, which otherwise doubles the time of the sweeps.
+
+    The allocator of glibc gives large blocks back to the system when they are freed, and pays a page fault for each
+    4 kB when it gets them again. What it takes for large grows to the size of the largest block that was freed, up
+    to 32 MiB: so this frees one.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)

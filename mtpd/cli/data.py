@@ -1,0 +1,65 @@
+"""`mtpd data`: what training reads beside its recipe, made ahead of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mtpd.cli.arguments import Debug, RecipeArguments, split_arguments
+from mtpd.cli.errors import disk_full
+from mtpd.cli.terminal import quiet_libraries
+from mtpd.recipe import load_recipe
+
+app = typer.Typer(no_args_is_help=True, help="Make the hidden states or the draft vocabulary of a run ahead of it.")
+
+
+@app.command()
+def store(context: typer.Context, arguments: RecipeArguments = None, debug: Debug = False) -> None:
+    """Compute the trunk's hidden states of all training rows, so that training does not run the trunk.
+
+    They go to the directory data.store, or into the run directory. The same command resumes an interrupted one.
+
+    Examples:
+
+        mtpd data store recipes/demo.yaml
+
+        mtpd data store recipes/demo.yaml data.store=/disk/states
+    """
+    path, overrides = split_arguments(arguments)
+    recipe = load_recipe(path, overrides)
+    with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
+        from mtpd.distill.ahead import store_hidden_states  # brings in torch
+
+        try:
+            typer.echo(f"done: {store_hidden_states(recipe)}")
+        except Exception as error:
+            if full := disk_full(error, Path(recipe.data.store or recipe.output)):
+                raise full from error
+            raise
+
+
+@app.command()
+def vocab(
+    context: typer.Context,
+    arguments: RecipeArguments = None,
+    out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("vocabulary.json"),
+    debug: Debug = False,
+) -> None:
+    """Count the tokens of the training responses, and keep the heads.vocabulary most frequent and special ones.
+
+    The file is for heads.vocabulary of other runs: heads train and draft over its tokens only, and the text stays
+    that of the whole vocabulary.
+
+    Example:
+
+        mtpd data vocab recipes/demo.yaml heads.vocabulary=8192 --out demo-vocabulary.json
+    """
+    path, overrides = split_arguments(arguments)
+    recipe = load_recipe(path, overrides)
+    with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
+        from mtpd.distill.ahead import count_vocabulary  # brings in torch
+
+        count, share = count_vocabulary(recipe, out)
+    typer.echo(f"done: {out}, {count:,} tokens that are {share:.2%} of those in the training responses")

@@ -1,0 +1,58 @@
+"""What training reads, made ahead of it: `mtpd data store` and `mtpd data vocab`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mtpd.data.store import DiskStore, fill
+from mtpd.data.vocabulary import coverage, save_vocabulary
+from mtpd.distill.directory import open_run
+from mtpd.distill.run import hidden_states, real_tokens, split_prompts, start, training_rows, vocabulary_of
+from mtpd.errors import UserError
+from mtpd.recipe import Recipe
+
+
+def store_hidden_states(recipe: Recipe, *, progress: bool = True) -> Path:
+    """Computes the hidden states of all training rows of a recipe ahead of training.
+
+    The responses that they need are written into the run directory, where training finds them.
+
+    Returns:
+        The directory of the store.
+
+    Raises:
+        UserError, MtpdError: with one line that names the cause.
+    """
+    if recipe.data.hidden_states != "disk":
+        raise UserError(f"data.hidden_states: {recipe.data.hidden_states} stores nothing on the disk; accepted: disk")
+    run = open_run(recipe, fresh=False)
+    session = start(recipe, run, progress=progress)
+    prompts = split_prompts(recipe).train
+    rows = training_rows(session, prompts)
+    store = hidden_states(session, rows, prompts)
+    assert isinstance(store, DiskStore)
+    fill(store, session.trunk, rows, batch_rows=recipe.train.rows_per_step, progress=progress)
+    return store.directory
+
+
+def count_vocabulary(recipe: Recipe, path: Path, *, progress: bool = True) -> tuple[int, float]:
+    """Writes the draft vocabulary that a recipe means, from the responses that it trains on.
+
+    Returns:
+        How many tokens it has, and their share of the response tokens.
+
+    Raises:
+        UserError, MtpdError: with one line that names the cause.
+    """
+    size = recipe.heads.vocabulary
+    if not isinstance(size, int) or size == 0:
+        raise UserError(f"heads.vocabulary: {size} leaves nothing to count; accepted: how many tokens are kept")
+    session = start(recipe, open_run(recipe, fresh=False), progress=progress)
+    rows = training_rows(session, split_prompts(recipe).train)
+    vocabulary = vocabulary_of(session, rows)
+    tokens = real_tokens(session.trunk.model, session.tokenizer)
+    if vocabulary is None:
+        raise UserError(f"heads.vocabulary: {size} leaves nothing out; accepted: less than {tokens}, all tokens")
+    share = coverage(rows, vocabulary, tokens=tokens)
+    save_vocabulary(path, vocabulary, share=share)
+    return len(vocabulary), share
