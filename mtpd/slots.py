@@ -176,7 +176,7 @@ def attention_masks(
     masks: dict[str, Tensor] = {}
     for kind in dict.fromkeys(kinds):
         mask = positions_NQ[:, None, :, None] >= places_L
-        if kind == "sliding_attention":
+        if kind == "sliding_attention" and window is not None:
             mask &= positions_NQ[:, None, :, None] - places_L < window
         elif kind != "full_attention":
             raise UnsupportedModel(f"{config.model_type}: layers of {kind} cannot be decoded with heads yet")

@@ -151,6 +151,12 @@ def test_counts_of_rows_are_those_of_one(learned: Learned) -> None:
         assert (text.tokens, text.counts(DEPTH)) == alone
 
 
+def tell(known: Tensor, ids: Tensor, newest: list[int]) -> None:
+    """Makes the tokens of each row known up to its newest one, over what was drafted there."""
+    for row, end in enumerate(newest):
+        known[row, : end + 1] = ids[row, : end + 1]
+
+
 def test_caches_hold_what_training_computes(trunk: Trunk) -> None:
     """Fault: entries computed from rejected drafts that stay, or entries of a wrong token, state or position."""
     for heads in (random_heads(trunk), random_heads(trunk, shared=True)):
@@ -170,13 +176,8 @@ def test_caches_hold_what_training_computes(trunk: Trunk) -> None:
         known = torch.zeros(3, 64, dtype=torch.long)
         lengths = [2, 5]
 
-        def tell(to: list[int]) -> None:
-            """Makes the tokens known up to `to`, over what was drafted there."""
-            for row, end in enumerate(to):
-                known[row, : end + 1] = ids[row, : end + 1]
-
         with torch.no_grad():
-            tell(lengths)
+            tell(known, ids, lengths)
             drafter.begin(Span([0, 0], 5, trunk.device), hidden[:, :5], known, [length + 1 for length in lengths])
             # Depths between 1 and 3: heads that were left out in a round catch up.
             rounds = [(1, 0, 3), (0, 0, 3), (0, 3, 1), (3, 2, 1), (2, 2, 3), (0, 1, 2), (1, 0, 3), (15, 3, 3)]
@@ -196,7 +197,7 @@ def test_caches_hold_what_training_computes(trunk: Trunk) -> None:
                             held[row, :, :true], keys[k - 1][row, :, :true], rtol=1e-3, atol=1e-3
                         )
                 lengths = [lengths[0] + first + 1, lengths[1] + second + 1]
-                tell(lengths)
+                tell(known, ids, lengths)
                 width = max(first, second) + 1
                 # The shorter row is given states of rejected drafts behind its true ones.
                 new = torch.full((2, width, trunk.hidden_size), 9.0)

@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from mtpd.decode.choice import Choice, Greedy
 from mtpd.decode.counts import Counts
