@@ -141,13 +141,13 @@ class Trunk(nn.Module):
         input_ids: Tensor,
         *,
         position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D] after the final norm.
 
         Several documents may share a row: `position_ids` that start again at 0 mark the borders
-        and attention stays inside them.
+        and attention stays inside them. A mask is [B, T] or, ready made, what `mtpd.slots` gives.
         """
         return self.decoder(
             input_ids=input_ids,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,38 +14,58 @@ from transformers import DynamicCache, GenerationConfig
 
 from mtpd import alignment
 from mtpd.decode import Counts, generate
+from mtpd.decode.engine import Engine, Request
+from mtpd.errors import UserError
 from mtpd.heads import Heads
+from mtpd.slots import Span
 from mtpd.trunk import Trunk
 
 LENGTHS = [1, 5, 40]
 DEPTH = 3
+PATCHY = [3, 0, 1, 2, 2, 0, 3, 1]
 
 
 class Scripted:
-    """In the place of heads: drafts that are right up to a place that the script gives for each round."""
+    """In the place of heads: drafts that are right up to a place that the script gives for each round.
+
+    Before each round it looks whether the engine keeps its promises: the known tokens are those of one of
+    the texts, and the states that were given are those of the trunk.
+    """
 
     depth = DEPTH
 
-    def __init__(self, prompt: list[int], text: list[int], right: list[int]) -> None:
-        self.text = prompt + text + [0] * DEPTH
+    def __init__(self, texts: Sequence[tuple[list[int], list[int]]], right: Sequence[int]) -> None:
+        self.texts = [prompt + text + [0] * DEPTH for prompt, text in texts]
         self.right = right
         self.rounds = 0
-        self.read: list[int] = []
 
-    def drafter(self, trunk: Trunk) -> Scripted:
+    def drafter(self, trunk: Trunk, *, slots: int, capacity: int) -> Scripted:
+        self.trunk = trunk
+        self.held = torch.zeros(slots, capacity, trunk.hidden_size)
         return self
 
-    def draft(self, hidden_BTD: Tensor, tokens: Tensor) -> Tensor:
+    def begin(self, span: Span, hidden: Tensor, tokens: Tensor, lengths: Sequence[int]) -> None:
+        self.read(span, hidden)
+
+    def read(self, span: Span, hidden: Tensor) -> None:
+        span.write(self.held, hidden)
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        self.held[target] = self.held[source]
+
+    def draft(self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Callable[[Tensor], Tensor]) -> int:
         """As `ChainDrafter.draft`."""
-        known = len(tokens)
-        assert tokens.tolist() == self.text[:known]
-        # The states of all positions but the newest, each once.
-        self.read.append(hidden_BTD.shape[1])
-        assert sum(self.read) == known - 1
-        right = self.right[self.rounds % len(self.right)]
+        for row, end in enumerate(newest):
+            known = tokens[row, : end + 1].tolist()
+            [text] = [text for text in self.texts if text[: len(known)] == known]
+            states = self.trunk.hidden(tokens[row : row + 1, :end])[0]
+            torch.testing.assert_close(self.held[row, :end], states, rtol=1e-3, atol=1e-3)
+            right = self.right[(self.rounds + row) % len(self.right)]
+            drafts = text[end + 1 : end + 1 + depth]
+            wrong = [token if k < right else (token + 1) % TOKENS for k, token in enumerate(drafts)]
+            tokens[row, end + 1 : end + 1 + depth] = torch.tensor(wrong)
         self.rounds += 1
-        drafts = self.text[known : known + DEPTH]
-        return torch.tensor([token if k < right else (token + 1) % TOKENS for k, token in enumerate(drafts)])
+        return depth
 
 
 def decode(trunk: Trunk, heads: Any, prompt: list[int], **limits: Any) -> tuple[list[int], Counts]:
@@ -61,7 +82,7 @@ def test_text_is_that_of_generate(name: str, trunk: Trunk, length: int) -> None:
         40: random_heads(trunk),
     }[length]
     assert decode(trunk, random, prompt, max_new_tokens=len(text))[0] == text
-    patchy = Scripted(prompt, text, [3, 0, 1, 2, 2, 0, 3, 1])
+    patchy = Scripted([(prompt, text)], PATCHY)
     ours, counts = decode(trunk, patchy, prompt, max_new_tokens=len(text))
     assert ours == text
     assert counts.tokens == len(text)
@@ -101,14 +122,45 @@ def test_end_tokens_as_in_transformers(name: str, trunk: Trunk) -> None:
         config = GenerationConfig(max_new_tokens=20, eos_token_id=end)
         expected = plain_text(trunk, torch.tensor(prompt), config)
         for right in ([3], [0, 2]):
-            heads = Scripted(prompt, text, right)
+            heads = Scripted([(prompt, text)], right)
             assert decode(trunk, heads, prompt, max_new_tokens=20, end_tokens=[end])[0] == expected
+
+
+def test_rows_are_texts_of_their_own(name: str, trunk: Trunk) -> None:
+    """Fault: rows that see each other's slots, lengths or drafts; a slot that keeps what its last text left."""
+    texts = {number: greedy_text(name, length) for number, length in enumerate((5, 40, 1, 3, 20, 9))}
+    limits = [30, 4, 30, 11, 1, 30]
+    requests = [Request(prompt, limits[number]) for number, (prompt, _) in texts.items()]
+    for heads in (None, random_heads(trunk), Scripted(list(texts.values()), PATCHY)):
+        for slots in (2, 3, 6):
+            engine = Engine(trunk, heads, slots=slots, capacity=72)  # type: ignore[arg-type]
+            written = list(engine.run(requests))
+            assert sorted(text.number for text in written) == list(texts)
+            for text in written:
+                assert text.tokens == texts[text.number][1][: limits[text.number]]
+            # The engine serves again, and nothing of before is left.
+            assert [text.tokens for text in engine.run(requests[:1])] == [texts[0][1]]
+
+
+def test_counts_of_rows_are_those_of_one(learned: Learned) -> None:
+    """Fault: rounds of one row counted for another."""
+    prompts = [greedy_text("llama", length)[0] for length in (5, 40, 1, 3)]
+    engine = Engine(learned.trunk, learned.half, slots=3, capacity=72)
+    for text in engine.run([Request(prompt, 30) for prompt in prompts]):
+        alone = decode(learned.trunk, learned.half, prompts[text.number], max_new_tokens=30)
+        assert (text.tokens, text.counts(DEPTH)) == alone
+
+
+def tell(known: Tensor, ids: Tensor, newest: list[int]) -> None:
+    """Makes the tokens of each row known up to its newest one, over what was drafted there."""
+    for row, end in enumerate(newest):
+        known[row, : end + 1] = ids[row, : end + 1]
 
 
 def test_caches_hold_what_training_computes(trunk: Trunk) -> None:
     """Fault: entries computed from rejected drafts that stay, or entries of a wrong token, state or position."""
     for heads in (random_heads(trunk), random_heads(trunk, shared=True)):
-        ids = random_tokens(1, 45, seed=3)
+        ids = random_tokens(2, 45, seed=3)
         positions = torch.arange(ids.shape[1])[None]
         hidden = trunk.hidden(ids)
         state, expected, keys = hidden, [], []
@@ -119,22 +171,50 @@ def test_caches_hold_what_training_computes(trunk: Trunk) -> None:
                 state = head(embed, state, position_ids_BT=positions, cache=cache)
                 expected.append(state)
                 keys.append(cache.layers[0].keys)
-        drafter = heads.drafter(trunk)
-        logits = trunk.unembedding.select(None)(expected[0][0])
-        newest = 0
-        for accepted in (1, 0, 0, 3, 2, 0, 1, 3, 3, 3, 15, 0):
-            added = accepted + 1
-            before, newest = newest, newest + added
-            drafts = drafter.draft(hidden[:, before:newest], ids[0, : newest + 1])
-            assert drafts.shape == (DEPTH,)
-            # Depth 1 reads true tokens only, so its draft is the teacher-forced one.
-            assert drafts[0] == logits[newest - 1].argmax()
-            for k in range(1, DEPTH + 1):
-                true = max(0, newest - k + 1)
-                held = drafter.caches[k - 1].layers[0].keys
-                assert held.shape[-2] == true
-                torch.testing.assert_close(held, keys[k - 1][..., :true, :], rtol=1e-3, atol=1e-3)
-        assert newest == 43
+        logits = trunk.unembedding.select(None)(expected[0])
+        drafter = heads.drafter(trunk, slots=3, capacity=60)
+        known = torch.zeros(3, 64, dtype=torch.long)
+        lengths = [2, 5]
+
+        with torch.no_grad():
+            tell(known, ids, lengths)
+            drafter.begin(Span([0, 0], 5, trunk.device), hidden[:, :5], known, [length + 1 for length in lengths])
+            # Depths between 1 and 3: heads that were left out in a round catch up.
+            rounds = [(1, 0, 3), (0, 0, 3), (0, 3, 1), (3, 2, 1), (2, 2, 3), (0, 1, 2), (1, 0, 3), (15, 3, 3)]
+            for first, second, depth in rounds:
+                before = list(lengths)
+                drafted = drafter.draft(known, lengths, depth, lambda logits: logits.argmax(-1))
+                assert drafted == depth
+                for row, end in enumerate(lengths):
+                    # Depth 1 reads true tokens only, so its draft is the teacher-forced one.
+                    assert known[row, end + 1] == logits[row, end - 1].argmax()
+                    for k in range(1, depth + 1):
+                        true = max(0, end - k + 1)
+                        assert drafter.true[k - 1][row] == true
+                        held = drafter.caches[k - 1].layers[0].keys
+                        assert held is not None
+                        torch.testing.assert_close(
+                            held[row, :, :true], keys[k - 1][row, :, :true], rtol=1e-3, atol=1e-3
+                        )
+                lengths = [lengths[0] + first + 1, lengths[1] + second + 1]
+                tell(known, ids, lengths)
+                width = max(first, second) + 1
+                # The shorter row is given states of rejected drafts behind its true ones.
+                new = torch.full((2, width, trunk.hidden_size), 9.0)
+                for row, (start, end) in enumerate(zip(before, lengths, strict=True)):
+                    new[row, : end - start] = hidden[row, start:end]
+                drafter.read(Span(before, width, trunk.device), new)
+
+
+def drafts_of(trunk: Trunk, heads: Heads, ids: Tensor) -> list[int]:
+    """What the heads draft after one text [n]."""
+    drafter = heads.drafter(trunk, slots=1, capacity=len(ids) + 8)
+    tokens = torch.zeros(1, len(ids) + 8, dtype=torch.long)
+    tokens[0, : len(ids)] = ids
+    with torch.no_grad():
+        drafter.begin(Span([0], len(ids) - 1, trunk.device), trunk.hidden(ids[None, :-1]), tokens, [len(ids)])
+        drafted = drafter.draft(tokens, [len(ids) - 1], heads.depth, lambda logits: logits.argmax(-1))
+    return tokens[0, len(ids) : len(ids) + drafted].tolist()
 
 
 def test_draft_vocabulary(llama: Trunk) -> None:
@@ -142,8 +222,8 @@ def test_draft_vocabulary(llama: Trunk) -> None:
     vocabulary = torch.tensor([5, 17, 40, 99])
     heads = random_heads(llama, vocabulary=vocabulary)
     ids = random_tokens(1, 12)
-    drafts = heads.drafter(llama).draft(llama.hidden(ids)[:, :-1], ids[0])
-    assert set(drafts.tolist()) <= set(vocabulary.tolist())
+    drafts = drafts_of(llama, heads, ids[0])
+    assert set(drafts) <= set(vocabulary.tolist())
     whole = random_heads(llama)
     whole.load_state_dict(heads.state_dict() | {"vocabulary": whole.vocabulary})
     hidden = llama.hidden(ids)
@@ -157,10 +237,10 @@ def test_drafts_are_never_padding_rows() -> None:
     """Fault: rows that only pad the vocabulary drafted as tokens."""
     trunk = tiny_trunk("qwen3")
     narrow = Trunk(trunk.model, tokens=4)
-    ids = random_tokens(1, 12)
+    ids = random_tokens(12)
     heads = random_heads(trunk)
-    assert heads.drafter(narrow).draft(trunk.hidden(ids)[:, :-1], ids[0]).max() < 4
-    assert heads.drafter(trunk).draft(trunk.hidden(ids)[:, :-1], ids[0]).max() >= 4
+    assert max(drafts_of(narrow, heads, ids)) < 4
+    assert max(drafts_of(trunk, heads, ids)) >= 4
 
 
 def test_counts_by_hand() -> None:
@@ -183,7 +263,13 @@ def test_fewer_heads_draft_the_same() -> None:
     whole, fewer = random_heads(trunk), random_heads(trunk)
     fewer.shorten(2)
     ids = torch.arange(3, 15)
-    hidden = trunk.hidden(ids[None])[:, :-1]
     assert fewer.depth == 2
-    assert torch.equal(fewer.drafter(trunk).draft(hidden, ids), whole.drafter(trunk).draft(hidden, ids)[:2])
+    assert drafts_of(trunk, fewer, ids) == drafts_of(trunk, whole, ids)[:2]
     assert generate(trunk, fewer, ids, max_new_tokens=20)[0] == generate(trunk, whole, ids, max_new_tokens=20)[0]
+
+
+def test_depths_that_do_not_exist(llama: Trunk) -> None:
+    """Fault: more drafts a round than heads, or none, taken without a word."""
+    for depth in (0, 4, -1):
+        with pytest.raises(UserError, match=f"depth: {depth} is not accepted; accepted: 1 to 3"):
+            Engine(llama, random_heads(llama), slots=1, capacity=8, depth=depth)

@@ -52,31 +52,44 @@ class Killed(Exception):
 def test_an_interrupted_run_continues(
     loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
-    """Resuming that repeats finished prompts, keeps a torn line, or draws other samples than one run would."""
+    """Fault: resuming that repeats finished prompts, keeps a torn line, or draws other samples than one run would."""
     whole = generate(loaded, tmp_path / "whole.jsonl", temperature=temperature)
-    answer, calls = responses._answer, []
+    append, calls = responses._append, []
 
-    def killed(*args: Any, **kwargs: Any) -> Any:
-        calls.append(len(args[1]))
-        if len(calls) == 2:
+    def killed(path: Path, lines: str) -> None:
+        calls.append(lines.count("\n"))
+        if len(calls) == 4:
             raise Killed
-        return answer(*args, **kwargs)
+        append(path, lines)
 
     path = tmp_path / "killed.jsonl"
-    monkeypatch.setattr(responses, "_answer", killed)
+    monkeypatch.setattr(responses, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(responses, "_append", killed)
     with pytest.raises(Killed):
         generate(loaded, path, temperature=temperature)
-    # Lose the end of the last line as well: its batch is then done again, for that prompt alone.
+    assert len(path.read_text().splitlines()) == 1 + 3
+    # Lose the end of the last line as well: its prompt is then answered again.
     path.write_bytes(path.read_bytes()[:-5])
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    assert generate(loaded, path, temperature=temperature) == whole
+    assert generate(loaded, path, temperature=temperature, batch=2) == whole
     assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers changed"
-    assert calls == [3, 3, 3, 3, 1]
+    assert calls == [1] * 4 + [1] * 5
     lines = [json.loads(line)["id"] for line in path.read_text().splitlines()[1:]]
     assert len(lines) == len(set(lines)) == len(PROMPTS)
     assert generate(loaded, path, temperature=temperature) == whole
-    assert len(calls) == 5
+    assert len(calls) == 9
+
+
+def test_cores_share_the_prompts(loaded: Any, tmp_path: Path) -> None:
+    """Fault: texts that depend on how many decode at a time, or a number of threads that is not given back."""
+    alone = generate(loaded, tmp_path / "one.jsonl", temperature=1.0)
+    torch.set_num_threads(2)
+    try:
+        assert generate(loaded, tmp_path / "two.jsonl", temperature=1.0, batch=5) == alone
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_other_settings_are_refused(loaded: Any, tmp_path: Path) -> None:
@@ -143,8 +156,9 @@ def test_long_prompts_are_left_out(loaded: Any, tmp_path: Path, caplog: pytest.L
         generate(loaded, tmp_path / "twice.jsonl", prompts=[PROMPTS[0], PROMPTS[0]])
 
 
-def test_empty_responses_are_an_error(loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that ends at once leaves nothing to train on."""
-    monkeypatch.setattr(responses, "_answer", lambda model, prompts, *a, **k: [[257, 258]] * len(prompts))
+def test_empty_responses_are_an_error(tmp_path: Path) -> None:
+    """Fault: a model that ends at once leaves nothing to train on, and nobody says so."""
+    loaded = model, _ = load_model("tiny", dtype="float32", device="cpu")
+    model.generation_config.eos_token_id = list(range(model.config.vocab_size))
     with pytest.raises(MtpdError, match="every response is empty"):
         generate(loaded, tmp_path / "r.jsonl")

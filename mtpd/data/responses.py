@@ -1,9 +1,9 @@
-"""Responses by the trunk itself, in batches, into a file that an interrupted run continues.
+"""Responses by the trunk itself, many at a time, into a file that an interrupted run continues.
 
 The file is JSON lines. The first holds the settings that the responses depend on; each other one is a
-response: {"id", "prompt_ids", "response_ids"}, appended and synced batch by batch. Which prompts
-share a batch follows from the whole list, and each batch is sampled with a seed of its own, so a run
-that was interrupted and continued gives the responses of one that was not.
+response: {"id", "prompt_ids", "response_ids"}, appended soon after it ends. Each prompt is sampled with a
+seed of its own, so a run that was interrupted and continued gives the responses of one that was not: in
+float32 to the token, in 16 bits up to what rounds differently next to other prompts.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import queue
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +24,20 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, StaticCache
 
 from mtpd.data.packing import Sample
 from mtpd.data.prompts import Prompt, render
+from mtpd.decode.choice import Choice, Greedy
+from mtpd.decode.engine import Engine, Request
+from mtpd.decode.sampling import Sampling, temperature_and_top_p
 from mtpd.errors import MtpdError, UserError
 from mtpd.files import fingerprint, fingerprint_json, write_whole, writing
+from mtpd.trunk import Trunk
 
 logger = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 1.0
+"""What ends within this time is written to the file together."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ def generate_responses(
         path: the JSONL file of responses; it is continued if its settings are the same.
         trunk: fingerprint of the model.
         temperature: 0 is greedy.
-        batch: prompts generated at a time.
+        batch: prompts decoded at a time.
         max_length: the model's context in tokens.
         fresh: starts anew whatever `path` holds.
 
@@ -84,7 +93,6 @@ def generate_responses(
         "temperature": float(temperature),
         "top_p": float(top_p) if temperature > 0 else 1.0,
         "max_new_tokens": max_new_tokens,
-        "batch": batch,
         "seed": seed if temperature > 0 else 0,
     }
     done = {} if fresh else _read(path, settings)
@@ -92,41 +100,23 @@ def generate_responses(
         write_whole(path, json.dumps({"settings": settings}) + "\n")
 
     ends = end_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        # None rather than numbers that greedy decoding would warn of.
-        temperature=float(temperature) if temperature > 0 else None,
-        top_p=float(top_p) if temperature > 0 else None,
-        top_k=0 if temperature > 0 else None,
-        eos_token_id=ends or None,
-        pad_token_id=pad,
-        disable_compile=True,
-    )
-    # Longest first: what does not fit into memory fails at once, and a batch wastes little on padding.
-    order = sorted(range(len(tasks)), key=lambda index: (-len(tasks[index].ids), index))
-    batches = [order[start : start + batch] for start in range(0, len(order), batch)]
+    missing = [task for task in tasks if task.prompt.id not in done]
+    choice: Choice = Greedy() if temperature == 0 else Sampling(temperature_and_top_p(temperature, top_p))
     written, started = 0, time.monotonic()
-    bar = tqdm(total=len(tasks), desc="responses", unit="prompt", disable=not progress)
-    with bar, plain_generation(model):
-        for number, members in enumerate(batches):
-            missing = [index for index in members if tasks[index].prompt.id not in done]
-            if missing:
-                answers = _answer(
-                    model, [tasks[index].ids for index in members], config, seed=_batch_seed(seed, number), pad=pad
-                )
-                responses = {index: _cut(answer, ends) for index, answer in zip(members, answers, strict=True)}
-                lines = []
-                for index in missing:
-                    task = tasks[index]
-                    done[task.prompt.id] = responses[index]
-                    line = {"id": task.prompt.id, "prompt_ids": task.ids, "response_ids": responses[index]}
-                    lines.append(json.dumps(line) + "\n")
-                _append(path, "".join(lines))
-                written += sum(map(len, responses.values()))
-                bar.set_postfix_str(f"{written / (time.monotonic() - started):.0f} tokens/s")
-            bar.update(len(members))
+    with tqdm(total=len(tasks), initial=len(done), desc="responses", unit="prompt", disable=not progress) as bar:
+        answers = _answers(
+            Trunk(model), missing, choice, max_new_tokens=max_new_tokens, ends=ends, slots=batch, seed=seed
+        )
+        for together in _gathered(answers):
+            lines = []
+            for task, response in together:
+                done[task.prompt.id] = response
+                line = {"id": task.prompt.id, "prompt_ids": task.ids, "response_ids": response}
+                lines.append(json.dumps(line) + "\n")
+                written += len(response)
+            _append(path, "".join(lines))
+            bar.update(len(together))
+            bar.set_postfix_str(f"{written / (time.monotonic() - started):.0f} tokens/s")
     samples = [Sample.of(task.prompt.id, task.ids, done[task.prompt.id], task.prompt.family) for task in tasks]
     if all(not set(sample.response_ids) - set(ends) for sample in samples):
         raise MtpdError(f"{path}: every response is empty: the model ends each answer at once; check its chat template")
@@ -186,49 +176,94 @@ def _tasks(
     return tasks
 
 
-@torch.inference_mode()
-def _answer(
-    model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, *, seed: int, pad: int
-) -> list[list[int]]:
-    """New tokens of each prompt, padded behind the end token."""
-    width = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(prompts):
-        input_ids[row, width - len(ids) :] = torch.tensor(ids)
-        mask[row, width - len(ids) :] = 1
-    device = model.device
-    with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        output: Any = model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=config,
-            past_key_values=_cache(model, width + config.max_new_tokens),
-        )
-    return output[:, width:].tolist()
+def _answers(
+    trunk: Trunk,
+    tasks: Sequence[_Task],
+    choice: Choice,
+    *,
+    max_new_tokens: int,
+    ends: Sequence[int],
+    slots: int,
+    seed: int,
+) -> Iterator[tuple[_Task, list[int]]]:
+    """Each task with its response, as they end.
 
-
-def _cache(model: PreTrainedModel, length: int) -> Cache | None:
-    """A cache of fixed size where the architecture takes one: a quarter faster, because nothing is copied to grow.
-
-    It is made here and not by `generate`, which gives later batches the size of the longest one before
-    them: rounding would then depend on what ran earlier.
+    On a CPU each core decodes a share of the prompts on its own, which is faster than all cores at one matrix.
+    Which share a prompt is in follows from the whole list.
     """
-    if not getattr(model, "_can_compile_fullgraph", False):
-        return None
-    return StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
+    # Longest first: what does not fit into memory fails at once, and prompts that are read together are alike.
+    order = sorted(tasks, key=lambda task: -len(task.ids))
+    threads = torch.get_num_threads()
+    workers = max(1, min(threads if trunk.device.type == "cpu" else 1, len(order), slots))
+    results: queue.SimpleQueue[tuple[_Task, list[int]] | None] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def work(share: Sequence[_Task]) -> None:
+        try:
+            for group in _of_like_length(share, max_new_tokens):
+                requests = [Request(task.ids, max_new_tokens, _seed(seed, task.prompt.id)) for task in group]
+                engine = Engine(
+                    trunk,
+                    slots=min(-(-slots // workers), len(group)),
+                    capacity=len(group[0].ids) + max_new_tokens,
+                    choice=choice,
+                    end_tokens=ends,
+                    on_tokens=lambda text, new: stop.is_set(),
+                )
+                for text in engine.run(requests):
+                    if stop.is_set():
+                        return
+                    results.put((group[text.number], text.tokens))
+        finally:
+            results.put(None)
+
+    torch.set_num_threads(threads // workers)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            futures = [pool.submit(work, order[number::workers]) for number in range(workers)]
+            try:
+                left = workers
+                while left:
+                    result = results.get()
+                    if result is None:
+                        left -= 1
+                    else:
+                        yield result
+            finally:
+                stop.set()
+            for future in futures:
+                future.result()
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _cut(answer: list[int], ends: Sequence[int]) -> list[int]:
-    """Up to and with the first end token. Padding comes after it and may be the same token."""
-    stop = next((index + 1 for index, token in enumerate(answer) if token in ends), len(answer))
-    return answer[:stop]
+def _of_like_length(tasks: Sequence[_Task], max_new_tokens: int) -> Iterator[Sequence[_Task]]:
+    """Parts of a list that goes from long to short, so that short prompts do not take the room of long ones."""
+    start = 0
+    for place, task in enumerate(tasks):
+        if 4 * (len(task.ids) + max_new_tokens) < len(tasks[start].ids) + max_new_tokens:
+            yield tasks[start:place]
+            start = place
+    if start < len(tasks):
+        yield tasks[start:]
 
 
-def _batch_seed(seed: int, number: int) -> int:
-    """A seed for each batch that neighbouring seeds do not share."""
-    return int(fingerprint(f"{seed}:{number}")[:15], 16)
+def _gathered(answers: Iterator[tuple[_Task, list[int]]]) -> Iterator[list[tuple[_Task, list[int]]]]:
+    """What ends within FLUSH_SECONDS, together."""
+    together: list[tuple[_Task, list[int]]] = []
+    last = time.monotonic()
+    for answer in answers:
+        together.append(answer)
+        if time.monotonic() - last >= FLUSH_SECONDS:
+            yield together
+            together, last = [], time.monotonic()
+    if together:
+        yield together
+
+
+def _seed(seed: int, prompt: str) -> int:
+    """A seed for each prompt that neighbouring seeds do not share."""
+    return int(fingerprint(f"{seed}:{prompt}")[:15], 16)
 
 
 def _append(path: Path, lines: str) -> None:

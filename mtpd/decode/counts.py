@@ -31,18 +31,20 @@ class Counts:
         self.tokens += 1
         self.forwards += 1
 
-    def round(self, accepted: int, *, room: int) -> int:
+    def round(self, accepted: int, *, room: int, drafted: int | None = None) -> int:
         """One round of drafting and verification.
 
         Args:
             accepted: how many drafts equal the main head's choices, from the first on.
             room: tokens that the finished text has from this round on, at least 1.
+            drafted: how many drafts were made; None is one for each depth.
 
         Returns:
             How many tokens the round writes.
         """
-        if room >= self.depth:
-            for k in range(self.depth):
+        drafted = self.depth if drafted is None else drafted
+        if room >= drafted:
+            for k in range(drafted):
                 self.drafted[k] += 1
                 self.accepted[k] += k < accepted
         written = min(accepted + 1, room)

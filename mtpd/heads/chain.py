@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from mtpd import alignment
+from mtpd.heads.chain_drafter import ChainDrafter
 from mtpd.heads.config import HeadsConfig
 from mtpd.heads.norms import gain, set_gain
-from mtpd.trunk import Trunk, Unembedding, crop
+from mtpd.trunk import Trunk
 
 
 class ChainHead(nn.Module):
@@ -40,12 +41,19 @@ class ChainHead(nn.Module):
         return self.project(torch.cat([self.embed_norm(embed_BTD), self.hidden_norm(hidden_BTD)], dim=-1))
 
     def forward(
-        self, embed_BTD: Tensor, hidden_BTD: Tensor, *, position_ids_BT: Tensor, cache: Cache | None = None
+        self,
+        embed_BTD: Tensor,
+        hidden_BTD: Tensor,
+        *,
+        position_ids_BT: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D] of this depth from the embeddings of x_{t+k} and the states of depth k-1."""
         return self.block(
             inputs_embeds=self.mix(embed_BTD, hidden_BTD),
             position_ids=position_ids_BT,
+            attention_mask=attention_mask,
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
@@ -99,68 +107,9 @@ class ChainHeads(nn.Module):
             states.append(state)
         return states
 
-    def drafter(self, trunk: Trunk) -> ChainDrafter:
-        """A new drafting state for one sequence."""
-        return ChainDrafter(self, trunk)
-
-
-class ChainDrafter:
-    """Drafts K tokens a round for one sequence, and keeps in the heads' caches only what training saw.
-
-    With x_0..x_N known and the trunk run up to position N-1, head k's entry at position t is true
-    when x_{t+k} is known, that is t <= N-k. Entries past that were computed from drafts: they are
-    dropped after the round and computed again from the true tokens in the next one.
-    """
-
-    def __init__(self, heads: ChainHeads, trunk: Trunk) -> None:
-        self.heads = heads
-        self.trunk = trunk
-        self.rows = heads.rows()
-        self.unembedding: Unembedding = trunk.unembedding.select(self.rows)
-        self.caches = [DynamicCache() for _ in range(heads.depth)]
-        self.kept: list[Tensor | None] = [None] * heads.depth
-        self.lengths = [0] * heads.depth
-
-    @torch.no_grad()
-    def draft(self, hidden_BTD: Tensor, tokens: Tensor) -> Tensor:
-        """Drafts the tokens after x_N.
-
-        Args:
-            hidden_BTD: trunk states [1, n, D] of the n positions that were added since the last call.
-            tokens: all known tokens x_0..x_N, [N + 1].
-
-        Returns:
-            Token ids [K].
-        """
-        newest = tokens.shape[0] - 1
-        drafts = tokens.new_empty(0)
-        state = hidden_BTD
-        for k, head in enumerate(self.heads.chain(), start=1):
-            index = k - 1
-            kept = self.kept[index]
-            if kept is not None:
-                state = torch.cat([kept, state], dim=1)
-            start = self.lengths[index]
-            positions = torch.arange(start, newest, device=tokens.device)
-            assert state.shape[1] == len(positions), "one state for each position that the head has yet to see"
-            known = torch.cat([tokens, drafts])[positions + k]
-            inputs, state = (
-                state,
-                head(
-                    self.trunk.embed(known)[None],
-                    state,
-                    position_ids_BT=positions[None],
-                    cache=self.caches[index],
-                ),
-            )
-            choice = self.unembedding(state[0, -1]).argmax(-1)
-            drafts = torch.cat([drafts, (choice if self.rows is None else self.rows[choice])[None]])
-            valid = max(0, newest - k + 1)
-            crop(self.caches[index], valid)
-            # States of depth k-1 are true one position further than entries of head k.
-            self.kept[index] = inputs[:, valid - start : newest - k + 2 - start]
-            self.lengths[index] = valid
-        return drafts
+    def drafter(self, trunk: Trunk, *, slots: int, capacity: int) -> ChainDrafter:
+        """A new drafting state for texts in slots."""
+        return ChainDrafter(self, trunk, slots=slots, capacity=capacity)
 
 
 def _unit_norm(final_norm: nn.Module) -> nn.Module:

@@ -1,0 +1,218 @@
+"""Decoding in rounds, many texts at a time: the heads draft, one pass of the trunk verifies.
+
+A round: the heads draft K tokens for each row; one pass of the trunk over the newest token and the
+drafts gives the main head's logits after each of them; the longest prefix of drafts that the main head
+agrees with is accepted, and a token of its own follows (Stern et al., arXiv 1811.03115). Without heads
+a round is a plain step.
+
+Each text lies in a slot (see `mtpd.slots`). Texts that are being written occupy the first slots; where
+one ends, the last one moves into its slot and the next prompt gets the free one. What a row writes does
+not depend on the others, but for rounding.
+
+Shape legend: N active rows, Q positions of a pass, D hidden size, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mtpd.decode.choice import Choice, Greedy
+from mtpd.decode.counts import Counts
+from mtpd.errors import UserError
+from mtpd.heads import Heads
+from mtpd.slots import SlotCache, Span
+from mtpd.trunk import Trunk
+
+PREFILL_TOKENS = 2048
+"""Prompts are read together up to about this many tokens a pass, padding included."""
+
+
+@dataclass
+class Request:
+    """One prompt.
+
+    Args:
+        prompt: token ids, at least one.
+        max_new_tokens: how many tokens at most, at least 1.
+        seed: of the random numbers of this text; greedy decoding does not read it.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    seed: int = 0
+
+
+@dataclass
+class Text:
+    """What was written after one prompt."""
+
+    request: Request
+    number: int
+    """Place of the prompt among all that were given."""
+    tokens: list[int] = field(default_factory=list)
+    rounds: list[tuple[int, int, int]] = field(default_factory=list)
+    """Tokens written before the round, how many were drafted in it, and how many of them accepted."""
+    ended: bool = False
+
+    @property
+    def newest(self) -> int:
+        """Position of the newest token."""
+        return len(self.request.prompt) + len(self.tokens) - 1
+
+    def counts(self, depth: int) -> Counts:
+        """Sums over the rounds, by the rule of `mtpd.decode.counts`."""
+        counts = Counts(depth)
+        counts.start()
+        for before, drafted, accepted in self.rounds:
+            counts.round(accepted, room=len(self.tokens) - before, drafted=drafted)
+        return counts
+
+
+class Engine:
+    """Slots for texts that are decoded together.
+
+    Args:
+        heads: None decodes plainly.
+        slots: how many texts at a time.
+        capacity: tokens of the longest text, prompt included.
+        depth: drafts a round; None is as many as there are heads.
+        choice: how tokens are chosen from logits.
+        end_tokens: ids that end a text; the one that does is part of it.
+        on_tokens: called with a text and its new tokens after each round; True ends the text.
+
+    Raises:
+        UserError: a depth that the heads do not have.
+    """
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        heads: Heads | None = None,
+        *,
+        slots: int,
+        capacity: int,
+        depth: int | None = None,
+        choice: Choice | None = None,
+        end_tokens: Collection[int] = (),
+        on_tokens: Callable[[Text, list[int]], bool | None] | None = None,
+    ) -> None:
+        deepest = heads.depth if heads is not None else 0
+        self.depth = deepest if depth is None else depth
+        if heads is not None and not 1 <= self.depth <= deepest:
+            raise UserError(f"depth: {depth} is not accepted; accepted: 1 to {deepest}, the heads there are")
+        self.trunk = trunk
+        self.slots = slots
+        self.capacity = capacity
+        self.choice = choice or Greedy()
+        self.ends = frozenset(end_tokens)
+        self.on_tokens = on_tokens
+        # Drafts may lie past the longest text, and one place belongs to no position.
+        room = capacity + self.depth + 1
+        self.cache = SlotCache(trunk.config, slots=slots, capacity=room, dtype=trunk.dtype, device=trunk.device)
+        self.drafter = heads.drafter(trunk, slots=slots, capacity=room) if heads is not None else None
+        self.unembedding = trunk.unembedding
+        self.tokens = torch.zeros(slots, room + self.depth + 2, dtype=torch.long, device=trunk.device)
+        self.active: list[Text] = []
+
+    @torch.inference_mode()
+    def run(self, requests: Iterable[Request]) -> Iterator[Text]:
+        """Texts in the order in which they end."""
+        waiting = deque(Text(request, number) for number, request in enumerate(requests))
+        self.active = []
+        while waiting or self.active:
+            yield from self._begin(waiting)
+            if self.active:
+                self._round()
+                yield from self._leave()
+
+    def _begin(self, waiting: deque[Text]) -> Iterator[Text]:
+        """Gives free slots to waiting texts, reads their prompts, and writes the first token of each."""
+        # Reading a few prompts together costs hardly more than reading one.
+        if len(self.active) > self.slots - max(1, self.slots // 8):
+            return
+        while waiting and len(self.active) < self.slots:
+            group: list[Text] = []
+            width = 0
+            while waiting and len(self.active) + len(group) < self.slots:
+                width = max(width, len(waiting[0].request.prompt))
+                if group and width * (len(group) + 1) > PREFILL_TOKENS:
+                    break
+                group.append(waiting.popleft())
+            self._read_prompts(group)
+            yield from self._leave()
+
+    def _read_prompts(self, group: list[Text]) -> None:
+        device = self.trunk.device
+        first = len(self.active)
+        lengths = [len(text.request.prompt) for text in group]
+        width = max(lengths)
+        for text, length in zip(group, lengths, strict=True):
+            assert length + text.request.max_new_tokens <= self.capacity, "a text longer than its slot"
+        padded = [[*text.request.prompt, *[0] * (width - len(text.request.prompt))] for text in group]
+        span = Span([0] * len(group), width, device, first_row=first)
+        prompts = torch.tensor(padded, device=device)
+        span.write(self.tokens, prompts)
+        self.cache.begin(span)
+        hidden = self.trunk.hidden(prompts, position_ids=span.positions, cache=self.cache)
+        last = torch.tensor(lengths, device=device) - 1
+        rows = torch.arange(len(group), device=device)
+        logits = self.unembedding(hidden[rows, last][:, None])
+        self.active += group
+        new = self.choice.choose(logits, group, None)
+        self.tokens[rows + first, last + 1] = torch.tensor([tokens[0] for tokens in new], device=device)
+        for text, tokens in zip(group, new, strict=True):
+            self._write(text, tokens)
+        if self.drafter is not None:
+            self.drafter.begin(span, hidden, self.tokens, [length + 1 for length in lengths])
+
+    def _round(self) -> None:
+        """Drafts, verifies, and writes the accepted tokens of all active rows."""
+        device = self.trunk.device
+        newest = [text.newest for text in self.active]
+        drafted = 0
+        if self.drafter is not None:
+            drafted = self.drafter.draft(self.tokens, newest, self.depth, self.choice.draft)
+        span = Span(newest, drafted + 1, device)
+        read = span.read(self.tokens)
+        mask = self.cache.go_on(span)
+        hidden = self.trunk.hidden(read, position_ids=span.positions, attention_mask=mask, cache=self.cache)
+        logits = self.unembedding(hidden)
+        new = self.choice.choose(logits, self.active, read[:, 1:] if drafted else None)
+        if self.drafter is not None:
+            self.drafter.read(span, hidden)
+        # The last accepted token lies in `tokens` as a draft, or the main head's own takes its place.
+        width = drafted + 1
+        known = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in new], device=device)
+        span.write(self.tokens, known, steps=1)
+        for text, tokens in zip(self.active, new, strict=True):
+            text.rounds.append((len(text.tokens), drafted, len(tokens) - 1))
+            self._write(text, tokens)
+
+    def _write(self, text: Text, new: list[int]) -> None:
+        """Appends tokens, up to the first that ends the text."""
+        new = new[: text.request.max_new_tokens - len(text.tokens)]
+        end = next((place for place, token in enumerate(new, start=1) if token in self.ends), None)
+        text.tokens += new if end is None else new[:end]
+        text.ended = end is not None or len(text.tokens) >= text.request.max_new_tokens
+        if self.on_tokens is not None and self.on_tokens(text, new if end is None else new[:end]):
+            text.ended = True
+
+    def _leave(self) -> Iterator[Text]:
+        """Frees the slots of texts that have ended; the last row moves into each hole."""
+        for slot in range(len(self.active) - 1, -1, -1):
+            text = self.active[slot]
+            if not text.ended:
+                continue
+            last = self.active.pop()
+            if last is not text:
+                self.active[slot] = last
+                length = last.newest + 1
+                self.cache.copy_row(len(self.active), slot, length)
+                self.tokens[slot, :length] = self.tokens[len(self.active), :length]
+                if self.drafter is not None:
+                    self.drafter.copy_row(len(self.active), slot, length)
+            yield text

@@ -1,0 +1,134 @@
+"""Drafting with chain heads, for texts that lie in slots.
+
+With x_0..x_N known and the trunk run up to position N-1, head k's entry at position t is true when
+x_{t+k} is known, that is t <= N-k: then head and states are what training saw. To draft x_{N+k}, head k
+runs up to position N-1, and reads drafts from position N-k+1 on. What it computed there is no entry for
+good: the next round begins at the first position whose entry is not yet true, and writes over it.
+
+Shape legend: N rows, Q positions of a pass, D hidden size, M columns of the draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mtpd.slots import SlotCache, Span
+from mtpd.trunk import Trunk, Unembedding
+
+if TYPE_CHECKING:
+    from mtpd.heads.chain import ChainHeads
+
+
+class ChainDrafter:
+    """Keys, values and states of the heads of each depth.
+
+    Args:
+        slots: texts at most.
+        capacity: positions of each.
+    """
+
+    def __init__(self, heads: ChainHeads, trunk: Trunk, *, slots: int, capacity: int) -> None:
+        self.trunk = trunk
+        self.heads = heads.chain()
+        self.rows = heads.rows()
+        self.unembedding: Unembedding = trunk.unembedding.select(self.rows)
+        device, dtype = trunk.device, trunk.dtype
+        self.caches = [
+            SlotCache(head.block.config, slots=slots, capacity=capacity, dtype=dtype, device=device)
+            for head in self.heads
+        ]
+        # h^0..h^{K-1}, which heads 1..K read; one place more for what belongs to no position.
+        self.states = [
+            torch.zeros(slots, capacity + 1, trunk.hidden_size, dtype=dtype, device=device) for _ in self.heads
+        ]
+        # By depth and slot, how many entries are true.
+        self.true = [[0] * slots for _ in self.heads]
+
+    @property
+    def depth(self) -> int:
+        return len(self.heads)
+
+    def begin(self, span: Span, hidden: Tensor, tokens: Tensor, lengths: Sequence[int]) -> None:
+        """Reads new texts.
+
+        Args:
+            span: the prompts' positions, from 0 on, padded on the right.
+            hidden: trunk states [N, Q, D].
+            tokens: all tokens by slot [S, C]; those behind the known ones are any ids.
+            lengths: known tokens of each row, its first new one included.
+        """
+        self.read(span, hidden)
+        state = hidden
+        for index in range(self.depth):
+            self.caches[index].begin(span)
+            state = self._pass(index, span, state, tokens, mask=None)
+            for row, length in enumerate(lengths, start=span.rows.start):
+                self.true[index][row] = max(0, length - 1 - index)
+
+    def read(self, span: Span, hidden: Tensor) -> None:
+        """Takes trunk states [N, Q, D] of the newest positions; later ones may replace those of rejected drafts."""
+        span.write(self.states[0], hidden)
+
+    def draft(
+        self,
+        tokens: Tensor,
+        newest: Sequence[int],
+        depth: int,
+        pick: Callable[[Tensor], Tensor],
+        go_on: Callable[[], bool] | None = None,
+    ) -> int:
+        """Drafts the tokens after the newest one of each row, into `tokens`.
+
+        Args:
+            tokens: all tokens by slot [S, C]; drafts are written behind the known ones.
+            newest: position of the newest known token of each row.
+            depth: how many drafts at most.
+            pick: chooses columns [N] from logits [N, M].
+            go_on: asked after each draft but the last; False ends the round's drafting.
+
+        Returns:
+            How many drafts each row has.
+        """
+        count = len(newest)
+        rows = torch.arange(count, device=tokens.device)
+        ends = torch.tensor(newest, device=tokens.device)
+        for index in range(depth):
+            true = self.true[index]
+            width = max(1, *(end - true[row] for row, end in enumerate(newest)))
+            span = Span([end - width for end in newest], width, tokens.device)
+            mask = self.caches[index].go_on(span)
+            state = self._pass(index, span, span.read(self.states[index]), tokens, mask)
+            choice = pick(self.unembedding(state[:, -1]))
+            tokens[rows, ends + (index + 1)] = choice if self.rows is None else self.rows[choice]
+            for row, end in enumerate(newest):
+                true[row] = max(0, end - index)
+            if go_on is not None and index + 1 < depth and not go_on():
+                return index + 1
+        return depth
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Makes the first `length` positions of one slot those of another."""
+        for cache in self.caches:
+            cache.copy_row(source, target, length)
+        for states in self.states:
+            states[target, :length] = states[source, :length]
+        for true in self.true:
+            true[target] = true[source]
+
+    def _pass(self, index: int, span: Span, state: Tensor, tokens: Tensor, mask: Any) -> Tensor:
+        """h^k [N, Q, D] of head k = index + 1, kept for the head after it."""
+        known = span.read(tokens, steps=index + 1)
+        state = self.heads[index](
+            self.trunk.embed(known),
+            state,
+            position_ids_BT=span.positions,
+            attention_mask=mask,
+            cache=self.caches[index],
+        )
+        if index + 1 < self.depth:
+            span.write(self.states[index + 1], state)
+        return state

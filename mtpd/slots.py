@@ -1,0 +1,187 @@
+"""Room for rows that are decoded together: each row has a slot of its own in buffers of fixed size.
+
+Row r of every buffer belongs to the text in slot r, and its position t to the t-th token of that text.
+Nothing is ever removed: a row that goes back to an earlier position writes over what lies behind it, and
+attention sees no position past the one that asks. Dropping rejected drafts thus costs nothing, and rows
+may be of different lengths.
+
+Shape legend: S slots, N active rows (slots 0..N-1), Q positions of a pass, C capacity in positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from mtpd.errors import UnsupportedModel
+
+ROUND = 64
+"""Attention reads positions up to a multiple of this many: enough room for fast kernels, little that is empty."""
+
+
+class Span:
+    """Positions that a pass reads and writes: `width` of them in each of N rows, from `starts` on.
+
+    A text may be shorter than the span. What is then written for positions before 0 goes to the last
+    place of each buffer, which belongs to no text.
+    """
+
+    def __init__(self, starts: Sequence[int], width: int, device: torch.device, *, first_row: int = 0) -> None:
+        self.width = width
+        self.rows = slice(first_row, first_row + len(starts))
+        self.end = max(starts) + width
+        lowest = min(starts)
+        self._before = lowest < 0
+        self._same = lowest if not self._before and lowest == max(starts) else None
+        self._columns = torch.arange(first_row, first_row + len(starts), device=device)[:, None]
+        self._places = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
+
+    @property
+    def positions(self) -> Tensor:
+        """[N, Q], as rotary embeddings and masks need them: none below 0."""
+        return self._places.clamp_min(0) if self._before else self._places
+
+    def place(self, capacity: int, steps: int = 0) -> tuple[slice | Tensor, slice | Tensor]:
+        """Rows and places in a buffer of this capacity, moved by `steps`: slices where all rows have the same ones."""
+        if self._same is not None:
+            return self.rows, slice(self._same + steps, self._same + steps + self.width)
+        places = self._places + steps if steps else self._places
+        return self._columns, places.where(self._places >= 0, capacity - 1) if self._before else places
+
+    def read(self, buffer: Tensor, steps: int = 0) -> Tensor:
+        """[N, Q, ...] of a buffer [S, C, ...], at the positions moved by `steps`."""
+        return buffer[self.place(buffer.shape[1], steps)]
+
+    def write(self, buffer: Tensor, values: Tensor, steps: int = 0) -> None:
+        """Puts values [N, Q, ...] into a buffer [S, C, ...]."""
+        buffer[self.place(buffer.shape[1], steps)] = values
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, [S, heads, C, size] each."""
+
+    is_croppable = False
+
+    def __init__(self, cache: SlotCache) -> None:
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        # Zeros, not whatever lies in memory: masked positions count nothing, but nothing times NaN is NaN.
+        slots, capacity = self.cache.slots, self.cache.capacity
+        self.keys = key_states.new_zeros((slots, key_states.shape[1], capacity, key_states.shape[-1]))
+        self.values = value_states.new_zeros((slots, value_states.shape[1], capacity, value_states.shape[-1]))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        active, limit = self.cache.span.rows, self.cache.limit
+        rows, places = self.cache.place
+        if isinstance(places, slice):
+            self.keys[rows, :, places] = key_states
+            self.values[rows, :, places] = value_states
+        else:
+            self.keys[rows, :, places] = key_states.transpose(1, 2)
+            self.values[rows, :, places] = value_states.transpose(1, 2)
+        if limit is None:
+            return key_states, value_states
+        return self.keys[active, :, :limit], self.values[active, :, :limit]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        # Asked only where texts begin, see `SlotCache.begin`: other passes bring their masks.
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return self.cache.capacity
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        if self.keys is not None and self.values is not None:
+            self.keys[target, :, :length] = self.keys[source, :, :length]
+            self.values[target, :, :length] = self.values[source, :, :length]
+
+
+class SlotCache(Cache):
+    """Keys and values of rows that are at different positions, in buffers that never grow.
+
+    Before each pass `begin` or `go_on` says where it reads and writes.
+
+    Args:
+        config: of the decoder whose cache this is.
+        slots: rows at most.
+        capacity: positions of each.
+        dtype: of the decoder.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, *, slots: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.slots = slots
+        # One place more, for what belongs to no position.
+        self.capacity = capacity + 1
+        self.places = torch.arange(self.capacity, device=device)
+        self.span: Span
+        self.place: tuple[slice | Tensor, slice | Tensor]
+        self.limit: int | None = None
+        super().__init__(layers=[SlotLayer(self) for _ in range(int(config.num_hidden_layers))])
+
+    def begin(self, span: Span) -> None:
+        """The next pass starts texts at position 0: it attends to nothing but itself, and needs no mask."""
+        self.span, self.limit, self.place = span, None, span.place(self.capacity)
+
+    def go_on(self, span: Span) -> Tensor | dict[str, Tensor]:
+        """The next pass continues texts.
+
+        Returns:
+            Its attention mask: [N, 1, Q, L], or one for each kind of layer where there are several.
+        """
+        self.span, self.place = span, span.place(self.capacity)
+        self.limit = min(-(-span.end // ROUND) * ROUND, self.capacity)
+        return attention_masks(self.config, span.positions, self.places[: self.limit], dtype=self.dtype)
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Makes the first `length` positions of one slot those of another."""
+        for layer in self.layers:
+            layer.copy_row(source, target, length)
+
+
+def attention_masks(
+    config: PretrainedConfig, positions_NQ: Tensor, places_L: Tensor, *, dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
+    """What each position may attend to, in the form that decoders of transformers take ready masks in.
+
+    The forms are those of `transformers.masking_utils.create_masks_for_generate`.
+
+    Raises:
+        UnsupportedModel: the model has layers that attend in another way.
+    """
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if kinds is None:
+        kinds = ["full_attention" if window is None else "sliding_attention"]
+        if getattr(config, "attention_chunk_size", None) is not None:
+            kinds = ["chunked_attention"]
+    masks: dict[str, Tensor] = {}
+    for kind in dict.fromkeys(kinds):
+        mask = positions_NQ[:, None, :, None] >= places_L
+        if kind == "sliding_attention" and window is not None:
+            mask &= positions_NQ[:, None, :, None] - places_L < window
+        elif kind != "full_attention":
+            raise UnsupportedModel(f"{config.model_type}: layers of {kind} cannot be decoded with heads yet")
+        if config._attn_implementation == "eager":
+            # The plain implementation adds its mask.
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+        masks[kind] = mask
+    return masks if len(masks) > 1 else next(iter(masks.values()))
