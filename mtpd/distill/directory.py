@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mtpd.errors import UserError
-from mtpd.evaluate.acceptance import library_versions
+from mtpd.evaluate.versions import library_versions
 from mtpd.files import write_whole, writing
 from mtpd.recipe import Recipe, dump, load_recipe
 
