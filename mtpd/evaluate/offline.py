@@ -94,7 +94,7 @@ def walk_offline(
     measured: dict[int, Measured] = {}
     spans = [(len(sample.prompt_ids), len(sample.ids)) for sample in samples]
     with tqdm(total=len(samples), desc="acceptance, offline", unit="prompt", disable=not progress) as bar:
-        for members in _batches(spans, batch):
+        for members in text_batches(spans, batch):
             compared = _compare(trunk, heads, [samples[member].ids for member in members], [spans[m] for m in members])
             for member, each in zip(members, compared, strict=True):
                 measured[member] = _measured(samples[member], *spans[member], each, end_tokens, target_shift)
@@ -103,7 +103,7 @@ def walk_offline(
     yield from (measured[index] for index in sorted(measured))
 
 
-def _batches(spans: Sequence[tuple[int, int]], batch: int) -> Iterator[list[int]]:
+def text_batches(spans: Sequence[tuple[int, int]], batch: int) -> Iterator[list[int]]:
     """Indices of texts with a response, those of like length together: little padding is computed."""
     members: list[int] = []
     widest = 0
