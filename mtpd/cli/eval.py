@@ -10,6 +10,7 @@ import typer
 from mtpd.cli.arguments import Debug
 from mtpd.cli.terminal import quiet_libraries
 
+RESPONSES = Path("~/.cache/mtpd/responses")
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory of mtpd distill.")]
 MaxDrop = Annotated[
     float, typer.Option("--max-drop", help="What may be lost: 0.01 is one point of CAR_1, and one percent of tau.")
@@ -42,10 +43,7 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a response, in place of the suite's own limit.")
     ] = None,
-    responses: Annotated[Path, typer.Option(help="Where the trunk's responses are kept between calls.")] = Path.home()
-    / ".cache"
-    / "mtpd"
-    / "responses",
+    responses: Annotated[Path, typer.Option(help="Where the trunk's responses are kept between calls.")] = RESPONSES,
     against: Annotated[Path | None, typer.Option(help="Compare with this acceptance file on the same prompts.")] = None,
     max_drop: MaxDrop = 0.01,
     write_baseline: Annotated[
@@ -83,7 +81,7 @@ def evaluate(
             drafts=drafts,
             limit=limit,
             max_new_tokens=max_new_tokens,
-            responses=responses,
+            responses=responses.expanduser(),
             against=against,
             max_drop=max_drop,
             write_baseline=write_baseline,

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -26,7 +26,8 @@ from mtpd.distill.directory import RunDirectory, open_run, write_provenance
 from mtpd.distill.model import DistillModel
 from mtpd.distill.trainer import HeadTrainer, Metrics, TrainingRows, train
 from mtpd.errors import UserError
-from mtpd.evaluate.acceptance import Acceptance
+from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
+from mtpd.evaluate.contamination import write_signatures
 from mtpd.evaluate.decoded import measure_decoded
 from mtpd.evaluate.offline import measure_offline
 from mtpd.evaluate.report import decoded_table, offline_table, plot_car
@@ -81,17 +82,18 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
         run,
         trunk=session.fingerprint,
         rows=rows.fingerprint,
-        prompts=[prompt.fingerprint for prompt in prompts.train],
+        prompts=[prompt.fingerprint for prompt in (*prompts.train, *given_texts(recipe))],
     )
+    keep_signatures(recipe, run, prompts.train)
     store = hidden_states(session, rows)
     samples, apart = measured_samples(session, prompts.held_out)
     if not (run.heads / WEIGHTS).is_file():
         heads = new_heads(session, rows, store)
-        measure(session, heads, samples, run.acceptance_before)
+        measure(session, heads, samples, run.heads_before, run.acceptance_before)
         train_heads(session, heads, TrainingRows(rows, store))
         save_heads(heads, run.heads)
     heads = load_heads(run.heads, session.trunk, fingerprint=session.fingerprint)
-    measure(session, heads, samples, run.acceptance)
+    measure(session, heads, samples, run.heads, run.acceptance)
     if recipe.evaluation.decode_prompts:
         decode(session, samples)
     show(run, console, apart)
@@ -149,12 +151,25 @@ def training_rows(session: Session, prompts: Sequence[Prompt]) -> PackedRows:
         )
     else:
         samples = [given_sample(session.tokenizer, prompt, end_tokens=session.ends) for prompt in prompts]
-    for given in data.given:
-        texts = load_prompts(
-            given.prompts, split=given.split, subset=given.subset, limit=given.limit, seed=session.recipe.seed
-        )
-        samples += [given_sample(session.tokenizer, text, end_tokens=session.ends) for text in texts]
+    samples += [given_sample(session.tokenizer, text, end_tokens=session.ends) for text in given_texts(session.recipe)]
     return pack(samples, row_length=data.row_length)
+
+
+def given_texts(recipe: Recipe) -> list[Prompt]:
+    """Further texts to train on, which have their own responses."""
+    return [
+        text
+        for given in recipe.data.given
+        for text in load_prompts(
+            given.prompts, split=given.split, subset=given.subset, limit=given.limit, seed=recipe.seed
+        )
+    ]
+
+
+def keep_signatures(recipe: Recipe, run: RunDirectory, prompts: Sequence[Prompt]) -> None:
+    """Writes what later finds suites that nearly repeat what was trained on."""
+    if not run.trained_prompts.is_file():
+        write_signatures(run.trained_prompts, [prompt.text for prompt in (*prompts, *given_texts(recipe))])
 
 
 def respond(
@@ -289,8 +304,8 @@ def train_heads(session: Session, heads: Heads, rows: TrainingRows) -> None:
     train(trainer, session.run.path)
 
 
-def measure(session: Session, heads: Heads, samples: Sequence[Sample], path: Path) -> None:
-    """Offline acceptance, written to `path` unless it is there."""
+def measure(session: Session, heads: Heads, samples: Sequence[Sample], folder: Path, path: Path) -> None:
+    """Offline acceptance of the heads of a folder, written to `path` unless it is there."""
     if path.is_file():
         return
     with torch.no_grad():
@@ -301,9 +316,29 @@ def measure(session: Session, heads: Heads, samples: Sequence[Sample], path: Pat
         copy.to(session.trunk.dtype).eval()
         heads.train(trained)
     suites = measure_offline(session.trunk, copy, samples, end_tokens=session.ends, progress=session.progress)
-    Acceptance(
-        mode="offline", trunk=session.fingerprint, heads=fingerprint_json(heads.config.model_dump()), suites=suites
-    ).save(path)
+    acceptance_of(session, session.trunk, copy, folder, "offline", suites).save(path)
+
+
+def acceptance_of(
+    session: Session,
+    trunk: Trunk,
+    heads: Heads,
+    folder: Path,
+    mode: Literal["offline", "decoded"],
+    suites: dict[str, SuiteCounts],
+) -> Acceptance:
+    """The acceptance file of a measurement on held-out prompts, with the settings that it was made with."""
+    evaluation = session.recipe.evaluation
+    limit = evaluation.prompts_limit if mode == "offline" else evaluation.decode_prompts
+    for suite in suites.values():
+        suite.settings = {"limit": limit, "max_new_tokens": evaluation.max_new_tokens, "seed": session.recipe.seed}
+    return Acceptance(
+        mode=mode,
+        settings={"dtype": str(trunk.dtype).removeprefix("torch."), "drafts": heads.depth},
+        trunk=session.fingerprint,
+        heads=fingerprint_file(folder / WEIGHTS),
+        suites=suites,
+    )
 
 
 def decode(session: Session, samples: Sequence[Sample]) -> None:
@@ -334,8 +369,7 @@ def decode(session: Session, samples: Sequence[Sample]) -> None:
         progress=session.progress,
     )
     for path, folder in folders.items():
-        digest = fingerprint_file(folder / WEIGHTS)
-        Acceptance(mode="decoded", trunk=session.fingerprint, heads=digest, suites=results[path.name]).save(path)
+        acceptance_of(session, trunk, heads[path.name], folder, "decoded", results[path.name]).save(path)
 
 
 def show(run: RunDirectory, console: Console, apart: frozenset[str]) -> None:

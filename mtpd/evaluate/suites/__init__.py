@@ -129,7 +129,13 @@ def _find(name: str, folder: Path | None) -> Suite:
         for file in (f"{name}.jsonl", known.file):
             if file is not None and (folder / file).is_file():
                 # Its rows say themselves what they are; the templates are for the rows of the other source.
-                update = {"source": str(folder / file), "subsets": [], "id": None, "prompt": None, "answer": None}
+                update: dict[str, Any] = {
+                    "source": str(folder / file),
+                    "subsets": [],
+                    "id": None,
+                    "prompt": None,
+                    "answer": None,
+                }
                 return known.model_copy(update=update)
     if not own.is_file():
         raise UserError(f"suite {name}: unknown; accepted: {', '.join(suite_names(folder))}")
