@@ -22,9 +22,11 @@ from mtpd.data.responses import end_tokens, generate_responses
 from mtpd.data.store import HiddenStore
 from mtpd.data.vocabulary import draft_vocabulary
 from mtpd.distill.arguments import loss_settings, training_arguments
+from mtpd.distill.callbacks import MeasuringTrainer, stopping
 from mtpd.distill.directory import RunDirectory, open_run, write_provenance
+from mtpd.distill.measuring import set_apart, spread
 from mtpd.distill.model import DistillModel
-from mtpd.distill.trainer import HeadTrainer, Metrics, TrainingRows, train
+from mtpd.distill.trainer import Metrics, TrainingRows, train
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.contamination import write_signatures
@@ -78,19 +80,22 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
         f"{len(prompts.train)} prompts to train on, {len(prompts.held_out)} held out"
     )
     rows = training_rows(session, prompts.train)
+    trained = [*prompts.train, *given_texts(recipe)]
     write_provenance(
         run,
         trunk=session.fingerprint,
         rows=rows.fingerprint,
-        prompts=[prompt.fingerprint for prompt in (*prompts.train, *given_texts(recipe))],
+        prompts=[prompt.fingerprint for prompt in trained],
     )
-    keep_signatures(recipe, run, prompts.train)
+    if not run.trained_prompts.is_file():
+        write_signatures(run.trained_prompts, [prompt.text for prompt in trained])
     store = hidden_states(session, rows)
     samples, apart = measured_samples(session, prompts.held_out)
+    samples, chosen_by = set_apart(recipe, samples, apart)
     if not (run.heads / WEIGHTS).is_file():
         heads = new_heads(session, rows, store)
         measure(session, heads, samples, run.heads_before, run.acceptance_before)
-        train_heads(session, heads, TrainingRows(rows, store))
+        train_heads(session, heads, TrainingRows(rows, store), chosen_by)
         save_heads(heads, run.heads)
     heads = load_heads(run.heads, session.trunk, fingerprint=session.fingerprint)
     measure(session, heads, samples, run.heads, run.acceptance)
@@ -166,12 +171,6 @@ def given_texts(recipe: Recipe) -> list[Prompt]:
     ]
 
 
-def keep_signatures(recipe: Recipe, run: RunDirectory, prompts: Sequence[Prompt]) -> None:
-    """Writes what later finds suites that nearly repeat what was trained on."""
-    if not run.trained_prompts.is_file():
-        write_signatures(run.trained_prompts, [prompt.text for prompt in (*prompts, *given_texts(recipe))])
-
-
 def respond(
     session: Session,
     prompts: Sequence[Prompt],
@@ -230,20 +229,6 @@ def measured_samples(session: Session, held_out: Sequence[Prompt]) -> tuple[list
     return samples, frozenset(apart)
 
 
-def spread(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` items, taken in turns from each family so that all are represented."""
-    families: dict[str, list[Any]] = {}
-    for item in items:
-        families.setdefault(item.family, []).append(item)
-    turns = [
-        family[turn]
-        for turn in range(max(map(len, families.values()), default=0))
-        for family in families.values()
-        if turn < len(family)
-    ]
-    return turns[:count]
-
-
 def new_heads(session: Session, rows: PackedRows, store: HiddenStore | None) -> Heads:
     """Heads with their first weights, kept in `heads-before/`."""
     run, trunk, recipe = session.run, session.trunk, session.recipe
@@ -296,11 +281,20 @@ def fitting_batches(session: Session, rows: TrainingRows, tokens: int = 100_000)
     return batches
 
 
-def train_heads(session: Session, heads: Heads, rows: TrainingRows) -> None:
-    """Trains, or goes on from the newest whole checkpoint."""
-    model = DistillModel(session.trunk, heads, loss_settings(session.recipe))
-    arguments = training_arguments(session.recipe, dtype=session.trunk.dtype, device=session.trunk.device)
-    trainer = HeadTrainer(model, arguments, rows, callbacks=[Metrics(session.run.metrics)], progress=session.progress)
+def train_heads(session: Session, heads: Heads, rows: TrainingRows, samples: Sequence[Sample]) -> None:
+    """Trains, or goes on from the newest whole checkpoint; measures on samples every `evaluation.steps`."""
+    recipe = session.recipe
+    model = DistillModel(session.trunk, heads, loss_settings(recipe))
+    arguments = training_arguments(recipe, dtype=session.trunk.dtype, device=session.trunk.device)
+    trainer = MeasuringTrainer(
+        model,
+        arguments,
+        rows,
+        samples=samples,
+        end_tokens=session.ends,
+        callbacks=[Metrics(session.run.metrics), *stopping(recipe)],
+        progress=session.progress,
+    )
     train(trainer, session.run.path)
 
 

@@ -152,7 +152,8 @@ def _tau_chart(
     before: Mapping[str | None, Mapping[str, Estimate]],
 ) -> str:
     rows = []
-    for name, found in after.items():
+    apart = [(name, after[name]) for name in section.apart]
+    for name, found in [*((n, f) for n, f in after.items() if n not in section.apart), *apart]:
         dots = []
         if name in before:
             dots.append((section.before_name, "s0", before[name]["tau"]))

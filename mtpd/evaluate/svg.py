@@ -10,7 +10,7 @@ from html import escape
 from mtpd.evaluate.intervals import Estimate
 
 WIDTH, HEIGHT = 420.0, 260.0
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 14.0, 12.0, 40.0
+RIGHT, TOP, BOTTOM = 14.0, 12.0, 40.0
 ROW = 34.0
 """Height of one line of a dot chart."""
 MOST_POINTS = 400
@@ -57,16 +57,17 @@ def line_chart(
     elif len(x_ticks) > 1:
         pad = (right - left) * 0.06
         left, right = left - pad, right + pad
-    across = _scale(left, right, LEFT, WIDTH - RIGHT)
+    start = 26.0 + 6.6 * max(len(_number(tick)) for tick in y_ticks)
+    across = _scale(left, right, start, WIDTH - RIGHT)
     up = _scale(bottom, top, HEIGHT - BOTTOM, TOP)
     parts = [_open(HEIGHT, title)]
     for tick in y_ticks:
         y = up(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(LEFT - 6, y + 4, _number(tick), "end"))
+        parts.append(f'<line class="grid" x1="{start:.1f}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(start - 6, y + 4, _number(tick), "end"))
     for tick in x_ticks:
         parts.append(_text(across(tick), HEIGHT - BOTTOM + 16, _number(tick), "middle"))
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_label, "middle"))
+    parts.append(_text((start + WIDTH - RIGHT) / 2, HEIGHT - 6, x_label, "middle"))
     parts.append(
         f'<text class="label" text-anchor="middle" transform="translate(11 {(TOP + HEIGHT - BOTTOM) / 2:.1f}) '
         f'rotate(-90)">{escape(y_label)}</text>'
