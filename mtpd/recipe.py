@@ -200,7 +200,7 @@ class TrainRecipe(Section):
 
 
 class EvaluationRecipe(Section):
-    """The measurement before and after training, on the held-out prompts."""
+    """The measurements before, during and after training, on the held-out prompts."""
 
     prompts_limit: Count = 84
     """Held-out prompts measured at most."""
@@ -215,6 +215,14 @@ class EvaluationRecipe(Section):
     dtype: Literal["float32", "bfloat16", "float16", "trunk"] = "float32"
     """Number format while decoding. trunk: the one of the run. In float32 the text of one-token and
     many-token passes agrees; lower precision can break ties differently."""
+    steps: int = Field(default=0, ge=0)
+    """Steps of training from one measurement of held-out acceptance to the next; each writes a checkpoint, and the
+    heads with the highest tau are kept in the end. 0: the last heads are kept, nothing is measured in between."""
+    steps_prompts: Count = 28
+    """Held-out prompts of each such measurement. The finished heads are not measured on them, because they were chosen
+    by them."""
+    patience: int = Field(default=0, ge=0)
+    """Such measurements without a higher tau after which training stops; 0 never stops early."""
     extra: list[Text] = []
     """Further prompts (.jsonl files, datasets ids, or `builtin-other`), each measured as a suite of its own."""
 
@@ -249,9 +257,25 @@ class Recipe(Section):
                 f"evaluation.decode_depth: {drafts} is more than there are heads; "
                 f"accepted: at most heads.depth, which is {self.heads.depth}"
             )
+        problems += _evaluation_problems(self.evaluation, self.train)
         for problem in problems:
             raise ValueError(problem)
         return self
+
+
+def _evaluation_problems(evaluation: EvaluationRecipe, train: TrainRecipe) -> list[str]:
+    problems = []
+    if evaluation.patience and not evaluation.steps:
+        problems.append(
+            f"evaluation.patience: {evaluation.patience} does nothing while evaluation.steps is 0; accepted: 0, or "
+            "evaluation.steps above 0"
+        )
+    if evaluation.steps and train.save_steps not in (0, evaluation.steps):
+        problems.append(
+            f"train.save_steps: {train.save_steps} is not accepted with evaluation.steps, which writes a checkpoint "
+            f"at each measurement; accepted: 0, or {evaluation.steps}"
+        )
+    return problems
 
 
 def _data_problems(data: DataRecipe) -> list[str]:

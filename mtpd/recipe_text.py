@@ -62,8 +62,12 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^$"), [""])
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path, *, what: str = "recipe", example: str = "recipes/demo.yaml") -> dict[str, Any]:
     """The mapping in a YAML file.
+
+    Args:
+        what: the kind of file, named in messages.
+        example: of such a file.
 
     Raises:
         UserError: the file is missing, is no text, no YAML, or no mapping.
@@ -74,12 +78,12 @@ def read_mapping(path: Path) -> dict[str, Any]:
         reason = (
             "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", "not UTF-8 text")
         )
-        raise UserError(f"recipe file {path}: {reason}; accepted: a YAML file such as recipes/demo.yaml") from None
+        raise UserError(f"{what} file {path}: {reason}; accepted: a YAML file such as {example}") from None
     values = _read_yaml(text, str(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"recipe file {path}: holds {_show(values)}; accepted: lines of the form key: value")
+        raise UserError(f"{what} file {path}: holds {_show(values)}; accepted: lines of the form key: value")
     return values
 
 
@@ -148,7 +152,9 @@ def _place(values: dict[str, Any], key: str, source: str) -> tuple[dict[str, Any
     return values, name
 
 
-def explain(error: ValidationError, schema: Schema, *, source: str, overridden: Sequence[str] = ()) -> str:
+def explain(
+    error: ValidationError, schema: Schema, *, source: str, overridden: Sequence[str] = (), what: str = "recipe"
+) -> str:
     """One line for all that pydantic found: each key with its value, what is accepted, and where it was written."""
     messages: dict[str, str] = {}
     for item in error.errors():
@@ -160,7 +166,7 @@ def explain(error: ValidationError, schema: Schema, *, source: str, overridden: 
         key = ".".join(map(str, path))
         if item["type"] == "extra_forbidden":
             key = ".".join(map(str, item["loc"]))
-            message = f"{key}: unknown recipe key; {_suggest(key, schema)}"
+            message = f"{key}: unknown {what} key; {_suggest(key, schema)}"
         elif item["type"] == "missing":
             message = f"{key}: is missing; accepted: {accepted(part, schema)}"
         else:

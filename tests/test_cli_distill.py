@@ -107,6 +107,7 @@ def test_a_run_of_every_architecture(
     assert main(arguments) == 0, capsys.readouterr().err
     assert {path.name for path in output.iterdir() if not path.name.startswith("hidden-states")} == {
         *("recipe.yaml", "provenance.json", "responses.jsonl", "held-out.jsonl", "metrics.jsonl", "car.png"),
+        "trained-prompts.safetensors",
         *("heads", "heads-before", "checkpoint-1", "checkpoint-2"),
         *("acceptance-before.json", "acceptance.json"),
         *("acceptance-decoded-before.json", "acceptance-decoded.json"),

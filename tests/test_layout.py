@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "decode": BELOW | {"heads", "losses", "slots", "trunk", "alignment"},
     "data": BELOW | {"decode", "heads", "losses", "trunk", "alignment"},
     "checkpoints": BELOW | {"decode", "data", "heads", "losses", "trunk", "alignment"},
-    "evaluate": BELOW | {"decode", "data", "heads", "losses", "trunk", "alignment"},
+    "evaluate": BELOW | {"recipe_text", "decode", "data", "heads", "losses", "trunk", "alignment"},
     "distill": BELOW | {"recipe", "evaluate", "decode", "data", "heads", "losses", "trunk", "alignment"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)

@@ -10,9 +10,10 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli import data, distill, recipe
+from mtpd.cli import compare, data, distill, eval, recipe, report
 from mtpd.cli.arguments import Debug
-from mtpd.cli.errors import report, say
+from mtpd.cli.errors import report as report_error
+from mtpd.cli.errors import say
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it. Typer gives it back too."""
@@ -26,6 +27,9 @@ app = typer.Typer(
 )
 app.command("distill")(distill.distill)
 app.add_typer(data.app, name="data")
+app.command("eval")(eval.evaluate)
+app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.add_typer(recipe.app, name="recipe")
 
 
@@ -64,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in words:
             traceback.print_exc()
-        return report(error)
+        return report_error(error)
     if code == INTERRUPTED:
         how = "the same command without --fresh" if "--fresh" in words else "the same command"
         say(f"interrupted; {how} resumes where this one stopped")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from mtpd.distill.callbacks import measuring_arguments
 from mtpd.errors import UserError
 from mtpd.losses.settings import Divergence, LossSettings
 from mtpd.recipe import Recipe, compared_tokens, loss_weights
@@ -73,6 +74,7 @@ def training_arguments(recipe: Recipe, *, dtype: torch.dtype, device: torch.devi
         "dataloader_pin_memory": device.type != "cpu",
         "disable_tqdm": True,
         "log_level": "error",
+        **measuring_arguments(recipe),
     }
     try:
         return TrainingArguments(**{**arguments, **train.arguments})

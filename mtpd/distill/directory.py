@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mtpd.errors import UserError
-from mtpd.evaluate.acceptance import library_versions
+from mtpd.evaluate.versions import library_versions
 from mtpd.files import write_whole, writing
 from mtpd.recipe import Recipe, dump, load_recipe
 
@@ -29,6 +29,7 @@ class RunDirectory:
         self.responses = path / "responses.jsonl"
         self.held_out = path / "held-out.jsonl"
         self.hidden_states = path / "hidden-states"
+        self.trained_prompts = path / "trained-prompts.safetensors"
         self.metrics = path / "metrics.jsonl"
         self.heads_before = path / "heads-before"
         self.heads = path / "heads"
@@ -37,6 +38,11 @@ class RunDirectory:
         self.decoded_before = path / "acceptance-decoded-before.json"
         self.decoded = path / "acceptance-decoded.json"
         self.plot = path / "car.png"
+        self.evaluation = path / "evaluation.json"
+        self.evaluation_decoded = path / "evaluation-decoded.json"
+        self.samples = path / "samples.json"
+        self.trunk = path / "trunk"
+        self.report = path / "report.html"
 
 
 def open_run(recipe: Recipe, *, fresh: bool) -> RunDirectory:

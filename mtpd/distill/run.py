@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -22,15 +22,18 @@ from mtpd.data.responses import end_tokens, generate_responses
 from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, store_key, with_hidden
 from mtpd.data.vocabulary import draft_vocabulary, load_vocabulary
 from mtpd.distill.arguments import loss_settings, training_arguments
+from mtpd.distill.callbacks import MeasuringTrainer, stopping
 from mtpd.distill.directory import RunDirectory, open_run, write_provenance
+from mtpd.distill.measuring import set_apart, spread
 from mtpd.distill.model import DistillModel
-from mtpd.distill.trainer import HeadTrainer, Metrics, TrainingRows, train
+from mtpd.distill.trainer import Metrics, TrainingRows, train
 from mtpd.errors import UserError
-from mtpd.evaluate.acceptance import Acceptance
+from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
+from mtpd.evaluate.contamination import write_signatures
 from mtpd.evaluate.decoded import measure_decoded
 from mtpd.evaluate.offline import measure_offline
 from mtpd.evaluate.report import decoded_table, offline_table, plot_car
-from mtpd.files import fingerprint_file, fingerprint_json
+from mtpd.files import fingerprint_file
 from mtpd.heads import WEIGHTS, Heads, build_heads, load_heads, save_heads
 from mtpd.heads.config import HeadsConfig
 from mtpd.heads.initialise import fit, initialise, source_layers
@@ -77,21 +80,25 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
         f"{len(prompts.train)} prompts to train on, {len(prompts.held_out)} held out"
     )
     rows = training_rows(session, prompts.train)
+    trained = [*prompts.train, *given_texts(recipe)]
     write_provenance(
         run,
         trunk=session.fingerprint,
         rows=rows.fingerprint,
-        prompts=[prompt.fingerprint for prompt in prompts.train],
+        prompts=[prompt.fingerprint for prompt in trained],
     )
+    if not run.trained_prompts.is_file():
+        write_signatures(run.trained_prompts, [prompt.text for prompt in trained])
     store = hidden_states(session, rows, prompts.train)
     samples, apart = measured_samples(session, prompts.held_out)
+    samples, chosen_by = set_apart(recipe, samples, apart)
     if not (run.heads / WEIGHTS).is_file():
         heads = new_heads(session, rows, store)
-        measure(session, heads, samples, run.acceptance_before)
-        train_heads(session, heads, rows, store)
+        measure(session, heads, samples, run.heads_before, run.acceptance_before)
+        train_heads(session, heads, rows, store, chosen_by)
         save_heads(heads, run.heads)
     heads = load_heads(run.heads, session.trunk, fingerprint=session.fingerprint)
-    measure(session, heads, samples, run.acceptance)
+    measure(session, heads, samples, run.heads, run.acceptance)
     if recipe.evaluation.decode_prompts:
         decode(session, samples)
     show(run, console, apart)
@@ -149,12 +156,19 @@ def training_rows(session: Session, prompts: Sequence[Prompt]) -> PackedRows:
         )
     else:
         samples = [given_sample(session.tokenizer, prompt, end_tokens=session.ends) for prompt in prompts]
-    for given in data.given:
-        texts = load_prompts(
-            given.prompts, split=given.split, subset=given.subset, limit=given.limit, seed=session.recipe.seed
-        )
-        samples += [given_sample(session.tokenizer, text, end_tokens=session.ends) for text in texts]
+    samples += [given_sample(session.tokenizer, text, end_tokens=session.ends) for text in given_texts(session.recipe)]
     return pack(samples, row_length=data.row_length)
+
+
+def given_texts(recipe: Recipe) -> list[Prompt]:
+    """Further texts to train on, which have their own responses."""
+    return [
+        text
+        for given in recipe.data.given
+        for text in load_prompts(
+            given.prompts, split=given.split, subset=given.subset, limit=given.limit, seed=recipe.seed
+        )
+    ]
 
 
 def respond(
@@ -222,20 +236,6 @@ def measured_samples(session: Session, held_out: Sequence[Prompt]) -> tuple[list
     return samples, frozenset(apart)
 
 
-def spread(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` items, taken in turns from each family so that all are represented."""
-    families: dict[str, list[Any]] = {}
-    for item in items:
-        families.setdefault(item.family, []).append(item)
-    turns = [
-        family[turn]
-        for turn in range(max(map(len, families.values()), default=0))
-        for family in families.values()
-        if turn < len(family)
-    ]
-    return turns[:count]
-
-
 def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) -> Heads:
     """Heads with their first weights, kept in `heads-before/`."""
     run, trunk, recipe = session.run, session.trunk, session.recipe
@@ -283,31 +283,40 @@ def fitting_batches(
     return [with_hidden(batch, session.trunk, store) for batch in batches]
 
 
-def train_heads(session: Session, heads: Heads, rows: PackedRows, store: HiddenStates | None) -> None:
-    """Trains, or goes on from the newest whole checkpoint."""
-    settings = session.recipe.train
+def train_heads(
+    session: Session, heads: Heads, rows: PackedRows, store: HiddenStates | None, samples: Sequence[Sample]
+) -> None:
+    """Trains, or goes on from the newest whole checkpoint; measures on samples every `evaluation.steps`."""
+    recipe = session.recipe
     model = DistillModel(
         session.trunk,
         heads,
-        loss_settings(session.recipe),
-        compiled=settings.compile,
-        checkpoint_blocks=settings.checkpoint_blocks,
+        loss_settings(recipe),
+        compiled=recipe.train.compile,
+        checkpoint_blocks=recipe.train.checkpoint_blocks,
     )
-    arguments = training_arguments(session.recipe, dtype=session.trunk.dtype, device=session.trunk.device)
+    arguments = training_arguments(recipe, dtype=session.trunk.dtype, device=session.trunk.device)
     if arguments.world_size > 1 and store is not None and not all(row in store for row in range(len(rows))):
         logger.warning(
             "data.hidden_states: several processes do not fill a store, the trunk runs in each epoch; "
             "`mtpd data store` fills it ahead of training"
         )
         store = None
-    trainer = HeadTrainer(
-        model, arguments, rows, store=store, callbacks=[Metrics(session.run.metrics)], progress=session.progress
+    trainer = MeasuringTrainer(
+        model,
+        arguments,
+        rows,
+        store=store,
+        samples=samples,
+        end_tokens=session.ends,
+        callbacks=[Metrics(session.run.metrics), *stopping(recipe)],
+        progress=session.progress,
     )
     train(trainer, session.run.path)
 
 
-def measure(session: Session, heads: Heads, samples: Sequence[Sample], path: Path) -> None:
-    """Offline acceptance, written to `path` unless it is there."""
+def measure(session: Session, heads: Heads, samples: Sequence[Sample], folder: Path, path: Path) -> None:
+    """Offline acceptance of the heads of a folder, written to `path` unless it is there."""
     if path.is_file():
         return
     with torch.no_grad():
@@ -318,9 +327,29 @@ def measure(session: Session, heads: Heads, samples: Sequence[Sample], path: Pat
         copy.to(session.trunk.dtype).eval()
         heads.train(trained)
     suites = measure_offline(session.trunk, copy, samples, end_tokens=session.ends, progress=session.progress)
-    Acceptance(
-        mode="offline", trunk=session.fingerprint, heads=fingerprint_json(heads.config.model_dump()), suites=suites
-    ).save(path)
+    acceptance_of(session, session.trunk, copy, folder, "offline", suites).save(path)
+
+
+def acceptance_of(
+    session: Session,
+    trunk: Trunk,
+    heads: Heads,
+    folder: Path,
+    mode: Literal["offline", "decoded"],
+    suites: dict[str, SuiteCounts],
+) -> Acceptance:
+    """The acceptance file of a measurement on held-out prompts, with the settings that it was made with."""
+    evaluation = session.recipe.evaluation
+    limit = evaluation.prompts_limit if mode == "offline" else evaluation.decode_prompts
+    for suite in suites.values():
+        suite.settings = {"limit": limit, "max_new_tokens": evaluation.max_new_tokens, "seed": session.recipe.seed}
+    return Acceptance(
+        mode=mode,
+        settings={"dtype": str(trunk.dtype).removeprefix("torch."), "drafts": heads.depth},
+        trunk=session.fingerprint,
+        heads=fingerprint_file(folder / WEIGHTS),
+        suites=suites,
+    )
 
 
 def decode(session: Session, samples: Sequence[Sample]) -> None:
@@ -351,8 +380,7 @@ def decode(session: Session, samples: Sequence[Sample]) -> None:
         progress=session.progress,
     )
     for path, folder in folders.items():
-        digest = fingerprint_file(folder / WEIGHTS)
-        Acceptance(mode="decoded", trunk=session.fingerprint, heads=digest, suites=results[path.name]).save(path)
+        acceptance_of(session, trunk, heads[path.name], folder, "decoded", results[path.name]).save(path)
 
 
 def show(run: RunDirectory, console: Console, apart: frozenset[str]) -> None:

@@ -1,48 +1,50 @@
-"""The acceptance file: counts, from which ratios are computed when they are read.
+"""The acceptance file: counts by prompt and by suite, from which ratios are computed when they are read.
 
 AR_k is the share accepted at depth k of the drafts whose depths 1..k-1 were accepted, CAR_k the share
 of drafts whose first k tokens are all accepted, and tau = 1 + Σ CAR_k.
+
+Schema 2 has a row of counts for each prompt, which intervals and paired comparisons need, and the
+settings of the measurement. Files of schema 1 have sums alone; they are still read.
 """
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
+import json
+import math
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mtpd.decode import Counts
 from mtpd.errors import UserError
+from mtpd.evaluate.versions import library_versions
 from mtpd.files import write_whole
 
+Settings = dict[str, str | int | float | bool | None]
+"""What a measurement depends on besides trunk and heads: names and plain values."""
 
-class SuiteCounts(BaseModel):
-    """Sums over the prompts of one suite."""
 
-    model_config = ConfigDict(extra="forbid")
+class CountsModel(BaseModel):
+    """Counts over one prompt or many."""
 
-    prompts: int = Field(default=0, ge=0)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
     tokens: int = Field(default=0, ge=0)
     forwards: int = Field(default=0, ge=0)
     drafted: list[int]
     accepted: list[int]
     seconds: float = Field(default=0.0, ge=0)
-    plain_seconds: float | None = None
-    identical: int | None = None
-    """Decoded prompts whose text equals plain `generate` token for token; null offline."""
-    ties: int | None = None
-    """Of the others, those that part from it at a tie: two tokens whose logits agree to rounding. null offline."""
+    plain_seconds: float | None = Field(default=None, ge=0)
     expected: list[float] | None = None
     """Sums over drafts of Σ_x min(p, q) at each depth, teacher-forced: what sampling would accept; null decoded."""
     expected_rows: list[int] | None = None
     """How many drafts those sums are over."""
 
     @model_validator(mode="after")
-    def _possible(self) -> SuiteCounts:
+    def _possible(self) -> Self:
         if len(self.drafted) != len(self.accepted):
             raise ValueError("drafted and accepted differ in length")
         if any(not 0 <= a <= d for a, d in zip(self.accepted, self.drafted, strict=True)):
@@ -50,25 +52,115 @@ class SuiteCounts(BaseModel):
         for name, values in (("drafted", self.drafted), ("accepted", self.accepted)):
             if any(later > earlier for earlier, later in pairwise(values)):
                 raise ValueError(f"{name} counts rise with depth")
+        if (self.expected is None) != (self.expected_rows is None):
+            raise ValueError("expected and expected_rows go together")
+        if self.expected is not None and self.expected_rows is not None:
+            if not len(self.expected) == len(self.expected_rows) == len(self.drafted):
+                raise ValueError("expected, expected_rows and drafted differ in length")
+            # Each draft adds at most 1, up to the rounding of float32 sums.
+            if any(not 0 <= e <= r * 1.001 for e, r in zip(self.expected, self.expected_rows, strict=True)):
+                raise ValueError("expected sums are not between 0 and expected_rows")
+        return self
+
+    @property
+    def depth(self) -> int:
+        """K, tokens drafted a round."""
+        return len(self.drafted)
+
+
+class PromptCounts(CountsModel):
+    """One prompt."""
+
+    id: str
+    prompt: str
+    """Fingerprint of the tokens that the model read, chat template included."""
+    text: str = ""
+    """Fingerprint of the text that was measured on: the response tokens."""
+    identical: bool | None = None
+    """Decoded: whether the text equals plain `generate` token for token; null offline."""
+    tie: bool | None = None
+    """Decoded: whether it parts from it at a tie, two tokens whose logits agree to rounding; null offline."""
+    trained: Literal["exact", "near"] | None = None
+    """The run was trained on this prompt, or on one that is nearly the same."""
+
+    @classmethod
+    def of(cls, counts: Counts, **fields: Any) -> PromptCounts:
+        """One text as decoding counted it."""
+        return cls(
+            tokens=counts.tokens, forwards=counts.forwards, drafted=counts.drafted, accepted=counts.accepted, **fields
+        )
+
+
+class Control(BaseModel):
+    """Sums as in `SuiteCounts`, of drafts compared with targets one position too late: they must collapse."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    drafted: list[int]
+    accepted: list[int]
+
+    @property
+    def car(self) -> list[float]:
+        """CAR_1..CAR_K against the shifted targets."""
+        return _shares(self.accepted, self.drafted)
+
+
+class SuiteCounts(CountsModel):
+    """Sums over the prompts of one suite, and the prompts that they are sums of."""
+
+    prompts: int = Field(default=0, ge=0)
+    identical: int | None = None
+    """Decoded prompts whose text equals plain `generate` token for token; null offline."""
+    ties: int | None = None
+    """Of the others, those that part from it at a tie: two tokens whose logits agree to rounding. null offline."""
+    control: Control | None = None
+    """The same drafts against targets moved by one position; null decoded."""
+    settings: Settings | None = None
+    """Source, template, limit, seed and length; null in files of schema 1."""
+    rows: list[PromptCounts] | None = None
+    """null in files of schema 1, and in sums over suites."""
+
+    @model_validator(mode="after")
+    def _rows_add_up(self) -> SuiteCounts:
+        if self.rows is None:
+            return self
+        if len({row.id for row in self.rows}) < len(self.rows):
+            raise ValueError("rows: two prompts have one id")
+        if any(row.depth != self.depth for row in self.rows):
+            raise ValueError("rows: they differ in depth from the sums")
+        if self.rows or self.prompts:
+            sums = SuiteCounts.of(self.rows, self.depth)
+            for name in _SUMMED:
+                if not _equal(getattr(self, name), getattr(sums, name)):
+                    raise ValueError(f"rows: {name} is not their sum")
         return self
 
     @classmethod
     def empty(cls, depth: int) -> SuiteCounts:
         return cls(drafted=[0] * depth, accepted=[0] * depth)
 
-    def add(self, counts: Counts, *, seconds: float = 0.0) -> None:
-        """Adds one decoded text."""
-        self.prompts += 1
-        self.tokens += counts.tokens
-        self.forwards += counts.forwards
-        self.drafted = [a + b for a, b in zip(self.drafted, counts.drafted, strict=True)]
-        self.accepted = [a + b for a, b in zip(self.accepted, counts.accepted, strict=True)]
-        self.seconds += seconds
+    @classmethod
+    def of(cls, rows: Sequence[PromptCounts], depth: int, **fields: Any) -> SuiteCounts:
+        """Sums over prompts."""
+        return cls.model_construct(
+            prompts=len(rows),
+            tokens=sum(row.tokens for row in rows),
+            forwards=sum(row.forwards for row in rows),
+            drafted=_columns([row.drafted for row in rows], depth),
+            accepted=_columns([row.accepted for row in rows], depth),
+            seconds=sum(row.seconds for row in rows),
+            plain_seconds=_sum_or_none(row.plain_seconds for row in rows),
+            identical=_sum_or_none(row.identical for row in rows),
+            ties=_sum_or_none(row.tie for row in rows),
+            expected=_columns([row.expected for row in rows], depth),
+            expected_rows=_columns([row.expected_rows for row in rows], depth),
+            **{"rows": list(rows), **fields},
+        )
 
     @property
     def car(self) -> list[float]:
         """CAR_1..CAR_K."""
-        return [a / d if d else 0.0 for a, d in zip(self.accepted, self.drafted, strict=True)]
+        return _shares(self.accepted, self.drafted)
 
     @property
     def ar(self) -> list[float]:
@@ -86,73 +178,126 @@ class SuiteCounts(BaseModel):
         """Mean Σ_x min(p, q) by depth."""
         if self.expected is None or self.expected_rows is None:
             return None
-        return [total / rows if rows else 0.0 for total, rows in zip(self.expected, self.expected_rows, strict=True)]
+        return _shares(self.expected, self.expected_rows)
 
     @property
     def speedup(self) -> float | None:
         """Wall-clock tokens/s against plain decoding of the same prompts in the same process."""
         return self.plain_seconds / self.seconds if self.plain_seconds and self.seconds else None
 
+    @property
+    def trained(self) -> int:
+        """Prompts that the run was trained on, or nearly."""
+        return sum(row.trained is not None for row in self.rows or [])
+
+
+_SUMMED = ("prompts", "tokens", "forwards", "drafted", "accepted", "seconds", "plain_seconds", "identical", "ties")
+
 
 class Acceptance(BaseModel):
     """Contents of `acceptance.json`."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
-    schema_version: Literal[1] = Field(default=1, alias="schema")
+    schema_version: Literal[1, 2] = Field(default=2, alias="schema")
     mode: Literal["offline", "decoded"]
     sampling: dict[str, float] | None = None
+    settings: Settings | None = None
+    """Number format, tokens drafted a round, and what else all suites share; null in files of schema 1."""
     trunk: str
     heads: str
-    versions: dict[str, str] = Field(default_factory=lambda: library_versions())
+    versions: dict[str, str] = Field(default_factory=library_versions)
     suites: dict[str, SuiteCounts]
+
+    @model_validator(mode="after")
+    def _one_depth(self) -> Acceptance:
+        if len({suite.depth for suite in self.suites.values()}) > 1:
+            raise ValueError("suites: they differ in depth")
+        return self
 
     def total(self, suites: Iterable[str] | None = None) -> SuiteCounts:
         """Sums over suites (all of them by default)."""
         chosen = [self.suites[name] for name in (self.suites if suites is None else suites)]
-        depth = len(chosen[0].drafted)
-        total = SuiteCounts.empty(depth)
-        for suite in chosen:
-            total.prompts += suite.prompts
-            total.tokens += suite.tokens
-            total.forwards += suite.forwards
-            total.drafted = [a + b for a, b in zip(total.drafted, suite.drafted, strict=True)]
-            total.accepted = [a + b for a, b in zip(total.accepted, suite.accepted, strict=True)]
-            total.seconds += suite.seconds
-        for name in ("plain_seconds", "identical", "ties"):
-            values = [getattr(suite, name) for suite in chosen]
-            setattr(total, name, None if None in values else sum(values))
-        for name in ("expected", "expected_rows"):
-            columns = [getattr(suite, name) for suite in chosen]
-            setattr(total, name, None if None in columns else [sum(c) for c in zip(*columns, strict=True)])
-        return total
+        depth = chosen[0].depth
+        return SuiteCounts.model_construct(
+            prompts=sum(suite.prompts for suite in chosen),
+            tokens=sum(suite.tokens for suite in chosen),
+            forwards=sum(suite.forwards for suite in chosen),
+            drafted=_columns([suite.drafted for suite in chosen], depth),
+            accepted=_columns([suite.accepted for suite in chosen], depth),
+            seconds=sum(suite.seconds for suite in chosen),
+            plain_seconds=_sum_or_none(suite.plain_seconds for suite in chosen),
+            identical=_sum_or_none(suite.identical for suite in chosen),
+            ties=_sum_or_none(suite.ties for suite in chosen),
+            expected=_columns([suite.expected for suite in chosen], depth),
+            expected_rows=_columns([suite.expected_rows for suite in chosen], depth),
+            control=_total_control([suite.control for suite in chosen], depth),
+        )
 
     def save(self, path: str | Path) -> None:
-        write_whole(path, self.model_dump_json(indent=2, by_alias=True) + "\n")
+        content = self.model_dump(mode="json", by_alias=True, exclude_unset=False)
+        write_whole(path, _laid_out(content) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Acceptance:
         """Reads an acceptance file.
 
         Raises:
-            UserError: it is missing, no JSON, or its counts are impossible.
+            UserError: it is missing, no JSON, holds no suite, or its counts are impossible.
         """
         try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+            found = cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise UserError(f"{path}: not an acceptance file: {where}: {first['msg']}") from error
+        if not any(suite.prompts for suite in found.suites.values()):
+            raise UserError(f"{path}: holds no suite with a prompt in it; measure with mtpd eval")
+        return found
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of what a number depends on."""
-    found = {"python": platform.python_version()}
-    for name in ("mtpd", "torch", "transformers", "trl", "datasets", "deepspeed", "peft"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def _shares(parts: Sequence[float], wholes: Sequence[int]) -> list[float]:
+    return [part / whole if whole else 0.0 for part, whole in zip(parts, wholes, strict=True)]
+
+
+def _columns(lists: Sequence[Sequence[Any] | None], depth: int) -> Any:
+    """Sums by depth; None where one of the lists is missing."""
+    if None in lists:
+        return None
+    return [sum(column) for column in zip(*lists, strict=True)] if lists else [0] * depth
+
+
+def _sum_or_none(values: Iterable[Any]) -> Any:
+    found = list(values)
+    return None if None in found or not found else sum(found)
+
+
+def _total_control(controls: Sequence[Control | None], depth: int) -> Control | None:
+    found = [control for control in controls if control is not None]
+    if len(found) < len(controls):
+        return None
+    return Control(
+        drafted=_columns([control.drafted for control in found], depth),
+        accepted=_columns([control.accepted for control in found], depth),
+    )
+
+
+def _equal(stored: Any, summed: Any) -> bool:
+    if isinstance(stored, float) and isinstance(summed, float):
+        return math.isclose(stored, summed, rel_tol=1e-6, abs_tol=1e-9)
+    return bool(stored == summed)
+
+
+def _laid_out(value: Any, indent: int = 0, levels: int = 4) -> str:
+    """JSON with a line for each entry of the outer levels, and one for each prompt."""
+    inside = isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value))
+    if not value or levels == 0 or not inside:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    pad = "\n" + " " * (indent + 1)
+    if isinstance(value, list):
+        items = [json.dumps(item, ensure_ascii=False, allow_nan=False) for item in value]
+        return "[" + pad + f",{pad}".join(items) + "\n" + " " * indent + "]"
+    items = [f"{json.dumps(key)}: {_laid_out(item, indent + 1, levels - 1)}" for key, item in value.items()]
+    return "{" + pad + f",{pad}".join(items) + "\n" + " " * indent + "}"

@@ -12,7 +12,8 @@ from transformers import GenerationConfig
 from mtpd.data.packing import Sample
 from mtpd.data.responses import plain_generation
 from mtpd.decode import generate
-from mtpd.evaluate.acceptance import SuiteCounts
+from mtpd.evaluate.acceptance import PromptCounts, SuiteCounts
+from mtpd.files import fingerprint_json, short
 from mtpd.heads import Heads
 from mtpd.trunk import Trunk
 
@@ -40,9 +41,9 @@ def measure_decoded(
         For each name, counts by family; `identical` says in how many prompts the text was that of `generate`,
         `ties` in how many it parted from it at a tie.
     """
-    results: dict[str, dict[str, SuiteCounts]] = {name: {} for name in heads}
+    rows: dict[str, dict[str, list[PromptCounts]]] = {name: {} for name in heads}
     if not samples:
-        return results
+        return {name: {} for name in heads}
     prompts = [torch.tensor(sample.prompt_ids, device=trunk.device) for sample in samples]
     # One short text each that is not timed: first calls allocate and load.
     _plain(trunk, prompts[0], 4, end_tokens)
@@ -55,14 +56,21 @@ def measure_decoded(
         for name, each in heads.items():
             began = _now(trunk)
             tokens, counts = generate(trunk, each, prompt, max_new_tokens=max_new_tokens, end_tokens=end_tokens)
-            seconds = _now(trunk) - began
-            family = sample.family or "prompts"
-            suite = results[name].setdefault(family, SuiteCounts.empty(each.depth))
-            suite.add(counts, seconds=seconds)
-            suite.plain_seconds = (suite.plain_seconds or 0.0) + plain_seconds
-            suite.identical = (suite.identical or 0) + (tokens == text)
-            suite.ties = (suite.ties or 0) + (tokens != text and parted_at_tie(trunk, prompt, text, tokens))
-    return results
+            row = PromptCounts.of(
+                counts,
+                id=sample.id,
+                prompt=short(fingerprint_json(sample.prompt_ids)),
+                text=short(fingerprint_json(tokens)),
+                seconds=_now(trunk) - began,
+                plain_seconds=plain_seconds,
+                identical=tokens == text,
+                tie=tokens != text and parted_at_tie(trunk, prompt, text, tokens),
+            )
+            rows[name].setdefault(sample.family or "prompts", []).append(row)
+    return {
+        name: {family: SuiteCounts.of(members, heads[name].depth) for family, members in families.items()}
+        for name, families in rows.items()
+    }
 
 
 @torch.inference_mode()

@@ -1,0 +1,39 @@
+"""`mtpd compare`: two acceptance files, prompt by prompt. Nothing here loads a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mtpd.cli.arguments import Debug
+from mtpd.cli.eval import JunitFile, MarkdownFile
+
+
+def compare(
+    baseline: Annotated[Path, typer.Argument(help="The acceptance file to compare with.")],
+    candidate: Annotated[Path, typer.Argument(help="The acceptance file in question.")],
+    max_drop: Annotated[
+        float | None,
+        typer.Option("--max-drop", help="Judge as the gate of mtpd eval does. Default: compare, and exit with 0."),
+    ] = None,
+    markdown: MarkdownFile = None,
+    junit: JunitFile = None,
+    debug: Debug = False,
+) -> None:
+    """Show what changed from one measurement to another, with paired intervals.
+
+    Exit codes with --max-drop: 0 fine, 3 worse, 4 undecided (more prompts needed); 2 a mistake, 1 a failure.
+
+    Examples:
+
+        mtpd compare before.json after.json
+
+        mtpd compare baselines/main.json acceptance.json --max-drop 0.01
+    """
+    from mtpd.evaluate.compare import compare_files  # brings in torch
+
+    code = compare_files(baseline, candidate, max_drop=max_drop, markdown_file=markdown, junit_file=junit)
+    if code:
+        raise typer.Exit(code)

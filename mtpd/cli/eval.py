@@ -1,0 +1,94 @@
+"""`mtpd eval`: measures the heads of a run on suites, and compares them with a baseline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mtpd.cli.arguments import Debug
+from mtpd.cli.terminal import quiet_libraries
+
+RESPONSES = Path("~/.cache/mtpd/responses")
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory of mtpd distill.")]
+MaxDrop = Annotated[
+    float, typer.Option("--max-drop", help="What may be lost: 0.01 is one point of CAR_1, and one percent of tau.")
+]
+MarkdownFile = Annotated[Path | None, typer.Option("--markdown", help="Write the result for a pull request.")]
+JunitFile = Annotated[Path | None, typer.Option("--junit", help="Write the result as JUnit XML.")]
+
+
+def evaluate(
+    context: typer.Context,
+    run: RunArgument,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="Suites, with commas between them. Default: those of --against, else demo."),
+    ] = None,
+    suite_dir: Annotated[
+        Path | None, typer.Option(help="A folder of further suites (.yaml) and rows (.jsonl), looked into first.")
+    ] = None,
+    mode: Annotated[
+        Literal["offline", "decoded"],
+        typer.Option(help="offline: teacher-forced over the trunk's greedy text. decoded: really decoding."),
+    ] = "offline",
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="The acceptance file. Default: evaluation.json in the run directory."),
+    ] = None,
+    heads: Annotated[str, typer.Option(help="Folder of the heads in the run directory.")] = "heads",
+    drafts: Annotated[int | None, typer.Option(min=1, help="Tokens drafted a round. Default: all heads.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each suite, in place of its own limit.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a response, in place of the suite's own limit.")
+    ] = None,
+    responses: Annotated[Path, typer.Option(help="Where the trunk's responses are kept between calls.")] = RESPONSES,
+    against: Annotated[Path | None, typer.Option(help="Compare with this acceptance file on the same prompts.")] = None,
+    max_drop: MaxDrop = 0.01,
+    write_baseline: Annotated[
+        Path | None, typer.Option(help="Write the result here as well, unless the gate did not pass.")
+    ] = None,
+    check_trunk: Annotated[
+        bool, typer.Option("--check-trunk", help="Measure the main head before and after the run too.")
+    ] = False,
+    markdown: MarkdownFile = None,
+    junit: JunitFile = None,
+    debug: Debug = False,
+) -> None:
+    """Measure how many drafts of a run's heads are accepted.
+
+    Exit codes: 0 fine, 3 worse than the baseline, 4 undecided (more prompts needed), 2 a mistake, 1 a failure.
+
+    Examples:
+
+        mtpd eval runs/demo --suite demo -o acceptance.json
+
+        mtpd eval runs/demo --suite gsm8k,humaneval --suite-dir suites --write-baseline baselines/main.json
+
+        mtpd eval runs/demo --against baselines/main.json --max-drop 0.01
+    """
+    with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
+        from mtpd.distill.evaluation import Request, evaluate_run  # brings in torch
+
+        request = Request(
+            run=run,
+            suites=None if suite is None else [name.strip() for name in suite.split(",") if name.strip()],
+            suite_dir=suite_dir,
+            mode=mode,
+            output=output,
+            heads=heads,
+            drafts=drafts,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            responses=responses.expanduser(),
+            against=against,
+            max_drop=max_drop,
+            write_baseline=write_baseline,
+            check_trunk=check_trunk,
+            markdown=markdown,
+            junit=junit,
+        )
+        code = evaluate_run(request)
+    if code:
+        raise typer.Exit(code)

@@ -1,0 +1,40 @@
+"""`mtpd report`: one HTML file about a run. Nothing here loads a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mtpd.cli.arguments import Debug
+from mtpd.cli.eval import RunArgument
+from mtpd.cli.terminal import quiet_libraries
+
+
+def report(
+    context: typer.Context,
+    run: RunArgument,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The HTML file. Default: report.html in the run directory.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Compare the evaluation on suites with this acceptance file.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a report: acceptance with intervals, wall clock, training curves, texts, recipe and provenance.
+
+    The HTML file needs no network; PNG files of its charts lie beside it.
+
+    Examples:
+
+        mtpd report runs/demo
+
+        mtpd report runs/demo --against baselines/main.json -o report.html
+    """
+    with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
+        from mtpd.distill.reporting import report_run  # brings in torch
+
+        for path in report_run(run, output=output, against=against):
+            typer.echo(f"written: {path}")

@@ -1,0 +1,254 @@
+"""Two acceptance files compared prompt by prompt, and the gate: passed, failed, or undecided.
+
+The gate looks at two ratios over all suites together: the change of CAR_1 in points, and the relative change of
+tau. Each has a 99% bootstrap interval over prompts, both files resampled together. With M = max_drop:
+
+    failed      at least MINIMUM_PROMPTS prompts, and an interval lies below -M
+    passed      at least MINIMUM_PROMPTS prompts, and both intervals lie at or above -M
+    undecided   everything else; the number of prompts that would decide is estimated
+
+99% and not 95%, because two ratios are tested and a pipeline that runs every week should not fail by chance:
+heads that are equally good then fail in fewer than 1 of 100 runs whatever M is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from mtpd.errors import UserError
+from mtpd.evaluate.acceptance import Acceptance, PromptCounts, Settings
+from mtpd.evaluate.intervals import CONFIDENCE, RESAMPLES, Array, Estimate, bounds, paired_differences
+
+MINIMUM_PROMPTS = 50
+"""Fewer prompts never decide: percentile intervals are too narrow below about so many."""
+GATE_CONFIDENCE = 0.99
+NORMAL_QUANTILE = 2.576
+"""Half the width of a normal 99% interval in standard errors."""
+MOST_PROMPTS = 100_000
+"""An estimate of more prompts than this says only that the change lies at the limit."""
+
+Outcome = Literal["passed", "failed", "undecided"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One ratio before and after, and its change: relative for tau and speed-up, else a difference."""
+
+    name: str
+    before: float
+    after: float
+    change: Estimate
+    """With a 95% interval."""
+    gate: Estimate
+    """The same with the interval of the gate."""
+    standard_error: float
+
+    @property
+    def relative(self) -> bool:
+        return self.name in ("tau", "speedup")
+
+    def shown(self, estimate: Estimate | None = None) -> str:
+        """The change with its interval, as points or percent: -2.1 points [-2.8, -1.4]"""
+        estimate = estimate or self.change
+        unit = "%" if self.relative else " points"
+        text = f"{100 * estimate.value:+.2f}{unit}"
+        if estimate.low is None or estimate.high is None:
+            return text
+        return f"{text} [{100 * estimate.low:+.2f}, {100 * estimate.high:+.2f}]"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two measurements of the same prompts."""
+
+    suites: dict[str | None, dict[str, Change]]
+    """By suite, and under None over all of them: the change of each ratio that both files have."""
+    prompts: dict[str | None, int]
+    """Prompts compared."""
+    left_out: int = 0
+    """Prompts that are not compared because one of the runs was trained on them."""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate says."""
+
+    outcome: Outcome
+    max_drop: float
+    reasons: list[str]
+    """One line for each ratio that the gate looks at."""
+    more_prompts: int | None = None
+    """Undecided: how many more would decide, if the change stays as it is; None where no number helps."""
+
+    @property
+    def exit_code(self) -> int:
+        return {"passed": 0, "failed": 3, "undecided": 4}[self.outcome]
+
+    @property
+    def line(self) -> str:
+        """The verdict in one line."""
+        if self.outcome != "undecided":
+            return f"gate {self.outcome}: {'; '.join(self.reasons)}"
+        more = "more prompts will hardly decide" if self.more_prompts is None else f"{self.more_prompts} more needed"
+        return f"gate undecided, {more.replace('more needed', 'more prompts needed')}: {'; '.join(self.reasons)}"
+
+
+def compare(
+    baseline: Acceptance,
+    candidate: Acceptance,
+    *,
+    names: Sequence[str] = ("baseline", "candidate"),
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Comparison:
+    """Changes of all ratios from baseline to candidate, with paired intervals.
+
+    Args:
+        names: what messages call the two.
+
+    Raises:
+        UserError: another trunk, mode, suite, prompt or setting, or a file without counts by prompt.
+    """
+    check_comparable(baseline, candidate, names=names)
+    before: dict[str, list[PromptCounts]] = {}
+    after: dict[str, list[PromptCounts]] = {}
+    left_out = texts = 0
+    for name, suite in baseline.suites.items():
+        for old, new in zip(suite.rows or [], candidate.suites[name].rows or [], strict=True):
+            if old.trained or new.trained:
+                left_out += 1
+                continue
+            texts += old.text != new.text
+            before.setdefault(name, []).append(old)
+            after.setdefault(name, []).append(new)
+    if not before:
+        raise UserError(f"{names[1]}: all {left_out} prompts were trained on; nothing is left to compare")
+    notes = []
+    if left_out:
+        notes.append(f"{left_out} prompts are left out of the comparison: a run was trained on them, or nearly")
+    if texts:
+        total = sum(map(len, before.values()))
+        notes.append(f"{texts} of {total} texts differ between the two (rounding of another machine or batch)")
+    sizes: dict[str | None, int] = {name: len(rows) for name, rows in before.items()}
+    changes = {
+        name: {
+            ratio: _change(ratio, first[ratio], second[ratio])
+            for ratio in first
+            if ratio in second and not np.isnan(first[ratio]).any() and not np.isnan(second[ratio]).any()
+        }
+        for name, (first, second) in paired_differences(before, after, resamples=resamples, seed=seed).items()
+    }
+    return Comparison(changes, {**sizes, None: sum(map(len, before.values()))}, left_out, notes)
+
+
+def _change(name: str, before: Array, after: Array) -> Change:
+    """From resampled ratios, entry 0 being the one measured."""
+    changes = after / before - 1.0 if name in ("tau", "speedup") else after - before
+    point, spread = float(changes[0]), changes[1:]
+    return Change(
+        name,
+        float(before[0]),
+        float(after[0]),
+        Estimate(point, *bounds(spread, CONFIDENCE)),
+        Estimate(point, *bounds(spread, GATE_CONFIDENCE)),
+        float(spread.std()),
+    )
+
+
+def judge(comparison: Comparison, *, max_drop: float) -> Verdict:
+    """The gate's verdict.
+
+    Args:
+        max_drop: how much may be lost: 0.01 is one point of CAR_1, and one percent of tau.
+
+    Raises:
+        UserError: max_drop is no share.
+    """
+    check_max_drop(max_drop)
+    prompts = comparison.prompts[None]
+    checks = [comparison.suites[None][name] for name in ("car_1", "tau")]
+    reasons = [
+        f"{label(check.name)} {check.before:.3f} → {check.after:.3f}, {check.shown(check.gate)} (99%) on {prompts} "
+        f"prompts, allowed {-100 * max_drop:+.2f}"
+        for check in checks
+    ]
+    low, high = ([getattr(check.gate, side) for check in checks] for side in ("low", "high"))
+    if prompts < MINIMUM_PROMPTS:
+        reasons.append(f"the gate decides on {MINIMUM_PROMPTS} prompts or more")
+        return Verdict("undecided", max_drop, reasons, MINIMUM_PROMPTS - prompts)
+    if min(high) < -max_drop:
+        return Verdict("failed", max_drop, reasons)
+    if min(low) >= -max_drop:
+        return Verdict("passed", max_drop, reasons)
+    wanted = [_prompts_wanted(check, prompts, max_drop) for check in checks if check.gate.low < -max_drop]  # type: ignore[operator]
+    most = max(wanted)
+    return Verdict("undecided", max_drop, reasons, None if most > MOST_PROMPTS else max(1, math.ceil(most - prompts)))
+
+
+def check_max_drop(max_drop: float) -> None:
+    """Raises UserError unless it is a share."""
+    if not 0.0 <= max_drop < 1.0:
+        raise UserError(f"--max-drop: {max_drop} is not accepted; accepted: from 0 to below 1, such as 0.01")
+
+
+def _prompts_wanted(check: Change, prompts: int, max_drop: float) -> float:
+    """Prompts at which the interval leaves the limit, as its width falls with the root of their number."""
+    distance = abs(check.change.value + max_drop)
+    if distance == 0.0:
+        return math.inf
+    return prompts * (NORMAL_QUANTILE * check.standard_error / distance) ** 2
+
+
+def label(ratio: str) -> str:
+    """How a ratio is called where people read it: CAR_1, AR_1, tau, Σ min(p,q)_1, speed-up."""
+    kind, _, depth = ratio.partition("_")
+    return {"expected": "Σ min(p,q)", "speedup": "speed-up", "tau": "tau"}.get(kind, kind.upper()) + (
+        f"_{depth}" if depth else ""
+    )
+
+
+def check_comparable(baseline: Acceptance, candidate: Acceptance, *, names: Sequence[str]) -> None:
+    """Raises UserError if a difference between the two files could come from anything but the heads."""
+    for name, each in zip(names, (baseline, candidate), strict=True):
+        if any(suite.rows is None for suite in each.suites.values()):
+            raise UserError(
+                f"{name}: has no counts by prompt (schema {each.schema_version}), which a paired comparison needs; "
+                "measure again with mtpd eval"
+            )
+    between = f"{names[0]} and {names[1]}"
+    if baseline.trunk != candidate.trunk:
+        raise UserError(
+            f"{between}: measured with different trunks ({baseline.trunk[:12]}, {candidate.trunk[:12]}); "
+            "acceptance is comparable on one trunk only"
+        )
+    if baseline.mode != candidate.mode:
+        raise UserError(f"{between}: measured in different modes ({baseline.mode}, {candidate.mode})")
+    if baseline.sampling != candidate.sampling:
+        raise UserError(f"{between}: decoded with different sampling ({baseline.sampling}, {candidate.sampling})")
+    _same_settings(baseline.settings, candidate.settings, f"{between}: decoding settings differ")
+    if baseline.suites.keys() != candidate.suites.keys():
+        raise UserError(
+            f"{between}: measured on different suites ({', '.join(baseline.suites)}; {', '.join(candidate.suites)})"
+        )
+    for name, suite in baseline.suites.items():
+        other = candidate.suites[name]
+        _same_settings(suite.settings, other.settings, f"{between}: suite {name} differs")
+        first, second = ([(row.id, row.prompt) for row in each.rows or []] for each in (suite, other))
+        if first != second:
+            common = len(set(first) & set(second))
+            raise UserError(
+                f"{between}: suite {name} has other prompts ({len(first)} and {len(second)}, {common} in both)"
+            )
+
+
+def _same_settings(first: Settings | None, second: Settings | None, message: str) -> None:
+    first, second = first or {}, second or {}
+    for key in sorted(first.keys() | second.keys()):
+        if first.get(key) != second.get(key):
+            raise UserError(f"{message}: {key} is {first.get(key)} and {second.get(key)}")

@@ -1,0 +1,157 @@
+"""Suites measured: prompts, the trunk's greedy responses (kept between calls), and acceptance on them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mtpd.data.packing import Sample
+from mtpd.data.prompts import render
+from mtpd.data.responses import generate_responses
+from mtpd.errors import UserError
+from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
+from mtpd.evaluate.contamination import TrainedPrompts
+from mtpd.evaluate.decoded import measure_decoded
+from mtpd.evaluate.offline import measure_offline
+from mtpd.evaluate.suites import Question, Suite
+from mtpd.files import fingerprint_json, short
+from mtpd.heads import Heads
+from mtpd.trunk import Trunk
+
+logger = logging.getLogger(__name__)
+
+GENERATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is measured: a trunk with its tokenizer."""
+
+    trunk: Trunk
+    tokenizer: Any
+    fingerprint: str
+    ends: Collection[int]
+
+
+@dataclass
+class Seconds:
+    """Wall-clock time of a measurement, by what it was spent on."""
+
+    responses: float = 0.0
+    """Greedy responses of the trunk; near 0 where they were kept."""
+    measuring: float = 0.0
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    """By suite, what was measured on."""
+
+
+def measure_suites(
+    model: Model,
+    heads: Heads,
+    suites: Mapping[str, tuple[Suite, Sequence[Question]]],
+    *,
+    heads_fingerprint: str,
+    mode: Literal["offline", "decoded"],
+    responses: Path,
+    trained: TrainedPrompts | None = None,
+    progress: bool = True,
+) -> tuple[Acceptance, Seconds]:
+    """Acceptance of heads on suites.
+
+    Args:
+        heads: in the trunk's number format; how many tokens they draft a round is their depth.
+        suites: by name, the suite and its prompts.
+        responses: folder in which the trunk's responses are kept by fingerprint (offline only).
+        trained: what the heads were trained on; prompts that it meets are marked, and warned of.
+
+    Raises:
+        UserError: no prompt of a suite fits into the model's context.
+    """
+    counts: dict[str, SuiteCounts] = {}
+    seconds = Seconds()
+    for name, (suite, questions) in suites.items():
+        began = time.monotonic()
+        if mode == "offline":
+            samples = respond(model, name, suite, questions, responses, progress=progress)
+        else:
+            samples = prompts_alone(model, name, suite, questions)
+        seconds.samples[name] = samples
+        seconds.responses += time.monotonic() - began
+        began = time.monotonic()
+        if mode == "offline":
+            measured = measure_offline(model.trunk, heads, samples, end_tokens=model.ends, progress=progress)
+        else:
+            measured = measure_decoded(
+                model.trunk,
+                {"heads": heads},
+                samples,
+                max_new_tokens=suite.max_new_tokens,
+                end_tokens=model.ends,
+                progress=progress,
+            )["heads"]
+        seconds.measuring += time.monotonic() - began
+        counts[name] = measured[name].model_copy(update={"settings": suite.settings})
+        _mark(counts[name], name, questions, trained)
+    settings = {"dtype": str(model.trunk.dtype).removeprefix("torch."), "drafts": heads.depth}
+    acceptance = Acceptance(
+        mode=mode, settings=settings, trunk=model.fingerprint, heads=heads_fingerprint, suites=counts
+    )
+    return acceptance, seconds
+
+
+def respond(
+    model: Model, name: str, suite: Suite, questions: Sequence[Question], folder: Path, *, progress: bool = True
+) -> list[Sample]:
+    """Greedy responses of the trunk to a suite, generated once and kept under a name that says what they depend on."""
+    key = fingerprint_json(
+        [model.fingerprint, suite.max_new_tokens, [[q.prompt.id, q.prompt.prompt] for q in questions]]
+    )
+    return generate_responses(
+        model.trunk.model,
+        model.tokenizer,
+        [question.prompt for question in questions],
+        folder / f"{name}-{short(key)}.jsonl",
+        trunk=model.fingerprint,
+        max_new_tokens=suite.max_new_tokens,
+        batch=GENERATION_BATCH,
+        max_length=model.trunk.context,
+        progress=progress,
+    )
+
+
+def prompts_alone(model: Model, name: str, suite: Suite, questions: Sequence[Question]) -> list[Sample]:
+    """The prompts that fit into the context with their responses, as samples without one."""
+    samples = [Sample.of(q.prompt.id, render(model.tokenizer, q.prompt), [], name) for q in questions]
+    fitting = [sample for sample in samples if len(sample.ids) + suite.max_new_tokens <= model.trunk.context]
+    if not fitting:
+        raise UserError(
+            f"suite {name}: no prompt fits into the context of {model.trunk.context} tokens with a response of "
+            f"{suite.max_new_tokens}"
+        )
+    if len(fitting) < len(samples):
+        logger.warning("suite %s: %d prompts are longer than the context", name, len(samples) - len(fitting))
+    return fitting
+
+
+def _mark(suite: SuiteCounts, name: str, questions: Sequence[Question], trained: TrainedPrompts | None) -> None:
+    """Notes in each row whether the heads were trained on its prompt."""
+    if trained is None:
+        return
+    met = trained.meets([question.prompt.text for question in questions])
+    by_id = {question.prompt.id: found for question, found in zip(questions, met, strict=True)}
+    for row in suite.rows or []:
+        row.trained = by_id[row.id]
+    if suite.trained:
+        exact = sum(row.trained == "exact" for row in suite.rows or [])
+        logger.warning(
+            "suite %s: the run was trained on %d of its %d prompts (%d word for word, %d nearly): "
+            "its acceptance is too high, and a gate leaves these prompts out",
+            name,
+            suite.trained,
+            suite.prompts,
+            exact,
+            suite.trained - exact,
+        )

@@ -1,0 +1,109 @@
+"""A few texts with the depth that drafted each token, for the report: `samples.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mtpd.data.packing import Sample
+from mtpd.errors import UserError
+from mtpd.evaluate.measure import Model
+from mtpd.evaluate.offline import Measured, walk_offline
+from mtpd.files import write_whole
+from mtpd.heads import Heads
+
+EACH = 2
+"""Texts of each suite."""
+MOST = 12
+"""Texts in all."""
+PROMPT_CHARACTERS = 1500
+"""What is kept of a prompt; long documents are cut in the middle."""
+
+
+class SampleText(BaseModel):
+    """One response, token by token."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    suite: str
+    id: str
+    prompt: str
+    pieces: list[str]
+    """Text of each token."""
+    depths: list[int]
+    """The depth that drafted each token; 0 for the main head's own."""
+
+
+class Samples(BaseModel):
+    """Contents of `samples.json`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = 1
+    texts: list[SampleText]
+
+
+def write_samples(path: Path, model: Model, heads: Heads, samples: Mapping[str, Sequence[Sample]]) -> None:
+    """Walks over the first texts of each suite as decoding would, and writes which head drafted which token."""
+    chosen = [(suite, sample) for suite, members in samples.items() for sample in members[:EACH]][:MOST]
+    texts = []
+    measured = {
+        each.sample.id: each
+        for each in walk_offline(
+            model.trunk, heads, [sample for _, sample in chosen], end_tokens=model.ends, progress=False
+        )
+    }
+    for suite, sample in chosen:
+        if sample.id in measured:
+            texts.append(_text(suite, model.tokenizer, measured[sample.id]))
+    write_whole(path, Samples(texts=texts).model_dump_json(indent=1) + "\n")
+
+
+def read_samples(path: Path) -> list[SampleText]:
+    """The texts of a `samples.json`; none where there is no such file.
+
+    Raises:
+        UserError: the file is none of ours.
+    """
+    if not path.is_file():
+        return []
+    try:
+        return Samples.model_validate_json(path.read_text(encoding="utf-8")).texts
+    except (OSError, ValidationError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a file of sample texts: {str(error).splitlines()[0]}") from error
+
+
+def _text(suite: str, tokenizer: Any, measured: Measured) -> SampleText:
+    sample = measured.sample
+    tokens = sample.response_ids[: measured.counts.tokens]
+    depths = token_depths(measured)
+    prompt = tokenizer.decode(sample.prompt_ids, skip_special_tokens=True)
+    if len(prompt) > PROMPT_CHARACTERS:
+        half = PROMPT_CHARACTERS // 2
+        prompt = f"{prompt[:half]} … {prompt[-half:]}"
+    return SampleText(suite=suite, id=sample.id, prompt=prompt, pieces=_pieces(tokenizer, tokens), depths=depths)
+
+
+def token_depths(measured: Measured) -> list[int]:
+    """For each token of the text the depth that drafted it, 0 where it is the main head's own."""
+    depths = [0] * measured.counts.tokens
+    for before, accepted in measured.rounds:
+        for depth in range(1, accepted + 1):
+            if before + depth - 1 < len(depths):
+                depths[before + depth - 1] = depth
+    return depths
+
+
+def _pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    """What each token adds to the text: a character of several tokens comes with the last of them."""
+    pieces: list[str] = []
+    shown = ""
+    for count in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[:count], skip_special_tokens=False)
+        whole = text.rstrip("\ufffd") if count < len(tokens) else text
+        pieces.append(whole[len(shown) :])
+        shown = whole if len(whole) >= len(shown) else shown
+    return pieces

@@ -1,0 +1,204 @@
+"""Suites: the prompts that acceptance is measured on. One small YAML file each, in this folder or in a user's.
+
+    title: GSM8K, word problems
+    source: openai/gsm8k          # a datasets id, a .jsonl file (beside the YAML file, or a path), or builtin-held-out
+    subsets: [main]               # configurations of the datasets id
+    split: test
+    prompt: "{{ question }}"      # a Jinja template over the fields of a row; left out: rows as mtpd reads prompts
+    answer: "{{ answer }}"        # the reference
+    match: number                 # how an answer is compared with it
+    limit: 80                     # prompts, drawn by the seed
+    seed: 0
+    max_new_tokens: 256           # of the response
+
+In a folder given as `--suite-dir`, NAME.yaml is the suite NAME, and so is NAME.jsonl with rows as mtpd reads
+prompts (`turns` or `prompt`, and optionally `reference`). Such a file also takes the place of the source of the
+suite of that name that comes with mtpd, or of the one that names it under `file`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mtpd.data import sources
+from mtpd.data.prompts import Prompt, read_row
+from mtpd.errors import UserError
+from mtpd.evaluate.acceptance import Settings
+from mtpd.recipe_text import explain, read_mapping
+
+FOLDER = Path(__file__).parent
+TEMPLATES = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
+
+
+class Suite(BaseModel):
+    """One suite, as its YAML file describes it."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    title: str = Field(min_length=1)
+    """What people call it."""
+    source: str = Field(min_length=1, examples=["openai/gsm8k", "rows.jsonl", "builtin-held-out"])
+    """A datasets id, a .jsonl file, or builtin-held-out."""
+    subsets: list[str] = []
+    """Configurations of the datasets id, one after the other; none for its only one."""
+    split: str = "test"
+    """Split of the datasets id."""
+    file: str | None = None
+    """Name of the suite's file in a folder of suites, where it is not NAME.jsonl."""
+    id: str | None = None
+    """Jinja template of a row's id; null: its field id, or its number."""
+    prompt: str | None = None
+    """Jinja template of the user's message; null: rows as mtpd reads prompts."""
+    answer: str | None = None
+    """Jinja template of the reference; null: the field reference."""
+    match: Literal["number"] | None = None
+    """How an answer is compared with the reference. number: the last number in it; null: not at all."""
+    limit: int = Field(default=80, ge=1)
+    """Prompts at most, drawn by the seed."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the draw."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Tokens of a response at most."""
+
+    @property
+    def settings(self) -> Settings:
+        """What two measurements must have in common to be compared."""
+        source = Path(self.source).name if sources.at_hand(self.source) else self.source
+        return {
+            "source": source,
+            "subsets": ", ".join(self.subsets) or None,
+            "split": None if sources.at_hand(self.source) else self.split,
+            "prompt": self.prompt,
+            "limit": self.limit,
+            "seed": self.seed,
+            "max_new_tokens": self.max_new_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt of a suite, and the reference answer if it has one."""
+
+    prompt: Prompt
+    answer: str | None
+
+
+def suite_names(folder: Path | None = None) -> list[str]:
+    """Names of the suites that come with mtpd, and of those in a folder."""
+    names = {path.stem for path in FOLDER.glob("*.yaml")}
+    if folder is not None:
+        names |= {path.stem for pattern in ("*.yaml", "*.jsonl") for path in folder.glob(pattern)}
+    return sorted(names)
+
+
+def load_suite(
+    name: str, folder: Path | None = None, *, limit: int | None = None, max_new_tokens: int | None = None
+) -> Suite:
+    """The suite of that name.
+
+    Args:
+        folder: where suites are looked for first (`--suite-dir`).
+        limit, max_new_tokens: in place of the suite's own.
+
+    Raises:
+        UserError: there is no such suite or folder, or its file lacks something.
+    """
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--suite-dir: {folder}: no such folder")
+    suite = _find(name, folder)
+    changes = {"limit": limit, "max_new_tokens": max_new_tokens}
+    return suite.model_copy(update={key: value for key, value in changes.items() if value is not None})
+
+
+def _find(name: str, folder: Path | None) -> Suite:
+    own = FOLDER / f"{name}.yaml"
+    if folder is not None:
+        if (folder / f"{name}.yaml").is_file():
+            return _read(folder / f"{name}.yaml")
+        known = _read(own) if own.is_file() else Suite(title=name, source=name)
+        for file in (f"{name}.jsonl", known.file):
+            if file is not None and (folder / file).is_file():
+                # Its rows say themselves what they are; the templates are for the rows of the other source.
+                update: dict[str, Any] = {
+                    "source": str(folder / file),
+                    "subsets": [],
+                    "id": None,
+                    "prompt": None,
+                    "answer": None,
+                }
+                return known.model_copy(update=update)
+    if not own.is_file():
+        raise UserError(f"suite {name}: unknown; accepted: {', '.join(suite_names(folder))}")
+    return _read(own)
+
+
+def _read(path: Path) -> Suite:
+    values = read_mapping(path, what="suite", example="mtpd/evaluate/suites/gsm8k.yaml")
+    try:
+        suite = Suite.model_validate(values)
+    except ValidationError as error:
+        raise UserError(explain(error, Suite.model_json_schema(), source=str(path), what="suite")) from None
+    beside = path.parent / suite.source
+    return suite.model_copy(update={"source": str(beside)}) if beside.is_file() else suite
+
+
+def questions(name: str, suite: Suite) -> list[Question]:
+    """The prompts of a suite, drawn by its seed, in the order of the source. Their family is the suite's name.
+
+    Raises:
+        UserError: the source is missing or empty, a field that a template reads is missing.
+    """
+    found: list[Question] = []
+    seen: dict[str, int] = {}
+    for number, (place, row) in enumerate(_rows(name, suite)):
+        question = _question(name, suite, number, place, row)
+        if not question.prompt.text.strip():
+            continue
+        seen[question.prompt.id] = seen.get(question.prompt.id, 0) + 1
+        if seen[question.prompt.id] > 1:
+            raise UserError(f"suite {name}: {place}: two rows have the id {question.prompt.id}")
+        found.append(question)
+    if not found:
+        raise UserError(f"suite {name}: {suite.source} holds no prompts")
+    if len(found) > suite.limit:
+        chosen = sorted(random.Random(suite.seed).sample(range(len(found)), suite.limit))
+        found = [found[index] for index in chosen]
+    return found
+
+
+def _rows(name: str, suite: Suite) -> Iterator[tuple[str, Any]]:
+    subsets: Sequence[str | None] = suite.subsets or [None]
+    for subset in subsets:
+        try:
+            yield from sources.read(suite.source, split=suite.split, subset=subset)
+        except UserError as error:
+            raise UserError(f"suite {name}: {str(error).removeprefix('data.prompts: ')}") from error
+
+
+def _question(name: str, suite: Suite, number: int, place: str, row: Any) -> Question:
+    default_id = f"{name}-{number}"
+    if suite.prompt is None:
+        prompt = read_row(row, place=place, default_id=default_id)
+    else:
+        prompt = Prompt(default_id, [{"role": "user", "content": _fill(suite.prompt, row, name, "prompt", place)}])
+    own_id = _fill(suite.id, row, name, "id", place) if suite.id is not None else prompt.id
+    answer = row.get("reference") if suite.answer is None else _fill(suite.answer, row, name, "answer", place)
+    return Question(Prompt(own_id, prompt.prompt, None, name), answer if isinstance(answer, str) else None)
+
+
+def _fill(template: str, row: Mapping[str, Any], name: str, key: str, place: str) -> str:
+    try:
+        return TEMPLATES.from_string(template).render(row)
+    except (TemplateError, TypeError) as error:
+        fields = ", ".join(sorted(row)) if isinstance(row, Mapping) else type(row).__name__
+        raise UserError(f"suite {name}: {key}: {error} ({place}); its rows have {fields}") from error

@@ -1,0 +1,99 @@
+"""What `mtpd eval` and `mtpd compare` print: tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.table import Table
+
+from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
+from mtpd.evaluate.gate import Change, Comparison, label
+from mtpd.evaluate.intervals import Estimate
+from mtpd.evaluate.report import TOTAL
+from mtpd.evaluate.trunk_quality import TrunkQuality
+
+Estimates = Mapping[str | None, Mapping[str, Estimate]]
+
+
+def suites_table(acceptance: Acceptance, estimates: Estimates) -> Table:
+    """One line a suite: acceptance at depth 1, tau, and the control (offline) or the speed-up (decoded)."""
+    offline = acceptance.mode == "offline"
+    title = f"Acceptance {acceptance.mode}, {acceptance.total().depth} drafts a round (95% intervals over prompts)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("suite")
+    for column in ("prompts", "tau", "CAR_1", *(("Σ min(p,q)_1", "control CAR_1") if offline else _DECODED)):
+        table.add_column(column, justify="right")
+    for name, found in estimates.items():
+        suite = acceptance.total() if name is None else acceptance.suites[name]
+        further = _offline_cells(suite, found) if offline else _decoded_cells(suite, found)
+        table.add_row(
+            name or TOTAL,
+            str(suite.prompts) + (f" ({suite.trained} trained on)" if suite.trained else ""),
+            found["tau"].text(),
+            found["car_1"].text(),
+            *further,
+            style="bold" if name is None else None,
+        )
+    return table
+
+
+_DECODED = ("speed-up", "plain tokens/s", "tokens/s", "same text")
+
+
+def _offline_cells(suite: SuiteCounts, found: Mapping[str, Estimate]) -> list[str]:
+    control = f"{suite.control.car[0]:.3f}" if suite.control is not None else ""
+    return [found["expected_1"].text() if "expected_1" in found else "", control]
+
+
+def _decoded_cells(suite: SuiteCounts, found: Mapping[str, Estimate]) -> list[str]:
+    plain = suite.tokens / suite.plain_seconds if suite.plain_seconds else 0.0
+    ours = suite.tokens / suite.seconds if suite.seconds else 0.0
+    speedup = found["speedup"].text(2) if "speedup" in found else ""
+    same = f"{suite.identical}/{suite.prompts}" + (f", {suite.ties} at a tie" if suite.ties else "")
+    return [speedup, f"{plain:.1f}", f"{ours:.1f}", same]
+
+
+def depths_table(acceptance: Acceptance, estimates: Estimates) -> Table:
+    """One line a depth, over all suites."""
+    total, found = acceptance.total(), estimates[None]
+    table = Table(title="All suites by depth", title_justify="left")
+    for column in ("depth", "AR", "CAR", "Σ min(p,q)", "control CAR"):
+        table.add_column(column, justify="right")
+    for k in range(1, total.depth + 1):
+        expected = found.get(f"expected_{k}")
+        table.add_row(
+            str(k),
+            found[f"ar_{k}"].text(),
+            found[f"car_{k}"].text(),
+            expected.text() if expected else "",
+            f"{total.control.car[k - 1]:.3f}" if total.control else "",
+        )
+    return table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """CAR_1, tau and speed-up of each suite before and after, and by how much they changed."""
+    table = Table(title="Change on the same prompts (95% intervals, paired)", title_justify="left")
+    table.add_column("suite")
+    names = [name for name in ("car_1", "tau", "speedup") if name in comparison.suites[None]]
+    for column in ("prompts", *(label(name) for name in names)):
+        table.add_column(column, justify="right")
+    for name, changes in comparison.suites.items():
+        cells = [_cell(changes[ratio]) for ratio in names]
+        table.add_row(name or TOTAL, str(comparison.prompts[name]), *cells, style="bold" if name is None else None)
+    return table
+
+
+def _cell(change: Change) -> str:
+    return f"{change.before:.3f} → {change.after:.3f}  {change.shown()}"
+
+
+def quality_table(quality: Mapping[str, tuple[TrunkQuality, TrunkQuality]]) -> Table:
+    """The main head before and after the run."""
+    table = Table(title="Main head, before → after the run", title_justify="left")
+    for column in ("suite", "tokens", "perplexity", "exact match"):
+        table.add_column(column, justify="left" if column == "suite" else "right")
+    for name, (before, after) in quality.items():
+        match = "" if before.score is None or after.score is None else f"{before.score:.3f} → {after.score:.3f}"
+        table.add_row(name, str(before.tokens), f"{before.perplexity:.4f} → {after.perplexity:.4f}", match)
+    return table
