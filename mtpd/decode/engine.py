@@ -17,12 +17,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from mtpd.decode.choice import Choice, Greedy
 from mtpd.decode.counts import Counts
 from mtpd.errors import UserError
+from mtpd.fast import faster, faster_logits
 from mtpd.heads import Heads
 from mtpd.slots import SlotCache, Span
 from mtpd.trunk import Trunk
@@ -104,7 +107,8 @@ class Engine:
         self.depth = deepest if depth is None else depth
         if heads is not None and not 1 <= self.depth <= deepest:
             raise UserError(f"depth: {depth} is not accepted; accepted: 1 to {deepest}, the heads there are")
-        self.trunk = trunk
+        self.device = trunk.device
+        self.decoder: Any = faster(trunk.decoder)
         self.slots = slots
         self.capacity = capacity
         self.choice = choice or Greedy()
@@ -114,7 +118,7 @@ class Engine:
         room = capacity + self.depth + 1
         self.cache = SlotCache(trunk.config, slots=slots, capacity=room, dtype=trunk.dtype, device=trunk.device)
         self.drafter = heads.drafter(trunk, slots=slots, capacity=room) if heads is not None else None
-        self.unembedding = trunk.unembedding
+        self.unembedding = faster_logits(trunk, trunk.unembedding)
         self.tokens = torch.zeros(slots, room + self.depth + 2, dtype=torch.long, device=trunk.device)
         self.active: list[Text] = []
 
@@ -146,7 +150,7 @@ class Engine:
             yield from self._leave()
 
     def _read_prompts(self, group: list[Text]) -> None:
-        device = self.trunk.device
+        device = self.device
         first = len(self.active)
         lengths = [len(text.request.prompt) for text in group]
         width = max(lengths)
@@ -157,7 +161,7 @@ class Engine:
         prompts = torch.tensor(padded, device=device)
         span.write(self.tokens, prompts)
         self.cache.begin(span)
-        hidden = self.trunk.hidden(prompts, position_ids=span.positions, cache=self.cache)
+        hidden = self._pass(prompts, span, mask=None)
         last = torch.tensor(lengths, device=device) - 1
         rows = torch.arange(len(group), device=device)
         logits = self.unembedding(hidden[rows, last][:, None])
@@ -171,7 +175,7 @@ class Engine:
 
     def _round(self) -> None:
         """Drafts, verifies, and writes the accepted tokens of all active rows."""
-        device = self.trunk.device
+        device = self.device
         newest = [text.newest for text in self.active]
         drafted = 0
         if self.drafter is not None:
@@ -179,7 +183,7 @@ class Engine:
         span = Span(newest, drafted + 1, device)
         read = span.read(self.tokens)
         mask = self.cache.go_on(span)
-        hidden = self.trunk.hidden(read, position_ids=span.positions, attention_mask=mask, cache=self.cache)
+        hidden = self._pass(read, span, mask)
         logits = self.unembedding(hidden)
         new = self.choice.choose(logits, self.active, read[:, 1:] if drafted else None)
         if self.drafter is not None:
@@ -191,6 +195,17 @@ class Engine:
         for text, tokens in zip(self.active, new, strict=True):
             text.rounds.append((len(text.tokens), drafted, len(tokens) - 1))
             self._write(text, tokens)
+
+    def _pass(self, tokens: Tensor, span: Span, mask: Tensor | dict[str, Tensor] | None) -> Tensor:
+        """The trunk's hidden states [N, Q, D] of tokens [N, Q]."""
+        hidden: Tensor = self.decoder(
+            input_ids=tokens,
+            position_ids=span.positions,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+        return hidden
 
     def _write(self, text: Text, new: list[int]) -> None:
         """Appends tokens, up to the first that ends the text."""

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mtpd.fast import faster, faster_logits
 from mtpd.slots import SlotCache, Span
-from mtpd.trunk import Trunk, Unembedding
+from mtpd.trunk import Trunk
 
 if TYPE_CHECKING:
     from mtpd.heads.chain import ChainHeads
@@ -33,9 +34,10 @@ class ChainDrafter:
 
     def __init__(self, heads: ChainHeads, trunk: Trunk, *, slots: int, capacity: int) -> None:
         self.trunk = trunk
-        self.heads = heads.chain()
+        self.heads = [faster(head) for head in heads.chain()]
         self.rows = heads.rows()
-        self.unembedding: Unembedding = trunk.unembedding.select(self.rows)
+        # Never over rows that only pad the vocabulary.
+        self.unembedding = faster_logits(heads, trunk.unembedding.select(None), self.rows)
         device, dtype = trunk.device, trunk.dtype
         self.caches = [
             SlotCache(head.block.config, slots=slots, capacity=capacity, dtype=dtype, device=device)
