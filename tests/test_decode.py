@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -53,7 +53,7 @@ class Scripted:
     def copy_row(self, source: int, target: int, length: int) -> None:
         self.held[target] = self.held[source]
 
-    def draft(self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Callable[[Tensor], Tensor]) -> int:
+    def draft(self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Any, go_on: None) -> int:
         """As `ChainDrafter.draft`."""
         for row, end in enumerate(newest):
             known = tokens[row, : end + 1].tolist()
@@ -183,7 +183,7 @@ def test_caches_hold_what_training_computes(trunk: Trunk) -> None:
             rounds = [(1, 0, 3), (0, 0, 3), (0, 3, 1), (3, 2, 1), (2, 2, 3), (0, 1, 2), (1, 0, 3), (15, 3, 3)]
             for first, second, depth in rounds:
                 before = list(lengths)
-                drafted = drafter.draft(known, lengths, depth, lambda logits: logits.argmax(-1))
+                drafted = drafter.draft(known, lengths, depth, lambda logits, number: logits.argmax(-1))
                 assert drafted == depth
                 for row, end in enumerate(lengths):
                     # Depth 1 reads true tokens only, so its draft is the teacher-forced one.
@@ -213,7 +213,7 @@ def drafts_of(trunk: Trunk, heads: Heads, ids: Tensor) -> list[int]:
     tokens[0, : len(ids)] = ids
     with torch.no_grad():
         drafter.begin(Span([0], len(ids) - 1, trunk.device), trunk.hidden(ids[None, :-1]), tokens, [len(ids)])
-        drafted = drafter.draft(tokens, [len(ids) - 1], heads.depth, lambda logits: logits.argmax(-1))
+        drafted = drafter.draft(tokens, [len(ids) - 1], heads.depth, lambda logits, number: logits.argmax(-1))
     return tokens[0, len(ids) : len(ids) + drafted].tolist()
 
 

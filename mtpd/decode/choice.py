@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Choice(Protocol):
     """Chooses drafts and tokens."""
 
-    def draft(self, logits: Tensor) -> Tensor:
-        """Columns [N] of the drafting logits [N, M]."""
+    def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
+        """Columns [N] of the drafting logits [N, M]; `number` drafts were made in this round before."""
 
     def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Tensor | None) -> list[list[int]]:
         """New tokens of each row: the accepted drafts, and one more.
@@ -55,7 +55,7 @@ def agreed(chosen: Tensor, drafts: Tensor | None) -> list[list[int]]:
 class Greedy:
     """The most likely token, everywhere."""
 
-    def draft(self, logits: Tensor) -> Tensor:
+    def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
         return logits.argmax(-1)
 
     def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Tensor | None) -> list[list[int]]:

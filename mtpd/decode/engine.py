@@ -27,6 +27,7 @@ from mtpd.decode.counts import Counts
 from mtpd.errors import UserError
 from mtpd.fast import faster, faster_logits
 from mtpd.heads import Heads
+from mtpd.heads.chain_drafter import ChainDrafter
 from mtpd.slots import SlotCache, Span
 from mtpd.trunk import Trunk
 
@@ -42,11 +43,13 @@ class Request:
         prompt: token ids, at least one.
         max_new_tokens: how many tokens at most, at least 1.
         seed: of the random numbers of this text; greedy decoding does not read it.
+        padding: what stood before the prompt to fill a batch; only logits processors and stopping criteria see it.
     """
 
     prompt: Sequence[int]
     max_new_tokens: int
     seed: int = 0
+    padding: Sequence[int] = ()
 
 
 @dataclass
@@ -60,6 +63,14 @@ class Text:
     rounds: list[tuple[int, int, int]] = field(default_factory=list)
     """Tokens written before the round, how many were drafted in it, and how many of them accepted."""
     ended: bool = False
+    scores: list[Tensor] = field(default_factory=list)
+    """Where they are asked for: what each token was chosen from, [V]."""
+    logits: list[Tensor] = field(default_factory=list)
+
+    @property
+    def room(self) -> int:
+        """Tokens that may yet be written."""
+        return self.request.max_new_tokens - len(self.tokens)
 
     @property
     def newest(self) -> int:
@@ -83,6 +94,8 @@ class Engine:
         slots: how many texts at a time.
         capacity: tokens of the longest text, prompt included.
         depth: drafts a round; None is as many as there are heads.
+        threshold: a round stops drafting where the product of the probabilities that the heads gave to their
+            drafts falls below it, in the mean of the rows; 0 always drafts `depth` tokens.
         choice: how tokens are chosen from logits.
         end_tokens: ids that end a text; the one that does is part of it.
         on_tokens: called with a text and its new tokens after each round; True ends the text.
@@ -99,6 +112,7 @@ class Engine:
         slots: int,
         capacity: int,
         depth: int | None = None,
+        threshold: float = 0.0,
         choice: Choice | None = None,
         end_tokens: Collection[int] = (),
         on_tokens: Callable[[Text, list[int]], bool | None] | None = None,
@@ -107,6 +121,7 @@ class Engine:
         self.depth = deepest if depth is None else depth
         if heads is not None and not 1 <= self.depth <= deepest:
             raise UserError(f"depth: {depth} is not accepted; accepted: 1 to {deepest}, the heads there are")
+        self.threshold = threshold
         self.device = trunk.device
         self.decoder: Any = faster(trunk.decoder)
         self.slots = slots
@@ -179,7 +194,7 @@ class Engine:
         newest = [text.newest for text in self.active]
         drafted = 0
         if self.drafter is not None:
-            drafted = self.drafter.draft(self.tokens, newest, self.depth, self.choice.draft)
+            drafted = self._draft(self.drafter, newest)
         span = Span(newest, drafted + 1, device)
         read = span.read(self.tokens)
         mask = self.cache.go_on(span)
@@ -196,6 +211,21 @@ class Engine:
             text.rounds.append((len(text.tokens), drafted, len(tokens) - 1))
             self._write(text, tokens)
 
+    def _draft(self, drafter: ChainDrafter, newest: list[int]) -> int:
+        """Drafts until the depth, or until a further draft is too unlikely to be accepted."""
+        sure: Tensor | None = None
+
+        def pick(logits: Tensor, number: int) -> Tensor:
+            return self.choice.draft(logits, self.active, number)
+
+        def likely(logits: Tensor, columns: Tensor) -> bool:
+            nonlocal sure
+            probability = logits.float().softmax(-1).gather(1, columns[:, None])
+            sure = probability if sure is None else sure * probability
+            return bool(sure.mean() >= self.threshold)
+
+        return drafter.draft(self.tokens, newest, self.depth, pick, likely if self.threshold > 0 else None)
+
     def _pass(self, tokens: Tensor, span: Span, mask: Tensor | dict[str, Tensor] | None) -> Tensor:
         """The trunk's hidden states [N, Q, D] of tokens [N, Q]."""
         hidden: Tensor = self.decoder(
@@ -209,11 +239,13 @@ class Engine:
 
     def _write(self, text: Text, new: list[int]) -> None:
         """Appends tokens, up to the first that ends the text."""
-        new = new[: text.request.max_new_tokens - len(text.tokens)]
+        new = new[: text.room]
         end = next((place for place, token in enumerate(new, start=1) if token in self.ends), None)
-        text.tokens += new if end is None else new[:end]
-        text.ended = end is not None or len(text.tokens) >= text.request.max_new_tokens
-        if self.on_tokens is not None and self.on_tokens(text, new if end is None else new[:end]):
+        new = new[:end]
+        text.tokens += new
+        # A choice may have ended it already.
+        text.ended = text.ended or end is not None or not text.room
+        if self.on_tokens is not None and self.on_tokens(text, new):
             text.ended = True
 
     def _leave(self) -> Iterator[Text]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TopPLogitsWarper
 
 from mtpd.decode.choice import agreed
@@ -30,36 +30,98 @@ BLOCK = 128
 GOLDEN, FIRST, SECOND = (np.uint64(number) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
+Warper = Callable[[Tensor], Tensor]
+"""Changes logits [R, V] in float32, whatever the text before the token."""
+
+
 class Sampling:
     """Draws from the main head's distribution; drafts are the heads' most likely tokens.
 
     Args:
-        warpers: applied to logits [R, V] in float32, in turn, before the softmax. None of them may depend on
-            the text before the token.
+        warpers: applied to the logits in turn, before the softmax.
     """
 
-    def __init__(self, warpers: Sequence[Callable[[Tensor], Tensor]] = ()) -> None:
+    def __init__(self, warpers: Sequence[Warper] = ()) -> None:
         self.warpers = list(warpers)
 
-    def draft(self, logits: Tensor) -> Tensor:
+    def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
+        """As `mtpd.decode.choice.Choice.draft`."""
         return logits.argmax(-1)
 
     def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Tensor | None) -> list[list[int]]:
         """As `mtpd.decode.choice.Choice.choose`."""
         rows, width, _ = logits.shape
-        scores = logits.flatten(0, 1).float()
+        probabilities = self.distribution(logits.flatten(0, 1))
+        draws = numbers(texts, width, device=logits.device)
+        return agreed(pick(probabilities, draws.flatten()).view(rows, width), drafts)
+
+    def distribution(self, logits: Tensor) -> Tensor:
+        """Probabilities [R, V] that tokens are drawn with."""
+        scores = logits.float()
         for warp in self.warpers:
             scores = warp(scores)
-        probabilities = scores.softmax(-1)
-        seeds = [text.request.seed for text in texts]
-        draws = uniform(seeds, [len(text.tokens) for text in texts], width)
-        chosen = pick(probabilities, torch.from_numpy(draws).to(logits.device).flatten())
-        return agreed(chosen.view(rows, width), drafts)
+        return scores.softmax(-1)
 
 
-def temperature_and_top_p(temperature: float, top_p: float = 1.0) -> list[Callable[[Tensor], Tensor]]:
+class SampledDrafts(Sampling):
+    """Draws drafts from the heads' distributions q, and accepts them so that the text has the main head's, p.
+
+    A draft x is accepted with probability min(1, p(x) / q(x)); the first that is not gives way to a draw
+    from max(0, p - q), scaled to sum 1 (Leviathan et al., arXiv 2211.17192, theorem 3.5; Chen et al.,
+    arXiv 2302.01318).
+
+    Args:
+        rows: token ids of the heads' columns, or None where they are the tokens.
+    """
+
+    def __init__(self, warpers: Sequence[Warper] = (), *, rows: Tensor | None = None) -> None:
+        super().__init__(warpers)
+        self.rows = rows
+        self.drafted: list[Tensor] = []
+
+    def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
+        if number == 0:
+            self.drafted = []
+        self.drafted.append(self.distribution(logits))
+        return pick(self.drafted[-1], numbers(texts, 1, device=logits.device, first=number, stream=1)[:, 0])
+
+    def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Tensor | None) -> list[list[int]]:
+        if drafts is None:
+            return super().choose(logits, texts, None)
+        rows, width, size = logits.shape
+        device = logits.device
+        p = self.distribution(logits.flatten(0, 1)).view(rows, width, size)
+        q = self._over_all_tokens(torch.stack(self.drafted, dim=1), size)
+        at = drafts[..., None]
+        draws = numbers(texts, width, device=device, stream=2)
+        kept = draws[:, :-1] * q.gather(2, at)[..., 0] < p[:, :-1].gather(2, at)[..., 0]
+        accepted = kept.long().cumprod(1).sum(1)
+        row = torch.arange(rows, device=device)
+        # After the last draft there is nothing to take away.
+        q = torch.cat([q, torch.zeros_like(q[:, :1])], dim=1)
+        left = (p[row, accepted] - q[row, accepted]).clamp_min(0)
+        # Nothing is left where p and q are equal but for rounding: then p is as good.
+        left = torch.where(left.sum(-1, keepdim=True) > 0, left, p[row, accepted])
+        token = pick(left, numbers(texts, width, device=device, stream=3)[row, accepted])
+        packed: list[list[int]] = torch.cat([accepted[:, None], token[:, None], drafts], dim=1).tolist()
+        return [[*of[2 : 2 + of[0]], of[1]] for of in packed]
+
+    def _over_all_tokens(self, q: Tensor, size: int) -> Tensor:
+        if self.rows is None:
+            return nn.functional.pad(q, (0, size - q.shape[-1]))
+        return q.new_zeros(*q.shape[:2], size).index_copy_(2, self.rows.to(q.device), q)
+
+
+def numbers(texts: Sequence[Text], width: int, *, device: torch.device, first: int = 0, stream: int = 0) -> Tensor:
+    """The random numbers [N, Q] of the next `width` places of each text, from the `first` of them on."""
+    seeds = [text.request.seed for text in texts]
+    places = [len(text.tokens) + first for text in texts]
+    return torch.from_numpy(uniform(seeds, places, width, stream=stream)).to(device)
+
+
+def temperature_and_top_p(temperature: float, top_p: float = 1.0) -> list[Warper]:
     """Warpers as transformers has them: logits divided by the temperature, then the smallest set of mass `top_p`."""
-    warpers: list[Callable[[Tensor], Tensor]] = []
+    warpers: list[Warper] = []
     if temperature != 1.0:
         warpers.append(lambda scores: scores / temperature)
     if top_p < 1.0:
@@ -68,8 +130,8 @@ def temperature_and_top_p(temperature: float, top_p: float = 1.0) -> list[Callab
     return warpers
 
 
-def uniform(seeds: Sequence[int], places: Sequence[int], width: int) -> np.ndarray:
-    """Numbers in [0, 1), [N, Q] in float64: those of places p..p+Q-1 of each text.
+def uniform(seeds: Sequence[int], places: Sequence[int], width: int, *, stream: int = 0) -> np.ndarray:
+    """Numbers in [0, 1), [N, Q] in float64: those of places p..p+Q-1 of each text. Each stream has numbers of its own.
 
     SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014) of a counter: any
     place can be asked for, in any order.
@@ -77,7 +139,7 @@ def uniform(seeds: Sequence[int], places: Sequence[int], width: int) -> np.ndarr
     counters = np.array(places, dtype=np.uint64)[:, None] + np.arange(1, width + 1, dtype=np.uint64)
     start = np.array([seed % 2**64 for seed in seeds], dtype=np.uint64)[:, None]
     with np.errstate(over="ignore"):
-        return (_mix(_mix(start + GOLDEN) + counters * GOLDEN) >> np.uint64(11)) * 2.0**-53
+        return (_mix(_mix(_mix(start + GOLDEN) + np.uint64(stream)) + counters * GOLDEN) >> np.uint64(11)) * 2.0**-53
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
@@ -98,7 +160,7 @@ def pick(weights_RV: Tensor, draws_R: Tensor) -> Tensor:
     """
     missing = -weights_RV.shape[1] % BLOCK
     if missing:
-        weights_RV = torch.nn.functional.pad(weights_RV, (0, missing))
+        weights_RV = nn.functional.pad(weights_RV, (0, missing))
     blocks = weights_RV.view(weights_RV.shape[0], -1, BLOCK)
     heights = blocks.sum(-1).double().cumsum(-1)
     target = draws_R[:, None] * heights[:, -1:]

@@ -80,8 +80,8 @@ class ChainDrafter:
         tokens: Tensor,
         newest: Sequence[int],
         depth: int,
-        pick: Callable[[Tensor], Tensor],
-        go_on: Callable[[], bool] | None = None,
+        pick: Callable[[Tensor, int], Tensor],
+        go_on: Callable[[Tensor, Tensor], bool] | None = None,
     ) -> int:
         """Drafts the tokens after the newest one of each row, into `tokens`.
 
@@ -89,8 +89,8 @@ class ChainDrafter:
             tokens: all tokens by slot [S, C]; drafts are written behind the known ones.
             newest: position of the newest known token of each row.
             depth: how many drafts at most.
-            pick: chooses columns [N] from logits [N, M].
-            go_on: asked after each draft but the last; False ends the round's drafting.
+            pick: chooses columns [N] from logits [N, M] and the number of drafts before.
+            go_on: asked with logits and columns after each draft but the last; False ends the round's drafting.
 
         Returns:
             How many drafts each row has.
@@ -104,11 +104,12 @@ class ChainDrafter:
             span = Span([end - width for end in newest], width, tokens.device)
             mask = self.caches[index].go_on(span)
             state = self._pass(index, span, span.read(self.states[index]), tokens, mask)
-            choice = pick(self.unembedding(state[:, -1]))
+            logits = self.unembedding(state[:, -1])
+            choice = pick(logits, index)
             tokens[rows, ends + (index + 1)] = choice if self.rows is None else self.rows[choice]
             for row, end in enumerate(newest):
                 true[row] = max(0, end - index)
-            if go_on is not None and index + 1 < depth and not go_on():
+            if go_on is not None and index + 1 < depth and not go_on(logits, choice):
                 return index + 1
         return depth
 

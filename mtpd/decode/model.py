@@ -1,0 +1,254 @@
+"""A model with heads, that generates as models of transformers do.
+
+`Model.generate` has the signature and the return types of transformers' own: that one prepares settings,
+inputs, logits processors and stopping criteria, and calls back here in the place of its loop.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    GenerationMode,
+    MaxLengthCriteria,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from mtpd.decode.choice import Choice, Greedy
+from mtpd.decode.counts import Counts
+from mtpd.decode.engine import Engine, Request, Text
+from mtpd.decode.processed import Processed, independent
+from mtpd.decode.sampling import SampledDrafts, Sampling
+from mtpd.errors import UserError
+from mtpd.heads import Heads
+from mtpd.trunk import Trunk
+
+MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+SLOTS = 64
+"""Rows of a call that are decoded at a time; more wait for a slot."""
+
+
+class Drafting(BaseModel):
+    """How far to draft: contents of `heads/decoding.json`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    depth: int = Field(ge=1)
+    threshold: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Drafting stops where the product of the probabilities that the heads gave to their drafts falls below it."""
+    sampled: bool = False
+    """Under sampling, drafts are drawn from the heads' distributions instead of being their most likely tokens."""
+
+
+class Model:
+    """A trunk with its heads.
+
+    Args:
+        heads: None generates plainly, with the same engine.
+        drafting: how far to draft; None drafts with all heads.
+    """
+
+    def __init__(self, trunk: Trunk, heads: Heads | None, tokenizer: Any = None, drafting: Drafting | None = None):
+        self.trunk = trunk
+        self.heads = heads
+        self.tokenizer = tokenizer
+        self.drafting = drafting or Drafting(depth=heads.depth if heads is not None else 1)
+        self.counts: list[Counts] = []
+        """Of each row of the last call."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.trunk.device
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        settings: Any = self.trunk.model.generation_config
+        return settings
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        streamer: BaseStreamer | None = None,
+        **kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        """As `generate` of transformers: the same text where it is greedy, the same distribution where it samples.
+
+        Prompts of several lengths are padded on the left. A text ends at the model's context at the latest.
+
+        Raises:
+            UserError: a way of generating that drafts cannot serve (beam search, contrastive search, another
+                assistant), outputs that are not kept (attentions, hidden states, a cache), padding inside of a
+                prompt, or a prompt that fills the context.
+        """
+        for name in ("assistant_model", "past_key_values", "inputs_embeds", "custom_generate", "negative_prompt_ids"):
+            if kwargs.pop(name, None) is not None:
+                raise UserError(f"generate: {name} is not accepted; heads draft, and texts begin at their prompts")
+        config, criteria = self._stop_strings(generation_config, StoppingCriteriaList(stopping_criteria or []), kwargs)
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if streamer is not None and ids is not None and len(ids) > 1:
+            raise UserError(f"generate: a streamer shows one row, and there are {len(ids)}; accepted: one prompt")
+
+        def decode(model: Any, input_ids: Tensor, **given: Any) -> GenerateDecoderOnlyOutput | Tensor:
+            return self._decode(input_ids, streamer=streamer, **given)
+
+        output: Any = self.trunk.model.generate(
+            inputs,
+            config,
+            logits_processor=logits_processor,
+            stopping_criteria=criteria,
+            streamer=streamer,
+            custom_generate=decode,
+            **kwargs,
+        )
+        return output
+
+    def _stop_strings(
+        self, config: GenerationConfig | None, criteria: StoppingCriteriaList, kwargs: dict[str, Any]
+    ) -> tuple[GenerationConfig | None, StoppingCriteriaList]:
+        """Stop strings as a criterion: transformers does not pass a tokenizer on to loops that are not its own."""
+        strings = kwargs.pop("stop_strings", None) or (config.stop_strings if config is not None else None)
+        tokenizer = kwargs.pop("tokenizer", None) or self.tokenizer
+        if not strings:
+            return config, criteria
+        if tokenizer is None:
+            raise UserError("generate: stop_strings need a tokenizer; pass tokenizer=...")
+        if config is not None:
+            config = GenerationConfig.from_dict(config.to_dict() | {"stop_strings": None})
+        return config, StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
+
+    def _decode(
+        self,
+        input_ids: Tensor,
+        *,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: BaseStreamer | None,
+        attention_mask: Tensor | None = None,
+        **unused: Any,
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        settings: Any = generation_config
+        _refuse(settings)
+        limits = [each.max_length for each in stopping_criteria if isinstance(each, MaxLengthCriteria)]
+        ends = {
+            int(token)
+            for each in stopping_criteria
+            if isinstance(each, EosTokenCriteria)
+            for token in each.eos_token_id.flatten()
+        }
+        further = StoppingCriteriaList(
+            each for each in stopping_criteria if not isinstance(each, MaxLengthCriteria | EosTokenCriteria)
+        )
+        room = min(limits) - input_ids.shape[1]
+        requests = self._requests(input_ids, attention_mask, room, sample=bool(settings.do_sample))
+        choice = self._choice(settings, logits_processor, further, ends)
+
+        def show(text: Text, new: list[int]) -> None:
+            if streamer is not None:
+                streamer.put(torch.tensor(new))
+
+        texts = list(self.engine(requests, choice=choice, end_tokens=ends, on_tokens=show).run(requests))
+        texts.sort(key=lambda text: text.number)
+        self.counts = [text.counts(self.depth) for text in texts]
+        if streamer is not None:
+            streamer.end()
+        padding = settings._pad_token_tensor
+        sequences = torch.cat([input_ids, _padded(texts, 0 if padding is None else int(padding), input_ids)], dim=1)
+        if not settings.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=_by_step([text.scores for text in texts]) if settings.output_scores else None,
+            logits=_by_step([text.logits for text in texts]) if settings.output_logits else None,
+        )
+
+    @property
+    def depth(self) -> int:
+        """Drafts a round, at most."""
+        return 0 if self.heads is None else self.drafting.depth
+
+    def engine(self, requests: list[Request], **settings: Any) -> Engine:
+        """Slots for these requests, and drafting as this model does it."""
+        drafting = {"depth": self.drafting.depth, "threshold": self.drafting.threshold} if self.heads else {}
+        return Engine(
+            self.trunk,
+            self.heads,
+            slots=min(SLOTS, len(requests)),
+            capacity=max(len(request.prompt) + request.max_new_tokens for request in requests),
+            **drafting,  # type: ignore[arg-type]
+            **settings,
+        )
+
+    def _requests(self, input_ids: Tensor, mask: Tensor | None, room: int, *, sample: bool) -> list[Request]:
+        seeds = torch.randint(2**62, (len(input_ids),)).tolist() if sample else [0] * len(input_ids)
+        rows: list[list[int]] = input_ids.tolist()
+        starts = [0] * len(rows) if mask is None else (mask.long().cumsum(1) == 0).sum(1).tolist()
+        if mask is not None and bool((mask.sum(1) != mask.shape[1] - torch.tensor(starts, device=mask.device)).any()):
+            raise UserError("attention_mask: zeros behind the first token of a prompt; accepted: padding on the left")
+        context = self.trunk.context
+        requests = []
+        for row, start, seed in zip(rows, starts, seeds, strict=True):
+            prompt = row[start:]
+            if not 0 < len(prompt) < context:
+                raise UserError(
+                    f"prompt of {len(prompt)} tokens: accepted are 1 to {context - 1}, for a context of {context}"
+                )
+            requests.append(Request(prompt, min(room, context - len(prompt)), seed, padding=row[:start]))
+        return requests
+
+    def _choice(
+        self, settings: Any, processors: LogitsProcessorList, criteria: StoppingCriteriaList, ends: set[int]
+    ) -> Choice:
+        scores = bool(settings.return_dict_in_generate and settings.output_scores)
+        logits = bool(settings.return_dict_in_generate and settings.output_logits)
+        warpers = independent(processors)
+        if criteria or scores or logits or warpers is None or (warpers and not settings.do_sample):
+            return Processed(
+                processors,
+                criteria,
+                sample=bool(settings.do_sample),
+                ends=ends,
+                keep_scores=scores,
+                keep_logits=logits,
+            )
+        if not settings.do_sample:
+            return Greedy()
+        if self.drafting.sampled and self.heads is not None:
+            return SampledDrafts(warpers, rows=self.heads.rows())
+        return Sampling(warpers)
+
+
+def _refuse(settings: Any) -> None:
+    """Raises UserError for what drafts cannot serve."""
+    mode = settings.get_generation_mode()
+    if mode not in MODES:
+        name = mode.value.replace("_", " ")
+        raise UserError(f"generate: {name} is not accepted; accepted: greedy search and sampling")
+    if getattr(settings, "use_mtp", None):
+        raise UserError("generate: use_mtp is not accepted; the heads draft already")
+    if settings.return_dict_in_generate:
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(settings, name):
+                raise UserError(f"generate: {name} is not accepted; accepted: output_scores and output_logits")
+
+
+def _padded(texts: list[Text], padding: int, like: Tensor) -> Tensor:
+    width = max(len(text.tokens) for text in texts)
+    return like.new_tensor([text.tokens + [padding] * (width - len(text.tokens)) for text in texts])
+
+
+def _by_step(rows: list[list[Tensor]]) -> tuple[Any, ...]:
+    """[rows, V] of each step; zeros where a text had ended."""
+    blank = torch.zeros_like(rows[0][0])
+    return tuple(
+        torch.stack([row[step] if step < len(row) else blank for row in rows]) for step in range(max(map(len, rows)))
+    )

@@ -1,0 +1,125 @@
+"""Tokens chosen as transformers' `generate` chooses them, by its logits processors.
+
+A processor may depend on the text before the token, and may keep a state of its own. So each row's
+processors are called once for each token that is written, in order, with the text before it: as plain
+decoding would call them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from mtpd.decode.sampling import Warper, numbers, pick
+
+if TYPE_CHECKING:
+    from mtpd.decode.engine import Text
+
+INDEPENDENT = frozenset(
+    f"{name}LogitsWarper" for name in ("Temperature", "TopK", "TopP", "TopH", "MinP", "Typical", "Epsilon", "Eta")
+)
+"""Processors of transformers that look at nothing but the logits: they may be called for all rows at once."""
+
+
+def independent(processors: LogitsProcessorList) -> list[Warper] | None:
+    """The processors as functions of logits alone, or None if one of them may read the text."""
+
+    def warper(processor: Any) -> Warper:
+        return lambda scores: processor(None, scores)
+
+    if any(type(each).__module__ != "transformers.generation.logits_process" for each in processors):
+        return None
+    if any(type(each).__name__ not in INDEPENDENT for each in processors):
+        return None
+    return [warper(each) for each in processors]
+
+
+def of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
+    """The processors of one row of a batch: those of transformers that tell rows apart are told which it is."""
+
+    def mine(processor: Any) -> Any:
+        lengths = getattr(processor, "prompt_ignore_length", None)
+        allowed = getattr(processor, "_prefix_allowed_tokens_fn", None)
+        if isinstance(lengths, Tensor):
+            processor = copy.copy(processor)
+            processor.prompt_ignore_length = lengths[row : row + 1]
+        elif allowed is not None:
+            processor = copy.copy(processor)
+            processor._prefix_allowed_tokens_fn = lambda _, ids: allowed(row, ids)
+        return processor
+
+    return LogitsProcessorList(mine(each) for each in processors)
+
+
+class Processed:
+    """Greedy or random choice from processed logits; drafts are the heads' most likely tokens.
+
+    Args:
+        processors: called for each row and token.
+        criteria: asked after each token of a row whether its text ends; those for the length and end tokens
+            are left to the engine.
+        sample: draws instead of taking the best.
+        ends: ids that end a text.
+        keep_scores: keeps what each token was chosen from, in `Text.scores`.
+        keep_logits: keeps it as it was before the processors, in `Text.logits`.
+    """
+
+    def __init__(
+        self,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        *,
+        sample: bool,
+        ends: Collection[int],
+        keep_scores: bool = False,
+        keep_logits: bool = False,
+    ) -> None:
+        self.processors = processors
+        self.of_row: dict[int, LogitsProcessorList] = {}
+        self.criteria = criteria
+        self.sample = sample
+        self.ends = frozenset(ends)
+        self.keep_scores = keep_scores
+        self.keep_logits = keep_logits
+
+    def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
+        """As `mtpd.decode.choice.Choice.draft`."""
+        return logits.argmax(-1)
+
+    def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Tensor | None) -> list[list[int]]:
+        """As `mtpd.decode.choice.Choice.choose`; a text that a criterion ends is marked so."""
+        drafted = [[] for _ in texts] if drafts is None else drafts.tolist()
+        return [self._row(logits[row], text, drafted[row]) for row, text in enumerate(texts)]
+
+    def _row(self, logits: Tensor, text: Text, drafts: list[int]) -> list[int]:
+        known = [*text.request.padding, *text.request.prompt, *text.tokens]
+        ids = torch.tensor([known], device=logits.device)
+        draws = numbers([text], len(logits), device=logits.device)[0] if self.sample else None
+        new: list[int] = []
+        if text.number not in self.of_row:
+            self.of_row[text.number] = of_row(self.processors, text.number)
+        processors = self.of_row[text.number]
+        for place in range(len(logits)):
+            raw = logits[place : place + 1].float()
+            scores = processors(ids, raw.clone())
+            chosen = scores.argmax(-1) if draws is None else pick(scores.softmax(-1), draws[place : place + 1])
+            token = int(chosen)
+            new.append(token)
+            if self.keep_scores:
+                text.scores.append(scores[0])
+            if self.keep_logits:
+                text.logits.append(raw[0])
+            ids = torch.cat([ids, chosen[:, None]], dim=1)
+            if token in self.ends or len(new) >= text.room:
+                break
+            if self.criteria and bool(self.criteria(ids, scores).all()):
+                text.ended = True
+                break
+            if place >= len(drafts) or drafts[place] != token:
+                break
+        return new
