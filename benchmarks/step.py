@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from measure import alternate, peak_bytes
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from mtpd.data.packing import PackedRows
-from mtpd.data.store import DiskStore, with_hidden
+from mtpd.data.store import DiskStore, HiddenStates, fill, with_hidden
 from mtpd.distill.model import DistillModel
 from mtpd.heads import build_heads
 from mtpd.heads.config import HeadsConfig
@@ -76,12 +76,31 @@ class Ours:
         self.model = DistillModel(trunk, heads.train(), loss, **options)
         self.optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-4)
 
-    def step(self, batch: dict[str, torch.Tensor], store: DiskStore | None) -> None:
+    def step(self, batch: dict[str, torch.Tensor], store: HiddenStates | None) -> None:
         with autocast(self.trunk):
             loss = self.model(**with_hidden(batch, self.trunk, store))["loss"]
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+class Kept:
+    """A store of one row that is at hand already."""
+
+    def __init__(self, hidden_BTD: torch.Tensor) -> None:
+        self.hidden_TD = hidden_BTD[0]
+
+    def __contains__(self, row: object) -> bool:
+        return row == 0
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        return self.hidden_TD
+
+    def put(self, rows: Sequence[int], hidden_BTD: torch.Tensor) -> None:
+        raise AssertionError("all rows are here")
+
+    def flush(self) -> None:
+        pass
 
 
 class Speculators:
@@ -129,92 +148,102 @@ class Speculators:
         self.optimizer.zero_grad()
 
 
+Report = Callable[[str, float, float, str, str], None]
+"""(name, ours, other, against, unit) of one line of the table."""
+
+
+def against_speculators(trunk: Trunk, batch: dict[str, torch.Tensor], depth: int, runs: int, report: Report) -> None:
+    """Cross-entropy with one shared block, the trunk run in both, and in neither."""
+    try:
+        theirs = Speculators(trunk, depth)
+    except ImportError as error:
+        print(f"speculators is left out: {error}", flush=True)
+        return
+    tokens = batch["input_ids"].numel()
+    ours = Ours(trunk, LossSettings((1.0,) * depth, (0.0,) * depth), shared=True)
+    hidden = trunk.hidden(batch["input_ids"], position_ids=batch["position_ids"])
+    kept = Kept(hidden)
+    contenders: dict[str, Callable[[], None]] = {
+        "ours": lambda: ours.step(batch, None),
+        "theirs": lambda: theirs.step(batch, None),
+        "ours from states": lambda: ours.step(batch, kept),
+        "theirs from states": lambda: theirs.step(batch, hidden),
+    }
+    memory = {each: peak_bytes(function) for each, function in contenders.items()}
+    times = alternate(contenders, runs=runs)
+    for suffix in ("", " from states"):
+        mine, other = f"ours{suffix}", f"theirs{suffix}"
+        report(f"CE, shared block{suffix}", tokens / times[mine], tokens / times[other], "speculators", "tokens/s")
+        report(f"CE, shared block{suffix}", memory[mine], memory[other], "speculators", "bytes")
+
+
+def epochs(ours: Ours, rows: PackedRows, batch: dict[str, torch.Tensor], name: str, runs: int, report: Report) -> None:
+    """A step that runs the trunk and stores its states, and one that reads them."""
+    with tempfile.TemporaryDirectory() as folder:
+        full = DiskStore(f"{folder}/full", ours.trunk, rows, key={})
+        fill(full, ours.trunk, rows, progress=False)
+
+        def first() -> None:
+            with tempfile.TemporaryDirectory() as empty:
+                store = DiskStore(empty, ours.trunk, rows, key={})
+                ours.step(batch, store)
+                store.flush()
+
+        steps = {"first": first, "second": lambda: ours.step(batch, full)}
+        for function in steps.values():
+            function()
+        times = alternate(steps, runs=runs)
+    tokens = batch["input_ids"].numel()
+    report(f"{name}, second epoch", tokens / times["second"], tokens / times["first"], "first epoch", "tokens/s")
+
+
+def option(plain: Ours, other: Ours, batch: dict[str, torch.Tensor], name: str, runs: int, report: Report) -> None:
+    """The same step with an option and without it."""
+    steps = {"with": lambda: other.step(batch, None), "without": lambda: plain.step(batch, None)}
+    for function in steps.values():
+        function()
+    memory = {each: peak_bytes(function) for each, function in steps.items()}
+    times = alternate(steps, runs=runs)
+    tokens = batch["input_ids"].numel()
+    report(name, tokens / times["with"], tokens / times["without"], "without", "tokens/s")
+    report(name, memory["with"], memory["without"], "without", "bytes")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--draft", type=int, default=8192, help="tokens of the draft vocabulary of the epochs' rows")
+    parser.add_argument("--draft", type=int, default=8192, help="tokens of the draft vocabulary")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--parts", nargs="*", default=["speculators", "epochs", "checkpoint", "compile"])
     options = parser.parse_args()
     table: list[dict[str, Any]] = []
     print(machine(), flush=True)
+    for dtype in options.dtypes:
 
-    def report(name: str, ours: float, other: float, against: str, unit: str) -> None:
-        row = {"name": name, "ours": ours, "other": other, "against": against, "unit": unit, "ratio": ours / other}
-        table.append({**row, "runs": options.runs, "machine": machine()})
-        print(f"{name:45} {unit:9} {ours:.4g}, {against} {other:.4g}: {ours / other:.2f}", flush=True)
-        write_rows(options.json, table)
+        def report(name: str, ours: float, other: float, against: str, unit: str, dtype: str = dtype) -> None:
+            row = {"name": f"step {name}, {dtype}", "ours": ours, "other": other, "against": against, "unit": unit}
+            table.append({**row, "ratio": ours / other, "runs": options.runs, "machine": machine()})
+            print(f"{row['name']:55} {unit:9} {ours:.4g}, {against} {other:.4g}: {ours / other:.2f}", flush=True)
+            write_rows(options.json, table)
 
-    for name in options.dtypes:
-        trunk = new_trunk(getattr(torch, name))
+        trunk = new_trunk(getattr(torch, dtype))
         ids = torch.randint(49_152, (1, options.tokens), generator=torch.Generator().manual_seed(0))
         rows = PackedRows(ids, ids, torch.arange(options.tokens)[None], documents=1, cut=0, dropped=0)
         batch = {key: value[None] for key, value in rows[0].items()} | {"row": torch.tensor([0])}
-        weights, none = (1.0,) * options.depth, (0.0,) * options.depth
-
-        def rate(times: dict[str, float], each: str) -> float:
-            return options.tokens / times[each]
-
-        try:
-            theirs = Speculators(trunk, options.depth)
-        except ImportError as error:
-            print(f"speculators is left out: {error}", flush=True)
-        else:
-            ours = Ours(trunk, LossSettings(weights, none), shared=True)
-            hidden = trunk.hidden(batch["input_ids"], position_ids=batch["position_ids"])
-
-            def from_states(ours: Ours = ours, batch: Any = batch, hidden: Any = hidden) -> None:
-                with autocast(ours.trunk):
-                    loss = ours.model(**{key: batch[key] for key in batch if key != "row"}, hidden=hidden)["loss"]
-                loss.backward()
-                ours.optimizer.step()
-                ours.optimizer.zero_grad()
-
-            contenders: dict[str, Callable[[], None]] = {
-                "ours": lambda: ours.step(batch, None),
-                "theirs": lambda: theirs.step(batch, None),
-                "ours from states": from_states,
-                "theirs from states": lambda: theirs.step(batch, hidden),
-            }
-            memory = {each: peak_bytes(function) for each, function in contenders.items()}
-            times = alternate(contenders, runs=options.runs)
-            for suffix in ("", " from states"):
-                label = f"step CE, shared block{suffix}, {name}"
-                mine, other = f"ours{suffix}", f"theirs{suffix}"
-                report(label, rate(times, mine), rate(times, other), "speculators", "tokens/s")
-                report(label, memory[mine], memory[other], "speculators", "bytes")
-            del theirs, ours
-
-        for vocabulary in (0, options.draft):
-            heads = Ours(trunk, LossSettings(none, weights), shared=False, vocabulary=vocabulary)
-            with tempfile.TemporaryDirectory() as folder:
-                full = DiskStore(folder, trunk, rows, key={})
-                full.put([0], trunk.hidden(batch["input_ids"], position_ids=batch["position_ids"]))
-                full.flush()
-
-                def first(heads: Ours = heads, folder: str = folder) -> None:
-                    empty = DiskStore(f"{folder}/empty", trunk, rows, key={})
-                    heads.step(batch, empty)
-
-                steps = {"first": first, "second": lambda: heads.step(batch, full)}
-                for function in steps.values():
-                    function()
-                times = alternate(steps, runs=options.runs)
-            label = f"step KL, {vocabulary or 49_152} columns, second epoch, {name}"
-            report(label, rate(times, "second"), rate(times, "first"), "first epoch", "tokens/s")
-
-        plain = Ours(trunk, LossSettings(none, weights), shared=False, vocabulary=options.draft)
-        saving = Ours(
-            trunk, LossSettings(none, weights), shared=False, vocabulary=options.draft, checkpoint_blocks=True
-        )
-        steps = {"plain": lambda: plain.step(batch, None), "saving": lambda: saving.step(batch, None)}
-        memory = {each: peak_bytes(function) for each, function in steps.items()}
-        times = alternate(steps, runs=options.runs)
-        label = f"step with checkpoint_blocks, {name}"
-        report(label, rate(times, "saving"), rate(times, "plain"), "without", "tokens/s")
-        report(label, memory["saving"], memory["plain"], "without", "bytes")
+        loss = LossSettings((0.0,) * options.depth, (1.0,) * options.depth)
+        if "speculators" in options.parts:
+            against_speculators(trunk, batch, options.depth, options.runs, report)
+        draft = Ours(trunk, loss, shared=False, vocabulary=options.draft)
+        if "epochs" in options.parts:
+            epochs(draft, rows, batch, f"KL, {options.draft} columns", options.runs, report)
+            epochs(Ours(trunk, loss, shared=False), rows, batch, "KL, all columns", options.runs, report)
+        for part, key in (("checkpoint", "checkpoint_blocks"), ("compile", "compiled")):
+            if part in options.parts:
+                other = Ours(trunk, loss, shared=False, vocabulary=options.draft, **{key: True})
+                option(draft, other, batch, f"with {key}", options.runs, report)
 
 
 if __name__ == "__main__":
