@@ -74,7 +74,7 @@ class Ours:
             heads.get_buffer("vocabulary").copy_(torch.arange(vocabulary))
         self.trunk = trunk
         self.model = DistillModel(trunk, heads.train(), loss, **options)
-        self.optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-4)
+        self.optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-4, fused=True)
 
     def step(self, batch: dict[str, torch.Tensor], store: HiddenStates | None) -> None:
         with autocast(self.trunk):
@@ -135,7 +135,7 @@ class Speculators:
                 if parameter.ndim > 1:
                     parameter.normal_(std=0.02)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
     def step(self, batch: dict[str, torch.Tensor], hidden: torch.Tensor | None) -> None:
         ids, positions = batch["input_ids"], batch["position_ids"]
