@@ -42,9 +42,13 @@ def log_probabilities(
     student_temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log p, log q and which columns they are over: both renormalised over the teacher's top n, q detached."""
+    y, z = student_NM / student_temperature, teacher_NM.detach() / teacher_temperature
     kept = top_n(teacher_NM, n)
-    log_p = F.log_softmax((student_NM / student_temperature).masked_fill(~kept, -torch.inf), dim=1)
-    log_q = F.log_softmax((teacher_NM.detach() / teacher_temperature).masked_fill(~kept, -torch.inf), dim=1)
+    if kept.all():
+        return F.log_softmax(y, dim=1), F.log_softmax(z, dim=1), kept
+    log_p = F.log_softmax(y.masked_fill(~kept, -torch.inf), dim=1)
+    log_q = F.log_softmax(z.masked_fill(~kept, -torch.inf), dim=1)
+    # Columns left out: 0 times a finite number.
     return log_p.masked_fill(~kept, 0.0), log_q.masked_fill(~kept, 0.0), kept
 
 
@@ -54,13 +58,13 @@ def forward_kl(student_NM: Tensor, teacher_NM: Tensor, **settings: Any) -> Tenso
     MTP-D (arXiv 2603.23911), L_KL: forward direction, teacher detached, top n, temperature 1.
     """
     log_p, log_q, kept = log_probabilities(student_NM, teacher_NM, **settings)
-    return torch.where(kept, log_q.exp() * (log_q - log_p), 0.0).sum(1)
+    return (kept * log_q.exp() * (log_q - log_p)).sum(1)
 
 
 def reverse_kl(student_NM: Tensor, teacher_NM: Tensor, **settings: Any) -> Tensor:
     """KL(p || q): punishes what the student likes and the teacher does not (MiniLLM, arXiv 2306.08543). [N]"""
     log_p, log_q, kept = log_probabilities(student_NM, teacher_NM, **settings)
-    return torch.where(kept, log_p.exp() * (log_p - log_q), 0.0).sum(1)
+    return (kept * log_p.exp() * (log_p - log_q)).sum(1)
 
 
 def jsd(student_NM: Tensor, teacher_NM: Tensor, *, mix: float = 0.5, **settings: Any) -> Tensor:
@@ -68,7 +72,7 @@ def jsd(student_NM: Tensor, teacher_NM: Tensor, *, mix: float = 0.5, **settings:
     log_p, log_q, kept = log_probabilities(student_NM, teacher_NM, **settings)
     log_m = torch.logaddexp(log_q + math.log(mix), log_p + math.log(1 - mix))
     terms = mix * log_q.exp() * (log_q - log_m) + (1 - mix) * log_p.exp() * (log_p - log_m)
-    return torch.where(kept, terms, 0.0).sum(1)
+    return (kept * terms).sum(1)
 
 
 def mtp_d(
