@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from architectures import TOKENS, greedy_text, random_heads, tiny_trunk
 from conftest import Learned, learn
 from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtpd import alignment
 from mtpd.data.packing import Sample
@@ -89,6 +91,32 @@ def test_offline_counts_with_a_draft_vocabulary(llama: Trunk) -> None:
     for heads in (random_heads(llama, vocabulary=torch.arange(1, TOKENS, 2)), random_heads(llama, shared=True)):
         offline, decoded = both(llama, heads, greedy_samples("llama", []), [])
         assert offline == decoded
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the rows of the largest tensor that has a column for each token."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns, self.rows = columns, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.ndim > 1 and result.shape[-1] == self.columns:
+            self.rows = max(self.rows, result.numel() // self.columns)
+        return result
+
+
+@pytest.mark.parametrize("texts", [1, 4])
+def test_memory_does_not_grow_with_the_text(learned: Learned, texts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: logits of a whole text or batch at once: vocabulary times length numbers."""
+    columns = learned.trunk.unembedding.weight.shape[0]
+    monkeypatch.setattr("mtpd.evaluate.offline.TILE_BYTES", 4 * columns * 5)
+    with Largest(columns) as largest:
+        samples = [dataclasses.replace(learned.sample, id=str(number)) for number in range(texts)]
+        measure_offline(learned.trunk, learned.half, samples, progress=False)
+    assert len(learned.sample.response_ids) > 40
+    assert 0 < largest.rows <= 5
 
 
 @pytest.mark.parametrize("draft", [False, True])
@@ -173,6 +201,36 @@ def test_acceptance_file(tmp_path: Path) -> None:
     assert set(content) == {"schema", "mode", "sampling", "settings", "trunk", "heads", "versions", "suites"}
     assert content["schema"] == 2
     assert set(content["suites"]["chat"]) == set(SuiteCounts.model_fields)
+
+
+def test_files_of_the_first_schema_are_read(tmp_path: Path) -> None:
+    """Fault: files that were written before counts by prompt cannot be read any more."""
+    suite = {"prompts": 2, "tokens": 30, "forwards": 12, "drafted": [10, 8], "accepted": [8, 2], "seconds": 1.0}
+    suite |= {"plain_seconds": None, "identical": None, "ties": None, "expected": None, "expected_rows": None}
+    content = {"schema": 1, "mode": "offline", "sampling": None, "trunk": "t", "heads": "h", "versions": {}}
+    path = tmp_path / "acceptance.json"
+    path.write_text(json.dumps(content | {"suites": {"chat": suite}}))
+    found = Acceptance.load(path)
+    assert (found.schema_version, found.suites["chat"].rows, found.total().tau) == (1, None, 2.05)
+    found.save(path)
+    assert Acceptance.load(path) == found
+
+
+def test_the_file_has_a_line_for_each_prompt(tmp_path: Path) -> None:
+    """Fault: a file of thousands of prompts that no one can read or compare by line."""
+    suites = measure_offline(learn("llama").trunk, learn("llama").half, greedy_samples("llama", []), progress=False)
+    Acceptance(mode="offline", trunk="t", heads="h", suites=suites).save(tmp_path / "a.json")
+    lines = (tmp_path / "a.json").read_text().splitlines()
+    assert sum(line.startswith('    {"tokens": ') for line in lines) == 4
+    assert Acceptance.load(tmp_path / "a.json").suites == suites
+
+
+def test_the_control_collapses(learned: Learned) -> None:
+    """Fault: acceptance that does not depend on which token is predicted."""
+    suite = measure_offline(learned.trunk, learned.perfect, [learned.sample], progress=False)["prompts"]
+    assert suite.control is not None
+    assert suite.car == [1.0] * 3
+    assert suite.control.car[0] < 0.2
 
 
 @pytest.mark.parametrize(

@@ -30,18 +30,23 @@ def evaluate(
         Path | None, typer.Option(help="A folder of further suites (.yaml) and rows (.jsonl), looked into first.")
     ] = None,
     mode: Annotated[
-        Literal["offline", "decoded"],
-        typer.Option(help="offline: teacher-forced over the trunk's greedy text. decoded: really decoding."),
-    ] = "offline",
+        Literal["offline", "decoded"] | None,
+        typer.Option(
+            help="offline: teacher-forced over the trunk's greedy text. decoded: really decoding. "
+            "Default: that of --against, else offline."
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="The acceptance file. Default: evaluation.json in the run directory."),
     ] = None,
     heads: Annotated[str, typer.Option(help="Folder of the heads in the run directory.")] = "heads",
     drafts: Annotated[int | None, typer.Option(min=1, help="Tokens drafted a round. Default: all heads.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each suite, in place of its own limit.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Prompts of each suite. Default: as --against, else its own.")
+    ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a response, in place of the suite's own limit.")
+        int | None, typer.Option(min=1, help="Tokens of a response. Default: as --against, else the suite's own.")
     ] = None,
     responses: Annotated[Path, typer.Option(help="Where the trunk's responses are kept between calls.")] = RESPONSES,
     against: Annotated[Path | None, typer.Option(help="Compare with this acceptance file on the same prompts.")] = None,

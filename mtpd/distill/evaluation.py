@@ -35,7 +35,7 @@ class Request:
     run: Path
     suites: Sequence[str] | None
     suite_dir: Path | None
-    mode: Literal["offline", "decoded"]
+    mode: Literal["offline", "decoded"] | None
     output: Path | None
     heads: str
     drafts: int | None
@@ -61,9 +61,16 @@ def evaluate_run(request: Request, *, progress: bool = True) -> int:
     recipe, run = open_finished(request.run, heads=request.heads)
     baseline = None if request.against is None else Acceptance.load(request.against)
     gate.check_max_drop(request.max_drop)
+    mode = request.mode or ("offline" if baseline is None else baseline.mode)
     suites = _suites(request, baseline)
+    between = f"{request.against} and {request.run}"
+    if baseline is not None:
+        gate.check_rows(baseline, str(request.against))
+        gate.check_suites(baseline, {name: suite.settings for name, (suite, _) in suites.items()}, between)
     finished = reopen(request.run, heads=request.heads)
-    if request.mode == "decoded":
+    if baseline is not None:
+        gate.check_trunk(baseline, finished.fingerprint, between)
+    if mode == "decoded":
         finished = finished.in_dtype(recipe.evaluation.dtype)
     heads = finished.heads(request.heads)
     if request.drafts is not None:
@@ -76,14 +83,14 @@ def evaluate_run(request: Request, *, progress: bool = True) -> int:
         heads,
         suites,
         heads_fingerprint=fingerprint_file(request.run / request.heads / WEIGHTS),
-        mode=request.mode,
+        mode=mode,
         responses=request.responses,
         trained=trained_prompts(run),
         progress=progress,
     )
-    path = request.output or (run.evaluation if request.mode == "offline" else run.evaluation_decoded)
+    path = request.output or (run.evaluation if mode == "offline" else run.evaluation_decoded)
     acceptance.save(path)
-    if request.mode == "offline" and request.heads == "heads":
+    if mode == "offline" and request.heads == "heads":
         write_samples(run.samples, model, heads, seconds.samples)
     estimates = intervals(acceptance)
     to = console(quiet=not progress)
@@ -121,11 +128,20 @@ def _suites(request: Request, baseline: Acceptance | None) -> Suites:
     repeated = sorted({name for name in names if list(names).count(name) > 1})
     if repeated:
         raise UserError(f"--suite: {', '.join(repeated)} is named twice")
-    suites = {
-        name: load_suite(name, request.suite_dir, limit=request.limit, max_new_tokens=request.max_new_tokens)
-        for name in names
-    }
-    return {name: (suite, questions(name, suite)) for name, suite in suites.items()}
+    suites: Suites = {}
+    for name in names:
+        # What the command does not say is as the baseline had it.
+        limit = request.limit or _setting(baseline, name, "limit")
+        max_new_tokens = request.max_new_tokens or _setting(baseline, name, "max_new_tokens")
+        suite = load_suite(name, request.suite_dir, limit=limit, max_new_tokens=max_new_tokens)
+        suites[name] = (suite, questions(name, suite))
+    return suites
+
+
+def _setting(baseline: Acceptance | None, suite: str, key: str) -> int | None:
+    found = None if baseline is None or suite not in baseline.suites else baseline.suites[suite].settings
+    value = (found or {}).get(key)
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def _speed(acceptance: Acceptance, seconds: Seconds) -> str:

@@ -14,7 +14,7 @@ heads that are equally good then fail in fewer than 1 of 100 runs whatever M is.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,8 +27,8 @@ from mtpd.evaluate.intervals import CONFIDENCE, RESAMPLES, Array, Estimate, boun
 MINIMUM_PROMPTS = 50
 """Fewer prompts never decide: percentile intervals are too narrow below about so many."""
 GATE_CONFIDENCE = 0.99
-NORMAL_QUANTILE = 2.576
-"""Half the width of a normal 99% interval in standard errors."""
+DECIDING_ERRORS = 2.576 + 0.842
+"""Standard errors between a change and the limit at which a 99% interval keeps off the limit in 80% of cases."""
 MOST_PROMPTS = 100_000
 """An estimate of more prompts than this says only that the change lies at the limit."""
 
@@ -198,11 +198,11 @@ def check_max_drop(max_drop: float) -> None:
 
 
 def _prompts_wanted(check: Change, prompts: int, max_drop: float) -> float:
-    """Prompts at which the interval leaves the limit, as its width falls with the root of their number."""
+    """Prompts that decide in 80% of cases if the change is what it seems; errors fall with the root of their number."""
     distance = abs(check.change.value + max_drop)
     if distance == 0.0:
         return math.inf
-    return prompts * (NORMAL_QUANTILE * check.standard_error / distance) ** 2
+    return prompts * (DECIDING_ERRORS * check.standard_error / distance) ** 2
 
 
 def label(ratio: str) -> str:
@@ -216,35 +216,48 @@ def label(ratio: str) -> str:
 def check_comparable(baseline: Acceptance, candidate: Acceptance, *, names: Sequence[str]) -> None:
     """Raises UserError if a difference between the two files could come from anything but the heads."""
     for name, each in zip(names, (baseline, candidate), strict=True):
-        if any(suite.rows is None for suite in each.suites.values()):
-            raise UserError(
-                f"{name}: has no counts by prompt (schema {each.schema_version}), which a paired comparison needs; "
-                "measure again with mtpd eval"
-            )
+        check_rows(each, name)
     between = f"{names[0]} and {names[1]}"
-    if baseline.trunk != candidate.trunk:
-        raise UserError(
-            f"{between}: measured with different trunks ({baseline.trunk[:12]}, {candidate.trunk[:12]}); "
-            "acceptance is comparable on one trunk only"
-        )
+    check_trunk(baseline, candidate.trunk, between)
     if baseline.mode != candidate.mode:
         raise UserError(f"{between}: measured in different modes ({baseline.mode}, {candidate.mode})")
     if baseline.sampling != candidate.sampling:
         raise UserError(f"{between}: decoded with different sampling ({baseline.sampling}, {candidate.sampling})")
     _same_settings(baseline.settings, candidate.settings, f"{between}: decoding settings differ")
-    if baseline.suites.keys() != candidate.suites.keys():
-        raise UserError(
-            f"{between}: measured on different suites ({', '.join(baseline.suites)}; {', '.join(candidate.suites)})"
-        )
+    check_suites(baseline, {name: suite.settings for name, suite in candidate.suites.items()}, between)
     for name, suite in baseline.suites.items():
-        other = candidate.suites[name]
-        _same_settings(suite.settings, other.settings, f"{between}: suite {name} differs")
-        first, second = ([(row.id, row.prompt) for row in each.rows or []] for each in (suite, other))
+        first, second = ([(row.id, row.prompt) for row in each.rows or []] for each in (suite, candidate.suites[name]))
         if first != second:
             common = len(set(first) & set(second))
             raise UserError(
                 f"{between}: suite {name} has other prompts ({len(first)} and {len(second)}, {common} in both)"
             )
+
+
+def check_rows(acceptance: Acceptance, name: str) -> None:
+    """Raises UserError for a file without counts by prompt."""
+    if any(suite.rows is None for suite in acceptance.suites.values()):
+        raise UserError(
+            f"{name}: has no counts by prompt (schema {acceptance.schema_version}), which a paired comparison needs; "
+            "measure again with mtpd eval"
+        )
+
+
+def check_trunk(baseline: Acceptance, trunk: str, between: str) -> None:
+    """Raises UserError if the baseline was measured with another trunk."""
+    if baseline.trunk != trunk:
+        raise UserError(
+            f"{between}: measured with different trunks ({baseline.trunk[:12]}, {trunk[:12]}); "
+            "acceptance is comparable on one trunk only"
+        )
+
+
+def check_suites(baseline: Acceptance, suites: Mapping[str, Settings | None], between: str) -> None:
+    """Raises UserError if other suites, or other settings of one, are compared with a baseline."""
+    if baseline.suites.keys() != suites.keys():
+        raise UserError(f"{between}: measured on different suites ({', '.join(baseline.suites)}; {', '.join(suites)})")
+    for name, suite in baseline.suites.items():
+        _same_settings(suite.settings, suites[name], f"{between}: suite {name} differs")
 
 
 def _same_settings(first: Settings | None, second: Settings | None, message: str) -> None:

@@ -99,7 +99,7 @@ def dot_chart(rows: Sequence[tuple[str, Sequence[tuple[str, str, Estimate]]]], *
     values = [value for _, dots in rows for _, _, estimate in dots for value in _span(estimate)] or [0.0, 1.0]
     low, high, ticks = _nice(min(values), max(values))
     widest = max((len(name) for name, _ in rows), default=1)
-    left = min(150.0, 14.0 + 6.6 * widest)
+    left = 22.0 + 7.2 * min(20, max(3, widest))
     across = _scale(low, high, left, WIDTH - RIGHT)
     parts = [_open(height, title)]
     for tick in ticks:

@@ -56,7 +56,7 @@ class Suite(BaseModel):
     file: str | None = None
     """Name of the suite's file in a folder of suites, where it is not NAME.jsonl."""
     id: str | None = None
-    """Jinja template of a row's id; null: its field id, or its number."""
+    """Jinja template of a row's id; null: its number, or the field id where rows are read as mtpd reads prompts."""
     prompt: str | None = None
     """Jinja template of the user's message; null: rows as mtpd reads prompts."""
     answer: str | None = None
