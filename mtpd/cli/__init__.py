@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli import distill, recipe
+from mtpd.cli import bench, chat, distill, generate, recipe
 from mtpd.cli.arguments import Debug
 from mtpd.cli.errors import report, say
 
@@ -25,6 +25,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("distill")(distill.distill)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("bench")(bench.bench)
 app.add_typer(recipe.app, name="recipe")
 
 
