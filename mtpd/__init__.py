@@ -6,6 +6,11 @@
     run = distill(load_recipe("recipes/demo.yaml", ["heads.depth=2"]))
     print(Acceptance.load(run / "acceptance.json").total().tau)
 
+    import mtpd
+
+    model = mtpd.load("runs/demo")
+    model.generate(**model.tokenizer("Hello", return_tensors="pt"), max_new_tokens=64)
+
 Names are imported when they are first used: `import mtpd` alone takes no time.
 """
 
@@ -15,11 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mtpd.evaluate.acceptance import Acceptance
+    from mtpd.loading import load
     from mtpd.recipe import Recipe, load_recipe
 
-__all__ = ["Acceptance", "Recipe", "__version__", "load_recipe"]
+__all__ = ["Acceptance", "Recipe", "__version__", "load", "load_recipe"]
 
-_HOMES = {"Acceptance": "mtpd.evaluate.acceptance", "Recipe": "mtpd.recipe", "load_recipe": "mtpd.recipe"}
+_HOMES = {
+    "Acceptance": "mtpd.evaluate.acceptance",
+    "Recipe": "mtpd.recipe",
+    "load": "mtpd.loading",
+    "load_recipe": "mtpd.recipe",
+}
 
 
 def __getattr__(name: str) -> Any:

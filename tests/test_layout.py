@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "losses": BELOW | {"trunk", "alignment"},
     "decode": BELOW | {"heads", "losses", "fast", "slots", "trunk", "alignment"},
     "data": BELOW | {"decode", "heads", "losses", "trunk", "alignment"},
+    "loading": BELOW | {"recipe", "data", "decode", "heads", "trunk"},
     "checkpoints": BELOW | {"decode", "data", "heads", "losses", "trunk", "alignment"},
     "evaluate": BELOW | {"recipe_text", "decode", "data", "heads", "losses", "trunk", "alignment"},
     "distill": BELOW | {"recipe", "evaluate", "decode", "data", "heads", "losses", "trunk", "alignment"},

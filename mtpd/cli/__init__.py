@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli import compare, data, distill, eval, recipe, report
+from mtpd.cli import bench, chat, compare, data, distill, eval, generate, recipe, report
 from mtpd.cli.arguments import Debug
 from mtpd.cli.errors import report as report_error
 from mtpd.cli.errors import say
@@ -26,10 +26,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("distill")(distill.distill)
-app.add_typer(data.app, name="data")
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("bench")(bench.bench)
 app.command("eval")(eval.evaluate)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
+app.add_typer(data.app, name="data")
 app.add_typer(recipe.app, name="recipe")
 
 

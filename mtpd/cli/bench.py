@@ -1,0 +1,86 @@
+"""`mtpd bench`: how fast a run's heads decode here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from mtpd.cli.arguments import Debug
+from mtpd.cli.generate import Depth, Dtype, Run
+from mtpd.cli.terminal import quiet_libraries
+
+
+def bench(
+    run: Run,
+    suite: Annotated[
+        str, typer.Option("--suite", help="demo (held-out built-in prompts), a .jsonl file, or a datasets id.")
+    ] = "demo",
+    against: Annotated[
+        str, typer.Option("--against", help="Ways to compare with, separated by commas: plain, transformers, engine.")
+    ] = "plain",
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Prompts of the suite, at most.")] = 6,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of each text, at most.")] = 128,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts decoded at a time.")] = 1,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Times each way is measured; medians are shown.")] = 3,
+    depth: Depth = None,
+    dtype: Dtype = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="First find the fastest depth and threshold, and store them with the heads.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Measure tokens/s of a run's heads against other ways of decoding, greedy, in one process.
+
+    Example:
+
+        mtpd bench runs/demo --against plain,transformers --tune
+    """
+    with quiet_libraries(debug=debug):
+        from mtpd.data.prompts import load_prompts, render  # these bring in torch
+        from mtpd.data.responses import end_tokens
+        from mtpd.decode.speed import PARTS, breakdown, compare
+        from mtpd.decode.speed import tune as find
+        from mtpd.loading import DRAFTING, load, write_drafting
+
+        ways = ["mtpd", *[way for way in against.split(",") if way]]
+        model = load(run, dtype=dtype, depth=depth)
+        ends = end_tokens(model.trunk.model, model.tokenizer)
+        chosen = load_prompts("builtin-held-out" if suite == "demo" else suite)
+        # Every so many: neighbours are often of one kind.
+        chosen = chosen[:: max(1, len(chosen) // prompts)][:prompts]
+        room = model.trunk.context - max_new_tokens
+        texts = [ids for prompt in chosen if 0 < len(ids := render(model.tokenizer, prompt)) <= room]
+        if tune:
+            found = find(model, texts, end_tokens=ends, batch=batch, max_new_tokens=min(64, max_new_tokens))
+            for drafting, rate in found:
+                typer.echo(f"depth {drafting.depth}, threshold {drafting.threshold:g}: {rate:.1f} tokens/s")
+            model.drafting = found[0][0]
+            typer.echo(f"stored: {write_drafting(run / 'heads', model.drafting)}")
+        speeds = compare(
+            model, texts, ways=ways, max_new_tokens=max_new_tokens, end_tokens=ends, batch=batch, runs=runs
+        )
+        parts = breakdown(model, texts[:2], batch=batch)
+        drafting = model.drafting
+        typer.echo(
+            f"{len(texts)} prompts of {suite}, {batch} at a time, {model.trunk.dtype}; up to {drafting.depth} drafts a "
+            f"round, threshold {drafting.threshold:g} ({DRAFTING})"
+        )
+        for line in lines(speeds):
+            typer.echo(line)
+        shares = ", ".join(f"{part} {100 * parts.share(part):.0f}%" for part in PARTS)
+        typer.echo(f"a round: {1000 * sum(parts.seconds.values()) / parts.rounds:.1f} ms ({shares})")
+
+
+def lines(speeds: dict[str, Any]) -> list[str]:
+    """The table of a comparison, one line a way."""
+    ours = speeds["mtpd"]
+    shown = []
+    for way, speed in speeds.items():
+        tau = f", tau {speed.tau:.2f}" if speed.tau else ""
+        same = sum(a == b for a, b in zip(ours.texts, speed.texts, strict=True))
+        ratio = (
+            "" if way == "mtpd" else f", mtpd is {ours.against(speed):.2f}x, {same} of {len(ours.texts)} texts the same"
+        )
+        shown.append(f"{way}: {speed.rate:.1f} tokens/s{tau}{ratio}")
+    return shown

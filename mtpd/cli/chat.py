@@ -1,0 +1,60 @@
+"""`mtpd chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from mtpd.cli.arguments import Debug
+from mtpd.cli.generate import Depth, Dtype, Run, Seed, Temperature, Tokens, TopP, summary
+from mtpd.cli.terminal import quiet_libraries
+
+
+def chat(
+    run: Run,
+    max_new_tokens: Tokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    depth: Depth = None,
+    dtype: Dtype = None,
+    system: Annotated[str | None, typer.Option("--system", help="What the model is told before the talk.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Talk with a run's model, through its chat template. An empty line or Ctrl-D ends the talk.
+
+    Example:
+
+        mtpd chat runs/demo
+    """
+    with quiet_libraries(debug=debug):
+        from mtpd.decode.session import Session, settings  # brings in torch
+        from mtpd.loading import load
+
+        session = Session(load(run, dtype=dtype, depth=depth), settings(temperature, top_p, seed))
+        messages = [{"role": "system", "content": system}] if system else []
+        session.warm_up()
+        while line := _ask():
+            messages.append({"role": "user", "content": line})
+            began = time.perf_counter()
+            pieces: list[str] = []
+
+            def show(piece: str, accepted: bool, pieces: list[str] = pieces) -> None:
+                pieces.append(piece)
+                typer.echo(piece, nl=False)
+                sys.stdout.flush()
+
+            text = session.write(session.conversation(messages), max_new_tokens, show=show)
+            typer.echo()
+            typer.secho(summary(text, session.model.depth, time.perf_counter() - began), err=True, dim=True)
+            messages.append({"role": "assistant", "content": "".join(pieces)})
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""

@@ -1,0 +1,272 @@
+"""How fast heads decode: against other ways of decoding the same prompts, in one process, in turns.
+
+All ways write the same number of tokens at most and stop at the same end tokens. Each run times every way
+once; which one goes first changes from run to run. Figures are medians over runs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from mtpd.decode.engine import Engine, Request
+from mtpd.decode.model import Drafting, Model
+from mtpd.decode.transformers_mtp import mtp_in_transformers
+from mtpd.errors import UserError
+from mtpd.heads import Heads
+from mtpd.trunk import Trunk
+
+WAYS = {
+    "mtpd": "the heads, with this package",
+    "plain": "transformers' generate, without heads",
+    "transformers": "transformers' generate(use_mtp=True) with the same heads, which takes one prompt at a time",
+    "engine": "this package without heads",
+}
+PARTS = ("trunk", "drafts", "verification", "bookkeeping")
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
+
+
+@dataclass
+class Speed:
+    """One way of decoding."""
+
+    name: str
+    seconds: list[float] = field(default_factory=list)
+    tokens: int = 0
+    forwards: int = 0
+    """Passes of the trunk, summed over rows; 0 where they are not counted."""
+    texts: list[list[int]] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second, median over runs."""
+        return self.tokens / statistics.median(self.seconds)
+
+    @property
+    def tau(self) -> float | None:
+        """Tokens for each pass of the trunk that a row took part in."""
+        return self.tokens / self.forwards if self.forwards else None
+
+    def against(self, other: Speed) -> float:
+        """Ratio of the rates: the median over runs, each compared with its own neighbour."""
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return statistics.median((self.tokens / mine) / (other.tokens / theirs) for mine, theirs in pairs)
+
+
+def compare(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    ways: Sequence[str] = ("mtpd", "plain"),
+    max_new_tokens: int = 128,
+    end_tokens: Collection[int] = (),
+    batch: int = 1,
+    runs: int = 3,
+) -> dict[str, Speed]:
+    """Times greedy decoding of all prompts, `batch` at a time.
+
+    Raises:
+        UserError: an unknown way, or one that does not decode so many prompts at a time.
+    """
+    for way in ways:
+        if way not in WAYS:
+            raise UserError(f"against: {way} is not known; accepted: {', '.join(WAYS)}")
+    if batch > 1 and "transformers" in ways:
+        raise UserError("batch: transformers' generate(use_mtp=True) takes one prompt at a time; accepted with it: 1")
+    speeds = {way: Speed(way) for way in ways}
+    with mtp_in_transformers(model.trunk, _heads(model)) if "transformers" in ways else nullcontext():
+        calls: dict[str, Callable[[], tuple[list[list[int]], int]]] = {
+            "mtpd": lambda: engine_texts(model.trunk, model.heads, prompts, drafting=model.drafting, **limits),
+            "engine": lambda: engine_texts(model.trunk, None, prompts, **limits),
+            "plain": lambda: (generated(model.trunk, prompts, **limits), 0),
+            "transformers": lambda: (generated(model.trunk, prompts, use_mtp=True, **limits), 0),
+        }
+        limits: dict[str, Any] = {"max_new_tokens": 4, "end_tokens": end_tokens, "batch": batch}
+        for way in ways:
+            calls[way]()
+        limits["max_new_tokens"] = max_new_tokens
+        for run in range(runs):
+            turn = run % len(ways)
+            for way in [*ways[turn:], *ways[:turn]]:
+                began = now(model.trunk)
+                texts, forwards = calls[way]()
+                speed = speeds[way]
+                speed.seconds.append(now(model.trunk) - began)
+                speed.texts, speed.forwards, speed.tokens = texts, forwards, sum(map(len, texts))
+    return speeds
+
+
+def engine_texts(
+    trunk: Trunk,
+    heads: Heads | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end_tokens: Collection[int],
+    batch: int,
+    drafting: Drafting | None = None,
+) -> tuple[list[list[int]], int]:
+    """Texts of this package in the order of the prompts, and the passes of the trunk, summed over rows."""
+    engine = Engine(
+        trunk,
+        heads,
+        slots=batch,
+        capacity=max(map(len, prompts)) + max_new_tokens,
+        depth=drafting.depth if drafting and heads else None,
+        threshold=drafting.threshold if drafting and heads else 0.0,
+        end_tokens=end_tokens,
+    )
+    texts = sorted(engine.run(Request(each, max_new_tokens) for each in prompts), key=lambda text: text.number)
+    return [text.tokens for text in texts], sum(1 + len(text.rounds) for text in texts)
+
+
+def generated(
+    trunk: Trunk,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end_tokens: Collection[int],
+    batch: int,
+    use_mtp: bool = False,
+) -> list[list[int]]:
+    """Greedy texts of transformers' `generate`, padded on the left, without penalties that a checkpoint asks for."""
+    ends = sorted(end_tokens)
+    texts: list[list[int]] = []
+    before = trunk.model.generation_config
+    trunk.model.generation_config = GenerationConfig()
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
+        use_mtp=use_mtp or None,
+    )
+    try:
+        for start in range(0, len(prompts), batch):
+            rows = prompts[start : start + batch]
+            width = max(map(len, rows))
+            ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=trunk.device)
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=trunk.device)
+            output = trunk.model.generate(ids, attention_mask=mask, generation_config=config)
+            for new in output[:, width:].tolist():
+                end = next((place for place, token in enumerate(new, start=1) if token in end_tokens), None)
+                texts.append(new[:end])
+    finally:
+        trunk.model.generation_config = before
+    return texts
+
+
+@dataclass
+class Breakdown:
+    """Where the rounds of some texts spent their time, in seconds."""
+
+    rounds: int
+    seconds: dict[str, float]
+    """By part: `PARTS`."""
+
+    def share(self, part: str) -> float:
+        return self.seconds[part] / sum(self.seconds.values())
+
+
+def breakdown(model: Model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 64, batch: int = 1) -> Breakdown:
+    """Times the parts of a round: the trunk's pass, drafting, main head with choice, and everything else."""
+    settings = model.drafting
+    engine = Engine(
+        model.trunk,
+        model.heads,
+        slots=batch,
+        capacity=max(map(len, prompts)) + max_new_tokens,
+        depth=settings.depth if model.heads else None,
+        threshold=settings.threshold,
+    )
+    spent = dict.fromkeys(("round", *PARTS), 0.0)
+    count = 0
+
+    def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            began = now(model.trunk)
+            result = call(*args)
+            spent[part] += now(model.trunk) - began
+            return result
+
+        return run
+
+    whole, reading = engine._round, engine._read_prompts
+
+    def one_round() -> None:
+        nonlocal count
+        count += 1
+        timed("round", whole)()
+
+    def read(group: Any) -> None:
+        # Prompts are no rounds: what they cost is taken out.
+        kept = dict(spent)
+        reading(group)
+        spent.update(kept)
+
+    patched: Any = engine
+    patched._round, patched._read_prompts = one_round, read
+    patched._pass = timed("trunk", engine._pass)
+    patched._draft = timed("drafts", engine._draft)
+    patched.unembedding = timed("verification", engine.unembedding)
+    patched.choice.choose = timed("verification", engine.choice.choose)
+    for _ in engine.run(Request(each, max_new_tokens) for each in prompts):
+        pass
+    spent["bookkeeping"] = spent.pop("round") - sum(spent[part] for part in PARTS)
+    return Breakdown(count, {part: spent[part] for part in PARTS})
+
+
+def tune(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    end_tokens: Collection[int] = (),
+    batch: int = 1,
+    runs: int = 2,
+) -> list[tuple[Drafting, float]]:
+    """Measures tokens/s of every depth, and of thresholds at the two best and at all depths; fastest first."""
+    heads = _heads(model)
+    limits: dict[str, Any] = {"end_tokens": end_tokens, "batch": batch}
+
+    def rates(candidates: Sequence[Drafting]) -> list[float]:
+        seconds: list[list[float]] = [[] for _ in candidates]
+        tokens = [0] * len(candidates)
+        for each in candidates:
+            engine_texts(model.trunk, heads, prompts[:1], drafting=each, max_new_tokens=2, **limits)
+        for run in range(runs):
+            order = list(range(len(candidates)))
+            for place in order if run % 2 == 0 else reversed(order):
+                began = now(model.trunk)
+                texts, _ = engine_texts(
+                    model.trunk, heads, prompts, drafting=candidates[place], max_new_tokens=max_new_tokens, **limits
+                )
+                seconds[place].append(now(model.trunk) - began)
+                tokens[place] = sum(map(len, texts))
+        return [count / min(times) for count, times in zip(tokens, seconds, strict=True)]
+
+    fixed = [Drafting(depth=depth) for depth in range(1, heads.depth + 1)]
+    adaptive = [Drafting(depth=heads.depth, threshold=each) for each in THRESHOLDS] if heads.depth > 1 else []
+    candidates = fixed + adaptive
+    measured = zip(candidates, rates(candidates), strict=True)
+    return sorted(measured, key=lambda pair: -pair[1])
+
+
+def now(trunk: Trunk) -> float:
+    """A clock that waits for the device."""
+    if trunk.device.type == "cuda":
+        torch.cuda.synchronize(trunk.device)
+    return time.perf_counter()
+
+
+def _heads(model: Model) -> Heads:
+    if model.heads is None:
+        raise UserError("bench: there are no heads to measure")
+    return model.heads

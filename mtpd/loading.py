@@ -1,0 +1,83 @@
+"""A run directory as a model that generates: `mtpd.load`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from mtpd.data.models import load_model, resolve_dtype, trunk_fingerprint
+from mtpd.decode.model import Drafting, Model
+from mtpd.errors import UserError
+from mtpd.files import write_whole
+from mtpd.heads import WEIGHTS, load_heads
+from mtpd.recipe import load_recipe
+from mtpd.trunk import Trunk
+
+DRAFTING = "decoding.json"
+"""Beside the heads: how far to draft with them, as `mtpd bench --tune` found it."""
+
+
+def load(run: str | Path, *, dtype: str | None = None, device: str | None = None, depth: int | None = None) -> Model:
+    """The model of a run with its heads.
+
+    Args:
+        run: a run directory of `mtpd distill`.
+        dtype: number format; None is the one of the run.
+        device: None is the one of the run's recipe.
+        depth: drafts a round; None is what `heads/decoding.json` says, or as many as there are heads.
+
+    Raises:
+        UserError: no finished run, heads of another model than the recipe names, or a depth that they lack.
+    """
+    path = Path(run)
+    recipe_file, folder = path / "recipe.yaml", path / "heads"
+    if not recipe_file.is_file():
+        raise UserError(f"{path}: no run directory here; expected what `mtpd distill` writes, with recipe.yaml in it")
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{path}: the run has no trained heads yet; `mtpd distill {recipe_file}` finishes it")
+    recipe = load_recipe(recipe_file)
+    where = device or recipe.device
+    model, tokenizer = load_model(
+        recipe.model, dtype=recipe.dtype, device=where, trust_remote_code=recipe.trust_remote_code
+    )
+    trunk = Trunk(model, tokens=None)
+    # The fingerprint is that of the number format of the run.
+    heads = load_heads(folder, trunk, fingerprint=trunk_fingerprint(model))
+    if dtype is not None and resolve_dtype(dtype, trunk.device) != trunk.dtype:
+        model, tokenizer = load_model(
+            recipe.model, dtype=dtype, device=where, trust_remote_code=recipe.trust_remote_code
+        )
+        trunk = Trunk(model)
+    trunk.tokens = min(trunk.unembedding.weight.shape[0], max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1))
+    heads = heads.to(device=trunk.device, dtype=trunk.dtype)
+    drafting = read_drafting(folder, deepest=heads.depth)
+    if depth is not None:
+        if not 1 <= depth <= heads.depth:
+            raise UserError(f"depth: {depth} is not accepted; accepted: 1 to {heads.depth}, the heads of {path}")
+        drafting = Drafting(depth=depth)
+    return Model(trunk, heads, tokenizer, drafting)
+
+
+def read_drafting(folder: Path, *, deepest: int) -> Drafting:
+    """What `mtpd bench --tune` stored beside the heads, or drafting with all of them.
+
+    Raises:
+        UserError: the file cannot be read, or is of deeper heads.
+    """
+    file = folder / DRAFTING
+    if not file.is_file():
+        return Drafting(depth=deepest)
+    try:
+        drafting = Drafting.model_validate_json(file.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read; delete it, or write it anew with `mtpd bench --tune`") from error
+    if drafting.depth > deepest:
+        raise UserError(f"{file}: depth: {drafting.depth} is not accepted; accepted: 1 to {deepest}")
+    return drafting
+
+
+def write_drafting(folder: Path, drafting: Drafting) -> Path:
+    """Stores it beside the heads, where `load` finds it."""
+    write_whole(folder / DRAFTING, drafting.model_dump_json(indent=2) + "\n")
+    return folder / DRAFTING
