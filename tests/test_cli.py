@@ -48,7 +48,15 @@ def raising(error: BaseException) -> Callable[..., object]:
     return run
 
 
-@pytest.mark.parametrize("words", [["--help"], ["-h"], ["distill", "--help"], ["recipe", "show", "--help"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["-h"],
+        *([name, "--help"] for name in ("distill", "eval", "compare", "report")),
+        ["recipe", "show", "-h"],
+    ],
+)
 def test_help_needs_no_torch(words: list[str]) -> None:
     """Fault: an import at the top of some file makes `mtpd --help` take seconds."""
     code = f"""
