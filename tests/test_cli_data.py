@@ -104,14 +104,16 @@ def test_heads_are_trained_over_a_counted_vocabulary(
     inside = sum(count for token, count in counts.items() if token in content["tokens"])
     assert inside / sum(counts.values()) == pytest.approx(content["coverage"], abs=0.02)
 
-    other = f"output={tmp_path / 'draft'}"
-    assert main(["distill", *recipe, other, f"heads.vocabulary={out}"]) == 0
-    trained = load_file(tmp_path / "draft" / "heads" / "model.safetensors")["vocabulary"]
+    # The same run directory: its responses are those of the recipe, whatever heads learn from them.
+    answered = (tmp_path / "run" / "responses.jsonl").stat().st_mtime_ns
+    assert main(["distill", *recipe, f"heads.vocabulary={out}"]) == 0
+    assert (tmp_path / "run" / "responses.jsonl").stat().st_mtime_ns == answered
+    trained = load_file(tmp_path / "run" / "heads" / "model.safetensors")["vocabulary"]
     assert trained.tolist() == content["tokens"]
-    plan = capsys.readouterr()
-    assert main(["distill", *recipe, other, f"heads.vocabulary={out}", "--dry-run"]) == 0
-    plan = capsys.readouterr()
-    assert "40 can be drafted" in plan.out
+    assert main(["distill", *recipe, "heads.vocabulary=50"]) == 2, "heads of another vocabulary are there"
+    capsys.readouterr()
+    assert main(["distill", *recipe, f"heads.vocabulary={out}", "--dry-run"]) == 0
+    assert "40 can be drafted" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from mtpd.files import write_whole, writing
 from mtpd.recipe import Recipe, dump, load_recipe
 
 RECIPE = "recipe.yaml"
+LATER = ("heads.", "train.", "evaluation.")
+"""Keys that decide nothing before there are heads."""
 
 
 class RunDirectory:
@@ -63,8 +65,13 @@ def open_run(recipe: Recipe, *, fresh: bool) -> RunDirectory:
     if begun and fresh:
         shutil.rmtree(run.path)
         begun = False
+    changed = False
     if begun:
         differing = _differences(load_recipe(run.recipe), recipe)
+        if not run.heads_before.exists():
+            # Responses and hidden states alone know nothing of the heads that will learn from them.
+            changed = any(key.startswith(LATER) for key in differing)
+            differing = [key for key in differing if not key.startswith(LATER)]
         if differing:
             raise UserError(
                 f"output: {run.path} holds a run of another recipe (differs in {', '.join(differing[:4])}); "
@@ -72,7 +79,7 @@ def open_run(recipe: Recipe, *, fresh: bool) -> RunDirectory:
             )
     with writing(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
-    if not begun:
+    if not begun or changed:
         write_whole(run.recipe, dump(recipe))
     return run
 
