@@ -190,9 +190,9 @@ def breakdown(model: Model, prompts: Sequence[Sequence[int]], *, max_new_tokens:
     count = 0
 
     def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             began = now(model.trunk)
-            result = call(*args)
+            result = call(*args, **kwargs)
             spent[part] += now(model.trunk) - began
             return result
 
