@@ -96,8 +96,9 @@ def estimate_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> 
     tokens = round(sum(documents) * scale) + given * data.row_length
     steps = _steps(recipe, rows)
     assert steps is not None
-    if recipe.train.save_steps:
-        saves = steps // recipe.train.save_steps + 1
+    # Each measurement while training writes a checkpoint too.
+    if save_steps := recipe.train.save_steps or recipe.evaluation.steps:
+        saves = steps // save_steps + 1
     else:
         saves = math.ceil(steps / _steps_of_an_epoch(recipe, rows))
     return TextEstimate(prompts, given, held_out, tokens, rows, steps, saves, tuple(notes))

@@ -16,7 +16,7 @@ from mtpd.evaluate import gate, outputs, tables
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.compare import console, show_comparison
 from mtpd.evaluate.intervals import intervals
-from mtpd.evaluate.measure import Model, Seconds, measure_suites, respond
+from mtpd.evaluate.measure import Model, Trace, measure_suites, respond
 from mtpd.evaluate.samples import write_samples
 from mtpd.evaluate.suites import Question, Suite, load_suite, questions
 from mtpd.evaluate.trunk_quality import TrunkQuality, trunk_quality
@@ -78,7 +78,7 @@ def evaluate_run(request: Request, *, progress: bool = True) -> int:
             raise UserError(f"--drafts: {request.drafts} is more than there are heads; accepted: 1 to {heads.depth}")
         heads.shorten(request.drafts)
     model = Model(finished.trunk, finished.tokenizer, finished.fingerprint, finished.ends)
-    acceptance, seconds = measure_suites(
+    acceptance, trace = measure_suites(
         model,
         heads,
         suites,
@@ -91,12 +91,12 @@ def evaluate_run(request: Request, *, progress: bool = True) -> int:
     path = request.output or (run.evaluation if mode == "offline" else run.evaluation_decoded)
     acceptance.save(path)
     if mode == "offline" and request.heads == "heads":
-        write_samples(run.samples, model, heads, seconds.samples)
+        write_samples(run.samples, model, heads, trace.samples)
     estimates = intervals(acceptance)
     to = console(quiet=not progress)
     to.print(tables.suites_table(acceptance, estimates))
     to.print(tables.depths_table(acceptance, estimates))
-    to.print(_speed(acceptance, seconds), highlight=False, soft_wrap=True)
+    to.print(_speed(acceptance, trace), highlight=False, soft_wrap=True)
     warn_of_control(acceptance)
     quality = _check_trunk(request, finished, suites, progress=progress) if request.check_trunk else None
     if quality is not None:
@@ -144,12 +144,12 @@ def _setting(baseline: Acceptance | None, suite: str, key: str) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def _speed(acceptance: Acceptance, seconds: Seconds) -> str:
+def _speed(acceptance: Acceptance, trace: Trace) -> str:
     prompts = acceptance.total().prompts
-    text = f"measured {prompts} prompts in {seconds.measuring:.1f} s, {prompts / max(seconds.measuring, 1e-9):.2f} a s"
+    text = f"measured {prompts} prompts in {trace.measuring:.1f} s, {prompts / max(trace.measuring, 1e-9):.2f} a s"
     if acceptance.mode == "decoded":
         return text + " (plain generate included)"
-    return text + f"; the responses took {seconds.responses:.1f} s before that (kept for later calls)"
+    return text + f"; the responses took {trace.responses:.1f} s before that (kept for later calls)"
 
 
 def warn_of_control(acceptance: Acceptance) -> None:

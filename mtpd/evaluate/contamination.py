@@ -49,7 +49,7 @@ class TrainedPrompts:
     def _near(self, texts: Sequence[str]) -> set[int]:
         if not len(self.signatures):
             return set()
-        # All pairs: 40,000 training prompts take ten milliseconds for each prompt of a suite.
+        # All pairs: 40,000 training prompts take twenty milliseconds for each prompt of a suite.
         similarities = [float((self.signatures == own).mean(axis=1).max()) for own in signatures(texts)]
         return {index for index, similarity in enumerate(similarities) if similarity >= SIMILAR}
 

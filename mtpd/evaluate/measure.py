@@ -38,12 +38,13 @@ class Model:
 
 
 @dataclass
-class Seconds:
-    """Wall-clock time of a measurement, by what it was spent on."""
+class Trace:
+    """What a measurement was made on, and the seconds that it took."""
 
     responses: float = 0.0
-    """Greedy responses of the trunk; near 0 where they were kept."""
+    """Seconds for the trunk's greedy responses; near 0 where they were kept."""
     measuring: float = 0.0
+    """Seconds for everything else."""
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     """By suite, what was measured on."""
 
@@ -58,7 +59,7 @@ def measure_suites(
     responses: Path,
     trained: TrainedPrompts | None = None,
     progress: bool = True,
-) -> tuple[Acceptance, Seconds]:
+) -> tuple[Acceptance, Trace]:
     """Acceptance of heads on suites.
 
     Args:
@@ -71,15 +72,15 @@ def measure_suites(
         UserError: no prompt of a suite fits into the model's context.
     """
     counts: dict[str, SuiteCounts] = {}
-    seconds = Seconds()
+    trace = Trace()
     for name, (suite, questions) in suites.items():
         began = time.monotonic()
         if mode == "offline":
             samples = respond(model, name, suite, questions, responses, progress=progress)
         else:
             samples = prompts_alone(model, name, suite, questions)
-        seconds.samples[name] = samples
-        seconds.responses += time.monotonic() - began
+        trace.samples[name] = samples
+        trace.responses += time.monotonic() - began
         began = time.monotonic()
         if mode == "offline":
             measured = measure_offline(model.trunk, heads, samples, end_tokens=model.ends, progress=progress)
@@ -92,14 +93,14 @@ def measure_suites(
                 end_tokens=model.ends,
                 progress=progress,
             )["heads"]
-        seconds.measuring += time.monotonic() - began
+        trace.measuring += time.monotonic() - began
         counts[name] = measured[name].model_copy(update={"settings": suite.settings})
         _mark(counts[name], name, questions, trained)
     settings = {"dtype": str(model.trunk.dtype).removeprefix("torch."), "drafts": heads.depth}
     acceptance = Acceptance(
         mode=mode, settings=settings, trunk=model.fingerprint, heads=heads_fingerprint, suites=counts
     )
-    return acceptance, seconds
+    return acceptance, trace
 
 
 def respond(
