@@ -312,8 +312,8 @@ def test_memory(loss: str, top_n: int, monkeypatch: pytest.MonkeyPatch) -> None:
         multi_depth_loss(students, trunk, head, **given)[0].backward()
     # A block: logits of the teacher and of one depth, and what the teacher's tiles keep; and a dozen tiles.
     block = rows * vocabulary * 4
-    kept = 3 + (each.divergence in ("reverse_kl", "jsd", "lk")) + bool(top_n)
-    assert ours.peak <= (kept + 1) * block + 12 * step * vocabulary * 4 + 12 * DEPTHS * positions * size * 8
+    kept = 2 + any(each.beta) + (each.divergence in ("reverse_kl", "jsd")) + bool(top_n)
+    assert ours.peak <= kept * block + 12 * step * vocabulary * 4 + 12 * DEPTHS * positions * size * 8
     assert ours.peak < logits
     with LiveBytes() as theirs:
         reference.multi_depth_loss(students, trunk, head, **given).backward()

@@ -36,8 +36,8 @@ __all__ = ["BLOCK_BYTES", "TILE_BYTES", "LossSettings", "LossSums", "multi_depth
 
 BLOCK_ROWS = 256
 """Rows of a block at most: from there on matrix products are not faster."""
-BLOCK_BYTES = 256 * 2**20
-"""Size of a block at most: logits of the teacher and of one depth, and the teacher's probabilities."""
+BLOCK_BYTES = 512 * 2**20
+"""Size of a block at most: logits of the teacher and of one depth, and what is kept of the teacher in float32."""
 TILE_BYTES = 4 * 2**20
 """Size of one float32 tile. Larger ones leave the cache."""
 LIVE_TILES = 8

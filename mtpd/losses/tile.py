@@ -35,8 +35,8 @@ BLOCK = 64
 class Teacher(NamedTuple):
     """Teacher rows of a tile; computed once, compared with every depth."""
 
-    z: Tensor
-    """Logits over the temperature, [S, M]."""
+    z: Tensor | None
+    """Logits over the temperature, [S, M], for divergences with log q in their gradient."""
     q: Tensor
     """softmax(z) over the columns compared, 0 in the others, [S, M]."""
     lse: Tensor
@@ -72,12 +72,14 @@ def kl(student: Student, teacher: Teacher, settings: LossSettings, weight: Tenso
 
 
 def reverse_kl(student: Student, teacher: Teacher, settings: LossSettings, weight: Tensor) -> tuple[Tensor, Tensor]:
+    assert teacher.z is not None
     ratio = (student.y - teacher.z).add_((teacher.lse - student.lse)[:, None])
     value = (student.p * ratio).sum(1)
     return value, ratio.sub_(value[:, None]).mul_(student.p)
 
 
 def jsd(student: Student, teacher: Teacher, settings: LossSettings, weight: Tensor) -> tuple[Tensor, Tensor]:
+    assert teacher.z is not None
     mix = settings.mix
     log_p = student.y - student.lse[:, None]
     log_q = teacher.z - teacher.lse[:, None]
@@ -138,7 +140,9 @@ def teacher_tile(
     q, lse, choice = softmax(z, outside)
     if columns_M is not None:
         mass = torch.exp(lse - everything)
-    return Teacher(z, q, lse, (q * z).sum(1) - lse, outside, mass), choice
+    negative_entropy = (q * z).sum(1) - lse
+    kept = z if settings.divergence in ("reverse_kl", "jsd") else None
+    return Teacher(kept, q, lse, negative_entropy, outside, mass), choice
 
 
 def compare(
