@@ -141,26 +141,49 @@ class SlotCache(Cache):
         """The next pass starts texts at position 0: it attends to nothing but itself, and needs no mask."""
         self.span, self.limit, self.place = span, None, span.place(self.capacity)
 
-    def go_on(self, span: Span) -> Tensor | dict[str, Tensor]:
+    def go_on(
+        self, span: Span, *, positions: Tensor | None = None, seen: Tensor | None = None
+    ) -> Tensor | dict[str, Tensor]:
         """The next pass continues texts.
+
+        Args:
+            positions: [N, Q], where they are not those of the span's places: alternatives for one position lie
+                in places of their own, behind the others.
+            seen: [N, Q], then: the last place before its own that each of them sees.
 
         Returns:
             Its attention mask: [N, 1, Q, L], or one for each kind of layer where there are several.
         """
         self.span, self.place = span, span.place(self.capacity)
         self.limit = min(-(-span.end // ROUND) * ROUND, self.capacity)
-        return attention_masks(self.config, span.positions, self.places[: self.limit], dtype=self.dtype)
+        own = span.positions
+        positions = own if positions is None else positions
+        return attention_masks(self.config, positions, self.places[: self.limit], own=own, seen=seen, dtype=self.dtype)
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Makes the first `length` positions of one slot those of another."""
         for layer in self.layers:
             layer.copy_row(source, target, length)
 
+    def move(self, rows: Tensor, sources: Tensor, targets: Tensor) -> None:
+        """In each of these rows [R], puts what lies in one place into another."""
+        for layer in self.layers:
+            for held in (layer.keys, layer.values):
+                held[rows, :, targets] = held[rows, :, sources]
+
 
 def attention_masks(
-    config: PretrainedConfig, positions_NQ: Tensor, places_L: Tensor, *, dtype: torch.dtype
+    config: PretrainedConfig,
+    positions_NQ: Tensor,
+    places_L: Tensor,
+    *,
+    own: Tensor,
+    seen: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor | dict[str, Tensor]:
     """What each position may attend to, in the form that decoders of transformers take ready masks in.
+
+    Without `seen` all places up to its own; with it those up to `seen`, and its own (both [N, Q]).
 
     The forms are those of `transformers.masking_utils.create_masks_for_generate`.
 
@@ -174,10 +197,15 @@ def attention_masks(
         if getattr(config, "attention_chunk_size", None) is not None:
             kinds = ["chunked_attention"]
     masks: dict[str, Tensor] = {}
+    if seen is None:
+        causal = own[:, None, :, None] >= places_L
+    else:
+        causal = (seen[:, None, :, None] >= places_L) | (own[:, None, :, None] == places_L)
     for kind in dict.fromkeys(kinds):
-        mask = positions_NQ[:, None, :, None] >= places_L
+        mask = causal
         if kind == "sliding_attention" and window is not None:
-            mask &= positions_NQ[:, None, :, None] - places_L < window
+            # A place behind the position is its own.
+            mask = causal & (positions_NQ[:, None, :, None] - places_L < window)
         elif kind != "full_attention":
             raise UnsupportedModel(f"{config.model_type}: layers of {kind} cannot be decoded with heads yet")
         if config._attn_implementation == "eager":

@@ -14,6 +14,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from mtpd import alignment
 from mtpd.decode import Counts, generate
+from mtpd.decode.choice import Drafts, Greedy
 from mtpd.decode.engine import Engine, Request
 from mtpd.errors import UserError
 from mtpd.heads import Heads
@@ -53,8 +54,12 @@ class Scripted:
     def copy_row(self, source: int, target: int, length: int) -> None:
         self.held[target] = self.held[source]
 
+    def ids(self, columns: Tensor) -> Tensor:
+        return columns
+
     def draft(self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Any, go_on: None) -> int:
         """As `ChainDrafter.draft`."""
+        logits = torch.full((depth, len(newest), TOKENS), -9.0)
         for row, end in enumerate(newest):
             known = tokens[row, : end + 1].tolist()
             [text] = [text for text in self.texts if text[: len(known)] == known]
@@ -64,6 +69,11 @@ class Scripted:
             drafts = text[end + 1 : end + 1 + depth]
             wrong = [token if k < right else (token + 1) % TOKENS for k, token in enumerate(drafts)]
             tokens[row, end + 1 : end + 1 + depth] = torch.tensor(wrong)
+            # Where the draft is wrong, the right token comes close behind it.
+            for k, (draft, token) in enumerate(zip(wrong, drafts, strict=True)):
+                logits[k, row, token], logits[k, row, draft] = 1.0, 2.0
+        for k in range(depth):
+            pick(logits[k], k)
         self.rounds += 1
         return depth
 
@@ -140,6 +150,60 @@ def test_rows_are_texts_of_their_own(name: str, trunk: Trunk) -> None:
                 assert text.tokens == texts[text.number][1][: limits[text.number]]
             # The engine serves again, and nothing of before is left.
             assert [text.tokens for text in engine.run(requests[:1])] == [texts[0][1]]
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_siblings(name: str, trunk: Trunk, slots: int) -> None:
+    """Fault: a sibling that sees the draft beside it, or one that is accepted and stays where the next round writes."""
+    texts = [greedy_text(name, length) for length in (5, 40, 1, 20)]
+    requests = [Request(prompt, 30) for prompt, _ in texts]
+    forwards = {}
+    for siblings in (0, 1, 4):
+        engine = Engine(trunk, Scripted(texts, PATCHY), slots=slots, capacity=72, siblings=siblings)  # type: ignore[arg-type]
+        written = sorted(engine.run(requests), key=lambda text: text.number)
+        assert [text.tokens for text in written] == [text for _, text in texts]
+        forwards[siblings] = sum(len(text.rounds) for text in written)
+    assert forwards[4] < forwards[0], "siblings were accepted"
+    random = Engine(trunk, random_heads(trunk), slots=slots, capacity=72, siblings=7)
+    written = sorted(random.run(requests), key=lambda text: text.number)
+    assert [text.tokens for text in written] == [text for _, text in texts]
+
+
+def test_siblings_are_the_likeliest_others(learned: Learned) -> None:
+    """Fault: siblings at a wrong depth, drafts that are repeated, or tokens of another column."""
+    prompt = learned.sample.prompt_ids
+    vocabulary = torch.arange(1, TOKENS, 2)
+    for heads in (learned.half, random_heads(learned.trunk, vocabulary=vocabulary)):
+        seen: list[Drafts] = []
+
+        class Watch(Greedy):
+            def choose(self, logits: Tensor, texts: Any, drafts: Drafts | None, seen: Any = seen) -> list[list[int]]:
+                seen += [] if drafts is None else [drafts]
+                return super().choose(logits, texts, drafts)
+
+        engine = Engine(learned.trunk, heads, slots=1, capacity=40, siblings=5, choice=Watch())
+        [text] = engine.run([Request(prompt, 10)])
+        drafts = seen[0]
+        assert drafts.depths is not None
+        assert drafts.siblings is not None
+        ids = torch.tensor([[*prompt, text.tokens[0], *drafts.chain[0].tolist()]])
+        known = len(prompt)
+        hidden = learned.trunk.hidden(ids)
+        with torch.no_grad():
+            states = heads(learned.trunk, hidden, ids, position_ids_BT=torch.arange(ids.shape[1])[None])
+        before, weights = 1.0, {}
+        for k, state in enumerate(states, start=1):
+            logits = learned.trunk.unembedding(state[0, known - 1])
+            rows = heads.rows()
+            chances = logits[:TOKENS].softmax(-1) if rows is None else logits[rows].softmax(-1)
+            tokens = torch.arange(TOKENS) if rows is None else rows
+            for chance, token in zip(chances.tolist(), tokens.tolist(), strict=True):
+                weights[k, token] = before * chance
+            before *= chances.max().item()
+            weights.pop((k, int(drafts.chain[0, k - 1])))
+        best = sorted(weights, key=lambda place: -weights[place])[:5]
+        found = zip(drafts.depths[0].tolist(), drafts.siblings[0].tolist(), strict=True)
+        assert sorted(found) == sorted(best)
 
 
 def test_counts_of_rows_are_those_of_one(learned: Learned) -> None:

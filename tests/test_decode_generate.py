@@ -32,7 +32,8 @@ def both(trunk: Trunk, **settings: Any) -> tuple[Any, Any]:
     """What this package and what transformers returns; each gets processors and criteria of its own."""
     ids, mask = batch()
     results = []
-    for model in (Model(trunk, random_heads(trunk)), trunk.model):
+    siblings = settings.pop("siblings", 0)
+    for model in (Model(trunk, random_heads(trunk), drafting=Drafting(depth=3, siblings=siblings)), trunk.model):
         given = {key: value() if callable(value) else value for key, value in settings.items()}
         arguments: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, **given}
         generate: Any = model.generate
@@ -97,6 +98,8 @@ def test_processors_and_criteria(llama: Trunk, kind: str) -> None:
     """Fault: one that sees rejected drafts, other rows or other lengths than in plain decoding, or is not asked."""
     ours, theirs = both(llama, **PROCESSED[kind])
     assert torch.equal(ours, theirs)
+    # Forty candidates a round: many of them are accepted.
+    assert torch.equal(both(llama, siblings=40, **PROCESSED[kind])[0], theirs)
     if kind not in ("shorter", "max length", "several", "forced end"):
         assert not torch.equal(ours, both(llama)[0]), "it made no difference"
 

@@ -12,7 +12,7 @@ from architectures import random_heads, random_tokens, tiny_trunk
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mtpd.decode.choice import Choice
+from mtpd.decode.choice import Choice, Drafts
 from mtpd.decode.engine import Engine, Request, Text
 from mtpd.decode.model import Drafting, Model
 from mtpd.decode.sampling import SampledDrafts, Sampling, pick, temperature_and_top_p, uniform
@@ -93,7 +93,7 @@ WARPERS = {
 
 
 @pytest.mark.parametrize("warpers", WARPERS)
-@pytest.mark.parametrize("kind", ["greedy drafts", "sampled drafts", "drafts of few tokens"])
+@pytest.mark.parametrize("kind", ["greedy drafts", "siblings", "sampled drafts", "drafts of few tokens"])
 def test_texts_have_the_distribution_of_the_model(kind: str, warpers: str) -> None:
     """Fault: acceptance or residual that shifts probability between texts, at any of the places of a round."""
     trunk, heads = small_world()
@@ -102,7 +102,8 @@ def test_texts_have_the_distribution_of_the_model(kind: str, warpers: str) -> No
         heads = random_heads(trunk, depth=2, vocabulary=rows)
     length, size = 4, 5
     sampling = Sampling(WARPERS[warpers])
-    choice: Choice = sampling if kind == "greedy drafts" else SampledDrafts(WARPERS[warpers], rows=rows)
+    greedy = kind in ("greedy drafts", "siblings")
+    choice: Choice = sampling if greedy else SampledDrafts(WARPERS[warpers], rows=rows)
     # The probability of every text, one token after another.
     texts = torch.tensor(list(itertools.product(range(size), repeat=length)))
     prompt = [1, 4]
@@ -112,7 +113,8 @@ def test_texts_have_the_distribution_of_the_model(kind: str, warpers: str) -> No
     exact = each.gather(2, texts[..., None])[..., 0].double().prod(1)
     assert exact.sum() == pytest.approx(1, abs=1e-5)
 
-    engine = Engine(trunk, heads, slots=2000, capacity=len(prompt) + length, choice=choice)
+    siblings = 3 if kind == "siblings" else 0
+    engine = Engine(trunk, heads, slots=2000, capacity=len(prompt) + length, choice=choice, siblings=siblings)
     found = torch.zeros(size**length)
     accepted = drafted = 0
     for text in engine.run(Request(prompt, length, seed) for seed in range(SAMPLES // 5)):
@@ -143,7 +145,7 @@ def test_a_large_vocabulary() -> None:
         drafts = choice.draft(q.expand(rows, size), texts, 0)
         logits = p.expand(rows, 2, size)
         for name, new in {
-            "sampled drafts": choice.choose(logits, texts, drafts[:, None]),
+            "sampled drafts": choice.choose(logits, texts, Drafts(drafts[:, None])),
             "plain": Sampling().choose(logits[:, :1], texts, None),
         }.items():
             counts[name] += torch.tensor([tokens[0] for tokens in new]).bincount(minlength=size)
@@ -172,9 +174,9 @@ def test_a_seed_gives_one_text_with_heads_and_without(settings: dict[str, Any]) 
     mask = torch.ones_like(ids)
     ids[0, :4], mask[0, :4] = 0, 0
 
-    def text(heads: Heads | None, rows: slice = slice(None), seed: int = 5) -> Tensor:
+    def text(heads: Heads | None, rows: slice = slice(None), seed: int = 5, siblings: int = 0) -> Tensor:
         torch.manual_seed(seed)
-        output = Model(trunk, heads).generate(
+        output = Model(trunk, heads, drafting=Drafting(depth=3, siblings=siblings)).generate(
             ids[rows], attention_mask=mask[rows], do_sample=True, max_new_tokens=25, pad_token_id=0, **settings
         )
         assert isinstance(output, Tensor)
@@ -182,6 +184,7 @@ def test_a_seed_gives_one_text_with_heads_and_without(settings: dict[str, Any]) 
 
     plain = text(None)
     assert torch.equal(text(random_heads(trunk)), plain)
+    assert torch.equal(text(random_heads(trunk), siblings=40), plain)
     assert torch.equal(text(random_heads(trunk, vocabulary=torch.arange(0, 60))), plain)
     # The first row's numbers do not depend on the others.
     assert torch.equal(text(random_heads(trunk), slice(0, 1))[0], plain[0])

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtpd.decode.choice import Choice, Greedy
+from mtpd.decode.choice import Choice, Drafts, Greedy
 from mtpd.decode.counts import Counts
 from mtpd.errors import UserError
 from mtpd.fast import faster, faster_logits
@@ -96,6 +96,7 @@ class Engine:
         depth: drafts a round; None is as many as there are heads.
         threshold: a round stops drafting where the product of the probabilities that the heads gave to their
             drafts falls below it, in the mean of the rows; 0 always drafts `depth` tokens.
+        siblings: further candidates a round, the likeliest ones besides the drafts, each for the place of one of them.
         choice: how tokens are chosen from logits.
         end_tokens: ids that end a text; the one that does is part of it.
         on_tokens: called with a text and its new tokens after each round; True ends the text.
@@ -113,6 +114,7 @@ class Engine:
         capacity: int,
         depth: int | None = None,
         threshold: float = 0.0,
+        siblings: int = 0,
         choice: Choice | None = None,
         end_tokens: Collection[int] = (),
         on_tokens: Callable[[Text, list[int]], bool | None] | None = None,
@@ -122,6 +124,7 @@ class Engine:
         if heads is not None and not 1 <= self.depth <= deepest:
             raise UserError(f"depth: {depth} is not accepted; accepted: 1 to {deepest}, the heads there are")
         self.threshold = threshold
+        self.siblings = siblings
         self.device = trunk.device
         self.decoder: Any = faster(trunk.decoder)
         self.slots = slots
@@ -130,7 +133,7 @@ class Engine:
         self.ends = frozenset(end_tokens)
         self.on_tokens = on_tokens
         # Drafts may lie past the longest text, and one place belongs to no position.
-        room = capacity + self.depth + 1
+        room = capacity + self.depth + siblings + 1
         self.cache = SlotCache(trunk.config, slots=slots, capacity=room, dtype=trunk.dtype, device=trunk.device)
         self.drafter = heads.drafter(trunk, slots=slots, capacity=room) if heads is not None else None
         self.unembedding = faster_logits(trunk, trunk.unembedding)
@@ -192,45 +195,88 @@ class Engine:
         """Drafts, verifies, and writes the accepted tokens of all active rows."""
         device = self.device
         newest = [text.newest for text in self.active]
-        drafted = 0
-        if self.drafter is not None:
-            drafted = self._draft(self.drafter, newest)
-        span = Span(newest, drafted + 1, device)
+        drafts = None if self.drafter is None else self._draft(self.drafter, newest)
+        depth = 0 if drafts is None else drafts.chain.shape[1]
+        span = Span(newest, 1 + depth, device)
         read = span.read(self.tokens)
-        mask = self.cache.go_on(span)
-        hidden = self._pass(read, span, mask)
-        logits = self.unembedding(hidden)
-        new = self.choice.choose(logits, self.active, read[:, 1:] if drafted else None)
+        if drafts is None or drafts.siblings is None or drafts.depths is None:
+            hidden = self._pass(read, span, self.cache.go_on(span))
+        else:
+            wide = Span(newest, 1 + depth + drafts.siblings.shape[1], device)
+            before = span.positions[:, :1] + drafts.depths
+            positions = torch.cat([span.positions, before], dim=1)
+            seen = torch.cat([span.positions, before - 1], dim=1)
+            mask = self.cache.go_on(wide, positions=positions, seen=seen)
+            hidden = self._pass(torch.cat([read, drafts.siblings], dim=1), wide, mask, positions)
+        new = self.choice.choose(self.unembedding(hidden), self.active, drafts)
+        if drafts is not None and drafts.siblings is not None:
+            self._move_siblings(newest, new, drafts.taken, depth, hidden)
         if self.drafter is not None:
-            self.drafter.read(span, hidden)
-        # The last accepted token lies in `tokens` as a draft, or the main head's own takes its place.
-        width = drafted + 1
+            self.drafter.read(span, hidden[:, : 1 + depth])
+        # The drafts in `tokens` that were not accepted give way.
+        width = max(map(len, new))
         known = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in new], device=device)
-        span.write(self.tokens, known, steps=1)
+        Span(newest, width, device).write(self.tokens, known, steps=1)
         for text, tokens in zip(self.active, new, strict=True):
-            text.rounds.append((len(text.tokens), drafted, len(tokens) - 1))
+            text.rounds.append((len(text.tokens), depth, len(tokens) - 1))
             self._write(text, tokens)
 
-    def _draft(self, drafter: ChainDrafter, newest: list[int]) -> int:
+    def _move_siblings(
+        self, newest: list[int], new: list[list[int]], taken: list[int], depth: int, hidden: Tensor
+    ) -> None:
+        """Puts siblings that were accepted where the drafts stood whose places they take."""
+        rows = [row for row, column in enumerate(taken) if column > depth]
+        if not rows:
+            return
+        # The sibling is the last new token but one.
+        pairs = [(row, newest[row], taken[row], len(new[row]) - 1) for row in rows]
+        index, start, source, target = torch.tensor(pairs, device=self.device).unbind(1)
+        self.cache.move(index, start + source, start + target)
+        hidden[index, target] = hidden[index, source]
+
+    def _draft(self, drafter: ChainDrafter, newest: list[int]) -> Drafts:
         """Drafts until the depth, or until a further draft is too unlikely to be accepted."""
+        count = self.siblings if self.choice.siblings else 0
         sure: Tensor | None = None
+        others: list[tuple[Tensor, Tensor]] = []
 
         def pick(logits: Tensor, number: int) -> Tensor:
-            return self.choice.draft(logits, self.active, number)
+            nonlocal sure
+            columns = self.choice.draft(logits, self.active, number)
+            if count or self.threshold > 0:
+                probabilities = logits.float().softmax(-1)
+                before = 1.0 if sure is None else sure
+                if count:
+                    best, at = probabilities.topk(min(count + 1, logits.shape[-1]), dim=-1)
+                    others.append((before * best[:, 1:], at[:, 1:]))
+                sure = before * probabilities.gather(1, columns[:, None])
+            return columns
 
         def likely(logits: Tensor, columns: Tensor) -> bool:
-            nonlocal sure
-            probability = logits.float().softmax(-1).gather(1, columns[:, None])
-            sure = probability if sure is None else sure * probability
+            assert sure is not None
             return bool(sure.mean() >= self.threshold)
 
-        return drafter.draft(self.tokens, newest, self.depth, pick, likely if self.threshold > 0 else None)
+        depth = drafter.draft(self.tokens, newest, self.depth, pick, likely if self.threshold > 0 else None)
+        drafts = Drafts(Span(newest, depth, self.device).read(self.tokens, steps=1).clone())
+        if count and others[0][0].shape[1]:
+            each = others[0][0].shape[1]
+            # The likeliest of all depths, by the heads' own word.
+            at = torch.cat([weight for weight, _ in others], dim=1).topk(min(count, depth * each), dim=1).indices
+            drafts.siblings = drafter.ids(torch.cat([columns for _, columns in others], dim=1).gather(1, at))
+            drafts.depths = 1 + at // each
+        return drafts
 
-    def _pass(self, tokens: Tensor, span: Span, mask: Tensor | dict[str, Tensor] | None) -> Tensor:
+    def _pass(
+        self,
+        tokens: Tensor,
+        span: Span,
+        mask: Tensor | dict[str, Tensor] | None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """The trunk's hidden states [N, Q, D] of tokens [N, Q]."""
         hidden: Tensor = self.decoder(
             input_ids=tokens,
-            position_ids=span.positions,
+            position_ids=span.positions if positions is None else positions,
             attention_mask=mask,
             past_key_values=self.cache,
             use_cache=True,

@@ -42,6 +42,8 @@ class Drafting(BaseModel):
     depth: int = Field(ge=1)
     threshold: float = Field(default=0.0, ge=0.0, le=1.0)
     """Drafting stops where the product of the probabilities that the heads gave to their drafts falls below it."""
+    siblings: int = Field(default=0, ge=0)
+    """Further candidates a round, each an alternative to one of the drafts."""
     sampled: bool = False
     """Under sampling, drafts are drawn from the heads' distributions instead of being their most likely tokens."""
 
@@ -178,13 +180,13 @@ class Model:
 
     def engine(self, requests: list[Request], **settings: Any) -> Engine:
         """Slots for these requests, and drafting as this model does it."""
-        drafting = {"depth": self.drafting.depth, "threshold": self.drafting.threshold} if self.heads else {}
+        drafting = self.drafting.model_dump(exclude={"sampled"}) if self.heads is not None else {}
         return Engine(
             self.trunk,
             self.heads,
             slots=min(SLOTS, len(requests)),
             capacity=max(len(request.prompt) + request.max_new_tokens for request in requests),
-            **drafting,  # type: ignore[arg-type]
+            **drafting,
             **settings,
         )
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from mtpd.decode.choice import Drafts
 from mtpd.decode.sampling import Warper, numbers, pick
 
 if TYPE_CHECKING:
@@ -87,27 +88,51 @@ class Processed:
         self.keep_scores = keep_scores
         self.keep_logits = keep_logits
 
+    siblings = True
+
     def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
         """As `mtpd.decode.choice.Choice.draft`."""
         return logits.argmax(-1)
 
-    def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Tensor | None) -> list[list[int]]:
+    def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Drafts | None) -> list[list[int]]:
         """As `mtpd.decode.choice.Choice.choose`; a text that a criterion ends is marked so."""
-        drafted = [[] for _ in texts] if drafts is None else drafts.tolist()
-        return [self._row(logits[row], text, drafted[row]) for row, text in enumerate(texts)]
+        chains: list[list[int]] = [[] for _ in texts]
+        siblings: list[dict[tuple[int, int], int]] = [{} for _ in texts]
+        if drafts is not None:
+            chains = drafts.chain.tolist()
+            if drafts.siblings is not None and drafts.depths is not None:
+                first = 1 + drafts.chain.shape[1]
+                pairs = zip(drafts.depths.tolist(), drafts.siblings.tolist(), strict=True)
+                siblings = [
+                    {place: first + number for number, place in enumerate(zip(*pair, strict=True))} for pair in pairs
+                ]
+        rows = [self._row(logits[row], text, chains[row], siblings[row]) for row, text in enumerate(texts)]
+        if drafts is not None:
+            drafts.taken = [column for _, column in rows]
+        return [new for new, _ in rows]
 
-    def _row(self, logits: Tensor, text: Text, drafts: list[int]) -> list[int]:
+    def _row(
+        self, logits: Tensor, text: Text, chain: list[int], siblings: dict[tuple[int, int], int]
+    ) -> tuple[list[int], int]:
+        """New tokens of one row, and the column behind which the last of them stands.
+
+        Args:
+            logits: [Q, V].
+            siblings: columns by depth and token.
+        """
         known = [*text.request.padding, *text.request.prompt, *text.tokens]
         ids = torch.tensor([known], device=logits.device)
-        draws = numbers([text], len(logits), device=logits.device)[0] if self.sample else None
-        new: list[int] = []
+        draws = numbers([text], len(chain) + 1, device=logits.device)[0] if self.sample else None
         if text.number not in self.of_row:
             self.of_row[text.number] = of_row(self.processors, text.number)
         processors = self.of_row[text.number]
-        for place in range(len(logits)):
-            raw = logits[place : place + 1].float()
+        new: list[int] = []
+        column = 0
+        while True:
+            raw = logits[column : column + 1].float()
             scores = processors(ids, raw.clone())
-            chosen = scores.argmax(-1) if draws is None else pick(scores.softmax(-1), draws[place : place + 1])
+            at = len(new)
+            chosen = scores.argmax(-1) if draws is None else pick(scores.softmax(-1), draws[at : at + 1])
             token = int(chosen)
             new.append(token)
             if self.keep_scores:
@@ -116,10 +141,13 @@ class Processed:
                 text.logits.append(raw[0])
             ids = torch.cat([ids, chosen[:, None]], dim=1)
             if token in self.ends or len(new) >= text.room:
-                break
+                return new, column
             if self.criteria and bool(self.criteria(ids, scores).all()):
                 text.ended = True
-                break
-            if place >= len(drafts) or drafts[place] != token:
-                break
-        return new
+                return new, column
+            if column < len(chain) and chain[column] == token:
+                column += 1
+            elif column <= len(chain) and (column + 1, token) in siblings:
+                column = siblings[column + 1, token]
+            else:
+                return new, column

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TopPLogitsWarper
 
-from mtpd.decode.choice import agreed
+from mtpd.decode.choice import Drafts, agreed
 
 if TYPE_CHECKING:
     from mtpd.decode.engine import Text
@@ -41,6 +41,8 @@ class Sampling:
         warpers: applied to the logits in turn, before the softmax.
     """
 
+    siblings = True
+
     def __init__(self, warpers: Sequence[Warper] = ()) -> None:
         self.warpers = list(warpers)
 
@@ -48,11 +50,15 @@ class Sampling:
         """As `mtpd.decode.choice.Choice.draft`."""
         return logits.argmax(-1)
 
-    def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Tensor | None) -> list[list[int]]:
+    def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Drafts | None) -> list[list[int]]:
         """As `mtpd.decode.choice.Choice.choose`."""
         rows, width, _ = logits.shape
         probabilities = self.distribution(logits.flatten(0, 1))
-        draws = numbers(texts, width, device=logits.device)
+        deepest = width if drafts is None else 1 + drafts.chain.shape[1]
+        draws = numbers(texts, deepest, device=logits.device)
+        if drafts is not None and drafts.depths is not None:
+            # What stands behind a sibling has the place of what stands behind the draft of the same depth.
+            draws = torch.cat([draws, draws.gather(1, drafts.depths)], dim=1)
         return agreed(pick(probabilities, draws.flatten()).view(rows, width), drafts)
 
     def distribution(self, logits: Tensor) -> Tensor:
@@ -74,6 +80,8 @@ class SampledDrafts(Sampling):
         rows: token ids of the heads' columns, or None where they are the tokens.
     """
 
+    siblings = False
+
     def __init__(self, warpers: Sequence[Warper] = (), *, rows: Tensor | None = None) -> None:
         super().__init__(warpers)
         self.rows = rows
@@ -85,14 +93,14 @@ class SampledDrafts(Sampling):
         self.drafted.append(self.distribution(logits))
         return pick(self.drafted[-1], numbers(texts, 1, device=logits.device, first=number, stream=1)[:, 0])
 
-    def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Tensor | None) -> list[list[int]]:
+    def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Drafts | None) -> list[list[int]]:
         if drafts is None:
             return super().choose(logits, texts, None)
         rows, width, size = logits.shape
         device = logits.device
         p = self.distribution(logits.flatten(0, 1)).view(rows, width, size)
         q = self._over_all_tokens(torch.stack(self.drafted, dim=1), size)
-        at = drafts[..., None]
+        at = drafts.chain[..., None]
         draws = numbers(texts, width, device=device, stream=2)
         kept = draws[:, :-1] * q.gather(2, at)[..., 0] < p[:, :-1].gather(2, at)[..., 0]
         accepted = kept.long().cumprod(1).sum(1)
@@ -103,7 +111,8 @@ class SampledDrafts(Sampling):
         # Nothing is left where p and q are equal but for rounding: then p is as good.
         left = torch.where(left.sum(-1, keepdim=True) > 0, left, p[row, accepted])
         token = pick(left, numbers(texts, width, device=device, stream=3)[row, accepted])
-        packed: list[list[int]] = torch.cat([accepted[:, None], token[:, None], drafts], dim=1).tolist()
+        packed: list[list[int]] = torch.cat([accepted[:, None], token[:, None], drafts.chain], dim=1).tolist()
+        drafts.taken = [of[0] for of in packed]
         return [[*of[2 : 2 + of[0]], of[1]] for of in packed]
 
     def _over_all_tokens(self, q: Tensor, size: int) -> Tensor:

@@ -119,9 +119,8 @@ def engine_texts(
         heads,
         slots=batch,
         capacity=max(map(len, prompts)) + max_new_tokens,
-        depth=drafting.depth if drafting and heads else None,
-        threshold=drafting.threshold if drafting and heads else 0.0,
         end_tokens=end_tokens,
+        **(drafting.model_dump(exclude={"sampled"}) if drafting is not None and heads is not None else {}),
     )
     texts = sorted(engine.run(Request(each, max_new_tokens) for each in prompts), key=lambda text: text.number)
     return [text.tokens for text in texts], sum(1 + len(text.rounds) for text in texts)
@@ -177,14 +176,12 @@ class Breakdown:
 
 def breakdown(model: Model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 64, batch: int = 1) -> Breakdown:
     """Times the parts of a round: the trunk's pass, drafting, main head with choice, and everything else."""
-    settings = model.drafting
     engine = Engine(
         model.trunk,
         model.heads,
         slots=batch,
         capacity=max(map(len, prompts)) + max_new_tokens,
-        depth=settings.depth if model.heads else None,
-        threshold=settings.threshold,
+        **(model.drafting.model_dump(exclude={"sampled"}) if model.heads is not None else {}),
     )
     spent = dict.fromkeys(("round", *PARTS), 0.0)
     count = 0

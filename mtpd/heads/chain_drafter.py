@@ -106,12 +106,16 @@ class ChainDrafter:
             state = self._pass(index, span, span.read(self.states[index]), tokens, mask)
             logits = self.unembedding(state[:, -1])
             choice = pick(logits, index)
-            tokens[rows, ends + (index + 1)] = choice if self.rows is None else self.rows[choice]
+            tokens[rows, ends + (index + 1)] = self.ids(choice)
             for row, end in enumerate(newest):
                 true[row] = max(0, end - index)
             if go_on is not None and index + 1 < depth and not go_on(logits, choice):
                 return index + 1
         return depth
+
+    def ids(self, columns: Tensor) -> Tensor:
+        """Token ids of columns of the logits."""
+        return columns if self.rows is None else self.rows[columns]
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Makes the first `length` positions of one slot those of another."""
