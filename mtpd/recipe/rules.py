@@ -1,0 +1,175 @@
+"""What the keys of a recipe have to be to each other, and what the losses read of them.
+
+Each function gives the problems of one section as lines that name the key, its value and what is accepted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mtpd.recipe.sections import DataRecipe, EvaluationRecipe, TrainRecipe
+
+OWNED_ARGUMENTS = {
+    "output_dir": "output",
+    "seed": "seed",
+    "bf16": "dtype",
+    "fp16": "dtype",
+    "use_cpu": "device",
+    "num_train_epochs": "train.epochs",
+    "max_steps": "train.max_steps",
+    "learning_rate": "train.learning_rate",
+    "lr_scheduler_type": "train.scheduler",
+    "warmup_steps": "train.warmup_ratio",
+    "weight_decay": "train.weight_decay",
+    "max_grad_norm": "train.max_grad_norm",
+    "per_device_train_batch_size": "train.rows_per_step",
+    "gradient_accumulation_steps": "train.gradient_accumulation",
+    "save_steps": "train.save_steps",
+    "save_total_limit": "train.save_total_limit",
+    "logging_steps": "train.logging_steps",
+    "report_to": "train.report_to",
+    "torch_compile": "train.compile",
+    "gradient_checkpointing": "train.checkpoint_blocks",
+}
+"""transformers.TrainingArguments that have a recipe key: there is one way to say each of them."""
+
+
+def evaluation_problems(evaluation: EvaluationRecipe, train: TrainRecipe) -> list[str]:
+    problems = []
+    if evaluation.patience and not evaluation.steps:
+        problems.append(
+            f"evaluation.patience: {evaluation.patience} does nothing while evaluation.steps is 0; accepted: 0, or "
+            "evaluation.steps above 0"
+        )
+    if evaluation.steps and train.save_steps not in (0, evaluation.steps):
+        problems.append(
+            f"train.save_steps: {train.save_steps} is not accepted with evaluation.steps, which writes a checkpoint "
+            f"at each measurement; accepted: 0, or {evaluation.steps}"
+        )
+    return problems
+
+
+def data_problems(data: DataRecipe) -> list[str]:
+    problems = []
+    if data.temperature == 0 and data.top_p < 1:
+        problems.append(
+            f"data.top_p: {data.top_p} does nothing while data.temperature is 0; accepted: 1, or a temperature above 0"
+        )
+    if data.responses == "trunk" and data.max_new_tokens >= data.row_length:
+        problems.append(
+            f"data.max_new_tokens: {data.max_new_tokens} does not fit into a row; "
+            f"accepted: less than data.row_length, which is {data.row_length}"
+        )
+    if data.responses == "given" and data.prompts == "builtin":
+        problems.append(
+            "data.responses: given is not accepted with data.prompts: builtin, which has prompts only; accepted: trunk"
+        )
+    if data.store is not None and data.hidden_states != "disk":
+        problems.append(
+            f"data.store: {data.store} does nothing with data.hidden_states: {data.hidden_states}; "
+            "accepted: null, or hidden_states: disk"
+        )
+    sources = [("data", data.prompts, data.subset)]
+    sources += [(f"data.given.{number}", text.prompts, text.subset) for number, text in enumerate(data.given)]
+    for key, prompts, subset in sources:
+        if subset is not None and (prompts == "builtin" or prompts.endswith(".jsonl")):
+            problems.append(f"{key}.subset: {subset} does nothing with prompts: {prompts}; accepted: null")
+    problems += [
+        f"data.given.{number}.prompts: builtin is not accepted, it has prompts only; accepted: a .jsonl file or "
+        "a datasets id"
+        for number, text in enumerate(data.given)
+        if text.prompts == "builtin"
+    ]
+    return problems
+
+
+TOP_N = 10_000
+RENORMALISED = ("mtp_d", "kl", "reverse_kl", "jsd")
+DISTILLING = (*RENORMALISED, "tv", "lk", "end_to_end_tv")
+READ_BY = {
+    "alpha": ("mtp_d",),
+    "beta": ("mtp_d",),
+    "weights": ("ce", *DISTILLING[1:]),
+    "top_n": RENORMALISED,
+    "teacher_temperature": DISTILLING,
+    "student_temperature": DISTILLING,
+    "jsd_mix": ("jsd",),
+    "lk_eta": ("lk",),
+}
+"""Which losses read a key of `train`. With another loss it has to keep its default."""
+
+
+def train_problems(train: TrainRecipe, depth: int) -> list[str]:
+    problems = []
+    for key, losses in READ_BY.items():
+        value, default = getattr(train, key), TrainRecipe.model_fields[key].default
+        if train.loss not in losses and value != default:
+            accepted = "null" if default is None else default
+            problems.append(
+                f"train.{key}: {value} does nothing with train.loss: {train.loss}; accepted: {accepted}, "
+                f"or loss: {', '.join(losses)}"
+            )
+    listed = [key for key in ("alpha", "beta", "weights") if isinstance(getattr(train, key), list)]
+    if train.decay != 1.0 and listed:
+        problems.append(f"train.decay: {train.decay} is not accepted with a list in train.{listed[0]}; accepted: 1.0")
+    for key, weights in (("alpha", train.alpha), ("beta", train.beta), ("weights", train.weights)):
+        if isinstance(weights, list) and len(weights) != depth:
+            problems.append(
+                f"train.{key}: {weights} has {len(weights)} weights; accepted: one number, or a list of {depth} "
+                f"(heads.depth is {depth})"
+            )
+    if not problems and not any(sum(loss_weights(train, depth), ())):
+        key, accepted = ("alpha", "alpha or beta") if train.loss == "mtp_d" else ("weights", "of them")
+        problems.append(f"train.{key}: all weights of the loss are 0; accepted: at least one {accepted} above 0")
+    if train.max_steps == 0:
+        problems.append("train.max_steps: 0 is not accepted; accepted: -1 for whole epochs, or at least 1")
+    return problems + _argument_problems(train.arguments)
+
+
+def _argument_problems(arguments: Mapping[str, Any]) -> list[str]:
+    problems = [
+        f"train.arguments.{name}: is not accepted here; accepted: the recipe key {OWNED_ARGUMENTS[name]}"
+        for name in arguments
+        if name in OWNED_ARGUMENTS
+    ]
+    problems += [
+        f"train.arguments.{name}: {value} is not accepted; accepted: a finite number"
+        for name, value in arguments.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+    if arguments and not problems:
+        # Imported only for recipes that use it: it takes seconds.
+        from dataclasses import fields
+
+        from transformers import TrainingArguments
+
+        known = {field.name for field in fields(TrainingArguments)}
+        problems = [
+            f"train.arguments.{name}: unknown; accepted: an argument of transformers.TrainingArguments"
+            for name in arguments
+            if name not in known
+        ]
+    return problems
+
+
+def loss_weights(train: TrainRecipe, depth: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The weights of cross-entropy and divergence that `train.loss` means. Each tuple has `depth` numbers."""
+    if train.loss == "mtp_d":
+        beta = train.beta if train.beta is not None else (1.0 if depth == 1 else 0.5)
+        return _per_depth(train.alpha, train.decay, depth), _per_depth(beta, train.decay, depth)
+    weights = _per_depth(1.0 if train.weights is None else train.weights, train.decay, depth)
+    none = (0.0,) * depth
+    return (weights, none) if train.loss == "ce" else (none, weights)
+
+
+def _per_depth(weights: float | list[float], decay: float, depth: int) -> tuple[float, ...]:
+    return tuple(weights) if isinstance(weights, list) else tuple(weights * decay**k for k in range(depth))
+
+
+def compared_tokens(train: TrainRecipe) -> int:
+    """The n of the top n that `train` means, 0 for all tokens."""
+    if train.loss not in RENORMALISED:
+        return 0
+    return TOP_N if train.top_n is None else train.top_n

@@ -1,0 +1,191 @@
+"""The sections of a recipe. The docstrings of the fields are the descriptions in its JSON schema."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+SCHEDULERS = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
+
+
+class Section(BaseModel):
+    """Settings of all parts of a recipe: no unknown keys, no coercion, no NaN or infinity, no changes later."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class HeadsRecipe(Section):
+    """The heads that are trained."""
+
+    kind: Literal["chain"] = "chain"
+    """Kind of the heads. chain: K heads in DeepSeek-V3 form, each reading the hidden state of the one before."""
+    depth: int = Field(default=4, ge=1, le=16)
+    """K, the number of heads: tokens drafted beyond the main head's own."""
+    shared: bool = False
+    """One block for all depths instead of one each: a K-th of the parameters, and what every serving engine runs."""
+    init: Literal["identity", "copy_last", "copy_last_k", "random", "regression"] = "regression"
+    """How the heads start. identity: the block passes the trunk's state on; copy_last: all blocks copy the
+    trunk's last layer; copy_last_k: block k copies the k-th of the last K layers; random: as transformers
+    initialises a layer; regression: identity, with the projection fitted by least squares."""
+    vocabulary: Annotated[int, Field(ge=0)] | Text = 0
+    """Draft vocabulary: how many of the tokens most frequent in the training responses can be drafted, special tokens
+    among them; 0 for all tokens. Or a file that `mtpd data vocab` wrote."""
+
+
+class GivenText(Section):
+    """Text that is trained on as it is, with the responses that it has: one trunk pass, no generation."""
+
+    prompts: str = Field(min_length=1, examples=["texts.jsonl", "org/dataset"])
+    """Path of a .jsonl file, or a datasets id."""
+    subset: Text | None = None
+    """Configuration name of the datasets id."""
+    split: Text = "train"
+    """Split of the datasets id."""
+    limit: Count | None = None
+    """Rows at most, drawn by the seed; null for all."""
+
+
+class DataRecipe(Section):
+    """Prompts, their responses, and the rows they are packed into."""
+
+    prompts: str = Field(default="builtin", min_length=1, examples=["builtin", "prompts.jsonl", "org/dataset"])
+    """`builtin` (the prompts that come with mtpd), the path of a .jsonl file, or a datasets id."""
+    subset: Text | None = None
+    """Configuration name of the datasets id."""
+    split: Text = "train"
+    """Split of the datasets id."""
+    limit: Count | None = None
+    """Prompts at most, drawn by the seed; null for all."""
+    held_out: Text | None = None
+    """Prompts that are measured on and never trained on: `builtin`, the path of a .jsonl file, or a datasets
+    id. null: the built-in held-out set if `prompts` is builtin, else `held_out_count` of the prompts."""
+    held_out_count: Count = 80
+    """Prompts kept out of training when `held_out` is null and `prompts` is not builtin."""
+    responses: Literal["trunk", "given"] = "trunk"
+    """trunk: the model answers the prompts itself (self-distillation). given: the data has the responses."""
+    temperature: float = Field(default=0.0, ge=0)
+    """Sampling temperature of generated responses; 0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus of the sampling; 1 for no cut. Needs a temperature above 0."""
+    max_new_tokens: Count = 160
+    """Tokens of a generated response at most."""
+    generation_batch: Count = 64
+    """Prompts answered at a time; lower it when memory runs out."""
+    given: list[GivenText] = []
+    """Further texts to train on, with their own responses."""
+    row_length: int = Field(default=512, ge=32)
+    """Tokens of a packed row: several documents share one, with their borders kept."""
+    hidden_states: Literal["disk", "memory", "recompute"] = "disk"
+    """disk: the trunk runs in the first epoch alone, and its hidden states are kept in files (2 * hidden size bytes a
+    token in bf16). memory: they are kept in memory. recompute: the trunk runs in each epoch, and nothing is kept."""
+    store: Text | None = None
+    """Directory of the files for hidden_states: disk, such as one that `mtpd data store` filled. null: one in the run
+    directory."""
+
+
+class TrainRecipe(Section):
+    """The loss and its optimisation."""
+
+    loss: Literal["mtp_d", "ce", "kl", "reverse_kl", "jsd", "tv", "lk", "end_to_end_tv"] = "mtp_d"
+    """What is trained on, summed over depths. mtp_d: alpha * CE + beta * KL. ce: the true token. kl, reverse_kl,
+    jsd: that divergence from the main head. tv: one minus the chance that rejection sampling accepts. lk: from kl to
+    tv as acceptance grows. end_to_end_tv: one minus the mean chance that a draft is accepted up to depth k."""
+    alpha: Weight | list[Weight] = 0.3
+    """Weight of the cross-entropy in mtp_d: one number, or one for each depth."""
+    beta: Weight | list[Weight] | None = None
+    """Weight of the KL in mtp_d: one number, or one for each depth. null: 1.0 for one head, 0.5 for more."""
+    weights: list[Weight] | None = None
+    """Weight of each depth in a loss other than mtp_d; null: 1 for all."""
+    decay: float = Field(default=1.0, gt=0, le=1)
+    """Each depth weighs so many times what the one before it does."""
+    top_n: int | None = Field(default=None, ge=0)
+    """Tokens that mtp_d, kl, reverse_kl and jsd compare: the teacher's n most likely, renormalised; 0 for the whole
+    vocabulary. null: 10,000."""
+    teacher_temperature: float = Field(default=1.0, gt=0)
+    """Temperature of the teacher's distribution in the divergence."""
+    student_temperature: float = Field(default=1.0, gt=0)
+    """Temperature of the heads' distribution in the divergence."""
+    jsd_mix: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the teacher in the mixture that jsd compares with."""
+    lk_eta: float = Field(default=3.0, ge=0)
+    """How fast lk goes from kl to tv: its share of kl is exp(-lk_eta * acceptance), depth by depth."""
+    compile: bool = False
+    """Compile the loss with torch.compile: faster steps after a start of about half a minute. Needs a compiler."""
+    checkpoint_blocks: bool = False
+    """Keep the input of each head for the backward pass instead of all that is inside: less memory for long rows,
+    and a second forward pass of the heads."""
+    epochs: float = Field(default=3.0, gt=0)
+    """Passes over the training rows."""
+    max_steps: int = Field(default=-1, ge=-1)
+    """Optimizer steps; overrides `epochs` unless -1."""
+    learning_rate: float = Field(default=4e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    scheduler: SCHEDULERS = "cosine"
+    """Learning-rate schedule, by its name in transformers."""
+    warmup_ratio: Share = 0.05
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of AdamW."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this norm; 0 for no limit."""
+    rows_per_step: Count = 8
+    """Rows in one micro batch of one process."""
+    gradient_accumulation: Count = 1
+    """Micro batches in one optimizer step."""
+    save_steps: int = Field(default=0, ge=0)
+    """Steps from one checkpoint to the next; 0 for one after each epoch."""
+    save_total_limit: Count = 2
+    """Checkpoints kept; older ones are deleted."""
+    logging_steps: Count = 10
+    """Steps from one line of metrics to the next."""
+    report_to: list[Text] = []
+    """Trackers known to transformers, such as tensorboard or wandb, beside metrics.jsonl."""
+    arguments: dict[str, Any] = {}
+    """Any other argument of transformers.TrainingArguments, passed on as it is."""
+
+
+class EvaluationRecipe(Section):
+    """The measurements before, during and after training, on the held-out prompts."""
+
+    prompts_limit: Count = 84
+    """Held-out prompts measured at most."""
+    max_new_tokens: Count = 128
+    """Tokens decoded for a prompt at most."""
+    decode_prompts: int = Field(default=14, ge=0)
+    """Held-out prompts that are decoded for real with drafts and verification, beside plain `generate`, one
+    after the other; 0 leaves it out."""
+    decode_depth: int | None = Field(default=None, ge=1)
+    """Tokens drafted a round while decoding, at most `heads.depth`; null for all. Where a draft costs much of a pass
+    of the trunk, fewer are faster."""
+    dtype: Literal["float32", "bfloat16", "float16", "trunk"] = "float32"
+    """Number format while decoding. trunk: the one of the run. In float32 the text of one-token and
+    many-token passes agrees; lower precision can break ties differently."""
+    steps: int = Field(default=0, ge=0)
+    """Steps of training from one measurement of held-out acceptance to the next; each writes a checkpoint, and the
+    heads with the highest tau are kept in the end. 0: the last heads are kept, nothing is measured in between."""
+    steps_prompts: Count = 28
+    """Held-out prompts of each such measurement. The finished heads are not measured on them, because they were chosen
+    by them."""
+    patience: int = Field(default=0, ge=0)
+    """Such measurements without a higher tau after which training stops; 0 never stops early."""
+    extra: list[Text] = []
+    """Further prompts (.jsonl files, datasets ids, or `builtin-other`), each measured as a suite of its own."""
