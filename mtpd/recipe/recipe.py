@@ -2,8 +2,7 @@
 
 A recipe is a YAML file, `key=value` overrides, or both. Unknown keys and values of the wrong kind are
 refused by name; nothing is coerced (a quoted "4" is not the number 4). In a file, `heads.depth: 4` says
-the same as `depth: 4` under `heads:`. The docstrings of the fields
-below are the descriptions in the JSON schema that `mtpd recipe schema` prints.
+the same as `depth: 4` under `heads:`.
 """
 
 from __future__ import annotations
