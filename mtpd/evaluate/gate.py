@@ -1,14 +1,15 @@
 """Two acceptance files compared prompt by prompt, and the gate: passed, failed, or undecided.
 
 The gate looks at two ratios over all suites together: the change of CAR_1 in points, and the relative change of
-tau. Each has a 99% bootstrap interval over prompts, both files resampled together. With M = max_drop:
+tau. Each has bootstrap intervals over prompts, both files resampled together. With M = max_drop:
 
-    failed      at least MINIMUM_PROMPTS prompts, and an interval lies below -M
-    passed      at least MINIMUM_PROMPTS prompts, and both intervals lie at or above -M
+    failed      at least MINIMUM_PROMPTS prompts, and a 99.5% interval lies below -M
+    passed      at least MINIMUM_PROMPTS prompts, and both 95% intervals lie at or above -M
     undecided   everything else; the number of prompts that would decide is estimated
 
-99% and not 95%, because two ratios are tested and a pipeline that runs every week should not fail by chance:
-heads that are equally good then fail in fewer than 1 of 100 runs whatever M is.
+Failing takes more than passing: two ratios are tested, and a pipeline that runs every week should not fail by
+chance. Heads that are equally good then fail in fewer than 1 of 100 runs whatever M is, and heads that have lost
+more than M pass in fewer than 1 of 40.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from mtpd.evaluate.intervals import CONFIDENCE, RESAMPLES, Array, Estimate, boun
 
 MINIMUM_PROMPTS = 50
 """Fewer prompts never decide: percentile intervals are too narrow below about so many."""
-GATE_CONFIDENCE = 0.99
-DECIDING_ERRORS = 2.576 + 0.842
-"""Standard errors between a change and the limit at which a 99% interval keeps off the limit in 80% of cases."""
+FAILING_CONFIDENCE = 0.995
+FAILING_ERRORS = 2.807 + 0.842
+PASSING_ERRORS = 1.960 + 0.842
+"""Standard errors between a change and the limit at which an interval keeps off the limit in 80% of cases."""
 MOST_PROMPTS = 100_000
 """An estimate of more prompts than this says only that the change lies at the limit."""
 
@@ -44,22 +46,25 @@ class Change:
     after: float
     change: Estimate
     """With a 95% interval."""
-    gate: Estimate
-    """The same with the interval of the gate."""
+    failing: Estimate
+    """The same with the interval by which the gate fails."""
     standard_error: float
 
     @property
     def relative(self) -> bool:
         return self.name in ("tau", "speedup")
 
-    def shown(self, estimate: Estimate | None = None) -> str:
-        """The change with its interval, as points or percent: -2.1 points [-2.8, -1.4]"""
-        estimate = estimate or self.change
+    def shown(self) -> str:
+        """The change with its 95% interval, as points or percent: -2.1 points [-2.8, -1.4]"""
         unit = "%" if self.relative else " points"
-        text = f"{100 * estimate.value:+.2f}{unit}"
-        if estimate.low is None or estimate.high is None:
-            return text
-        return f"{text} [{100 * estimate.low:+.2f}, {100 * estimate.high:+.2f}]"
+        return f"{100 * self.change.value:+.2f}{unit} {_percent(self.change)}"
+
+
+def _percent(estimate: Estimate) -> str:
+    """An interval in hundredths: [-2.80, -1.40]"""
+    assert estimate.low is not None
+    assert estimate.high is not None
+    return f"[{100 * estimate.low:+.2f}, {100 * estimate.high:+.2f}]"
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ def _change(name: str, before: Array, after: Array) -> Change:
         float(before[0]),
         float(after[0]),
         Estimate(point, *bounds(spread, CONFIDENCE)),
-        Estimate(point, *bounds(spread, GATE_CONFIDENCE)),
+        Estimate(point, *bounds(spread, FAILING_CONFIDENCE)),
         float(spread.std()),
     )
 
@@ -174,21 +179,30 @@ def judge(comparison: Comparison, *, max_drop: float) -> Verdict:
     prompts = comparison.prompts[None]
     checks = [comparison.suites[None][name] for name in ("car_1", "tau")]
     reasons = [
-        f"{label(check.name)} {check.before:.3f} → {check.after:.3f}, {check.shown(check.gate)} (99%) on {prompts} "
-        f"prompts, allowed {-100 * max_drop:+.2f}"
+        f"{label(check.name)} {check.before:.3f} → {check.after:.3f}, {check.shown()} (99.5% {_percent(check.failing)}) "
+        f"on {prompts} prompts, allowed {-100 * max_drop:+.2f}"
         for check in checks
     ]
-    low, high = ([getattr(check.gate, side) for check in checks] for side in ("low", "high"))
     if prompts < MINIMUM_PROMPTS:
         reasons.append(f"the gate decides on {MINIMUM_PROMPTS} prompts or more")
         return Verdict("undecided", max_drop, reasons, MINIMUM_PROMPTS - prompts)
-    if min(high) < -max_drop:
+    if any(_high(check.failing) < -max_drop for check in checks):
         return Verdict("failed", max_drop, reasons)
-    if min(low) >= -max_drop:
+    undecided = [check for check in checks if _low(check.change) < -max_drop]
+    if not undecided:
         return Verdict("passed", max_drop, reasons)
-    wanted = [_prompts_wanted(check, prompts, max_drop) for check in checks if check.gate.low < -max_drop]  # type: ignore[operator]
-    most = max(wanted)
+    most = max(_prompts_wanted(check, prompts, max_drop) for check in undecided)
     return Verdict("undecided", max_drop, reasons, None if most > MOST_PROMPTS else max(1, math.ceil(most - prompts)))
+
+
+def _low(estimate: Estimate) -> float:
+    assert estimate.low is not None
+    return estimate.low
+
+
+def _high(estimate: Estimate) -> float:
+    assert estimate.high is not None
+    return estimate.high
 
 
 def check_max_drop(max_drop: float) -> None:
@@ -199,10 +213,11 @@ def check_max_drop(max_drop: float) -> None:
 
 def _prompts_wanted(check: Change, prompts: int, max_drop: float) -> float:
     """Prompts that decide in 80% of cases if the change is what it seems; errors fall with the root of their number."""
-    distance = abs(check.change.value + max_drop)
+    distance = check.change.value + max_drop
     if distance == 0.0:
         return math.inf
-    return prompts * (DECIDING_ERRORS * check.standard_error / distance) ** 2
+    errors = PASSING_ERRORS if distance > 0 else FAILING_ERRORS
+    return prompts * (errors * check.standard_error / distance) ** 2
 
 
 def label(ratio: str) -> str:
