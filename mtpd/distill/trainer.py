@@ -109,6 +109,8 @@ class HeadTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         save_heads(self.distill_model.heads, Path(output_dir or str(self.args.output_dir)))
+        if self.store is not None:
+            self.store.flush()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         heads = self.distill_model.heads
