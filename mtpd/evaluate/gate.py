@@ -179,8 +179,8 @@ def judge(comparison: Comparison, *, max_drop: float) -> Verdict:
     prompts = comparison.prompts[None]
     checks = [comparison.suites[None][name] for name in ("car_1", "tau")]
     reasons = [
-        f"{label(check.name)} {check.before:.3f} → {check.after:.3f}, {check.shown()} (99.5% {_percent(check.failing)}) "
-        f"on {prompts} prompts, allowed {-100 * max_drop:+.2f}"
+        f"{label(check.name)} {check.before:.3f} → {check.after:.3f}, {check.shown()}, 99.5% "
+        f"{_percent(check.failing)}, on {prompts} prompts, allowed {-100 * max_drop:+.2f}"
         for check in checks
     ]
     if prompts < MINIMUM_PROMPTS:
