@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from mtpd.evaluate.acceptance import Acceptance, PromptCounts, SuiteCounts
-from mtpd.evaluate.intervals import intervals
+from mtpd.evaluate.intervals import intervals, paired_differences
 
 ROUNDS = 60
 
@@ -124,3 +124,22 @@ def test_what_was_not_measured_has_no_estimate() -> None:
     found = intervals(sums)[None]["tau"]
     assert (found.low, found.high) == (None, None)
     assert found.text() == f"{found.value:.3f}"
+
+
+def test_suites_of_one_prompt() -> None:
+    """Fault: an interval of width zero, because one prompt can only be drawn as itself."""
+    suites = {f"suite{number}": rows(1, number) for number in range(12)}
+    found = intervals(acceptance(**suites))
+    assert found["suite3"]["tau"].low is None
+    together = intervals(acceptance(one=[row.model_copy(update={"id": n}) for n, [row] in suites.items()]))["one"][
+        "tau"
+    ]
+    total = found[None]["tau"]
+    assert total.low is not None
+    assert total.high is not None
+    assert together.low is not None
+    assert together.high is not None
+    assert total.high - total.low == pytest.approx(together.high - together.low, rel=0.1)
+    before, after = paired_differences(suites, suites)[None]
+    assert len(before["tau"]) > 1
+    assert np.array_equal(before["tau"], after["tau"])

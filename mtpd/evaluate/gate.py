@@ -23,7 +23,7 @@ import numpy as np
 
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance, PromptCounts, Settings
-from mtpd.evaluate.intervals import CONFIDENCE, RESAMPLES, Array, Estimate, bounds, paired_differences
+from mtpd.evaluate.intervals import RESAMPLES, Array, Estimate, estimate, paired_differences
 
 MINIMUM_PROMPTS = 50
 """Fewer prompts never decide: percentile intervals are too narrow below about so many."""
@@ -62,8 +62,8 @@ class Change:
 
 def _percent(estimate: Estimate) -> str:
     """An interval in hundredths: [-2.80, -1.40]"""
-    assert estimate.low is not None
-    assert estimate.high is not None
+    if estimate.low is None or estimate.high is None:
+        return "[too few prompts]"
     return f"[{100 * estimate.low:+.2f}, {100 * estimate.high:+.2f}]"
 
 
@@ -160,9 +160,9 @@ def _change(name: str, before: Array, after: Array) -> Change:
         name,
         float(before[0]),
         float(after[0]),
-        Estimate(point, *bounds(spread, CONFIDENCE)),
-        Estimate(point, *bounds(spread, FAILING_CONFIDENCE)),
-        float(spread.std()),
+        estimate(point, spread),
+        estimate(point, spread, FAILING_CONFIDENCE),
+        float(spread.std()) if spread.size else math.inf,
     )
 
 

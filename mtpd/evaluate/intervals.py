@@ -25,6 +25,8 @@ from mtpd.evaluate.acceptance import Acceptance, PromptCounts, SuiteCounts
 Array = NDArray[np.float64]
 
 RESAMPLES = 10_000
+FEWEST = 5
+"""Prompts from which on a suite is resampled. Fewer have no interval of their own, one would be of width zero."""
 CONFIDENCE = 0.95
 
 
@@ -60,35 +62,38 @@ def intervals(
         By suite, then by name of the ratio: car_1.., ar_1.., tau, expected_1.. and speedup where measured.
     """
     found: dict[str | None, dict[str, Estimate]] = {}
-    summed: list[Array] = []
+    summed: dict[str, Array] = {}
     for name, suite in acceptance.suites.items():
-        sums = _resampled_sums(name, suite, resamples, seed)
+        sums = _resampled_sums(name, suite.rows, suite.depth, resamples, seed)
         found[name] = _estimates(suite, sums, confidence)
         if name not in apart:
-            summed.append(sums)
-    together = [name for name in acceptance.suites if name not in apart]
-    if together:
-        found[None] = _estimates(acceptance.total(together), np.sum(summed, axis=0), confidence)
+            summed[name] = sums
+    if summed:
+        total = acceptance.total(summed)
+        sums = sum(summed.values(), start=np.zeros(()))
+        if not all(map(len, summed.values())):
+            # Some suites are too small to draw within them: prompts are drawn from all of them.
+            rows = [row for name in summed for row in acceptance.suites[name].rows or []]
+            sums = _resampled_sums("", rows, total.depth, resamples, seed)
+        found[None] = _estimates(total, sums, confidence)
     return found
 
 
-def bounds(values: Array, confidence: float) -> tuple[float, float]:
-    """The central part of the values that has this share of them."""
+def estimate(value: float, spread: Array, confidence: float = CONFIDENCE) -> Estimate:
+    """A ratio with the central part of its resamples that has this share of them."""
+    if not spread.size:
+        return Estimate(value)
     tail = (1.0 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1.0 - tail])
-    return float(low), float(high)
+    low, high = np.quantile(spread, [tail, 1.0 - tail])
+    return Estimate(value, float(low), float(high))
 
 
 def _estimates(suite: SuiteCounts, sums_RC: Array, confidence: float) -> dict[str, Estimate]:
     point = ratios(_table([suite])[0], suite.depth)
     spread = ratios(sums_RC, suite.depth)
-    estimates = {}
-    for name, value in point.items():
-        if np.isnan(value):
-            continue
-        low, high = bounds(spread[name], confidence) if sums_RC.size else (None, None)
-        estimates[name] = Estimate(float(value), low, high)
-    return estimates
+    return {
+        name: estimate(float(value), spread[name], confidence) for name, value in point.items() if not np.isnan(value)
+    }
 
 
 def ratios(sums_C: Array, depth: int) -> dict[str, Array]:
@@ -114,11 +119,11 @@ def draws(name: str, prompts: int, resamples: int, seed: int) -> Array:
     return generator.multinomial(prompts, np.full(prompts, 1.0 / prompts), size=resamples).astype(np.float64)
 
 
-def _resampled_sums(name: str, suite: SuiteCounts, resamples: int, seed: int) -> Array:
-    """Sums of each resample [R, C]; without resamples where there are no counts by prompt."""
-    if not suite.rows:
-        return np.zeros((0, 4 * suite.depth + 2))
-    return draws(name, len(suite.rows), resamples, seed) @ _table(suite.rows)
+def _resampled_sums(name: str, rows: Sequence[PromptCounts] | None, depth: int, resamples: int, seed: int) -> Array:
+    """Sums of each resample [R, C]; without resamples where there are too few counts by prompt."""
+    if not rows or len(rows) < FEWEST:
+        return np.zeros((0, 4 * depth + 2))
+    return draws(name, len(rows), resamples, seed) @ _table(rows)
 
 
 def _table(rows: Sequence[PromptCounts | SuiteCounts]) -> Array:
@@ -155,18 +160,27 @@ def paired_differences(
 
     Returns:
         By suite, and under None for all together: the ratios of both, [R + 1] each. Entry 0 is what was
-        measured, the others are resamples.
+        measured, the others are resamples; there are none where a suite has too few prompts.
     """
     found: dict[str | None, tuple[dict[str, Array], dict[str, Array]]] = {}
-    totals: list[list[Array]] = [[], []]
     depths = [next(iter(side.values()))[0].depth for side in (before, after)]
-    for name in before:
-        drawn = draws(name, len(before[name]), resamples, seed)
-        drawn = np.concatenate([np.ones((1, drawn.shape[1])), drawn])
-        sums = [drawn @ _table(side[name]) for side in (before, after)]
-        for total, each in zip(totals, sums, strict=True):
-            total.append(each)
-        found[name] = (ratios(sums[0], depths[0]), ratios(sums[1], depths[1]))
-    first, second = (np.sum(total, axis=0) for total in totals)
-    found[None] = (ratios(first, depths[0]), ratios(second, depths[1]))
+
+    def sums(name: str, old: Sequence[PromptCounts], new: Sequence[PromptCounts]) -> list[Array]:
+        times = draws(name, len(old), resamples if len(old) >= FEWEST else 0, seed)
+        drawn = np.concatenate([np.ones((1, len(old))), times])
+        return [drawn @ _table(old), drawn @ _table(new)]
+
+    suites = {name: sums(name, before[name], after[name]) for name in before}
+    for name, (first, second) in suites.items():
+        found[name] = ratios(first, depths[0]), ratios(second, depths[1])
+    totals = [np.sum(sides, axis=0) for sides in zip(*suites.values(), strict=True)] if _all_drawn(before) else None
+    if totals is None:
+        # Some suites are too small to draw within them: prompts are drawn from all of them.
+        everything = [[row for name in before for row in side[name]] for side in (before, after)]
+        totals = sums("", *everything)
+    found[None] = ratios(totals[0], depths[0]), ratios(totals[1], depths[1])
     return found
+
+
+def _all_drawn(rows: Mapping[str, Sequence[PromptCounts]]) -> bool:
+    return all(len(each) >= FEWEST for each in rows.values())
