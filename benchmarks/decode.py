@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--depth", type=int, default=None, help="drafts a round; all heads if not given")
     parser.add_argument("--threshold", type=float, default=0.0)
+    parser.add_argument("--siblings", type=int, default=0)
     parser.add_argument("--prompts", type=int, default=3, help="decoded one at a time; 8 at a time come from as many")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=3)
@@ -88,7 +89,9 @@ def main() -> None:
 
     model = mtpd.load(options.run, dtype=options.dtype)
     assert model.heads is not None
-    model.drafting = Drafting(depth=options.depth or model.heads.depth, threshold=options.threshold)
+    model.drafting = Drafting(
+        depth=options.depth or model.heads.depth, threshold=options.threshold, siblings=options.siblings
+    )
     ends = end_tokens(model.trunk.model, model.tokenizer)
     source = load_prompts("builtin-held-out")
     table: list[dict[str, Any]] = []
@@ -133,6 +136,8 @@ def main() -> None:
         print({part: f"{1000 * parts.seconds[part] / parts.rounds:.1f} ms, {parts.share(part):.1%}" for part in PARTS})
     if "overhead" in options.only:
         prompts = chosen(options.prompts)
+        # Siblings would mend what is wrong on purpose.
+        model.drafting = Drafting(depth=model.drafting.depth)
         speeds = overhead(model, prompts, tokens=options.tokens, runs=options.runs)
         parts = breakdown(model, prompts)
         step = statistics.median(speeds["plain"].seconds) / speeds["plain"].tokens

@@ -172,6 +172,8 @@ def test_bench(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert line.endswith("2 of 2 texts the same")
     assert "bookkeeping" in out
     stored = Drafting.model_validate_json((run / "heads" / "decoding.json").read_text())
-    assert f"depth {stored.depth}, threshold {stored.threshold:g}: " in out.splitlines()[0]
+    found = f"depth {stored.depth}, siblings {stored.siblings}, threshold {stored.threshold:g}"
+    assert out.startswith(f"{found}: ")
+    assert f"a round: {found}\n" in out
     assert main(["bench", str(run), *limits, "--batch", "2"]) == 0
     assert "2 at a time" in capsys.readouterr().out

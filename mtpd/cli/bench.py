@@ -41,7 +41,7 @@ def bench(
         from mtpd.data.responses import end_tokens
         from mtpd.decode.speed import PARTS, breakdown, compare
         from mtpd.decode.speed import tune as find
-        from mtpd.loading import DRAFTING, load, write_drafting
+        from mtpd.loading import load, write_drafting
 
         ways = ["mtpd", *[way for way in against.split(",") if way]]
         model = load(run, dtype=dtype, depth=depth)
@@ -54,22 +54,26 @@ def bench(
         if tune:
             found = find(model, texts, end_tokens=ends, batch=batch, max_new_tokens=min(64, max_new_tokens))
             for drafting, rate in found:
-                typer.echo(f"depth {drafting.depth}, threshold {drafting.threshold:g}: {rate:.1f} tokens/s")
+                typer.echo(f"{described(drafting)}: {rate:.1f} tokens/s")
             model.drafting = found[0][0]
             typer.echo(f"stored: {write_drafting(run / 'heads', model.drafting)}")
         speeds = compare(
             model, texts, ways=ways, max_new_tokens=max_new_tokens, end_tokens=ends, batch=batch, runs=runs
         )
         parts = breakdown(model, texts[:2], batch=batch)
-        drafting = model.drafting
         typer.echo(
-            f"{len(texts)} prompts of {suite}, {batch} at a time, {model.trunk.dtype}; up to {drafting.depth} drafts a "
-            f"round, threshold {drafting.threshold:g} ({DRAFTING})"
+            f"{len(texts)} prompts of {suite}, {batch} at a time, {model.trunk.dtype}; "
+            f"a round: {described(model.drafting)}"
         )
         for line in lines(speeds):
             typer.echo(line)
         shares = ", ".join(f"{part} {100 * parts.share(part):.0f}%" for part in PARTS)
         typer.echo(f"a round: {1000 * sum(parts.seconds.values()) / parts.rounds:.1f} ms ({shares})")
+
+
+def described(drafting: Any) -> str:
+    """How far to draft, in words."""
+    return f"depth {drafting.depth}, siblings {drafting.siblings}, threshold {drafting.threshold:g}"
 
 
 def lines(speeds: dict[str, Any]) -> list[str]:

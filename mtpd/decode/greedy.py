@@ -13,7 +13,15 @@ from mtpd.trunk import Trunk
 
 
 def generate(
-    trunk: Trunk, heads: Heads, prompt: Tensor, *, max_new_tokens: int, end_tokens: Collection[int] = ()
+    trunk: Trunk,
+    heads: Heads,
+    prompt: Tensor,
+    *,
+    max_new_tokens: int,
+    end_tokens: Collection[int] = (),
+    depth: int | None = None,
+    threshold: float = 0.0,
+    siblings: int = 0,
 ) -> tuple[list[int], Counts]:
     """Decodes greedily after one prompt.
 
@@ -21,11 +29,21 @@ def generate(
         prompt: token ids [n], n >= 1.
         max_new_tokens: how many tokens at most, at least 1.
         end_tokens: ids that end the text; the one that does is part of the output, as in transformers.
+        depth, threshold, siblings: how far to draft, as `mtpd.decode.engine.Engine` has them.
 
     Returns:
         The new tokens, equal to plain greedy decoding of the same model, and the counts.
     """
     capacity = len(prompt) + max_new_tokens
-    engine = Engine(trunk, heads, slots=1, capacity=capacity, end_tokens=end_tokens)
+    engine = Engine(
+        trunk,
+        heads,
+        slots=1,
+        capacity=capacity,
+        depth=depth,
+        threshold=threshold,
+        siblings=siblings,
+        end_tokens=end_tokens,
+    )
     [text] = engine.run([Request(prompt.tolist(), max_new_tokens)])
     return text.tokens, text.counts(engine.depth)

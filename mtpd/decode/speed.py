@@ -30,7 +30,8 @@ WAYS = {
     "engine": "this package without heads",
 }
 PARTS = ("trunk", "drafts", "verification", "bookkeeping")
-THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
+SIBLINGS = (1, 2, 4, 8)
+THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5)
 
 
 @dataclass
@@ -229,7 +230,7 @@ def tune(
     batch: int = 1,
     runs: int = 2,
 ) -> list[tuple[Drafting, float]]:
-    """Measures tokens/s of every depth, and of thresholds at the two best and at all depths; fastest first."""
+    """Measures tokens/s of every depth, then of siblings at the best of them, then of thresholds; fastest first."""
     heads = _heads(model)
     limits: dict[str, Any] = {"end_tokens": end_tokens, "batch": batch}
 
@@ -249,11 +250,20 @@ def tune(
                 tokens[place] = sum(map(len, texts))
         return [count / min(times) for count, times in zip(tokens, seconds, strict=True)]
 
-    fixed = [Drafting(depth=depth) for depth in range(1, heads.depth + 1)]
-    adaptive = [Drafting(depth=heads.depth, threshold=each) for each in THRESHOLDS] if heads.depth > 1 else []
-    candidates = fixed + adaptive
-    measured = zip(candidates, rates(candidates), strict=True)
-    return sorted(measured, key=lambda pair: -pair[1])
+    measured: list[tuple[Drafting, float]] = []
+
+    def best(candidates: Sequence[Drafting]) -> Drafting:
+        measured.extend(zip(candidates, rates(candidates), strict=True))
+        measured.sort(key=lambda pair: -pair[1])
+        return measured[0][0]
+
+    fastest = best([Drafting(depth=depth) for depth in range(1, heads.depth + 1)])
+    fastest = best([fastest.model_copy(update={"siblings": count}) for count in SIBLINGS])
+    if heads.depth > 1:
+        # Drafting stops by itself where it does not pay: deeper than the best fixed depth is worth a try.
+        deeper = {"depth": min(fastest.depth + 1, heads.depth)}
+        best([fastest.model_copy(update={**deeper, "threshold": each}) for each in THRESHOLDS])
+    return measured
 
 
 def now(trunk: Trunk) -> float:
