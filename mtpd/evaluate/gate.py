@@ -54,6 +54,13 @@ class Change:
     def relative(self) -> bool:
         return self.name in ("tau", "speedup")
 
+    @property
+    def direction(self) -> Literal["up", "down", "flat"]:
+        """Which side of no change the 95% interval lies on; flat where it has both, or there is none."""
+        if self.change.low is None or self.change.high is None:
+            return "flat"
+        return "up" if self.change.low > 0 else "down" if self.change.high < 0 else "flat"
+
     def shown(self) -> str:
         """The change with its 95% interval, as points or percent: -2.1 points [-2.8, -1.4]"""
         unit = "%" if self.relative else " points"
