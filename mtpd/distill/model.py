@@ -22,6 +22,7 @@ class DistillModel(nn.Module):
         settings: weights and form of the loss.
         compiled: runs the loss as code of torch.compile.
         checkpoint_blocks: computes what is inside of each head a second time in the backward pass.
+        after: depths up to this one are finished: they are given as states, and have no loss.
     """
 
     accepts_loss_kwargs = True
@@ -34,11 +35,13 @@ class DistillModel(nn.Module):
         *,
         compiled: bool = False,
         checkpoint_blocks: bool = False,
+        after: int = 0,
     ) -> None:
         super().__init__()
         self.compiled = compiled
+        self.after = after
         if checkpoint_blocks:
-            for head in heads.layers:
+            for head in dict.fromkeys(heads.chain()):
                 _checkpoint(head)
         self.trunk = trunk
         self.heads = heads
@@ -59,6 +62,7 @@ class DistillModel(nn.Module):
         labels: Tensor,
         position_ids: Tensor,
         hidden: Tensor | None = None,
+        below: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """The loss per response token.
@@ -66,12 +70,17 @@ class DistillModel(nn.Module):
         Args:
             input_ids, labels, position_ids: packed rows [B, T]; labels are -100 outside of responses.
             hidden: the trunk's states [B, T, D], if they were kept; the trunk runs otherwise.
+            below: states [B, T, D] of depth `after`, where that is not 0.
             num_items_in_batch: response tokens of the whole optimizer step; those of this batch by default.
         """
         if hidden is None:
             hidden = self.trunk.hidden(input_ids, position_ids=position_ids)
-        states = self.heads(self.trunk, hidden, input_ids, position_ids_BT=position_ids)
-        depths = range(1, len(states) + 1)
+        if self.after:
+            assert below is not None, "the states that the first trained depth reads"
+            states = self.heads(self.trunk, below, input_ids, position_ids_BT=position_ids, after=self.after)
+        else:
+            states = self.heads(self.trunk, hidden, input_ids, position_ids_BT=position_ids)
+        depths = range(self.after + 1, self.after + 1 + len(states))
         columns: Any = self.columns
         total, self.sums = multi_depth_loss(
             [state.flatten(0, 1) for state in states],
@@ -80,6 +89,7 @@ class DistillModel(nn.Module):
             targets_P=[columns[alignment.target_tokens(input_ids, k)].flatten() for k in depths],
             masks_P=[alignment.counted(labels, position_ids, k).flatten() for k in depths],
             settings=self.settings,
+            after=self.after,
             main_head=self.main_head,
             columns_M=self.heads.rows(),
             compiled=self.compiled,

@@ -3,7 +3,8 @@
     u_t^k = M_k [ norm(E(x_{t+k})) ; norm(h_t^{k-1}) ]      M_k: D x 2D,  h_t^0 = h_t
     h_t^k = norm( Block_k(u^k)_t )                          one decoder layer of the trunk's own kind
 
-Embedding and unembedding are the trunk's, shared and frozen.
+Embedding and unembedding are the trunk's, shared and frozen. Depths may share blocks: one for all (FastMTP), or blocks
+that are looped, depth after depth. A depth may then own a LoRA adapter on the block that it shares.
 
 Shape legend: B rows, T positions, D hidden size.
 """
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from mtpd import alignment
+from mtpd.heads.adapters import adapted, saved_once, without_adapter
 from mtpd.heads.chain_drafter import ChainDrafter
 from mtpd.heads.config import HeadsConfig
 from mtpd.heads.norms import gain, set_gain
@@ -71,7 +73,12 @@ class ChainHeads(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(ChainHead(trunk, layer) for layer in config.source_layers)
-        assert len(self.layers) == (1 if config.shared else config.depth), "one source layer for each block"
+        # By depth: heads around the same parameters, with an adapter in every linear layer.
+        self.adapted = nn.ModuleDict()
+        for depth, rank in enumerate(config.adapters, start=1):
+            if rank:
+                self.adapted[str(depth)] = adapted(self.layers[config.block_of[depth - 1]], rank)
+        saved_once(self)
         self.register_buffer("vocabulary", torch.zeros(config.vocabulary_size, dtype=torch.long))
 
     @property
@@ -79,17 +86,43 @@ class ChainHeads(nn.Module):
         return self.config.depth
 
     def chain(self) -> list[ChainHead]:
-        """The heads of depth 1..K; the same one K times where they share a block."""
-        heads: list[Any] = list(self.layers)
-        return heads * self.depth if self.config.shared else heads
+        """The heads of depth 1..K; the same one several times where they share a block."""
+        heads: list[Any] = [
+            self.adapted[str(depth)] if str(depth) in self.adapted else self.layers[block]
+            for depth, block in enumerate(self.config.block_of, start=1)
+        ]
+        return heads
 
     def shorten(self, depth: int) -> None:
         """Keeps the heads of depth 1..`depth` only: no later one changes what they draft."""
         assert 1 <= depth <= self.depth, "heads can only become fewer"
-        blocks = 1 if self.config.shared else depth
+        config = self.config
+        blocks = max(config.block_of[:depth]) + 1
         self.layers = self.layers[:blocks]
-        kept = {"depth": depth, "source_layers": self.config.source_layers[:blocks]}
-        self.config = self.config.model_copy(update=kept)
+        for key in [key for key in self.adapted if int(key) > depth]:
+            del self.adapted[key]
+        kept = {
+            "depth": depth,
+            "source_layers": config.source_layers[:blocks],
+            "blocks": config.blocks[:depth],
+            "adapters": config.adapters[:depth],
+        }
+        self.config = config.model_copy(update=kept)
+
+    def merged(self) -> ChainHeads:
+        """The same heads with a block for each depth: looped blocks are copied, adapters become part of the weights.
+
+        What is drafted stays the same to rounding; every parameter is trainable.
+        """
+        config = self.config
+        sources = [config.source_layers[block] for block in config.block_of]
+        merged = copy.deepcopy(self)
+        merged.layers = nn.ModuleList(without_adapter(head) for head in self.chain())
+        merged.adapted = nn.ModuleDict()
+        merged.config = config.model_copy(
+            update={"shared": False, "source_layers": sources, "blocks": [], "adapters": []}
+        )
+        return merged
 
     def rows(self) -> Tensor | None:
         """Token ids of the draft vocabulary, or None when the heads draft over the whole of it."""
@@ -97,11 +130,15 @@ class ChainHeads(nn.Module):
         return vocabulary if vocabulary.numel() else None
 
     def forward(
-        self, trunk: Trunk, hidden_BTD: Tensor, input_ids_BT: Tensor, *, position_ids_BT: Tensor
+        self, trunk: Trunk, hidden_BTD: Tensor, input_ids_BT: Tensor, *, position_ids_BT: Tensor, after: int = 0
     ) -> list[Tensor]:
-        """Teacher-forced states h^1..h^K, each [B, T, D]: head k reads the true token x_{t+k}."""
+        """Teacher-forced states h^{after+1}..h^K, each [B, T, D]: head k reads the true token x_{t+k}.
+
+        Args:
+            hidden_BTD: the trunk's states h^0; or h^after, to compute the depths past `after` alone.
+        """
         states, state = [], hidden_BTD
-        for depth, head in enumerate(self.chain(), start=1):
+        for depth, head in enumerate(self.chain()[after:], start=after + 1):
             embed_BTD = trunk.embed(alignment.tokens_read(input_ids_BT, depth))
             state = head(embed_BTD, state, position_ids_BT=position_ids_BT)
             states.append(state)

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from mtpd.errors import UserError
-from mtpd.recipe.rules import data_problems, evaluation_problems, train_problems
-from mtpd.recipe.sections import DataRecipe, EvaluationRecipe, HeadsRecipe, Section, TrainRecipe
+from mtpd.recipe.rules import data_problems, evaluation_problems, extend_problems, train_problems
+from mtpd.recipe.sections import DataRecipe, EvaluationRecipe, ExtendRecipe, HeadsRecipe, Section, TrainRecipe
 from mtpd.recipe_text import COMMAND_LINE, apply_override, explain, nest, read_mapping, to_yaml
 
 
@@ -39,6 +39,7 @@ class Recipe(Section):
     data: DataRecipe = DataRecipe()
     train: TrainRecipe = TrainRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    extend: ExtendRecipe = ExtendRecipe()
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Recipe:
@@ -50,6 +51,7 @@ class Recipe(Section):
                 f"accepted: at most heads.depth, which is {self.heads.depth}"
             )
         problems += evaluation_problems(self.evaluation, self.train)
+        problems += extend_problems(self.extend, self.heads)
         for problem in problems:
             raise ValueError(problem)
         return self

@@ -163,6 +163,26 @@ class TrainRecipe(Section):
     """Any other argument of transformers.TrainingArguments, passed on as it is."""
 
 
+class ExtendRecipe(Section):
+    """Looped extension after training: deeper heads that start as those there are, stage after stage."""
+
+    to: int | None = Field(default=None, ge=2, le=64)
+    """Heads after the last stage; null for no extension."""
+    stages: list[Count] = []
+    """Heads after each stage, at most twice as many as before it; empty: twice as many each time."""
+    form: Literal["copies", "shared", "adapters"] = "copies"
+    """What a new depth owns. copies: a block; shared: nothing, the blocks there are serve all depths and are trained on
+    all; adapters: a LoRA adapter on the block that it shares."""
+    rank: Count = 16
+    """Rank of the adapters."""
+    steps: int | None = Field(default=None, ge=0)
+    """Optimizer steps of each stage; null: as long as `train` says; 0: the heads are looped as they are, and measured."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of a stage; null: that of `train`. Adapters want several times that of copies."""
+    auto: bool = False
+    """Stop before a stage that does not pay: where the fastest number of drafts is not among the newest depths."""
+
+
 class EvaluationRecipe(Section):
     """The measurements before, during and after training, on the held-out prompts."""
 
