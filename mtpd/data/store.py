@@ -219,10 +219,7 @@ def stored_states(
             store.put([numbers[at] for at in missing], states)
         computed = dict(zip(missing, states, strict=True))
     return torch.stack(
-        [
-            computed[at] if at in computed or store is None else store[row].to(device)
-            for at, row in enumerate(numbers)
-        ]
+        [computed[at] if at in computed or store is None else store[row].to(device) for at, row in enumerate(numbers)]
     )
 
 

@@ -34,9 +34,7 @@ class FinishedDepths:
 
     @torch.no_grad()
     def _states(self, batch: dict[str, Tensor]) -> Tensor:
-        states = self.heads(
-            self.trunk, batch["hidden"], batch["input_ids"], position_ids_BT=batch["position_ids"]
-        )
+        states = self.heads(self.trunk, batch["hidden"], batch["input_ids"], position_ids_BT=batch["position_ids"])
         return states[-1].to(self.trunk.dtype)
 
     def flush(self) -> None:

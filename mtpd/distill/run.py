@@ -22,6 +22,7 @@ from mtpd.data.responses import end_tokens, generate_responses
 from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, store_key, with_hidden
 from mtpd.data.vocabulary import draft_vocabulary, load_vocabulary
 from mtpd.distill.arguments import loss_settings, training_arguments
+from mtpd.distill.below import FinishedDepths
 from mtpd.distill.callbacks import MeasuringTrainer, stopping
 from mtpd.distill.directory import RunDirectory, open_run, write_provenance
 from mtpd.distill.measuring import set_apart, spread
@@ -102,7 +103,11 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
     if recipe.evaluation.decode_prompts:
         decode(session, samples)
     show(run, console, apart)
-    return run.path
+    if recipe.extend.to is None and not recipe.extend.auto:
+        return run.path
+    from mtpd.distill.extend import Material, extend_heads  # which is made of the steps here
+
+    return extend_heads(Material(session, samples, chosen_by, lambda: (rows, store)), heads, console)
 
 
 def start(recipe: Recipe, run: RunDirectory, *, progress: bool) -> Session:
@@ -284,16 +289,27 @@ def fitting_batches(
 
 
 def train_heads(
-    session: Session, heads: Heads, rows: PackedRows, store: HiddenStates | None, samples: Sequence[Sample]
+    session: Session,
+    heads: Heads,
+    rows: PackedRows,
+    store: HiddenStates | None,
+    samples: Sequence[Sample],
+    below: FinishedDepths | None = None,
 ) -> None:
-    """Trains, or goes on from the newest whole checkpoint; measures on samples every `evaluation.steps`."""
+    """Trains, or goes on from the newest whole checkpoint; measures on samples every `evaluation.steps`.
+
+    Args:
+        below: the first depths of the heads, where those are not trained.
+    """
     recipe = session.recipe
+    after = 0 if below is None else below.depth
     model = DistillModel(
         session.trunk,
         heads,
-        loss_settings(recipe),
+        loss_settings(recipe, depth=heads.depth, after=after),
         compiled=recipe.train.compile,
         checkpoint_blocks=recipe.train.checkpoint_blocks,
+        after=after,
     )
     arguments = training_arguments(recipe, dtype=session.trunk.dtype, device=session.trunk.device)
     if arguments.world_size > 1 and store is not None and not all(row in store for row in range(len(rows))):
@@ -307,6 +323,7 @@ def train_heads(
         arguments,
         rows,
         store=store,
+        below=below,
         samples=samples,
         end_tokens=session.ends,
         callbacks=[Metrics(session.run.metrics), *stopping(recipe)],

@@ -20,7 +20,7 @@ class HeadsConfig(BaseModel):
     shared: bool = False
     """One block for all depths, which then has one entry in `source_layers` (FastMTP, arXiv 2509.18362)."""
     blocks: list[int] = []
-    """Per depth, the block (0-based, numbered by first use) that it has, where blocks are looped; empty: a block each, or
+    """Per depth, the block (0-based, numbered by first use) that it has, where blocks are looped; empty: one each, or
     the one that all share."""
     adapters: list[Annotated[int, Field(ge=0)]] = []
     """Per depth, the rank of a LoRA adapter of its own on its block, 0 for none; empty: none at any depth."""

@@ -235,9 +235,7 @@ class _Walk:
                 reference.acceptance(
                     tile.finished(_product(student_PD[few], self.unembedding), self.unembedding),
                     tile.finished(
-                        _product(
-                            self.trunk_PD[alignment.teacher_row(few, self.depths[place])], self.teacher_head
-                        ),
+                        _product(self.trunk_PD[alignment.teacher_row(few, self.depths[place])], self.teacher_head),
                         self.teacher_head,
                     ),
                     columns_M=self.columns_M,

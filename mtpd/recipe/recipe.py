@@ -51,7 +51,7 @@ class Recipe(Section):
                 f"accepted: at most heads.depth, which is {self.heads.depth}"
             )
         problems += evaluation_problems(self.evaluation, self.train)
-        problems += extend_problems(self.extend, self.heads)
+        problems += extend_problems(self.extend, self.heads, self.evaluation)
         for problem in problems:
             raise ValueError(problem)
         return self

@@ -66,7 +66,7 @@ def stages_of(extend: ExtendRecipe, depth: int) -> list[int]:
     return stages
 
 
-def extend_problems(extend: ExtendRecipe, heads: HeadsRecipe) -> list[str]:
+def extend_problems(extend: ExtendRecipe, heads: HeadsRecipe, evaluation: EvaluationRecipe) -> list[str]:
     defaults = ExtendRecipe()
     if extend.to is None and not extend.auto:
         return [
@@ -87,7 +87,9 @@ def extend_problems(extend: ExtendRecipe, heads: HeadsRecipe) -> list[str]:
     last = extend.to or DEEPEST
     stages = stages_of(extend, heads.depth)
     if extend.to is not None and stages[-1] != last:
-        problems.append(f"extend.stages: {stages} do not end at extend.to, which is {last}; accepted: {last} as the last")
+        problems.append(
+            f"extend.stages: {stages} do not end at extend.to, which is {last}; accepted: {last} as the last"
+        )
     for before, after in zip([heads.depth, *stages], stages, strict=False):
         if not before < after <= 2 * before:
             problems.append(
@@ -99,6 +101,11 @@ def extend_problems(extend: ExtendRecipe, heads: HeadsRecipe) -> list[str]:
         problems.append(
             f"extend.rank: {extend.rank} does nothing with extend.form: {extend.form}; accepted: {defaults.rank}, or "
             "form: adapters"
+        )
+    if extend.auto and not evaluation.decode_prompts:
+        problems.append(
+            "evaluation.decode_prompts: 0 is not accepted with extend.auto, which goes by measured speed; accepted: "
+            "1 or more"
         )
     if extend.steps == 0 and extend.learning_rate is not None:
         problems.append(

@@ -176,7 +176,7 @@ class ExtendRecipe(Section):
     rank: Count = 16
     """Rank of the adapters."""
     steps: int | None = Field(default=None, ge=0)
-    """Optimizer steps of each stage; null: as long as `train` says; 0: the heads are looped as they are, and measured."""
+    """Optimizer steps of each stage; null: as long as `train` says; 0: heads are looped as they are, and measured."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate of a stage; null: that of `train`. Adapters want several times that of copies."""
     auto: bool = False
