@@ -29,7 +29,7 @@ from mtpd.heads.initialise import initialise
 from mtpd.heads.looped import Form, extended
 from mtpd.recipe import Recipe
 
-FORMS: tuple[Form, ...] = ("copies", "shared", "adapters")
+FORMS: tuple[Form, ...] = ("copies", "adapters", "shared")
 
 
 class Experiment:
@@ -46,7 +46,7 @@ class Experiment:
 
     def recipe(self, depth: int, **train: Any) -> Recipe:
         settings = {"depth": depth, "vocabulary": self.options.vocabulary, "init": "regression"}
-        training = {"rows_per_step": 1, "epochs": 1.0, "top_n": 1024, "learning_rate": self.options.rate, **train}
+        training = {"rows_per_step": 1, "epochs": 1.0, "top_n": 0, "learning_rate": self.options.rate, **train}
         if training.get("loss") == "ce":
             del training["top_n"]
         return recipe(seed=self.seed, heads=settings, train=training)
@@ -163,9 +163,9 @@ def main() -> None:
     parser.add_argument("--held-out-limit", type=int, default=32)
     parser.add_argument("--work", type=Path, default=Path("runs/extension-lab"), help="keeps responses and heads")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--tokens", type=int, default=12_000, help="response tokens trained on, the same for all")
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--rate", type=float, default=4e-4)
+    parser.add_argument("--tokens", type=int, default=16_000, help="response tokens trained on, the same for all")
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--adapter-rate", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, default=3)

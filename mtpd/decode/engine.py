@@ -137,7 +137,8 @@ class Engine:
         self.cache = SlotCache(trunk.config, slots=slots, capacity=room, dtype=trunk.dtype, device=trunk.device)
         self.drafter = heads.drafter(trunk, slots=slots, capacity=room) if heads is not None else None
         self.unembedding = faster_logits(trunk, trunk.unembedding)
-        self.tokens = torch.zeros(slots, room + self.depth + 2, dtype=torch.long, device=trunk.device)
+        # Heads read prompts to the deepest of them, however few draft.
+        self.tokens = torch.zeros(slots, room + deepest + 2, dtype=torch.long, device=trunk.device)
         self.active: list[Text] = []
 
     @torch.inference_mode()

@@ -101,6 +101,8 @@ def measure_depths(
 ) -> Depths:
     """Decodes all prompts with 0..K drafts a round and by plain `generate`, in turns; medians over runs.
 
+    Heads past the number of drafts do nothing, as if there were none.
+
     Args:
         acceptance: counts of the same heads, for the CAR of each depth.
     """
@@ -148,11 +150,10 @@ def _decode(
 ) -> None:
     engine: Any = Engine(
         trunk,
-        heads if count else None,
+        heads.first(count) if count else None,
         slots=1,
         capacity=max(map(len, prompts)) + max_new_tokens,
         end_tokens=end_tokens,
-        **({"depth": count} if count else {}),
     )
     spent = {"_round": 0.0, "_draft": 0.0}
     rounds = 0

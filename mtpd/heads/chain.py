@@ -99,8 +99,7 @@ class ChainHeads(nn.Module):
         config = self.config
         blocks = max(config.block_of[:depth]) + 1
         self.layers = self.layers[:blocks]
-        for key in [key for key in self.adapted if int(key) > depth]:
-            del self.adapted[key]
+        self.adapted = nn.ModuleDict({key: head for key, head in self.adapted.items() if int(key) <= depth})
         kept = {
             "depth": depth,
             "source_layers": config.source_layers[:blocks],
@@ -108,6 +107,13 @@ class ChainHeads(nn.Module):
             "adapters": config.adapters[:depth],
         }
         self.config = config.model_copy(update=kept)
+
+    def first(self, depth: int) -> ChainHeads:
+        """The heads of depth 1..`depth` around the same parameters."""
+        heads = copy.copy(self)
+        heads.__dict__["_modules"] = dict(self._modules)
+        heads.shorten(depth)
+        return heads
 
     def merged(self) -> ChainHeads:
         """The same heads with a block for each depth: looped blocks are copied, adapters become part of the weights.
