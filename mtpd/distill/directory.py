@@ -47,6 +47,8 @@ class RunDirectory:
         self.samples = path / "samples.json"
         self.trunk = path / "trunk"
         self.report = path / "report.html"
+        self.perplexity = path / "perplexity.json"
+        self.held_out_after = path / "held-out-after.jsonl"
         self.depths = path / "depths.json"
         self.stage = path / "stage.json"
         self.extended = path / "extended"

@@ -162,7 +162,7 @@ def _begin(
 
 def _run_stage(material: Material, stage: RunDirectory, old: Heads, depth: int) -> Heads:
     """Loops, trains and measures, or goes on with it."""
-    session = replace(material.session, run=stage, recipe=_stage_recipe(material.session.recipe))
+    session = replace(material.session, run=stage, recipe=_stage_recipe(material.session.recipe, stage.path))
     settings, trunk = session.recipe.extend, session.trunk
     if not (stage.heads / WEIGHTS).is_file():
         heads = extended(old, trunk, depth=depth, form=settings.form, rank=settings.rank, seed=session.recipe.seed)
@@ -182,14 +182,14 @@ def _run_stage(material: Material, stage: RunDirectory, old: Heads, depth: int) 
     return heads
 
 
-def _stage_recipe(recipe: Recipe) -> Recipe:
-    """How long and how fast a stage trains."""
+def _stage_recipe(recipe: Recipe, output: Path) -> Recipe:
+    """Where a stage lies, and how long and how fast it trains."""
     changes: dict[str, Any] = {}
     if recipe.extend.steps:
         changes["max_steps"] = recipe.extend.steps
     if recipe.extend.learning_rate is not None:
         changes["learning_rate"] = recipe.extend.learning_rate
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
+    return recipe.model_copy(update={"output": output, "train": recipe.train.model_copy(update=changes)})
 
 
 def _store_of_states(session: Session, rows: PackedRows, old: Heads) -> HiddenStates | None:

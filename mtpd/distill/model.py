@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtpd import alignment
+from mtpd.distill.joint import JointTrunk
 from mtpd.heads import Heads
 from mtpd.losses.fused import multi_depth_loss
 from mtpd.losses.settings import LossSettings, LossSums
@@ -23,6 +24,7 @@ class DistillModel(nn.Module):
         compiled: runs the loss as code of torch.compile.
         checkpoint_blocks: computes what is inside of each head a second time in the backward pass.
         after: depths up to this one are finished: they are given as states, and have no loss.
+        joint: trains the trunk too.
     """
 
     accepts_loss_kwargs = True
@@ -36,10 +38,12 @@ class DistillModel(nn.Module):
         compiled: bool = False,
         checkpoint_blocks: bool = False,
         after: int = 0,
+        joint: JointTrunk | None = None,
     ) -> None:
         super().__init__()
         self.compiled = compiled
         self.after = after
+        self.joint = joint
         if checkpoint_blocks:
             for head in dict.fromkeys(heads.chain()):
                 _checkpoint(head)
@@ -69,22 +73,29 @@ class DistillModel(nn.Module):
 
         Args:
             input_ids, labels, position_ids: packed rows [B, T]; labels are -100 outside of responses.
-            hidden: the trunk's states [B, T, D], if they were kept; the trunk runs otherwise.
+            hidden: the frozen trunk's states [B, T, D], if they were kept; the trunk runs otherwise.
             below: states [B, T, D] of depth `after`, where that is not 0.
             num_items_in_batch: response tokens of the whole optimizer step; those of this batch by default.
         """
-        if hidden is None:
-            hidden = self.trunk.hidden(input_ids, position_ids=position_ids)
+        main: Tensor | None = None
+        if self.joint is not None:
+            states_BTD = self.joint.states(input_ids, position_ids)
+            teacher_BTD = states_BTD.detach() if hidden is None else hidden
+            main = self._main_head_loss(states_BTD, input_ids, labels, position_ids)
+        else:
+            if hidden is None:
+                hidden = self.trunk.hidden(input_ids, position_ids=position_ids)
+            states_BTD = teacher_BTD = hidden
         if self.after:
             assert below is not None, "the states that the first trained depth reads"
             states = self.heads(self.trunk, below, input_ids, position_ids_BT=position_ids, after=self.after)
         else:
-            states = self.heads(self.trunk, hidden, input_ids, position_ids_BT=position_ids)
+            states = self.heads(self.trunk, states_BTD, input_ids, position_ids_BT=position_ids)
         depths = range(self.after + 1, self.after + 1 + len(states))
         columns: Any = self.columns
         total, self.sums = multi_depth_loss(
             [state.flatten(0, 1) for state in states],
-            hidden.flatten(0, 1),
+            teacher_BTD.flatten(0, 1),
             self.unembedding,
             targets_P=[columns[alignment.target_tokens(input_ids, k)].flatten() for k in depths],
             masks_P=[alignment.counted(labels, position_ids, k).flatten() for k in depths],
@@ -94,9 +105,27 @@ class DistillModel(nn.Module):
             columns_M=self.heads.rows(),
             compiled=self.compiled,
         )
+        if main is not None:
+            total = total + main
         if num_items_in_batch is None:
             num_items_in_batch = (labels != alignment.IGNORED).sum()
         return {"loss": total / num_items_in_batch}
+
+    def _main_head_loss(self, states_BTD: Tensor, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
+        """The main head's weighted cross-entropy on the tokens of responses: that of depth 0."""
+        assert self.joint is not None
+        states_PD = states_BTD.flatten(0, 1)
+        loss, _ = multi_depth_loss(
+            [states_PD],
+            states_PD,
+            self.main_head,
+            targets_P=[alignment.target_tokens(input_ids, 0).flatten()],
+            masks_P=[alignment.counted(labels, position_ids, 0).flatten()],
+            settings=LossSettings((self.joint.loss_weight,), (0.0,)),
+            after=-1,
+            compiled=self.compiled,
+        )
+        return loss
 
 
 def _checkpoint(head: nn.Module) -> None:

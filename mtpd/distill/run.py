@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from transformers import TrainerCallback
 
 from mtpd.data.models import load_model, resolve_dtype, trunk_fingerprint
 from mtpd.data.packing import PackedRows, Sample, collate, pack
@@ -25,6 +26,7 @@ from mtpd.distill.arguments import loss_settings, training_arguments
 from mtpd.distill.below import FinishedDepths
 from mtpd.distill.callbacks import MeasuringTrainer, stopping
 from mtpd.distill.directory import RunDirectory, open_run, write_provenance
+from mtpd.distill.joint import JointTrunk
 from mtpd.distill.measuring import set_apart, spread
 from mtpd.distill.model import DistillModel
 from mtpd.distill.trainer import Metrics, TrainingRows, train
@@ -71,6 +73,8 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
     Raises:
         UserError, MtpdError: with one line that names the cause.
     """
+    from mtpd.distill.trained_trunk import train_jointly, with_trained_trunk  # which is made of the steps here
+
     # Wide enough for the tables where the output is a file.
     console = Console(quiet=not progress, width=None if sys.stdout.isatty() else 132)
     run = open_run(recipe, fresh=fresh)
@@ -96,11 +100,17 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
     if not (run.heads / WEIGHTS).is_file():
         heads = new_heads(session, rows, store)
         measure(session, heads, samples, run.heads_before, run.acceptance_before)
-        train_heads(session, heads, rows, store, chosen_by)
+        if recipe.trunk.train == "frozen":
+            train_heads(session, heads, rows, store, chosen_by)
+        else:
+            train_jointly(session, heads, rows, store, samples, chosen_by)
         save_heads(heads, run.heads)
+    if recipe.trunk.train != "frozen":
+        session = with_trained_trunk(session, console)
+        samples, chosen_by = set_apart(recipe, *measured_samples(session, prompts.held_out))
     heads = load_heads(run.heads, session.trunk, fingerprint=session.fingerprint)
     measure(session, heads, samples, run.heads, run.acceptance)
-    if recipe.evaluation.decode_prompts:
+    if recipe.evaluation.decode_prompts and recipe.trunk.train == "frozen":
         decode(session, samples)
     show(run, console, apart)
     if recipe.extend.to is None and not recipe.extend.auto:
@@ -295,11 +305,14 @@ def train_heads(
     store: HiddenStates | None,
     samples: Sequence[Sample],
     below: FinishedDepths | None = None,
+    joint: JointTrunk | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
     """Trains, or goes on from the newest whole checkpoint; measures on samples every `evaluation.steps`.
 
     Args:
         below: the first depths of the heads, where those are not trained.
+        joint: the trunk, where it is trained too.
     """
     recipe = session.recipe
     after = 0 if below is None else below.depth
@@ -310,6 +323,7 @@ def train_heads(
         compiled=recipe.train.compile,
         checkpoint_blocks=recipe.train.checkpoint_blocks,
         after=after,
+        joint=joint,
     )
     arguments = training_arguments(recipe, dtype=session.trunk.dtype, device=session.trunk.device)
     if arguments.world_size > 1 and store is not None and not all(row in store for row in range(len(rows))):
@@ -326,7 +340,7 @@ def train_heads(
         below=below,
         samples=samples,
         end_tokens=session.ends,
-        callbacks=[Metrics(session.run.metrics), *stopping(recipe)],
+        callbacks=[Metrics(session.run.metrics), *stopping(recipe), *callbacks],
         progress=session.progress,
     )
     train(trainer, session.run.path)

@@ -97,6 +97,12 @@ class HeadTrainer(Trainer):
     def with_states(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch with the states of what is not trained: the trunk, and finished depths."""
         rows = batch["row"]
+        joint = self.distill_model.joint
+        if joint is not None and not joint.original_teacher:
+            return {name: tensor for name, tensor in batch.items() if name != "row"}
+        if joint is not None:
+            with joint.disabled():
+                return with_hidden(batch, self.distill_model.trunk, self.store)
         batch = with_hidden(batch, self.distill_model.trunk, self.store)
         if self.below is not None:
             batch["below"] = self.below({**batch, "row": rows})
@@ -129,12 +135,17 @@ class HeadTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        save_heads(self.distill_model.heads, Path(output_dir or str(self.args.output_dir)))
+        folder = Path(output_dir or str(self.args.output_dir))
+        save_heads(self.distill_model.heads, folder)
+        if self.distill_model.joint is not None:
+            self.distill_model.joint.save(folder)
         self.flush()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         heads = self.distill_model.heads
         heads.load_state_dict(load_heads(resume_from_checkpoint, self.distill_model.trunk).state_dict())
+        if self.distill_model.joint is not None:
+            self.distill_model.joint.load(Path(resume_from_checkpoint))
 
 
 def _name(settings: LossSettings) -> str:

@@ -14,8 +14,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from mtpd.errors import UserError
-from mtpd.recipe.rules import data_problems, evaluation_problems, extend_problems, train_problems
-from mtpd.recipe.sections import DataRecipe, EvaluationRecipe, ExtendRecipe, HeadsRecipe, Section, TrainRecipe
+from mtpd.recipe.rules import data_problems, evaluation_problems, extend_problems, train_problems, trunk_problems
+from mtpd.recipe.sections import (
+    DataRecipe,
+    EvaluationRecipe,
+    ExtendRecipe,
+    HeadsRecipe,
+    Section,
+    TrainRecipe,
+    TrunkRecipe,
+)
 from mtpd.recipe_text import COMMAND_LINE, apply_override, explain, nest, read_mapping, to_yaml
 
 
@@ -36,6 +44,7 @@ class Recipe(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Never done unless true."""
     heads: HeadsRecipe = HeadsRecipe()
+    trunk: TrunkRecipe = TrunkRecipe()
     data: DataRecipe = DataRecipe()
     train: TrainRecipe = TrainRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
@@ -51,6 +60,7 @@ class Recipe(Section):
                 f"accepted: at most heads.depth, which is {self.heads.depth}"
             )
         problems += evaluation_problems(self.evaluation, self.train)
+        problems += trunk_problems(self.trunk, self.data, self.extend)
         problems += extend_problems(self.extend, self.heads, self.evaluation)
         for problem in problems:
             raise ValueError(problem)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mtpd.recipe.sections import DataRecipe, EvaluationRecipe, ExtendRecipe, HeadsRecipe, TrainRecipe
+from mtpd.recipe.sections import DataRecipe, EvaluationRecipe, ExtendRecipe, HeadsRecipe, TrainRecipe, TrunkRecipe
 
 OWNED_ARGUMENTS = {
     "output_dir": "output",
@@ -111,6 +111,26 @@ def extend_problems(extend: ExtendRecipe, heads: HeadsRecipe, evaluation: Evalua
         problems.append(
             f"extend.learning_rate: {extend.learning_rate} does nothing with extend.steps: 0; accepted: null"
         )
+    return problems
+
+
+def trunk_problems(trunk: TrunkRecipe, data: DataRecipe, extend: ExtendRecipe) -> list[str]:
+    defaults = TrunkRecipe()
+    if trunk.train == "frozen":
+        return [
+            f"trunk.{key}: {getattr(trunk, key)} does nothing with trunk.train: frozen; accepted: "
+            f"{getattr(defaults, key)}, or train: lora"
+            for key in TrunkRecipe.model_fields
+            if getattr(trunk, key) != getattr(defaults, key)
+        ]
+    problems = []
+    if trunk.teacher == "detached" and data.hidden_states != "recompute":
+        problems.append(
+            f"data.hidden_states: {data.hidden_states} does nothing with trunk.teacher: detached, whose states change; "
+            "accepted: recompute"
+        )
+    if extend.to is not None or extend.auto:
+        problems.append("trunk.train: lora is not accepted with extend.to or extend.auto; accepted: frozen")
     return problems
 
 

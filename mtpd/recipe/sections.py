@@ -163,6 +163,25 @@ class TrainRecipe(Section):
     """Any other argument of transformers.TrainingArguments, passed on as it is."""
 
 
+class TrunkRecipe(Section):
+    """Whether the trunk is trained together with the heads."""
+
+    train: Literal["frozen", "lora"] = "frozen"
+    """frozen: the model stays as it is. lora: LoRA adapters on its layers are trained with the heads and merged; the
+    run holds the changed model in `trunk/`, and decodes nothing itself."""
+    rank: Count = 16
+    """Rank of the adapters."""
+    loss_weight: Weight = 1.0
+    """Weight of the main head's own cross-entropy, beside the loss of the heads."""
+    teacher: Literal["original", "detached"] = "original"
+    """What the heads are compared with. original: the trunk without its adapters; detached: the trunk as it is at the
+    step, without gradient."""
+    max_rise: float = Field(default=0.01, ge=0)
+    """Share by which the main head's perplexity on held-out responses may rise; beyond it the training ends."""
+    check_steps: Count = 50
+    """Steps from one measurement of that perplexity to the next."""
+
+
 class ExtendRecipe(Section):
     """Looped extension after training: deeper heads that start as those there are, stage after stage."""
 
