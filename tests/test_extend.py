@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import mtpd
 from mtpd.cli import main
 from mtpd.distill import extend as extending
+from mtpd.distill.reopen import reopen
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.depths import Depth, Depths
 from mtpd.heads import load_heads
@@ -77,7 +78,7 @@ def test_stages_in_a_row(run: Path) -> None:
     depths = Depths.load(stage / "depths.json")
     assert [each.depth for each in depths.depths] == list(range(9))
     assert depths.depths[8].car == Acceptance.load(stage / "acceptance.json").total().car[7]
-    assert main(["eval", str(stage), "--suite", "demo", "--limit", "4", "--max-new-tokens", "16"]) == 0
+    assert reopen(stage).heads("heads-before").depth == 8
     assert main(["report", str(stage)]) == 0
     page = (stage / "report.html").read_text()
     assert "8 chain heads" in page
@@ -166,9 +167,10 @@ def test_auto_stops_where_a_stage_does_not_pay(
 def test_a_recipe_extends_after_training(tmp_path: Path) -> None:
     """Fault: an `extend` section that distill ignores, or a run that refuses to be extended later."""
     run = tmp_path / "run"
-    assert main(words(run, "train.max_steps=1", "extend.to=3", "extend.steps=1")) == 0
+    short = ["train.max_steps=1", "evaluation.decode_prompts=0", "extend.steps=1"]
+    assert main(words(run, *short, "extend.to=3")) == 0
     assert load_heads(run / "extended" / "copies-3" / "heads", mtpd.load(run).trunk).depth == 3
-    assert main(words(run, "train.max_steps=1", "extend.to=4", "extend.steps=1", "extend.form=shared")) == 0
+    assert main(words(run, *short, "extend.to=4", "extend.form=shared")) == 0
     assert load_recipe(run / "recipe.yaml").extend.to == 4
     assert (run / "extended" / "shared-4" / "heads").is_dir()
 

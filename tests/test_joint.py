@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import TOKENS, random_heads, random_tokens, tiny_model
+from architectures import TOKENS, random_heads, random_tokens, tiny_model, tiny_trunk
 from torch import Tensor
 
 import mtpd
@@ -74,7 +74,7 @@ def test_the_loss_of_both(original: bool) -> None:
     """Fault: a main head without loss, off by one or over prompts; a teacher with gradient, or the wrong one."""
     joint = adapted(original=original)
     trunk, row = joint.trunk, batch()
-    heads = random_heads(trunk, depth=2).train()
+    heads = random_heads(tiny_trunk("llama"), depth=2).train()
     settings = LossSettings((0.0, 0.0), (0.5, 0.5))
     with joint.disabled():
         hidden = trunk.hidden(row["input_ids"]) if original else None
