@@ -175,6 +175,22 @@ def test_a_recipe_extends_after_training(tmp_path: Path) -> None:
     assert (run / "extended" / "shared-4" / "heads").is_dir()
 
 
+@pytest.mark.parametrize("shared", ["false", "true"])
+def test_adapters_of_ordinary_heads(tmp_path: Path, shared: str) -> None:
+    """Fault: heads.adapters that trains the blocks too, is fitted into the wrong weights, or cannot be extended."""
+    run = tmp_path / "run"
+    short = ["heads.adapters=4", f"heads.shared={shared}", "extend.to=4", "extend.steps=1"]
+    assert main(words(run, *short, "evaluation.decode_prompts=0")) == 0
+    before, after = (load_file(run / name / "model.safetensors") for name in ("heads-before", "heads"))
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    assert {name.split(".")[1] for name in changed} == {"1", "2"}
+    heads = load_heads(run / "extended" / "copies-4" / "heads", mtpd.load(run).trunk)
+    assert heads.config.adapters == [4, 4, 0, 0]
+    assert heads.config.block_of == ([0, 0, 1, 2] if shared == "true" else [0, 1, 2, 3])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

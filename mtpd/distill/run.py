@@ -281,6 +281,7 @@ def heads_config(recipe: Recipe, trunk: Trunk, *, vocabulary: int, fingerprint: 
         hidden_size=trunk.hidden_size,
         shared=recipe.heads.shared,
         source_layers=source_layers(recipe.heads.init, 1 if recipe.heads.shared else recipe.heads.depth, trunk.depth),
+        adapters=[recipe.heads.adapters] * recipe.heads.depth if recipe.heads.adapters else [],
         vocabulary_size=vocabulary,
         trunk=fingerprint,
     )

@@ -42,6 +42,9 @@ class HeadsRecipe(Section):
     """K, the number of heads: tokens drafted beyond the main head's own."""
     shared: bool = False
     """One block for all depths instead of one each: a K-th of the parameters, and what every serving engine runs."""
+    adapters: int = Field(default=0, ge=0)
+    """Rank of LoRA adapters, one for each depth, that are trained in place of the blocks, which stay as they start; 0
+    trains the blocks."""
     init: Literal["identity", "copy_last", "copy_last_k", "random", "regression"] = "regression"
     """How the heads start. identity: the block passes the trunk's state on; copy_last: all blocks copy the
     trunk's last layer; copy_last_k: block k copies the k-th of the last K layers; random: as transformers
