@@ -142,7 +142,8 @@ def speed(lab: Lab, options: Any) -> None:
         "| heads | fastest | speed-up there | speed-up by drafts, from 0 | draft ms by drafts |\n|---|---|---|---|---|"
     )
     table = []
-    for folder in sorted((options.work / "heads").iterdir()):
+    for name in options.heads or sorted(folder.name for folder in (options.work / "heads").iterdir()):
+        folder = options.work / "heads" / name
         heads = load_heads(folder, lab.trunk, fingerprint=lab.fingerprint).to(lab.trunk.dtype)
         found = measure_depths(lab.trunk, heads, prompts, max_new_tokens=options.speed_tokens, end_tokens=lab.ends)
         best = found.fastest
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--adapter-rate", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--heads", nargs="+", help="folders in WORK/heads to decode with; all by default")
     parser.add_argument("--speed-prompts", type=int, default=4)
     parser.add_argument("--speed-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=0)

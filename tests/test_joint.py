@@ -82,7 +82,7 @@ def test_the_loss_of_both(original: bool) -> None:
     states = joint.states(row["input_ids"], row["position_ids"])
     logits = trunk.unembedding.select(None)(states)
     expected = 2.0 * torch.nn.functional.cross_entropy(
-        logits[:, 4:-1].reshape(-1, logits.shape[-1]), row["input_ids"][:, 5:].reshape(-1), reduction="sum"
+        logits[:, 3:-1].reshape(-1, logits.shape[-1]), row["input_ids"][:, 4:].reshape(-1), reduction="sum"
     )
     teacher = trunk.unembedding.select(None)(hidden if hidden is not None else states).detach()
     drafts = heads(trunk, states, row["input_ids"], position_ids_BT=row["position_ids"])
