@@ -40,8 +40,13 @@ class Choice(Protocol):
     siblings: bool
     """Whether it accepts siblings."""
 
-    def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
-        """Columns [N] of the drafting logits [N, M]; `number` drafts were made in this round before."""
+    def draft(self, logits: Tensor, texts: Sequence[Text], number: int, proposed: Tensor | None = None) -> Tensor:
+        """Columns [N] of the drafting logits [N, M].
+
+        Args:
+            number: drafts that were made in this round before.
+            proposed: columns that heads have chosen jointly with others, as the likeliest ones.
+        """
 
     def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Drafts | None) -> list[list[int]]:
         """New tokens of each row: the accepted drafts, and one more.
@@ -88,8 +93,8 @@ class Greedy:
 
     siblings = True
 
-    def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
-        return logits.argmax(-1)
+    def draft(self, logits: Tensor, texts: Sequence[Text], number: int, proposed: Tensor | None = None) -> Tensor:
+        return logits.argmax(-1) if proposed is None else proposed
 
     def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Drafts | None) -> list[list[int]]:
         return agreed(logits.argmax(-1), drafts)

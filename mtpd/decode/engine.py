@@ -27,7 +27,7 @@ from mtpd.decode.counts import Counts
 from mtpd.errors import UserError
 from mtpd.fast import faster, faster_logits
 from mtpd.heads import Heads
-from mtpd.heads.chain_drafter import ChainDrafter
+from mtpd.heads.base import Drafter
 from mtpd.slots import SlotCache, Span
 from mtpd.trunk import Trunk
 
@@ -234,15 +234,15 @@ class Engine:
         self.cache.move(index, start + source, start + target)
         hidden[index, target] = hidden[index, source]
 
-    def _draft(self, drafter: ChainDrafter, newest: list[int]) -> Drafts:
+    def _draft(self, drafter: Drafter, newest: list[int]) -> Drafts:
         """Drafts until the depth, or until a further draft is too unlikely to be accepted."""
         count = self.siblings if self.choice.siblings else 0
         sure: Tensor | None = None
         others: list[tuple[Tensor, Tensor]] = []
 
-        def pick(logits: Tensor, number: int) -> Tensor:
+        def pick(logits: Tensor, number: int, proposed: Tensor | None = None) -> Tensor:
             nonlocal sure
-            columns = self.choice.draft(logits, self.active, number)
+            columns = self.choice.draft(logits, self.active, number, proposed)
             if count or self.threshold > 0:
                 probabilities = logits.float().softmax(-1)
                 before = 1.0 if sure is None else sure

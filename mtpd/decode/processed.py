@@ -90,9 +90,9 @@ class Processed:
 
     siblings = True
 
-    def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
+    def draft(self, logits: Tensor, texts: Sequence[Text], number: int, proposed: Tensor | None = None) -> Tensor:
         """As `mtpd.decode.choice.Choice.draft`."""
-        return logits.argmax(-1)
+        return logits.argmax(-1) if proposed is None else proposed
 
     def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Drafts | None) -> list[list[int]]:
         """As `mtpd.decode.choice.Choice.choose`; a text that a criterion ends is marked so."""

@@ -46,9 +46,9 @@ class Sampling:
     def __init__(self, warpers: Sequence[Warper] = ()) -> None:
         self.warpers = list(warpers)
 
-    def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
+    def draft(self, logits: Tensor, texts: Sequence[Text], number: int, proposed: Tensor | None = None) -> Tensor:
         """As `mtpd.decode.choice.Choice.draft`."""
-        return logits.argmax(-1)
+        return logits.argmax(-1) if proposed is None else proposed
 
     def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Drafts | None) -> list[list[int]]:
         """As `mtpd.decode.choice.Choice.choose`."""
@@ -87,7 +87,7 @@ class SampledDrafts(Sampling):
         self.rows = rows
         self.drafted: list[Tensor] = []
 
-    def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
+    def draft(self, logits: Tensor, texts: Sequence[Text], number: int, proposed: Tensor | None = None) -> Tensor:
         if number == 0:
             self.drafted = []
         self.drafted.append(self.distribution(logits))

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtpd import alignment
-from mtpd.heads import Heads
-from mtpd.losses.fused import multi_depth_loss
+from mtpd.heads import Batch, Heads, Readout
 from mtpd.losses.settings import LossSettings, LossSums
 from mtpd.trunk import Trunk
 
@@ -38,20 +37,13 @@ class DistillModel(nn.Module):
         super().__init__()
         self.compiled = compiled
         if checkpoint_blocks:
-            for head in heads.layers:
+            for head in heads.blocks():
                 _checkpoint(head)
         self.trunk = trunk
         self.heads = heads
         self.settings = settings
         self.sums: LossSums | None = None
-        rows = heads.rows()
-        self.main_head = trunk.unembedding.select(None)
-        self.unembedding = trunk.unembedding.select(rows)
-        # Column of each token among the unembedding's rows in use, -1 where it has none.
-        columns = torch.full((trunk.unembedding.weight.shape[0],), -1, dtype=torch.long, device=trunk.device)
-        used = torch.arange(self.unembedding.weight.shape[0], device=trunk.device)
-        columns[used if rows is None else rows] = used
-        self.register_buffer("columns", columns, persistent=False)
+        self.readout = Readout.of(trunk, heads.rows())
 
     def forward(
         self,
@@ -70,20 +62,8 @@ class DistillModel(nn.Module):
         """
         if hidden is None:
             hidden = self.trunk.hidden(input_ids, position_ids=position_ids)
-        states = self.heads(self.trunk, hidden, input_ids, position_ids_BT=position_ids)
-        depths = range(1, len(states) + 1)
-        columns: Any = self.columns
-        total, self.sums = multi_depth_loss(
-            [state.flatten(0, 1) for state in states],
-            hidden.flatten(0, 1),
-            self.unembedding,
-            targets_P=[columns[alignment.target_tokens(input_ids, k)].flatten() for k in depths],
-            masks_P=[alignment.counted(labels, position_ids, k).flatten() for k in depths],
-            settings=self.settings,
-            main_head=self.main_head,
-            columns_M=self.heads.rows(),
-            compiled=self.compiled,
-        )
+        batch = Batch(input_ids, labels, position_ids, hidden)
+        total, self.sums = self.heads.loss(self.trunk, batch, self.readout, self.settings, compiled=self.compiled)
         if num_items_in_batch is None:
             num_items_in_batch = (labels != alignment.IGNORED).sum()
         return {"loss": total / num_items_in_batch}

@@ -10,7 +10,6 @@ Shape legend: B rows, T positions, D hidden size.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from mtpd import alignment
+from mtpd.heads.base import StateHeads
 from mtpd.heads.chain_drafter import ChainDrafter
 from mtpd.heads.config import HeadsConfig
-from mtpd.heads.norms import gain, set_gain
+from mtpd.heads.norms import unit_norm
 from mtpd.trunk import Trunk
 
 
@@ -32,8 +32,8 @@ class ChainHead(nn.Module):
         size = trunk.hidden_size
         block: Any = trunk.block(source_layer)
         self.block = block
-        self.embed_norm = _unit_norm(block.norm)
-        self.hidden_norm = _unit_norm(block.norm)
+        self.embed_norm = unit_norm(block.norm)
+        self.hidden_norm = unit_norm(block.norm)
         self.project = nn.Linear(2 * size, size, bias=False)
 
     def mix(self, embed_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class ChainHead(nn.Module):
         ).last_hidden_state
 
 
-class ChainHeads(nn.Module):
+class ChainHeads(StateHeads):
     """K chain heads.
 
     Args:
@@ -68,15 +68,9 @@ class ChainHeads(nn.Module):
     """
 
     def __init__(self, trunk: Trunk, config: HeadsConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.layers = nn.ModuleList(ChainHead(trunk, layer) for layer in config.source_layers)
         assert len(self.layers) == (1 if config.shared else config.depth), "one source layer for each block"
-        self.register_buffer("vocabulary", torch.zeros(config.vocabulary_size, dtype=torch.long))
-
-    @property
-    def depth(self) -> int:
-        return self.config.depth
 
     def chain(self) -> list[ChainHead]:
         """The heads of depth 1..K; the same one K times where they share a block."""
@@ -90,11 +84,6 @@ class ChainHeads(nn.Module):
         self.layers = self.layers[:blocks]
         kept = {"depth": depth, "source_layers": self.config.source_layers[:blocks]}
         self.config = self.config.model_copy(update=kept)
-
-    def rows(self) -> Tensor | None:
-        """Token ids of the draft vocabulary, or None when the heads draft over the whole of it."""
-        vocabulary: Any = self.vocabulary
-        return vocabulary if vocabulary.numel() else None
 
     def forward(
         self, trunk: Trunk, hidden_BTD: Tensor, input_ids_BT: Tensor, *, position_ids_BT: Tensor
@@ -110,10 +99,3 @@ class ChainHeads(nn.Module):
     def drafter(self, trunk: Trunk, *, slots: int, capacity: int) -> ChainDrafter:
         """A new drafting state for texts in slots."""
         return ChainDrafter(self, trunk, slots=slots, capacity=capacity)
-
-
-def _unit_norm(final_norm: nn.Module) -> nn.Module:
-    """A norm of the trunk's own class with gain 1, whichever way the class stores its gain."""
-    norm = copy.deepcopy(final_norm)
-    set_gain(norm, torch.ones_like(gain(norm)))
-    return norm

@@ -2,7 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MOST_COMPONENTS = 256
+
+
+class ParallelShape(BaseModel):
+    """What parallel heads add to `HeadsConfig`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    block: Literal["decoder", "linear", "residual"] = "decoder"
+    """decoder: a norm, a projection and a decoder layer; linear: a projection; residual: h + SiLU(W h + b)."""
+
+
+class CircuitShape(BaseModel):
+    """What circuit heads add to `HeadsConfig`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    structure: Literal["ff", "cp", "hmm", "btree"] = "cp"
+    components: int = Field(default=8, ge=1, le=MOST_COMPONENTS)
+    """r, the values of each latent variable."""
+    leaves: Literal["full", "shared"] = "shared"
+    """full: an unembedding for each place and component. shared: one unembedding, the trunk's, after expanders."""
+    rank: int = Field(default=16, ge=1)
+    """Of what tells the expanders of one place apart, where leaves are shared."""
+    greedy: Literal["max_product", "conditionals"] = "max_product"
+    """How greedy drafts are found."""
+
+    @model_validator(mode="after")
+    def _one_component(self) -> CircuitShape:
+        if self.structure == "ff" and self.components != 1:
+            raise ValueError(f"components: {self.components} for ff, which has 1")
+        return self
 
 
 class HeadsConfig(BaseModel):
@@ -13,10 +48,12 @@ class HeadsConfig(BaseModel):
     kind: str = "chain"
     depth: int = Field(ge=1)
     hidden_size: int = Field(ge=1)
-    source_layers: list[int]
-    """Per block, the trunk layer (0-based) whose kind it has."""
+    source_layers: list[int] = []
+    """Per decoder block, the trunk layer (0-based) whose kind it has."""
     shared: bool = False
     """One block for all depths, which then has one entry in `source_layers` (FastMTP, arXiv 2509.18362)."""
+    parallel: ParallelShape | None = None
+    circuit: CircuitShape | None = None
     vocabulary_size: int = Field(default=0, ge=0)
     """Tokens of the draft vocabulary; 0 where heads draft over the whole vocabulary."""
     trunk: str = ""
@@ -24,7 +61,15 @@ class HeadsConfig(BaseModel):
 
     @model_validator(mode="after")
     def _one_source_layer_for_each_block(self) -> HeadsConfig:
-        blocks = 1 if self.shared else self.depth
+        blocks = {
+            "chain": 1 if self.shared else self.depth,
+            "parallel": self.depth if self.parallel is not None and self.parallel.block == "decoder" else 0,
+            "medusa": 0,
+            "circuit": 0,
+        }.get(self.kind, len(self.source_layers))
         if len(self.source_layers) != blocks:
             raise ValueError(f"source_layers: {len(self.source_layers)} entries for {blocks} blocks")
+        for kind in ("parallel", "circuit"):
+            if (getattr(self, kind) is not None) != (self.kind == kind):
+                raise ValueError(f"{kind}: is for heads of kind {kind}, and needed there; these are of kind {self.kind}")
         return self
