@@ -141,6 +141,9 @@ def pretrain(recipe: PretrainRecipe, *, progress: bool = True) -> Path:
     trunk.check()
     heads = _heads(recipe, trunk)
     whole = PretrainModel(trunk, heads).to(device)
+    if recipe.train.compile:
+        for layer in trunk.decoder.layers:
+            layer.compile()
     write_whole(run / "recipe.yaml", dump(recipe))
     trainer = PretrainTrainer(
         model=whole,

@@ -49,6 +49,8 @@ class PretrainTraining(Section):
     """Weight decay."""
     rows_per_step: Count = 8
     """Rows of a step."""
+    compile: bool = False
+    """Compile the decoder layers with torch.compile: faster steps after a start of a minute. Needs a compiler."""
     save_steps: int = Field(default=0, ge=0)
     """Steps from one checkpoint to the next; 0 for one after each epoch."""
     logging_steps: Count = 50
