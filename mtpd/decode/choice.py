@@ -39,14 +39,11 @@ class Choice(Protocol):
 
     siblings: bool
     """Whether it accepts siblings."""
+    likeliest: bool
+    """Whether drafts are the heads' likeliest tokens; if not, they are drawn."""
 
-    def draft(self, logits: Tensor, texts: Sequence[Text], number: int, proposed: Tensor | None = None) -> Tensor:
-        """Columns [N] of the drafting logits [N, M].
-
-        Args:
-            number: drafts that were made in this round before.
-            proposed: columns that heads have chosen jointly with others, as the likeliest ones.
-        """
+    def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
+        """Columns [N] of the drafting logits [N, M]; `number` drafts were made in this round before."""
 
     def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Drafts | None) -> list[list[int]]:
         """New tokens of each row: the accepted drafts, and one more.
@@ -92,9 +89,10 @@ class Greedy:
     """The most likely token, everywhere."""
 
     siblings = True
+    likeliest = True
 
-    def draft(self, logits: Tensor, texts: Sequence[Text], number: int, proposed: Tensor | None = None) -> Tensor:
-        return logits.argmax(-1) if proposed is None else proposed
+    def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
+        return logits.argmax(-1)
 
     def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Drafts | None) -> list[list[int]]:
         return agreed(logits.argmax(-1), drafts)

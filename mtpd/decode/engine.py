@@ -27,7 +27,7 @@ from mtpd.decode.counts import Counts
 from mtpd.errors import UserError
 from mtpd.fast import faster, faster_logits
 from mtpd.heads import Heads
-from mtpd.heads.base import Drafter
+from mtpd.heads.base import Drafter, Pick
 from mtpd.slots import SlotCache, Span
 from mtpd.trunk import Trunk
 
@@ -240,9 +240,9 @@ class Engine:
         sure: Tensor | None = None
         others: list[tuple[Tensor, Tensor]] = []
 
-        def pick(logits: Tensor, number: int, proposed: Tensor | None = None) -> Tensor:
+        def choose(logits: Tensor, number: int) -> Tensor:
             nonlocal sure
-            columns = self.choice.draft(logits, self.active, number, proposed)
+            columns = self.choice.draft(logits, self.active, number)
             if count or self.threshold > 0:
                 probabilities = logits.float().softmax(-1)
                 before = 1.0 if sure is None else sure
@@ -256,6 +256,8 @@ class Engine:
             assert sure is not None
             return bool(sure.mean() >= self.threshold)
 
+        # What is asked of each draft's probability needs its logits.
+        pick = Pick(choose, joint=self.choice.likeliest and not count and self.threshold == 0)
         depth = drafter.draft(self.tokens, newest, self.depth, pick, likely if self.threshold > 0 else None)
         drafts = Drafts(Span(newest, depth, self.device).read(self.tokens, steps=1).clone())
         if count and others[0][0].shape[1]:

@@ -89,10 +89,11 @@ class Processed:
         self.keep_logits = keep_logits
 
     siblings = True
+    likeliest = True
 
-    def draft(self, logits: Tensor, texts: Sequence[Text], number: int, proposed: Tensor | None = None) -> Tensor:
+    def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
         """As `mtpd.decode.choice.Choice.draft`."""
-        return logits.argmax(-1) if proposed is None else proposed
+        return logits.argmax(-1)
 
     def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Drafts | None) -> list[list[int]]:
         """As `mtpd.decode.choice.Choice.choose`; a text that a criterion ends is marked so."""

@@ -42,13 +42,14 @@ class Sampling:
     """
 
     siblings = True
+    likeliest = True
 
     def __init__(self, warpers: Sequence[Warper] = ()) -> None:
         self.warpers = list(warpers)
 
-    def draft(self, logits: Tensor, texts: Sequence[Text], number: int, proposed: Tensor | None = None) -> Tensor:
+    def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
         """As `mtpd.decode.choice.Choice.draft`."""
-        return logits.argmax(-1) if proposed is None else proposed
+        return logits.argmax(-1)
 
     def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Drafts | None) -> list[list[int]]:
         """As `mtpd.decode.choice.Choice.choose`."""
@@ -81,13 +82,14 @@ class SampledDrafts(Sampling):
     """
 
     siblings = False
+    likeliest = False
 
     def __init__(self, warpers: Sequence[Warper] = (), *, rows: Tensor | None = None) -> None:
         super().__init__(warpers)
         self.rows = rows
         self.drafted: list[Tensor] = []
 
-    def draft(self, logits: Tensor, texts: Sequence[Text], number: int, proposed: Tensor | None = None) -> Tensor:
+    def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
         if number == 0:
             self.drafted = []
         self.drafted.append(self.distribution(logits))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from mtpd.errors import UserError
 from mtpd.files import write_whole
 from mtpd.heads import initialise as chain_start
-from mtpd.heads import parallel
+from mtpd.heads import circuit_heads, medusa, parallel
 from mtpd.heads.base import Batch, Heads, Readout
 from mtpd.heads.chain import ChainHeads
 from mtpd.heads.config import HeadsConfig
@@ -45,7 +45,8 @@ class Kind:
 
     heads: Callable[[Trunk, HeadsConfig], Heads]
     configure: Callable[[Mapping[str, Any], Trunk], dict[str, Any]]
-    """From the `heads` section of a recipe, what the kind adds to `HeadsConfig`. Raises UserError."""
+    """From the `heads` section of a recipe, and `columns` (how many tokens can be drafted), what the kind adds to
+    `HeadsConfig`. Raises UserError."""
     initialise: Callable[..., bool]
     """(heads, trunk, start, seed) gives the first weights, and says whether they are to be fitted to text."""
     fit: Callable[..., None]
@@ -55,6 +56,8 @@ class Kind:
 KINDS = {
     "chain": Kind(ChainHeads, chain_start.configure, chain_start.start, chain_start.fit),
     "parallel": Kind(parallel.ParallelHeads, parallel.configure, parallel.initialise, parallel.fit),
+    "medusa": Kind(medusa.MedusaHeads, medusa.configure, medusa.initialise, medusa.fit),
+    "circuit": Kind(circuit_heads.CircuitHeads, circuit_heads.configure, circuit_heads.initialise, circuit_heads.fit),
 }
 SECTIONS = ("parallel", "circuit")
 """Sections of `heads` in a recipe that one kind alone reads: the one of the same name."""
@@ -90,7 +93,8 @@ def configure_heads(settings: Mapping[str, Any], trunk: Trunk, *, vocabulary: in
                 f"heads.{section}: does nothing with heads.kind: {kind}; accepted: null, or kind: {section}"
             )
     common = {"kind": kind, "depth": settings["depth"], "hidden_size": trunk.hidden_size}
-    own = KINDS[kind].configure(settings, trunk)
+    tokens = trunk.tokens or trunk.unembedding.weight.shape[0]
+    own = KINDS[kind].configure({**settings, "columns": vocabulary or tokens}, trunk)
     return HeadsConfig(**common, **own, vocabulary_size=vocabulary, trunk=fingerprint)
 
 

@@ -78,17 +78,20 @@ class Along(Protocol):
         """The column [n] that greedy decoding drafts there, if it drafted the true tokens before it."""
 
 
-class Pick(Protocol):
-    """Chooses drafts."""
+@dataclass(frozen=True)
+class Pick:
+    """Chooses drafts.
 
-    def __call__(self, logits: Tensor, number: int, proposed: Tensor | None = None) -> Tensor:
-        """Columns [N] from logits [N, M].
+    Attributes:
+        choose: columns [N] from logits [N, M] and the number of drafts before in this round.
+        joint: whether heads that choose the likeliest drafts together may do so, without asking.
+    """
 
-        Args:
-            number: drafts before it in this round.
-            proposed: what the heads have chosen jointly with other drafts; one that wants the most likely tokens
-                takes it.
-        """
+    choose: Callable[[Tensor, int], Tensor]
+    joint: bool = False
+
+    def __call__(self, logits: Tensor, number: int) -> Tensor:
+        return self.choose(logits, number)
 
 
 class Drafter(Protocol):

@@ -56,6 +56,8 @@ class HeadsConfig(BaseModel):
     circuit: CircuitShape | None = None
     vocabulary_size: int = Field(default=0, ge=0)
     """Tokens of the draft vocabulary; 0 where heads draft over the whole vocabulary."""
+    columns: int = Field(default=0, ge=0)
+    """Of an unembedding that the heads have themselves; 0 for heads without one."""
     trunk: str = ""
     """Fingerprint of the trunk that the heads belong to."""
 
