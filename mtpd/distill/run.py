@@ -247,7 +247,17 @@ def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) ->
     )
     if vocabulary is not None:
         heads.get_buffer("vocabulary").copy_(vocabulary)
-    start_heads(heads, trunk, recipe.heads.init, lambda: fitting_batches(session, rows, store), seed=recipe.seed)
+    source = None
+    if recipe.heads.source is not None:
+        source = load_heads(recipe.heads.source, trunk, fingerprint=session.fingerprint)
+    start_heads(
+        heads,
+        trunk,
+        recipe.heads.init,
+        lambda: fitting_batches(session, rows, store),
+        seed=recipe.seed,
+        source=source,
+    )
     save_heads(heads, run.heads_before)
     return heads
 

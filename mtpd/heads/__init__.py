@@ -51,13 +51,21 @@ class Kind:
     """(heads, trunk, start, seed) gives the first weights, and says whether they are to be fitted to text."""
     fit: Callable[..., None]
     """(heads, trunk, batches); batches are rows with `hidden`, read several times."""
+    adopt: Callable[..., None] | None = None
+    """(heads, trunk, others, seed): first weights from other heads of the trunk. Raises UserError."""
 
 
 KINDS = {
     "chain": Kind(ChainHeads, chain_start.configure, chain_start.start, chain_start.fit),
-    "parallel": Kind(parallel.ParallelHeads, parallel.configure, parallel.initialise, parallel.fit),
+    "parallel": Kind(parallel.ParallelHeads, parallel.configure, parallel.initialise, parallel.fit, parallel.adopt),
     "medusa": Kind(medusa.MedusaHeads, medusa.configure, medusa.initialise, medusa.fit),
-    "circuit": Kind(circuit_heads.CircuitHeads, circuit_heads.configure, circuit_heads.initialise, circuit_heads.fit),
+    "circuit": Kind(
+        circuit_heads.CircuitHeads,
+        circuit_heads.configure,
+        circuit_heads.initialise,
+        circuit_heads.fit,
+        circuit_heads.adopt,
+    ),
 }
 SECTIONS = ("parallel", "circuit")
 """Sections of `heads` in a recipe that one kind alone reads: the one of the same name."""
@@ -99,7 +107,13 @@ def configure_heads(settings: Mapping[str, Any], trunk: Trunk, *, vocabulary: in
 
 
 def start_heads(
-    heads: Heads, trunk: Trunk, start: str | None, batches: Callable[[], Iterable[dict[str, Any]]], *, seed: int = 0
+    heads: Heads,
+    trunk: Trunk,
+    start: str | None,
+    batches: Callable[[], Iterable[dict[str, Any]]],
+    *,
+    seed: int = 0,
+    source: Heads | None = None,
 ) -> None:
     """Gives new heads their first weights.
 
@@ -107,8 +121,18 @@ def start_heads(
         start: `heads.init` of a recipe; None is what the kind prefers.
         batches: gives rows with `hidden`, for starts that are fitted; called for those alone.
         seed: of the random parts.
+        source: other heads of the trunk to start from, instead.
+
+    Raises:
+        UserError: the source is none that this kind can start from.
     """
     kind = KINDS[heads.config.kind]
+    if source is not None:
+        if kind.adopt is None:
+            accepted = ", ".join(name for name, each in KINDS.items() if each.adopt is not None)
+            raise UserError(f"heads.source: heads of kind {heads.config.kind} start from no others; accepted: {accepted}")
+        kind.adopt(heads, trunk, source, seed=seed)
+        return
     if kind.initialise(heads, trunk, start, seed=seed):
         kind.fit(heads, trunk, batches())
 

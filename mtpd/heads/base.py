@@ -212,3 +212,8 @@ class AlongStates:
 
     def choice(self, depth: int, at: Tensor, logits: Tensor) -> Tensor:
         return logits.argmax(-1)
+
+
+def exact(values: Tensor) -> Tensor:
+    """In float32, or in float64 where they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from mtpd.errors import UserError
-from mtpd.heads.base import Batch, Drafter, Readout
+from mtpd.heads.base import Batch, Drafter, Heads, Readout, exact
 from mtpd.heads.circuit import MAXIMUM, drawing, new_circuit
 from mtpd.heads.circuit_leaves import FullLeaves, SharedLeaves
 from mtpd.heads.config import CircuitShape, HeadsConfig
 from mtpd.heads.logit_heads import LogitHeads
+from mtpd.heads.parallel import matching
 from mtpd.heads.regression import shift_maps
 from mtpd.losses.settings import LossSettings, LossSums
 from mtpd.trunk import Trunk, Unembedding
@@ -49,7 +50,7 @@ class CircuitHeads(LogitHeads):
             self.leaves = FullLeaves(places, shape.components, config.columns, size)
         else:
             self.leaves = SharedLeaves(places, shape.components, size, shape.rank)
-        self.sums = nn.Linear(size, self.circuit.sums)
+        self.sums = nn.Linear(size, self.circuit.sums) if self.circuit.sums else None
         self.joint = shape.greedy == "max_product"
         self.drafted = config.depth
         # The trunk's own, and frozen: no part of these heads.
@@ -65,7 +66,9 @@ class CircuitHeads(LogitHeads):
 
     def weights(self, hidden: Tensor) -> Tensor:
         """Sum weights [C, Z] before their softmax, linear in the states."""
-        return self.sums(hidden.to(self.sums.weight.dtype)).float()
+        if self.sums is None:
+            return exact(hidden[:, :0])
+        return exact(self.sums(hidden.to(self.sums.weight.dtype)))
 
     def leaf_logits(self, hidden: Tensor, *, first: int = 0, last: int | None = None) -> Tensor:
         """[C, n, r, M], or those of some places."""
@@ -78,7 +81,7 @@ class CircuitHeads(LogitHeads):
         if isinstance(self.leaves, FullLeaves):
             found = self.leaves.evidence(hidden, columns)
         else:
-            logits = self.leaf_logits(hidden, last=columns.shape[1]).float()
+            logits = exact(self.leaf_logits(hidden, last=columns.shape[1]))
             targets = columns[:, :, None].expand(logits.shape[:-1])
             ce = nn.functional.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=-1, reduction="none")
             found = -ce.view(targets.shape)
@@ -91,7 +94,7 @@ class CircuitHeads(LogitHeads):
 
     def at(self, depth: int, hidden: Tensor, columns: Tensor, seen: Tensor) -> Tensor:
         """Logits [C, M] of place `depth` after the tokens before it: they are log-probabilities."""
-        leaf = self.leaf_logits(hidden, first=depth, last=depth + 1)[:, 0].float().log_softmax(-1)
+        leaf = exact(self.leaf_logits(hidden, first=depth, last=depth + 1)[:, 0]).log_softmax(-1)
         return (seen[:, depth, :, None] + leaf).logsumexp(1)
 
     def known(self, hidden: Tensor, columns: Tensor) -> Tensor:
@@ -121,7 +124,7 @@ class CircuitHeads(LogitHeads):
 
     def _after_first(self, hidden: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of all leaves [C, n, r, M], and the evidence of place 0 alone [C, n, r]."""
-        leaf = self.leaf_logits(hidden).float().log_softmax(-1)
+        leaf = exact(self.leaf_logits(hidden)).log_softmax(-1)
         evidence = leaf.new_zeros(leaf.shape[:3])
         first = columns[:, :1, None].expand(-1, leaf.shape[2], -1)
         known = leaf[:, 0].gather(2, first.clamp_min(0)).squeeze(-1)
@@ -198,9 +201,10 @@ def initialise(heads: CircuitHeads, trunk: Trunk, start: str | None, *, seed: in
     """
     random = torch.Generator().manual_seed(seed)
     _start_leaves(heads, trunk, [torch.eye(trunk.hidden_size)] * (heads.depth + 1), random)
-    size = heads.sums.weight.shape
-    heads.sums.weight.copy_(torch.randn(size, generator=random) * size[1] ** -0.5)
-    heads.sums.bias.copy_(heads.circuit.start())
+    if heads.sums is not None:
+        size = heads.sums.weight.shape
+        heads.sums.weight.copy_(torch.randn(size, generator=random) * size[1] ** -0.5)
+        heads.sums.bias.copy_(heads.circuit.start())
     return start in (None, "regression")
 
 
@@ -213,3 +217,15 @@ def fit(heads: CircuitHeads, trunk: Trunk, batches: Iterable[dict[str, Tensor]])
 
 def _start_leaves(heads: CircuitHeads, trunk: Trunk, maps: list[Tensor], random: torch.Generator) -> None:
     heads.leaves.start(maps, trunk.unembedding.select(heads.rows()), random)
+
+
+@torch.no_grad()
+def adopt(heads: CircuitHeads, trunk: Trunk, source: Heads, *, seed: int = 0) -> None:
+    """Starts every component of place k as the k-th linear head of `source`.
+
+    Raises:
+        UserError: those are others, or too few.
+    """
+    initialise(heads, trunk, "identity", seed=seed)
+    maps = [each.project.weight.float() for each in matching(source, "linear", heads.depth)]
+    _start_leaves(heads, trunk, [torch.eye(trunk.hidden_size), *maps], torch.Generator().manual_seed(seed))

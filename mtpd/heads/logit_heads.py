@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mtpd import alignment
-from mtpd.heads.base import Along, Batch, Heads, Pick, Readout
+from mtpd.heads.base import Along, Batch, Heads, Pick, Readout, exact
 from mtpd.heads.parallel_drafter import NewestStates, write_drafts
 from mtpd.losses import reference
 from mtpd.losses.pieces import in_pieces
@@ -84,7 +84,7 @@ class LogitHeads(Heads):
 
         def piece(number: int, state: Tensor) -> tuple[Tensor, Tensor]:
             rows = pieces[number]
-            hidden, columns, masks = state[rows].float(), columns_Pn[rows], masks_PK[rows]
+            hidden, columns, masks = exact(state[rows]), columns_Pn[rows], masks_PK[rows]
             if only_ce:
                 return self._cross_entropy(hidden, columns, masks, settings)
             return self._distilled(hidden, columns, masks, rows, hidden_PD, readout, settings)
@@ -104,7 +104,7 @@ class LogitHeads(Heads):
             seen = self.look(hidden, columns)
             terms = [
                 -reference.cross_entropy(
-                    self.at(k, hidden, columns, seen).float(), columns[:, k]
+                    exact(self.at(k, hidden, columns, seen)), columns[:, k]
                 )
                 for k in range(1, self.depth + 1)
             ]
@@ -132,10 +132,10 @@ class LogitHeads(Heads):
         head = readout.main if settings.true_probabilities else readout.draft
         for k in range(1, self.depth + 1):
             mask = masks[:, k - 1]
-            y = self.at(k, hidden, columns, seen).float()[mask]
+            y = exact(self.at(k, hidden, columns, seen))[mask]
             ce = reference.cross_entropy(y, columns[mask, k])
             with torch.no_grad():
-                z = head(hidden_PD[alignment.teacher_row(rows[mask], k)]).float()
+                z = exact(head(hidden_PD[alignment.teacher_row(rows[mask], k)]))
             value = divergence(y, z, settings, columns_M=readout.rows)
             if settings.divergence == "end_to_end_tv":
                 accepted.append(torch.ones_like(mask, dtype=y.dtype).index_put((mask,), 1.0 - value))
@@ -152,7 +152,7 @@ class LogitHeads(Heads):
         self, hidden_PD: Tensor, columns: Tensor, masks: Tensor, rows: Tensor, readout: Readout
     ) -> Tensor:
         """Of these rows, those of which the first k drafts are the main head's choice, by depth [K]."""
-        hidden = hidden_PD[rows].float()
+        hidden = exact(hidden_PD[rows])
         seen = self.look(hidden, columns)
         agree = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         found = []

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from mtpd.errors import UserError
-from mtpd.heads.base import Drafter, StateHeads
+from mtpd.heads.base import Drafter, Heads, StateHeads
 from mtpd.heads.config import HeadsConfig, ParallelShape
 from mtpd.heads.initialise import _inverse, _silence, source_layers
 from mtpd.heads.norms import gain, set_gain, unit_norm
@@ -181,3 +181,27 @@ def fit(heads: ParallelHeads, trunk: Trunk, batches: Iterable[dict[str, Tensor]]
     for each, matrix in zip(heads.layers, maps, strict=True):
         head: Any = each
         head.project.weight.copy_(matrix)
+
+
+@torch.no_grad()
+def adopt(heads: ParallelHeads, trunk: Trunk, source: Heads, *, seed: int = 0) -> None:
+    """Takes the weights of the first heads of `source`, which are of the same form.
+
+    Raises:
+        UserError: they are not, or too few.
+    """
+    for each, other in zip(heads.layers, matching(source, heads.block, heads.depth), strict=True):
+        each.load_state_dict(other.state_dict())
+
+
+def matching(source: Heads, block: str, depth: int) -> list[Any]:
+    """The heads of depth 1..`depth` of parallel heads with this block.
+
+    Raises:
+        UserError: others, or too few.
+    """
+    if not isinstance(source, ParallelHeads) or source.block != block or source.depth < depth:
+        found = f"{source.depth} of kind {source.config.kind}"
+        found += f" and block {source.block}" if isinstance(source, ParallelHeads) else ""
+        raise UserError(f"heads.source: holds {found}; accepted: at least {depth} parallel heads of block {block}")
+    return list(source.layers[:depth])

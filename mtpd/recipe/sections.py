@@ -75,6 +75,9 @@ class HeadsRecipe(Section):
     trunk's last layer; copy_last_k: block k copies the k-th of the last K layers; random: as transformers
     initialises a layer; regression: identity, with the projection fitted by least squares. null: regression, or
     identity for heads that have nothing to fit."""
+    source: Text | None = None
+    """Directory of heads to start from instead, such as `heads` of `mtpd pretrain`: for parallel heads those of the
+    same block, for circuits those of block linear."""
     parallel: ParallelRecipe | None = None
     circuit: CircuitRecipe | None = None
     vocabulary: Annotated[int, Field(ge=0)] | Text = 0
