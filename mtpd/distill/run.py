@@ -37,9 +37,7 @@ from mtpd.evaluate.decoded import measure_decoded
 from mtpd.evaluate.offline import measure_offline
 from mtpd.evaluate.report import decoded_table, offline_table, plot_car
 from mtpd.files import fingerprint_file
-from mtpd.heads import WEIGHTS, Heads, build_heads, load_heads, save_heads
-from mtpd.heads.config import HeadsConfig
-from mtpd.heads.initialise import fit, initialise, source_layers
+from mtpd.heads import WEIGHTS, Heads, build_heads, chain_of, configure_heads, load_heads, save_heads, start_heads
 from mtpd.recipe import Recipe
 from mtpd.trunk import Trunk
 
@@ -117,7 +115,8 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
         return run.path
     from mtpd.distill.extend import Material, extend_heads  # which is made of the steps here
 
-    return extend_heads(Material(session, samples, chosen_by, lambda: (rows, store)), heads, console)
+    material = Material(session, samples, chosen_by, lambda: (rows, store))
+    return extend_heads(material, chain_of(heads, what="extend.to"), console)
 
 
 def start(recipe: Recipe, run: RunDirectory, *, progress: bool) -> Session:
@@ -258,33 +257,25 @@ def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) ->
         return load_heads(run.heads_before, trunk, fingerprint=session.fingerprint)
     vocabulary = vocabulary_of(session, rows)
     size = 0 if vocabulary is None else len(vocabulary)
-    heads = build_heads(trunk, heads_config(recipe, trunk, vocabulary=size, fingerprint=session.fingerprint))
-    initialise(heads, trunk, recipe.heads.init, seed=recipe.seed)
+    heads = build_heads(
+        trunk,
+        configure_heads(recipe.heads.model_dump(), trunk, vocabulary=size, fingerprint=session.fingerprint),
+    )
     if vocabulary is not None:
         heads.get_buffer("vocabulary").copy_(vocabulary)
-    if recipe.heads.init == "regression":
-        fit(heads, trunk, fitting_batches(session, rows, store))
+    source = None
+    if recipe.heads.source is not None:
+        source = load_heads(recipe.heads.source, trunk, fingerprint=session.fingerprint)
+    start_heads(
+        heads,
+        trunk,
+        recipe.heads.init,
+        lambda: fitting_batches(session, rows, store),
+        seed=recipe.seed,
+        source=source,
+    )
     save_heads(heads, run.heads_before)
     return heads
-
-
-def heads_config(recipe: Recipe, trunk: Trunk, *, vocabulary: int, fingerprint: str) -> HeadsConfig:
-    """What kind of heads the recipe means for this trunk.
-
-    Args:
-        vocabulary: tokens of the draft vocabulary, 0 for all.
-        fingerprint: of the trunk.
-    """
-    return HeadsConfig(
-        kind=recipe.heads.kind,
-        depth=recipe.heads.depth,
-        hidden_size=trunk.hidden_size,
-        shared=recipe.heads.shared,
-        source_layers=source_layers(recipe.heads.init, 1 if recipe.heads.shared else recipe.heads.depth, trunk.depth),
-        adapters=[recipe.heads.adapters] * recipe.heads.depth if recipe.heads.adapters else [],
-        vocabulary_size=vocabulary,
-        trunk=fingerprint,
-    )
 
 
 def fitting_batches(
