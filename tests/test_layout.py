@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "trunk": BELOW | {"alignment"},
     "slots": BELOW | {"trunk"},
     "fast": BELOW | {"trunk"},
-    "heads": BELOW | {"trunk", "fast", "slots", "alignment"},
+    "heads": BELOW | {"losses", "trunk", "fast", "slots", "alignment"},
     "losses": BELOW | {"trunk", "alignment"},
     "decode": BELOW | {"heads", "losses", "fast", "slots", "trunk", "alignment"},
     "data": BELOW | {"decode", "heads", "losses", "trunk", "alignment"},

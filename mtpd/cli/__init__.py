@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli import bench, chat, compare, data, distill, eval, generate, recipe, report
+from mtpd.cli import bench, chat, compare, data, distill, eval, extend, generate, pretrain, recipe, report
 from mtpd.cli.arguments import Debug
 from mtpd.cli.errors import report as report_error
 from mtpd.cli.errors import say
@@ -26,6 +26,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("distill")(distill.distill)
+app.command("extend")(extend.extend)
+app.command("pretrain")(pretrain.pretrain)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("bench")(bench.bench)
