@@ -102,7 +102,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 def add_tensors(folder: Path, tensors: Tensors, *, file: str = "model-mtp.safetensors") -> None:
     """A further shard of a checkpoint, with the index that it then needs."""
     with safe_open(folder / "model.safetensors", "pt") as opened:
-        names = list(opened.keys())
+        names = sorted(opened.keys())
     (folder / "model.safetensors").rename(folder / "model-base.safetensors")
     save_file(tensors, folder / file, metadata={"format": "pt"})
     weights = dict.fromkeys(names, "model-base.safetensors") | dict.fromkeys(tensors, file)
@@ -115,19 +115,26 @@ def layer_of(folder: Path, number: int = L - 1) -> dict[str, tuple[int, ...]]:
         prefix = f"model.layers.{number}."
         return {
             name.removeprefix(prefix): tuple(opened.get_slice(name).get_shape())
-            for name in opened.keys()
+            for name in sorted(opened.keys())
             if name.startswith(prefix)
         }
 
 
 MIXING = {"enorm.weight": (D,), "hnorm.weight": (D,), "eh_proj.weight": (D, 2 * D), "shared_head.norm.weight": (D,)}
-QWEN = {"pre_fc_norm_embedding.weight": (D,), "pre_fc_norm_hidden.weight": (D,), "fc.weight": (D, 2 * D), "norm.weight": (D,)}
+QWEN = {
+    "pre_fc_norm_embedding.weight": (D,),
+    "pre_fc_norm_hidden.weight": (D,),
+    "fc.weight": (D, 2 * D),
+    "norm.weight": (D,),
+}
 
 
 def head_shapes(name: str, layer: dict[str, tuple[int, ...]], count: int) -> dict[str, tuple[int, ...]]:
     """Tensors of the heads of a family that transformers builds bases of, written out name by name."""
     if name in ("deepseek-v3", "glm4moe", "transformers"):
-        return {f"model.layers.{L + i}.{part}": shape for i in range(count) for part, shape in {**MIXING, **layer}.items()}
+        return {
+            f"model.layers.{L + i}.{part}": shape for i in range(count) for part, shape in {**MIXING, **layer}.items()
+        }
     layers = {f"mtp.layers.{i}.{part}": shape for i in range(count) for part, shape in layer.items()}
     return {f"mtp.{part}": shape for part, shape in QWEN.items()} | layers
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mtpd.checkpoints.families import Family
+from mtpd.checkpoints.families.table import Family
 from mtpd.checkpoints.native import BLOCK, halves_swapped
 from mtpd.checkpoints.spelling import Tensors, to_checkpoint
 from mtpd.checkpoints.tensors import Stored

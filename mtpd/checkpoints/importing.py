@@ -144,9 +144,7 @@ def graft(base: str, *, original: str, output: Path, family: str | None = None) 
         mine, theirs = tuned.text_config.get(key), source.checkpoint.text_config.get(key)
         if mine != theirs:
             raise UserError(f"{base}: {key} is {mine}, and {theirs} in {original}; they are no base and its original")
-    mine_layers, theirs_layers = (
-        layer_shapes(each, without=set(source.raw)) for each in (tuned, source.checkpoint)
-    )
+    mine_layers, theirs_layers = (layer_shapes(each, without=set(source.raw)) for each in (tuned, source.checkpoint))
     if tuned.quantisation is None and source.checkpoint.quantisation is None and mine_layers != theirs_layers:
         raise UserError(f"{base}: its layers have other shapes than those of {original}")
     config = dict(tuned.config)

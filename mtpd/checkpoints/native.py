@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 
 from mtpd.checkpoints.directory import CONFIG, Checkpoint
-from mtpd.checkpoints.families import FAMILIES, Family
-from mtpd.checkpoints.families.table import OTHER
+from mtpd.checkpoints.families import FAMILIES
+from mtpd.checkpoints.families.table import OTHER, Family
 from mtpd.checkpoints.spelling import Tensors, to_module
 from mtpd.checkpoints.tensors import FLOATS, Stored, computed
 from mtpd.errors import UserError

@@ -32,7 +32,7 @@ def about(run: Run, layout: str) -> dict[str, Any]:
         "schema": 1,
         "layout": layout,
         "base": run.recipe.model,
-        "run": run.path.name,
+        "run": str(run.path.resolve()),
         "depth": run.depth,
         "shared": run.config.shared,
         "draft_vocabulary": run.config.vocabulary_size,

@@ -67,7 +67,7 @@ def choose(run: Run, to: str) -> tuple[Layout, str]:
         names: tuple[str, ...] = ("in-place",)
     else:
         names = tuple(name for name in ENGINES[to] if name != "in-place")
-    reasons = {}
+    reasons: dict[str, str] = {}
     for name in names:
         reason = LAYOUTS[name].refused(run)
         if reason is None:

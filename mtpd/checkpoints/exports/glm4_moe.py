@@ -18,6 +18,7 @@ from mtpd.checkpoints.arrange import as_family
 from mtpd.checkpoints.directory import CONFIG, INDEX, link_others, write_json, write_sharded
 from mtpd.checkpoints.exports.run import Run, dtype_name
 from mtpd.checkpoints.families import FAMILIES
+from mtpd.checkpoints.native import base_tensor
 from mtpd.checkpoints.spelling import Tensors
 from mtpd.checkpoints.tensors import Stored, computed, part, stored
 
@@ -37,7 +38,6 @@ KEYS = (
     "num_key_value_heads",
     "pad_token_id",
     "rms_norm_eps",
-    "tie_word_embeddings",
     "vocab_size",
 )
 
@@ -77,6 +77,10 @@ def write(run: Run, folder: Path) -> None:
         else:
             tensors[name] = tensor
     tensors |= _router(run, last)
+    # vLLM's GLM does not tie the output head to the embedding.
+    unembedding = base_tensor(base, "unembedding")
+    assert unembedding is not None, "a base has an embedding"
+    tensors.setdefault("lm_head.weight", unembedding)
     heads = as_family(run.heads(run.blocks), FAMILY, heads=run.blocks, layers=base.layers)
     for index in range(run.blocks):
         tensors |= _router(run, f"model.layers.{base.layers + index}.")
@@ -94,9 +98,7 @@ def _experts(name: str, weight: Stored) -> Tensors:
     width = weight.shape[1 if columns else 0]
     half, quarter = width // 2, width // (2 * ROUTED)
     cuts = {f"{prefix}.mlp.shared_experts.{kind}": (0, half)}
-    cuts |= {
-        f"{prefix}.mlp.experts.{expert}.{kind}": (half + expert * quarter, quarter) for expert in range(ROUTED)
-    }
+    cuts |= {f"{prefix}.mlp.experts.{expert}.{kind}": (half + expert * quarter, quarter) for expert in range(ROUTED)}
     if columns:
         return {name: _columns(weight, start, count) for name, (start, count) in cuts.items()}
     size = weight.shape[1]
@@ -119,12 +121,17 @@ def _config(run: Run) -> dict[str, Any]:
     sizes = {key: base[key] for key in KEYS if base.get(key) is not None}
     rope = dict(base.get("rope_parameters") or {})
     if not rope:
-        rope = {"rope_type": "default", "rope_theta": base.get("rope_theta", 10000.0), **(base.get("rope_scaling") or {})}
+        rope = {
+            "rope_type": "default",
+            "rope_theta": base.get("rope_theta", 10000.0),
+            **(base.get("rope_scaling") or {}),
+        }
     rope["partial_rotary_factor"] = 1.0
     return {
         "architectures": ["Glm4MoeForCausalLM"],
         "model_type": "glm4_moe",
         **sizes,
+        "tie_word_embeddings": False,
         "head_dim": base.get("head_dim") or base["hidden_size"] // base["num_attention_heads"],
         "attention_bias": run.model_type == "qwen2",
         "use_qk_norm": run.model_type == "qwen3",

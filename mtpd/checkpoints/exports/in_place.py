@@ -68,7 +68,9 @@ def write(run: Run, folder: Path) -> None:
 def fitting(name: str, tensor: Stored, native: Native) -> Stored:
     """The tensor in the number format of the one that it replaces."""
     if name not in native.raw:
-        raise MtpdError(f"{native.checkpoint.shown}: has no tensor {name}, which the heads have; they are of another base")
+        raise MtpdError(
+            f"{native.checkpoint.shown}: has no tensor {name}, which the heads have; they are of another base"
+        )
     old = native.raw[name]
     if old.shape != tensor.shape:
         raise MtpdError(f"{native.checkpoint.shown}: {name} has the shape {old.shape}, and the heads' {tensor.shape}")

@@ -137,4 +137,3 @@ def _needs_qwen2_layers(run: Run) -> str | None:
 
 def _uniform(gain: torch.Tensor) -> bool:
     return bool((gain == gain[0]).all()) and float(gain[0]) != 0.0
-
