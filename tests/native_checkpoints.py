@@ -164,3 +164,129 @@ def native_checkpoint(name: str, folder: Path, *, count: int = 1, dtype: torch.d
     add_tensors(folder, tensors)
     edit_config(folder, **{KEYS[name]: count})
     return tensors
+
+
+ATTENTION = {f"self_attn.{part}_proj.weight": (D, D) for part in "qkvo"}
+MLP = {"mlp.gate_proj.weight": (48, D), "mlp.up_proj.weight": (48, D), "mlp.down_proj.weight": (D, 48)}
+NORMS = {"input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,)}
+LAYER = {**ATTENTION, **MLP, **NORMS}
+MIMO = {
+    "token_layernorm.weight": (D,),
+    "hidden_layernorm.weight": (D,),
+    "input_proj.weight": (D, 2 * D),
+    "final_layernorm.weight": (D,),
+}
+MIXED = {"enorm.weight": (D,), "hnorm.weight": (D,), "eh_proj.weight": (D, 2 * D), "final_layernorm.weight": (D,)}
+EXPERT_MLP = {f"mlp.experts.{e}.{name.removeprefix('mlp.')}": shape for e in range(4) for name, shape in MLP.items()}
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _each(prefix: str, parts: Shapes, count: int = 1) -> Shapes:
+    return {prefix.format(i=i, n=L + i) + name: shape for i in range(count) for name, shape in parts.items()}
+
+
+BY_NAME: dict[str, tuple[dict[str, Any], Shapes]] = {
+    "mimo": (
+        {"model_type": "mimo", "architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1},
+        _each("model.mtp_layers.{i}.", {**MIMO, **LAYER}),
+    ),
+    "mimo-v2": (
+        {"model_type": "mimo_v2_flash"},
+        _each(
+            "model.mtp.layers.{i}.",
+            {**MIXED, **ATTENTION, **MLP, "input_layernorm.weight": (D,), "pre_mlp_layernorm.weight": (D,)},
+            2,
+        ),
+    ),
+    "ernie4.5-moe": (
+        {"model_type": "ernie4_5_moe", "num_nextn_predict_layers": 1},
+        {
+            "model.mtp_emb_norm.0.weight": (D,),
+            "model.mtp_hidden_norm.0.weight": (D,),
+            "model.mtp_linear_proj.0.weight": (D, 2 * D),
+            **_each("model.mtp_block.0.", LAYER),
+        },
+    ),
+    "step3.5": (
+        {"model_type": "step3p5", "num_nextn_predict_layers": 3},
+        _each(
+            "model.layers.{n}.",
+            {
+                "enorm.weight": (D,),
+                "hnorm.weight": (D,),
+                "eh_proj.weight": (D, 2 * D),
+                "transformer.shared_head.norm.weight": (D,),
+                "transformer.shared_head.output.weight": (V, D),
+                **LAYER,
+            },
+            3,
+        ),
+    ),
+    "nemotron-h": (
+        {"model_type": "nemotron_h", "num_nextn_predict_layers": 2, "mtp_layers_block_type": ["attention", "moe"]},
+        {
+            f"mtp.layers.{sub}.{name}": shape
+            for sub in range(4)
+            for name, shape in (
+                {
+                    "enorm.weight": (D,),
+                    "hnorm.weight": (D,),
+                    "eh_proj.weight": (D, 2 * D),
+                    "mixer.q_proj.weight": (D, D),
+                }
+                if sub % 2 == 0
+                else {"mixer.experts.0.up_proj.weight": (16, D), "final_layernorm.weight": (D,)}
+            ).items()
+        },
+    ),
+    "inkling": (
+        {"model_type": "inkling", "mtp_config": {"num_nextn_predict_layers": 2}},
+        {
+            "model.mtp.chain_norm.weight": (D,),
+            **_each(
+                "model.mtp.layers.{i}.",
+                {"embed_norm.weight": (D,), "hidden_norm.weight": (D,), "input_proj.weight": (D, 2 * D)},
+                2,
+            ),
+            **_each("model.mtp.layers.{i}.transformer_block.", LAYER, 2),
+        },
+    ),
+    "speculators": (
+        {"architectures": ["MTPDraftModel"], "num_nextn_predict_layers": 1},
+        _each("mtp_layers.{i}.", {**MIMO, **LAYER}),
+    ),
+    "fastmtp": ({"num_nextn_predict_layers": 1}, _each("model.mtp_layers.{i}.", {**MIMO, **LAYER})),
+    "medusa": (
+        {"model_type": "medusa", "medusa_num_heads": 3},
+        {
+            f"{i}.{name}": shape
+            for i in range(3)
+            for name, shape in {"0.linear.weight": (D, D), "0.linear.bias": (D,), "1.weight": (V, D)}.items()
+        },
+    ),
+    "evabyte": ({"model_type": "evabyte", "num_pred_heads": 8}, {}),
+}
+"""Families that transformers has no class for, or whose heads' layer is no layer of the base: config and tensors."""
+
+
+def named_checkpoint(name: str, folder: Path) -> Tensors:
+    """Writes a checkpoint of a family by names and shapes alone: a base of Llama's tensors, and heads."""
+    folder.mkdir(parents=True)
+    changes, shapes = BY_NAME[name]
+    base: Shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,), "lm_head.weight": (V, D)}
+    base |= {f"model.layers.{number}.{part}": shape for number in range(L) for part, shape in LAYER.items()}
+    if name == "evabyte":
+        base["lm_head.weight"] = (8 * V, D)
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SMALL, **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    if name in ("speculators", "medusa"):
+        heads = random_like(shapes)
+        save_file(heads, folder / "model.safetensors", metadata={"format": "pt"})
+        return heads
+    save_file(random_like(base), folder / "model.safetensors", metadata={"format": "pt"})
+    heads = random_like(shapes, seed=8, dtype=torch.bfloat16)
+    if name == "evabyte":
+        return {"lm_head.weight": random_like(base)["lm_head.weight"]}
+    add_tensors(folder, heads)
+    return heads

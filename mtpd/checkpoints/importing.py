@@ -9,6 +9,7 @@ from typing import Any
 import huggingface_hub
 import torch
 
+from mtpd.checkpoints.arrange import first_heads
 from mtpd.checkpoints.directory import CONFIG, INDEX, Checkpoint, link_others, new_directory, write_beside, write_json
 from mtpd.checkpoints.families.table import OTHER
 from mtpd.checkpoints.native import Native, find_heads, layer_shapes
@@ -17,9 +18,10 @@ from mtpd.data import builtin_models
 from mtpd.data.sources import hub_access
 from mtpd.errors import UserError
 from mtpd.heads import CONFIG as HEADS_CONFIG
-from mtpd.heads import WEIGHTS
+from mtpd.heads import WEIGHTS, Heads, build_heads
 from mtpd.heads.config import HeadsConfig
 from mtpd.recipe_text import to_yaml
+from mtpd.trunk import Trunk
 
 IMPORTED = "import.json"
 """What an imported directory says about where its heads are from."""
@@ -91,22 +93,73 @@ def shape_of(native: Native, depth: int | None) -> tuple[bool, int]:
     return native.count == 1 and wanted > 1, wanted
 
 
+def heads_config(native: Native, *, depth: int, shared: bool, vocabulary: int = 0, trunk: str = "") -> HeadsConfig:
+    """What heads of mtpd say about themselves that start as these."""
+    return HeadsConfig(
+        depth=depth,
+        hidden_size=native.hidden_size,
+        source_layers=native.source_layers[: 1 if shared else depth],
+        shared=shared,
+        vocabulary_size=vocabulary,
+        trunk=trunk,
+    )
+
+
+def native_heads(
+    name: str, trunk: Trunk, *, depth: int, shared: bool, vocabulary: torch.Tensor | None, fingerprint: str
+) -> Heads:
+    """The heads that a checkpoint has, in memory and float32, to be trained further.
+
+    Args:
+        name: the model of a recipe.
+        trunk: of the same checkpoint.
+        shared: whether the recipe wants one block for all depths.
+        vocabulary: token ids of a draft vocabulary, or None.
+        fingerprint: of the trunk.
+
+    Raises:
+        UserError: the checkpoint has no heads, or ones that mtpd cannot compute.
+    """
+    native = runnable(name)
+    if shared and native.count > 1:
+        raise UserError(
+            f"heads.shared: true is not accepted for {name}, which has {native.count} heads; accepted: false"
+        )
+    shared, depth = shape_of(native, depth)
+    size = 0 if vocabulary is None else len(vocabulary)
+    heads = build_heads(trunk, heads_config(native, depth=depth, shared=shared, vocabulary=size, trunk=fingerprint))
+    tensors = {key: tensor.load() for key, tensor in first_heads(native.tensors, 1 if shared else depth).items()}
+    tensors["vocabulary"] = torch.zeros(0, dtype=torch.long) if vocabulary is None else vocabulary
+    heads.load_state_dict(tensors)
+    return heads
+
+
+def native_depth(name: str) -> int:
+    """How many heads a checkpoint has.
+
+    Raises:
+        UserError: as `native_heads`.
+    """
+    return runnable(name).count
+
+
+def runnable(name: str) -> Native:
+    """The heads of a checkpoint, if mtpd can compute them."""
+    native = find_heads(open_checkpoint(name))
+    if native.cannot_run:
+        raise UserError(f"heads.init: native is not accepted for {name}: {native.cannot_run}")
+    return native
+
+
 def write_heads(native: Native, folder: Path, *, depth: int, shared: bool) -> None:
     """`heads/` of a run: streamed, the tensors bit for bit as they are."""
     folder.mkdir(parents=True)
-    blocks = 1 if shared else min(depth, native.count)
     tensors = {name: tensor for name, tensor in native.tensors.items() if not name.startswith(OTHER)}
     if native.cannot_run is None:
-        kept = tuple(f"layers.{index}." for index in range(blocks))
-        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(kept)}
+        tensors = first_heads(tensors, 1 if shared else depth)
         # A buffer that heads of a run have: the tokens of a draft vocabulary, here none.
         tensors["vocabulary"] = stored(torch.zeros(0, dtype=torch.long))
-        config = HeadsConfig(
-            depth=depth,
-            hidden_size=native.hidden_size,
-            source_layers=native.source_layers[:blocks],
-            shared=shared,
-        )
+        config = heads_config(native, depth=depth, shared=shared)
         (folder / HEADS_CONFIG).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     others = {name: tensor for name, tensor in native.tensors.items() if name.startswith(OTHER)}
     if others:

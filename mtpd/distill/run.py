@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from mtpd.checkpoints.importing import native_depth, native_heads
 from mtpd.data.models import load_model, resolve_dtype, trunk_fingerprint
 from mtpd.data.packing import PackedRows, Sample, collate, pack
 from mtpd.data.prompts import Prompt, given_sample, load_prompts, split_held_out
@@ -37,7 +38,7 @@ from mtpd.files import fingerprint_file
 from mtpd.heads import WEIGHTS, Heads, build_heads, load_heads, save_heads
 from mtpd.heads.config import HeadsConfig
 from mtpd.heads.initialise import fit, initialise, source_layers
-from mtpd.recipe import Recipe
+from mtpd.recipe import Recipe, parse_recipe
 from mtpd.trunk import Trunk
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
     """
     # Wide enough for the tables where the output is a file.
     console = Console(quiet=not progress, width=None if sys.stdout.isatty() else 132)
+    recipe = with_native_depth(recipe)
     run = open_run(recipe, fresh=fresh)
     session = start(recipe, run, progress=progress)
     prompts = split_prompts(recipe)
@@ -103,6 +105,15 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
         decode(session, samples)
     show(run, console, apart)
     return run.path
+
+
+def with_native_depth(recipe: Recipe) -> Recipe:
+    """The recipe with the depth of the model's own heads, where those are what it starts from and it sets none."""
+    if recipe.heads.init != "native" or "depth" in recipe.heads.model_fields_set:
+        return recipe
+    values = recipe.model_dump(mode="json")
+    values["heads"]["depth"] = native_depth(recipe.model)
+    return parse_recipe(values)
 
 
 def start(recipe: Recipe, run: RunDirectory, *, progress: bool) -> Session:
@@ -242,6 +253,17 @@ def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) ->
     if (run.heads_before / WEIGHTS).is_file():
         return load_heads(run.heads_before, trunk, fingerprint=session.fingerprint)
     vocabulary = vocabulary_of(session, rows)
+    if recipe.heads.init == "native":
+        heads = native_heads(
+            recipe.model,
+            trunk,
+            depth=recipe.heads.depth,
+            shared=recipe.heads.shared,
+            vocabulary=vocabulary,
+            fingerprint=session.fingerprint,
+        )
+        save_heads(heads, run.heads_before)
+        return heads
     size = 0 if vocabulary is None else len(vocabulary)
     heads = build_heads(trunk, heads_config(recipe, trunk, vocabulary=size, fingerprint=session.fingerprint))
     initialise(heads, trunk, recipe.heads.init, seed=recipe.seed)
@@ -260,6 +282,7 @@ def heads_config(recipe: Recipe, trunk: Trunk, *, vocabulary: int, fingerprint: 
         vocabulary: tokens of the draft vocabulary, 0 for all.
         fingerprint: of the trunk.
     """
+    assert recipe.heads.init != "native", "native heads say themselves what they are"
     return HeadsConfig(
         kind=recipe.heads.kind,
         depth=recipe.heads.depth,

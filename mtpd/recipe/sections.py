@@ -42,10 +42,11 @@ class HeadsRecipe(Section):
     """K, the number of heads: tokens drafted beyond the main head's own."""
     shared: bool = False
     """One block for all depths instead of one each: a K-th of the parameters, and what every serving engine runs."""
-    init: Literal["identity", "copy_last", "copy_last_k", "random", "regression"] = "regression"
+    init: Literal["identity", "copy_last", "copy_last_k", "random", "regression", "native"] = "regression"
     """How the heads start. identity: the block passes the trunk's state on; copy_last: all blocks copy the
     trunk's last layer; copy_last_k: block k copies the k-th of the last K layers; random: as transformers
-    initialises a layer; regression: identity, with the projection fitted by least squares."""
+    initialises a layer; regression: identity, with the projection fitted by least squares; native: the model's
+    own MTP layers, `depth` of them (all if it is not set), which `heads=native` says for short."""
     vocabulary: Annotated[int, Field(ge=0)] | Text = 0
     """Draft vocabulary: how many of the tokens most frequent in the training responses can be drafted, special tokens
     among them; 0 for all tokens. Or a file that `mtpd data vocab` wrote."""

@@ -48,7 +48,8 @@ def serve(folder: Path, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
             )
         text = output[0, len(prompt) :].tolist()
         texts.append(text)
-        sums = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, count_rounds(rounds, text, depth))]
+        found = count_rounds(rounds, text, depth)
+        sums = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, found, strict=True)]
     return Served(f"transformers {transformers.__version__}", texts, *sums)
 
 

@@ -93,7 +93,7 @@ def check(run: Run, layout: Layout, folder: Path) -> None:
         # Cut into experts, or rounded to the format of what they replace: names and shapes are what can be compared.
         return
     count = native.count
-    expected = {name: tensor for name, tensor in run.heads(count).items()}
+    expected = run.heads(count)
     found = native.tensors
     odd = sorted(set(expected) - set(found)) or sorted(
         name for name, tensor in expected.items() if not tensor.same(found[name])

@@ -18,7 +18,7 @@ FAMILY = FAMILIES["transformers"]
 BASES = ("llama", "mistral", "qwen2", "qwen3")
 """Bases that the layout is tested with."""
 
-GENERATE = '''"""Generation with the MTP layers of this checkpoint; transformers loads it with trust_remote_code=True."""
+GENERATE = '''"""Generation with this checkpoint's MTP layers; transformers loads it with trust_remote_code=True."""
 
 from transformers import GenerationMixin
 

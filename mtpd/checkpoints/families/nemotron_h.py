@@ -1,4 +1,4 @@
-"""Nemotron-H: a head is several sub-layers (attention, experts), the first with the projection, the last with the norm."""
+"""Nemotron-H: a head is several sub-layers, the first of them with the projection, the last with the norm."""
 
 from mtpd.checkpoints.families.table import EMBED, HIDDEN, NORM, PROJECT, Family
 
