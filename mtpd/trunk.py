@@ -201,6 +201,9 @@ class Trunk(nn.Module):
             # Per-layer settings (layer types, layers without rotary positions, ...) follow the source layer.
             if isinstance(value, list) and len(value) == self.depth:
                 setattr(config, key, [value[source_layer]])
+        if isinstance(getattr(config, "first_k_dense_replace", None), int):
+            # Counts the dense layers before those with experts; the block's only layer has the source layer's side.
+            config.first_k_dense_replace = max(0, config.first_k_dense_replace - source_layer)
         config.num_hidden_layers = 1
         config.vocab_size = 1
         config.pad_token_id = None

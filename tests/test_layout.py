@@ -25,9 +25,9 @@ MAY_IMPORT = {
     "decode": BELOW | {"heads", "losses", "fast", "slots", "trunk", "alignment"},
     "data": BELOW | {"decode", "heads", "losses", "trunk", "alignment"},
     "loading": BELOW | {"recipe", "data", "decode", "heads", "trunk"},
-    "checkpoints": BELOW | {"decode", "data", "heads", "losses", "trunk", "alignment"},
+    "checkpoints": BELOW | {"recipe_text", "recipe", "evaluate", "decode", "data", "heads", "trunk", "alignment"},
     "evaluate": BELOW | {"recipe_text", "decode", "data", "heads", "losses", "trunk", "alignment"},
-    "distill": BELOW | {"recipe", "evaluate", "decode", "data", "heads", "losses", "trunk", "alignment"},
+    "distill": BELOW | {"recipe", "checkpoints", "evaluate", "decode", "data", "heads", "losses", "trunk", "alignment"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 

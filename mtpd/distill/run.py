@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from transformers import TrainerCallback
 
+from mtpd.checkpoints.importing import native_depth, native_heads
 from mtpd.data.models import load_model, resolve_dtype, trunk_fingerprint
 from mtpd.data.packing import PackedRows, Sample, collate, pack
 from mtpd.data.prompts import Prompt, given_sample, load_prompts, split_held_out
@@ -38,7 +39,7 @@ from mtpd.evaluate.offline import measure_offline
 from mtpd.evaluate.report import decoded_table, offline_table, plot_car
 from mtpd.files import fingerprint_file
 from mtpd.heads import WEIGHTS, Heads, build_heads, chain_of, configure_heads, load_heads, save_heads, start_heads
-from mtpd.recipe import Recipe
+from mtpd.recipe import Recipe, parse_recipe
 from mtpd.trunk import Trunk
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
 
     # Wide enough for the tables where the output is a file.
     console = Console(quiet=not progress, width=None if sys.stdout.isatty() else 132)
+    recipe = with_native_depth(recipe)
     run = open_run(recipe, fresh=fresh)
     session = start(recipe, run, progress=progress)
     prompts = split_prompts(recipe)
@@ -117,6 +119,15 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
 
     material = Material(session, samples, chosen_by, lambda: (rows, store))
     return extend_heads(material, chain_of(heads, what="extend.to"), console)
+
+
+def with_native_depth(recipe: Recipe) -> Recipe:
+    """The recipe with the depth of the model's own heads, where those are what it starts from and it sets none."""
+    if recipe.heads.init != "native" or "depth" in recipe.heads.model_fields_set:
+        return recipe
+    values = recipe.model_dump(mode="json")
+    values["heads"]["depth"] = native_depth(recipe.model)
+    return parse_recipe(values)
 
 
 def start(recipe: Recipe, run: RunDirectory, *, progress: bool) -> Session:
@@ -256,6 +267,17 @@ def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) ->
     if (run.heads_before / WEIGHTS).is_file():
         return load_heads(run.heads_before, trunk, fingerprint=session.fingerprint)
     vocabulary = vocabulary_of(session, rows)
+    if recipe.heads.init == "native":
+        heads = native_heads(
+            recipe.model,
+            trunk,
+            depth=recipe.heads.depth,
+            shared=recipe.heads.shared,
+            vocabulary=vocabulary,
+            fingerprint=session.fingerprint,
+        )
+        save_heads(heads, run.heads_before)
+        return heads
     size = 0 if vocabulary is None else len(vocabulary)
     heads = build_heads(
         trunk,

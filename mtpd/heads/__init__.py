@@ -190,7 +190,8 @@ def load_heads(directory: str | Path, trunk: Trunk, *, fingerprint: str | None =
         raise UserError(f"{directory}: no readable heads here ({reason}); expected {CONFIG} and {WEIGHTS}") from error
     if config.kind not in KINDS:
         raise UserError(f"{directory / CONFIG}: kind: {config.kind} is not known; accepted: {', '.join(KINDS)}")
-    if fingerprint is not None and config.trunk != fingerprint:
+    # Imported heads say no trunk: their shapes have to fit, and they lie in its own checkpoint.
+    if fingerprint is not None and config.trunk and config.trunk != fingerprint:
         raise UserError(
             f"{directory}: these heads belong to another trunk ({config.trunk[:12]}, not {fingerprint[:12]})"
         )

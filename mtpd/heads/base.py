@@ -39,6 +39,11 @@ class Batch:
     after: int = 0
     """Depths up to this one are finished: they have no loss."""
 
+    @property
+    def teacher_PD(self) -> Tensor:
+        """States [P, D] of the teacher rows."""
+        return (self.hidden if self.teacher is None else self.teacher).flatten(0, 1)
+
     def counted(self, depth: int) -> Tensor:
         """Which flat positions have loss at a depth, [P] bool."""
         return alignment.counted(self.labels, self.position_ids, depth).flatten()
@@ -103,7 +108,9 @@ class Pick:
 class Drafter(Protocol):
     """Drafting for texts that lie in slots. `mtpd.heads.chain_drafter.ChainDrafter` says what the arguments are."""
 
-    depth: int
+    @property
+    def depth(self) -> int:
+        """Heads that there are."""
 
     def begin(self, span: Span, hidden: Tensor, tokens: Tensor, lengths: Sequence[int]) -> None:
         """Reads new texts."""
@@ -193,10 +200,9 @@ class StateHeads(Heads):
     ) -> tuple[Tensor, LossSums]:
         states = self.trained_states(trunk, batch)
         depths = range(batch.after + 1, batch.after + 1 + len(states))
-        teacher = batch.hidden if batch.teacher is None else batch.teacher
         return multi_depth_loss(
             [state.flatten(0, 1) for state in states],
-            teacher.flatten(0, 1),
+            batch.teacher_PD,
             readout.draft,
             targets_P=[readout.columns[batch.tokens(k)] for k in depths],
             masks_P=[batch.counted(k) for k in depths],

@@ -87,13 +87,13 @@ class LogitHeads(Heads):
             hidden, columns, masks = exact(state[rows]), columns_Pn[rows], masks_PK[rows]
             if only_ce:
                 return self._cross_entropy(hidden, columns, masks, settings)
-            return self._distilled(hidden, columns, masks, rows, hidden_PD, readout, settings)
+            return self._distilled(hidden, columns, masks, rows, batch.teacher_PD, readout, settings)
 
         loss, sums = in_pieces(piece, len(pieces), hidden_PD, list(self.parameters()))
         ce, divergence = sums.sum(0)
         counted = masks_PK.sum(0).double()
         few = at[:: max(1, -(-len(at) // ESTIMATE_ROWS))]
-        accepted = self._accepted(hidden_PD, columns_Pn[few], masks_PK[few], few, readout)
+        accepted = self._accepted(batch, columns_Pn[few], masks_PK[few], few, readout)
         return loss, LossSums(counted, ce, divergence, accepted * (len(at) / max(1, len(few))))
 
     def _cross_entropy(
@@ -118,7 +118,7 @@ class LogitHeads(Heads):
         columns: Tensor,
         masks: Tensor,
         rows: Tensor,
-        hidden_PD: Tensor,
+        teacher_PD: Tensor,
         readout: Readout,
         settings: LossSettings,
     ) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ class LogitHeads(Heads):
             y = exact(self.at(k, hidden, columns, seen))[mask]
             ce = reference.cross_entropy(y, columns[mask, k])
             with torch.no_grad():
-                z = exact(head(hidden_PD[alignment.teacher_row(rows[mask], k)]))
+                z = exact(head(teacher_PD[alignment.teacher_row(rows[mask], k)]))
             value = divergence(y, z, settings, columns_M=readout.rows)
             if settings.divergence == "end_to_end_tv":
                 accepted.append(torch.ones_like(mask, dtype=y.dtype).index_put((mask,), 1.0 - value))
@@ -146,16 +146,17 @@ class LogitHeads(Heads):
         return total, logged
 
     @torch.no_grad()
-    def _accepted(self, hidden_PD: Tensor, columns: Tensor, masks: Tensor, rows: Tensor, readout: Readout) -> Tensor:
+    def _accepted(self, batch: Batch, columns: Tensor, masks: Tensor, rows: Tensor, readout: Readout) -> Tensor:
         """Of these rows, those of which the first k drafts are the main head's choice, by depth [K]."""
-        hidden = exact(hidden_PD[rows])
+        teacher_PD = batch.teacher_PD
+        hidden = exact(batch.hidden.flatten(0, 1)[rows])
         seen = self.look(hidden, columns)
         agree = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         found = []
         for k in range(1, self.depth + 1):
-            at = alignment.teacher_row(rows, k).clamp_max(len(hidden_PD) - 1)
+            at = alignment.teacher_row(rows, k).clamp_max(len(teacher_PD) - 1)
             y = self.at(k, hidden, columns, seen)
-            agree = agree & (y.argmax(-1) == readout.draft(hidden_PD[at]).argmax(-1)) & masks[:, k - 1]
+            agree = agree & (y.argmax(-1) == readout.draft(teacher_PD[at]).argmax(-1)) & masks[:, k - 1]
             found.append(agree.sum().double())
         return torch.stack(found)
 

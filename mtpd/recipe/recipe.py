@@ -27,6 +27,9 @@ from mtpd.recipe.sections import (
 )
 from mtpd.recipe_text import COMMAND_LINE, apply_override, explain, nest, read_mapping, to_yaml
 
+NATIVE = "heads.init=native"
+"""What `heads=native` on the command line stands for."""
+
 
 class Recipe(Section):
     """Everything that decides a distillation run."""
@@ -116,7 +119,8 @@ def load_pretrain_recipe(path: Path | str | None, overrides: Sequence[str] = ())
 def _load(kind: type[AnyRecipe], path: Path | str | None, overrides: Sequence[str]) -> AnyRecipe:
     schema = kind.model_json_schema()
     values = nest(read_mapping(Path(path)), schema, source=str(path)) if path is not None else {}
-    overridden = [apply_override(values, override, schema) for override in overrides]
+    native = [NATIVE if "".join(override.split()) == "heads=native" else override for override in overrides]
+    overridden = [apply_override(values, override, schema) for override in native]
     if path is not None:
         values.setdefault("output", f"runs/{Path(path).stem}")
     return _parse(kind, values, source=str(path or COMMAND_LINE), overridden=overridden)

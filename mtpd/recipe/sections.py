@@ -73,10 +73,11 @@ class HeadsRecipe(Section):
     adapters: int = Field(default=0, ge=0)
     """Rank of LoRA adapters of a chain, one for each depth, that are trained in place of the blocks, which stay as they
     start; 0 trains the blocks."""
-    init: Literal["identity", "copy_last", "copy_last_k", "random", "regression"] | None = None
+    init: Literal["identity", "copy_last", "copy_last_k", "random", "regression", "native"] | None = None
     """How the heads start. identity: the block passes the trunk's state on; copy_last: all blocks copy the
     trunk's last layer; copy_last_k: block k copies the k-th of the last K layers; random: as transformers
-    initialises a layer; regression: identity, with the projection fitted by least squares. null: regression, or
+    initialises a layer; regression: identity, with the projection fitted by least squares; native: the model's
+    own MTP layers, `depth` of them (all if it is not set), which `heads=native` says for short. null: regression, or
     identity for heads that have nothing to fit."""
     source: Text | None = None
     """Directory of heads to start from instead, such as `heads` of `mtpd pretrain`: for parallel heads those of the
