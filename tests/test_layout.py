@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "loading": BELOW | {"recipe", "data", "decode", "heads", "trunk"},
     "checkpoints": BELOW | {"recipe_text", "recipe", "evaluate", "decode", "data", "heads", "trunk", "alignment"},
     "evaluate": BELOW | {"recipe_text", "decode", "data", "heads", "losses", "trunk", "alignment"},
-    "distill": BELOW | {"recipe", "checkpoints", "evaluate", "decode", "data", "heads", "losses", "trunk", "alignment"},
+    "distill": BELOW
+    | {"recipe_text", "recipe", "checkpoints", "evaluate", "decode", "data", "heads", "losses", "trunk", "alignment"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 
