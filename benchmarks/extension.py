@@ -1,6 +1,7 @@
 """Looped extension: what further depths gain untrained and trained, in each form, and what they cost.
 
     python benchmarks/extension.py train --json extension.json
+    python benchmarks/extension.py cost
     python benchmarks/extension.py speed
 
 `train` trains heads of 1, 4 and 8 depths, loops them to 4, 8 and 16, and measures all offline on held-out prompts. All
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,12 @@ from typing import Any
 import torch
 from lab import Lab, machine, recipe, spread, write_rows
 
-from mtpd.data.packing import PackedRows, Sample
-from mtpd.data.store import HiddenStates
+from mtpd.data.packing import PackedRows, Sample, collate
+from mtpd.data.store import HiddenStates, MemoryStore, with_hidden
+from mtpd.distill.arguments import loss_settings
+from mtpd.distill.below import FinishedDepths
+from mtpd.distill.model import DistillModel
+from mtpd.distill.trainer import TrainingRows
 from mtpd.evaluate.depths import measure_depths
 from mtpd.heads import Heads, load_heads, save_heads
 from mtpd.heads.initialise import initialise
@@ -134,6 +140,61 @@ def train(lab: Lab, options: Any) -> None:
         )
 
 
+def cost(lab: Lab, options: Any) -> None:
+    """Time of an optimizer step for a row: heads 5 to 8 after 4 finished ones, against 8 heads at once, in turns."""
+    experiment = Experiment(lab, options, 0, lambda **_: None)
+    rows, store = TrainingRows(experiment.rows), experiment.store
+    old = experiment.start(4)
+    kept = FinishedDepths(lab.trunk, old, MemoryStore(lab.trunk, experiment.rows))
+    finished = {"8 heads at once": None, "5 to 8, first epoch": FinishedDepths(lab.trunk, old, None), "5 to 8": kept}
+    steps: dict[str, Callable[[dict[str, torch.Tensor]], None]] = {}
+    for name, below in finished.items():
+        heads = extended(old, lab.trunk, depth=8, form="copies") if below is not None else experiment.start(8)
+        steps[name] = _step(lab, experiment.recipe(4), heads.train(), below)
+    seconds: dict[str, list[float]] = {name: [] for name in ["trunk", *steps]}
+    for number in range(min(len(rows), options.cost_rows)):
+        row = collate([rows[number]])
+        kept({**with_hidden(row, lab.trunk, store), "row": row["row"]})
+        began = time.perf_counter()
+        with_hidden(row, lab.trunk, None)
+        seconds["trunk"].append(time.perf_counter() - began)
+        order = list(steps)
+        for name in order[number % 3 :] + order[: number % 3]:
+            batch = {**with_hidden(row, lab.trunk, store), "row": row["row"]}
+            began = time.perf_counter()
+            steps[name](batch)
+            seconds[name].append(time.perf_counter() - began)
+    length = experiment.rows.row_length
+    print("| | ms a token | against 8 heads at once |\n|---|---|---|")
+    for name, taken in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(taken, seconds["8 heads at once"], strict=True))
+        print(f"| {name} | {1e3 * statistics.median(taken) / length:.2f} | {ratio:.2f} |")
+        write_rows(
+            options.json,
+            [{"machine": machine(), "name": each, "seconds": found} for each, found in seconds.items()],
+        )
+
+
+def _step(
+    lab: Lab, settings: Recipe, heads: Heads, below: FinishedDepths | None
+) -> Callable[[dict[str, torch.Tensor]], None]:
+    """A function that trains on one row as the trainer does."""
+    after = 0 if below is None else below.depth
+    model = DistillModel(lab.trunk, heads, loss_settings(settings, depth=heads.depth, after=after), after=after)
+    optimizer = torch.optim.AdamW([p for p in heads.parameters() if p.requires_grad], lr=1e-5, fused=True)
+
+    def step(batch: dict[str, torch.Tensor]) -> None:
+        states = {"below": below(batch)} if below is not None else {}
+        inputs = {name: tensor for name, tensor in batch.items() if name != "row"}
+        with torch.autocast(lab.trunk.device.type, lab.trunk.dtype):
+            loss = model(**inputs, **states)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def speed(lab: Lab, options: Any) -> None:
     """Tokens/s by the number of drafts, of all heads that `train` kept."""
     samples = lab.respond(options.held_out, "held-out", temperature=0.0, tokens=128, limit=options.held_out_limit)
@@ -156,7 +217,7 @@ def speed(lab: Lab, options: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "speed"))
+    parser.add_argument("what", choices=("train", "cost", "speed"))
     parser.add_argument("--model", default="demo")
     parser.add_argument("--prompts", default="builtin", help="trained on: builtin, or a .jsonl file")
     parser.add_argument("--held-out", default="builtin-held-out", help="measured on")
@@ -170,6 +231,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--adapter-rate", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cost-rows", type=int, default=12)
     parser.add_argument("--heads", nargs="+", help="folders in WORK/heads to decode with; all by default")
     parser.add_argument("--speed-prompts", type=int, default=4)
     parser.add_argument("--speed-tokens", type=int, default=64)
@@ -177,7 +239,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    {"train": train, "speed": speed}[options.what](Lab.open(options.model, options.work), options)
+    {"train": train, "cost": cost, "speed": speed}[options.what](Lab.open(options.model, options.work), options)
 
 
 if __name__ == "__main__":

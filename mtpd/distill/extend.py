@@ -41,7 +41,6 @@ from mtpd.heads import WEIGHTS, build_heads, chain_of, load_heads, save_heads
 from mtpd.heads.chain import ChainHeads
 from mtpd.heads.looped import extended
 from mtpd.recipe import ExtendRecipe, Recipe, dump, parse_recipe, stages_of
-from mtpd.recipe_text import COMMAND_LINE
 
 DECODED_PROMPTS, DECODED_TOKENS = 4, 64
 """Held-out prompts that every number of drafts decodes, and tokens of each, at most."""
@@ -95,7 +94,7 @@ def _with_section(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
     if section["to"] is None and not section["auto"]:
         raise UserError(f"--to: is missing; accepted: a number of heads above {recipe.heads.depth}, or --auto")
     values = {**recipe.model_dump(mode="json"), "extend": section}
-    return parse_recipe(values, source=COMMAND_LINE)
+    return parse_recipe(values, source="mtpd extend")
 
 
 def extend_heads(material: Material, heads: ChainHeads, console: Console, *, fresh: bool = False) -> Path:
