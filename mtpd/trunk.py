@@ -23,6 +23,9 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from mtpd.errors import UnsupportedModel
 
+ATTENDING = ("full_attention", "sliding_attention", "chunked_attention")
+"""Kinds of layers that look back at single tokens."""
+
 
 @dataclass(frozen=True)
 class Unembedding:
@@ -117,6 +120,15 @@ class Trunk(nn.Module):
     def context(self) -> int:
         """The longest sequence, in tokens, that the model was made for."""
         return int(getattr(self.config, "max_position_embeddings", 0)) or 2**31
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether layers carry a state from token to token (linear attention) instead of looking back at them.
+
+        Such a state cannot be told where a document begins, and cannot be taken back after a rejected draft.
+        """
+        kinds = getattr(self.config, "layer_types", None) or []
+        return any(kind not in ATTENDING for kind in kinds)
 
     @property
     def dtype(self) -> torch.dtype:

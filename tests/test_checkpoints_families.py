@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,13 @@ COUNTS = {"transformers": 2, "glm4moe": 2}
 
 
 @pytest.fixture(scope="session")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, native.Tensors]]]:
+def running(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, native.Tensors]]:
     """A checkpoint of each family that transformers builds bases of."""
     made = {}
     for name in native.RUNNING:
         folder = tmp_path_factory.mktemp("native") / "checkpoint"
         made[name] = (folder, native.native_checkpoint(name, folder, count=COUNTS.get(name, 1), dtype=torch.bfloat16))
-    yield made
+    return made
 
 
 def imported_tensors(run: Path) -> native.Tensors:
@@ -125,8 +124,8 @@ def test_heads_compute_what_transformers_does(
     trunk = Trunk(model)
     positions = torch.arange(ids.shape[1])[None]
     with torch.no_grad():
-        state = theirs_state = trunk.hidden(ids)
-        for depth, state in enumerate(heads(trunk, state, ids, position_ids_BT=positions), start=1):
+        theirs_state = trunk.hidden(ids)
+        for depth, state in enumerate(heads(trunk, theirs_state, ids, position_ids_BT=positions), start=1):
             # Theirs moves positions with depth; inside of one layer only distances count.
             cache = MtpCache(config=model.config.get_mtp_config())
             theirs_state = theirs.forward_layer(

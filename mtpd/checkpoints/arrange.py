@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mtpd.checkpoints.families.table import Family
 from mtpd.checkpoints.native import BLOCK, halves_swapped
@@ -11,10 +11,18 @@ from mtpd.checkpoints.tensors import Stored
 from mtpd.errors import UserError
 
 
-def repeated(tensors: Mapping[str, Stored], count: int) -> Tensors:
-    """Heads that share one block, written out `count` times for layouts that have one for each depth."""
-    first = {name.removeprefix("layers.0."): tensor for name, tensor in tensors.items() if name.startswith("layers.0.")}
-    return {f"layers.{index}.{name}": tensor for index in range(count) for name, tensor in first.items()}
+def by_depth(tensors: Mapping[str, Stored], blocks: Sequence[int]) -> Tensors:
+    """A block for each depth, shared ones written out as often as they are used.
+
+    Args:
+        blocks: by depth, the number of its block.
+    """
+    found: Tensors = {}
+    for depth, block in enumerate(blocks):
+        prefix = f"layers.{block}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        found |= {f"layers.{depth}.{name}": tensor for name, tensor in own.items()}
+    return found
 
 
 def first_heads(tensors: Mapping[str, Stored], count: int) -> Tensors:

@@ -56,6 +56,7 @@ def _heads(native: Native) -> list[str]:
             if native.base.quantisation
             else "in 16 or 32 bits"
         ),
+        f"served by: {', '.join(family.engines) or 'no engine by itself'}",
         f"in mtpd: {'runs' if native.cannot_run is None else 'does not run: ' + native.cannot_run}",
     ]
 
@@ -73,7 +74,7 @@ def _conventions(family: Family) -> list[str]:
 
 def _run(path: Path) -> list[str]:
     run = open_run(path)
-    blocks = "one shared block" if run.config.shared else f"{run.blocks} blocks"
+    blocks = "one shared block" if run.recycles else f"{run.blocks} blocks"
     lines = [
         f"{path}: run of mtpd for {run.recipe.model} ({run.model_type}), depth {run.depth}, {blocks}",
     ]

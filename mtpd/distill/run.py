@@ -138,6 +138,11 @@ def start(recipe: Recipe, run: RunDirectory, *, progress: bool) -> Session:
     trunk = Trunk(model, tokens=real_tokens(model, tokenizer))
     trunk.check()
     check_row_length(recipe, trunk)
+    if trunk.recurrent and recipe.evaluation.decode_prompts:
+        raise UserError(
+            f"evaluation.decode_prompts: {recipe.evaluation.decode_prompts} is not accepted for {trunk.name}, whose "
+            "linear attention cannot take rejected drafts back in mtpd's decoding; accepted: 0"
+        )
     return Session(recipe, run, trunk, tokenizer, trunk_fingerprint(model), end_tokens(model, tokenizer), progress)
 
 
@@ -182,7 +187,7 @@ def training_rows(session: Session, prompts: Sequence[Prompt]) -> PackedRows:
     else:
         samples = [given_sample(session.tokenizer, prompt, end_tokens=session.ends) for prompt in prompts]
     samples += [given_sample(session.tokenizer, text, end_tokens=session.ends) for text in given_texts(session.recipe)]
-    return pack(samples, row_length=data.row_length)
+    return pack(samples, row_length=data.row_length, alone=session.trunk.recurrent)
 
 
 def given_texts(recipe: Recipe) -> list[Prompt]:

@@ -29,7 +29,7 @@ def count_rounds(rounds: Sequence[tuple[int, Sequence[int]]], text: Sequence[int
     """
     drafted, accepted = [0] * depth, [0] * depth
     for known, drafts in rounds:
-        if known + depth >= len(text):
+        if known + depth > len(text):
             continue
         hits = 0
         while hits < depth and drafts[hits] == text[known + hits]:

@@ -42,7 +42,7 @@ def about(run: Run, layout: str) -> dict[str, Any]:
 
 def model_card(run: Run, layout: Layout, output: Path) -> str:
     """Markdown with the metadata that model hubs read."""
-    blocks = "one block, used at every depth" if run.config.shared else f"{run.blocks} heads of their own"
+    blocks = "one block" if run.recycles else f"{run.blocks} different blocks"
     parts = [
         f"---\nlibrary_name: {'vllm' if 'vLLM' in layout.serve else 'transformers'}\ntags:\n- mtp\n"
         f"- speculative-decoding\nbase_model: {run.recipe.model}\n---\n",

@@ -55,8 +55,9 @@ def refused(run: Run) -> str | None:
     ):
         return "it has biases or a sliding window that GLM lacks; accepted: hf-mtp"
     if run.depth > 1:
-        for index in range(run.blocks):
-            gain = run.tensors[f"layers.{index}.block.norm.weight"].load()
+        heads = run.heads(run.written)
+        for index in range(run.written):
+            gain = heads[f"layers.{index}.block.norm.weight"].load()
             if not bool((gain == gain[0]).all()):
                 return (
                     "vLLM hands a head's state on before its last norm, and these heads have learned from the state "
@@ -81,8 +82,8 @@ def write(run: Run, folder: Path) -> None:
     unembedding = base_tensor(base, "unembedding")
     assert unembedding is not None, "a base has an embedding"
     tensors.setdefault("lm_head.weight", unembedding)
-    heads = as_family(run.heads(run.blocks), FAMILY, heads=run.blocks, layers=base.layers)
-    for index in range(run.blocks):
+    heads = as_family(run.heads(run.written), FAMILY, heads=run.written, layers=base.layers)
+    for index in range(run.written):
         tensors |= _router(run, f"model.layers.{base.layers + index}.")
     for name, tensor in heads.items():
         tensors |= _experts(name, tensor) if ".mlp." in name else {name: tensor}
@@ -147,6 +148,6 @@ def _config(run: Run) -> dict[str, Any]:
         "topk_group": 1,
         "norm_topk_prob": True,
         "routed_scaling_factor": 2.0,
-        "num_nextn_predict_layers": run.blocks,
+        "num_nextn_predict_layers": run.written,
         "dtype": dtype_name(run.dtype),
     }

@@ -52,10 +52,14 @@ def write(run: Run, folder: Path) -> None:
     link_others(run.base.path, folder, without={*run.base.files, INDEX, CONFIG, "README.md"})
     write_beside(run.base, folder, tensors, name="model-mtp.safetensors")
     changes: dict[str, Any] = {"num_mtp_layers": run.depth}
-    kinds = getattr(AutoConfig.from_pretrained(run.base.path).get_text_config(decoder=True), "layer_types", None)
+    settings = AutoConfig.from_pretrained(run.base.path).get_text_config(decoder=True)
+    kinds = getattr(settings, "layer_types", None)
+    if kinds is None and getattr(settings, "sliding_window", None):
+        # Mistral's decoder has one window for all layers; MTP layers have one only where a list of kinds says so.
+        kinds = changes["layer_types"] = ["sliding_attention"] * run.base.layers
     if kinds is not None:
-        layers = run.config.source_layers * (run.depth if run.config.shared else 1)
-        changes["mtp_layer_types"] = [kinds[layer] for layer in layers[: run.depth]]
+        layers = [run.config.source_layers[block] for block in run.block_of[: run.depth]]
+        changes["mtp_layer_types"] = [kinds[layer] for layer in layers]
     config = changed_config(run.base, **changes)
     exclude_from_quantisation(config, [f"model.layers.{run.base.layers + index}" for index in range(run.depth)])
     write_json(folder / CONFIG, config)

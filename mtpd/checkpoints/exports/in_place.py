@@ -28,9 +28,9 @@ def refused(run: Run) -> str | None:
         return f"{error}; accepted: hf-mtp"
     if native.cannot_run:
         return f"{run.base.shown}: {native.cannot_run}"
-    if run.blocks > native.count:
+    if run.written > native.count:
         return (
-            f"the base has {native.count} MTP heads and the run {run.blocks}; accepted: --depth {native.count}, or "
+            f"the base has {native.count} MTP heads and the run {run.written}; accepted: --depth {native.count}, or "
             "hf-mtp"
         )
     return None
@@ -39,11 +39,11 @@ def refused(run: Run) -> str | None:
 def write(run: Run, folder: Path) -> None:
     """Files with heads are copied and the tensors' bytes overwritten: headers and all else stay as they are."""
     native = find_heads(run.base)
-    tensors = run.heads(run.blocks)
+    tensors = run.heads(run.written)
     found = as_family(
         tensors,
         native.family,
-        heads=run.blocks,
+        heads=run.written,
         layers=run.base.layers,
         model_type=native.model_type,
         per_head=native.family.per_head(run.base.text_config),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from mtpd.checkpoints.arrange import first_heads, repeated
+from mtpd.checkpoints.arrange import by_depth
 from mtpd.checkpoints.directory import Checkpoint
 from mtpd.checkpoints.importing import open_checkpoint
 from mtpd.checkpoints.native import base_tensor
@@ -39,14 +39,24 @@ class Run:
     tensors: Tensors
 
     @property
+    def block_of(self) -> list[int]:
+        """By depth, the number of its block."""
+        return [0] * self.config.depth if self.config.shared else list(range(self.config.depth))
+
+    @property
     def blocks(self) -> int:
         """How many different blocks the exported depths have."""
-        return 1 if self.config.shared else self.depth
+        return len(set(self.block_of[: self.depth]))
 
     @property
     def recycles(self) -> bool:
         """Whether one block is enough: it is used at every depth, or there is one depth."""
         return self.blocks == 1
+
+    @property
+    def written(self) -> int:
+        """How many heads a layout gets that has one for each depth, or one for all."""
+        return 1 if self.recycles else self.depth
 
     @property
     def model_type(self) -> str:
@@ -65,7 +75,7 @@ class Run:
 
     def heads(self, count: int) -> Tensors:
         """The tensors of `count` heads in the export's number format, a shared block written out for each."""
-        tensors = repeated(self.tensors, count) if self.config.shared else first_heads(self.tensors, count)
+        tensors = by_depth(self.tensors, self.block_of[:count])
         return {name: cast(tensor, self.dtype) for name, tensor in tensors.items()}
 
     def base_norm(self) -> Stored:

@@ -9,5 +9,6 @@ FAMILY = Family(
     counts=("num_nextn_predict_layers", "num_mtp_layers"),
     names=layered("model.layers.{n}"),
     zeroes_first=True,
+    engines=("vLLM", "SGLang", "transformers"),
     reference="arXiv 2412.19437, section 2.2; vLLM deepseek_mtp.py",
 )

@@ -16,5 +16,6 @@ FAMILY = Family(
     recycled="raw",
     zeroes_first=True,
     cannot_run="it has no norm before the output head, and chain heads end in one",
+    engines=("vLLM", "SGLang"),
     reference="vLLM ernie_mtp.py",
 )

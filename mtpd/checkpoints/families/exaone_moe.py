@@ -9,5 +9,6 @@ FAMILY = Family(
     counts=("num_nextn_predict_layers",),
     names=qwen(),
     default_count=1,
+    engines=("vLLM",),
     reference="vLLM exaone_moe_mtp.py",
 )

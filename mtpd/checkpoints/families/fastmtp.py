@@ -11,5 +11,6 @@ FAMILY = Family(
     default_count=1,
     order="hidden",
     zeroes_first=True,
+    engines=("SGLang",),
     reference="arXiv 2509.18362; github.com/Tencent-BAC/FastMTP",
 )

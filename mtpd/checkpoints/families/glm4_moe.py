@@ -9,5 +9,6 @@ FAMILY = Family(
     counts=("num_nextn_predict_layers", "num_mtp_layers"),
     names=layered("model.layers.{n}"),
     zeroes_first=True,
+    engines=("vLLM", "SGLang", "transformers", "llama.cpp"),
     reference="vLLM glm4_moe_mtp.py; transformers MtpModel",
 )

@@ -16,5 +16,6 @@ FAMILY = Family(
     ),
     order="hidden",
     cannot_run="its decoder has no rotary positions, and its heads read embeddings that the base has normed",
+    engines=("vLLM", "transformers"),
     reference="vLLM models/inkling; transformers MtpModel",
 )

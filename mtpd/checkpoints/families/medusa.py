@@ -13,5 +13,6 @@ FAMILY = Family(
     ),
     separate=True,
     cannot_run="its heads read no drafted tokens, so they are no chain",
+    engines=("vLLM",),
     reference="arXiv 2401.10774; github.com/FasterDecoding/Medusa; vLLM medusa.py",
 )

@@ -13,5 +13,6 @@ FAMILY = Family(
     hidden="before",
     zeroes_first=True,
     cannot_run="its first head reads the base's state before the final norm, and chain heads read it after",
+    engines=("vLLM", "SGLang"),
     reference="vLLM mimo_mtp.py and mimo.py",
 )

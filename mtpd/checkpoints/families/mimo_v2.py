@@ -16,5 +16,6 @@ FAMILY = Family(
         ("model.mtp.layers.{i}.{rest}", LAYER),
     ),
     default_count=1,
+    engines=("vLLM", "SGLang"),
     reference="vLLM mimo_v2_mtp.py",
 )

@@ -16,5 +16,6 @@ FAMILY = Family(
     ),
     sublayers="mtp_layers_block_type",
     cannot_run="its heads are several layers each, and a chain head has one",
+    engines=("vLLM",),
     reference="vLLM nemotron_h_mtp.py",
 )

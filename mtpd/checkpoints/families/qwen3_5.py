@@ -9,5 +9,6 @@ FAMILY = Family(
     counts=("mtp_num_hidden_layers",),
     names=qwen(),
     norm="one_plus",
+    engines=("vLLM", "SGLang"),
     reference="vLLM qwen3_5_mtp.py",
 )

@@ -10,5 +10,6 @@ FAMILY = Family(
     names=qwen(),
     default_count=1,
     norm="one_plus",
+    engines=("vLLM", "SGLang"),
     reference="vLLM qwen3_next_mtp.py",
 )

@@ -17,5 +17,6 @@ FAMILY = Family(
     norm="one_plus",
     own_output=True,
     cannot_run="its heads read states before the norm and have output heads of their own",
+    engines=("vLLM", "SGLang", "llama.cpp"),
     reference="vLLM step3p5_mtp.py",
 )

@@ -8,5 +8,6 @@ FAMILY = Family(
     model_types=(),
     counts=("num_mtp_layers",),
     names=layered("model.layers.{n}"),
+    engines=("transformers",),
     reference="transformers modeling_layers.MtpModel",
 )
