@@ -20,12 +20,14 @@ from mtpd.heads.base import Along, Batch, Heads, Pick, Readout, exact
 from mtpd.heads.parallel_drafter import NewestStates, write_drafts
 from mtpd.losses import reference
 from mtpd.losses.pieces import in_pieces
-from mtpd.losses.settings import ESTIMATE_ROWS, LossSettings, LossSums
+from mtpd.losses.settings import LossSettings, LossSums
 from mtpd.slots import Span
 from mtpd.trunk import Trunk
 
 PIECE = 512
 """Positions of a piece."""
+LOGGED_ROWS = 32
+"""Rows of a batch at most, from which the share of accepted drafts that is logged is estimated."""
 
 
 class LogitHeads(Heads):
@@ -92,7 +94,7 @@ class LogitHeads(Heads):
         loss, sums = in_pieces(piece, len(pieces), hidden_PD, list(self.parameters()))
         ce, divergence = sums.sum(0)
         counted = masks_PK.sum(0).double()
-        few = at[:: max(1, -(-len(at) // ESTIMATE_ROWS))]
+        few = at[:: max(1, -(-len(at) // LOGGED_ROWS))]
         accepted = self._accepted(hidden_PD, columns_Pn[few], masks_PK[few], few, readout)
         return loss, LossSums(counted, ce, divergence, accepted * (len(at) / max(1, len(few))))
 
