@@ -99,9 +99,7 @@ class Lab:
         settings = recipe.heads
         vocabulary = draft_vocabulary(rows, settings.vocabulary, tokens=self.trunk.tokens or 0, always=self.ends)
         size = 0 if vocabulary is None else len(vocabulary)
-        config = configure_heads(
-            settings.model_dump(), self.trunk, vocabulary=size, fingerprint=self.fingerprint
-        )
+        config = configure_heads(settings.model_dump(), self.trunk, vocabulary=size, fingerprint=self.fingerprint)
         heads = build_heads(self.trunk, config)
         if vocabulary is not None:
             heads.vocabulary.copy_(vocabulary)

@@ -22,7 +22,7 @@ SAMPLES = 6000
 
 @pytest.mark.parametrize("form", ["cp", "hmm", "btree"])
 def test_sampled_drafts_are_exact(form: str) -> None:
-    """Fault: a draft accepted by another probability than it was drawn with; a kept token that is not conditioned on."""
+    """Fault: a draft accepted by another probability than that it was drawn with; a kept token not conditioned on."""
     trunk, _ = small_world()
     heads = random_kind(trunk, form, depth=2, std=0.8)
     length, size, prompt = 4, 5, [1, 4]
@@ -54,9 +54,7 @@ def test_ancestral_windows_follow_the_conditionals() -> None:
     heads.attach(trunk)
     hidden = trunk.hidden(torch.tensor([[1, 4]]))[:, -1]
     draws, first = 40_000, torch.tensor([[3]])
-    drawn = heads.sample(
-        hidden.expand(draws, -1), first.expand(draws, -1), torch.Generator().manual_seed(0)
-    )
+    drawn = heads.sample(hidden.expand(draws, -1), first.expand(draws, -1), torch.Generator().manual_seed(0))
     found = (drawn[:, 0] * 5 + drawn[:, 1]).bincount(minlength=25).double()
     expected = torch.zeros(25, dtype=torch.float64)
     for a in range(5):

@@ -136,7 +136,11 @@ def test_run_resumes_and_is_a_trunk(tmp_path: Path, capsys: pytest.CaptureFixtur
     prompts.write_text("\n".join(json.dumps({"prompt": f"line {i} ", "completion": "line " * 4}) for i in range(12)))
     run = ["distill", f"model={tmp_path / 'whole' / 'model'}", "dtype=float32", f"data.prompts={prompts}"]
     run += ["data.responses=given", "data.held_out_count=2", "data.row_length=64", "train.max_steps=1", "heads.depth=2"]
-    run += ["evaluation.max_new_tokens=6", "evaluation.decode_prompts=1", f"heads.source={tmp_path / 'whole' / 'heads'}"]
+    run += [
+        "evaluation.max_new_tokens=6",
+        "evaluation.decode_prompts=1",
+        f"heads.source={tmp_path / 'whole' / 'heads'}",
+    ]
     for kind, words in {"circuit": ["train.loss=ce"], "parallel": ["heads.parallel.block=linear"]}.items():
         assert main([*run, f"output={tmp_path / kind}", f"heads.kind={kind}", *words]) == 0
     assert main([*run, f"output={tmp_path / 'no'}", "heads.kind=parallel"]) == 2

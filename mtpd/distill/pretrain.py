@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from mtpd import alignment
 from mtpd.data.models import resolve_device, resolve_dtype, trunk_fingerprint
 from mtpd.data.streams import stream_rows
-from mtpd.distill.trainer import COMPLETE, Finished, Metrics, Progress, last_checkpoint
+from mtpd.distill.trainer import Finished, Metrics, Progress, last_checkpoint
 from mtpd.errors import UserError
 from mtpd.files import write_whole
 from mtpd.heads import Heads, build_heads, configure_heads, save_heads, start_heads
@@ -125,7 +125,9 @@ def pretrain(recipe: PretrainRecipe, *, progress: bool = True) -> Path:
     run = recipe.output
     if (run / "recipe.yaml").is_file():
         if (run / "recipe.yaml").read_text(encoding="utf-8") != dump(recipe):
-            raise UserError(f"output: {run} holds a run of another recipe; accepted: another directory, or the same recipe")
+            raise UserError(
+                f"output: {run} holds a run of another recipe; accepted: another directory, or the same recipe"
+            )
     elif run.is_dir() and any(run.iterdir()):
         raise UserError(f"output: {run} holds something else than a run; accepted: a new or empty directory")
     device = resolve_device(recipe.device)
@@ -188,7 +190,9 @@ def _tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"tokenizer: {name} cannot be loaded ({reason}); accepted: bytes, a hub id, a directory") from error
+        raise UserError(
+            f"tokenizer: {name} cannot be loaded ({reason}); accepted: bytes, a hub id, a directory"
+        ) from error
 
 
 def _model(recipe: PretrainRecipe, tokenizer: Any) -> Any:

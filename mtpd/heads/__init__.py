@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save
 
 from mtpd.errors import UserError
 from mtpd.files import write_whole
-from mtpd.heads import initialise as chain_start
 from mtpd.heads import circuit_heads, medusa, parallel
+from mtpd.heads import initialise as chain_start
 from mtpd.heads.base import Batch, Heads, Readout
 from mtpd.heads.chain import ChainHeads
 from mtpd.heads.config import HeadsConfig
@@ -130,7 +130,9 @@ def start_heads(
     if source is not None:
         if kind.adopt is None:
             accepted = ", ".join(name for name, each in KINDS.items() if each.adopt is not None)
-            raise UserError(f"heads.source: heads of kind {heads.config.kind} start from no others; accepted: {accepted}")
+            raise UserError(
+                f"heads.source: heads of kind {heads.config.kind} start from no others; accepted: {accepted}"
+            )
         kind.adopt(heads, trunk, source, seed=seed)
         return
     if kind.initialise(heads, trunk, start, seed=seed):

@@ -38,8 +38,7 @@ class Batch:
         return alignment.counted(self.labels, self.position_ids, depth).flatten()
 
     def tokens(self, depth: int) -> Tensor:
-        """The token that each flat position's head of this depth predicts, x_{t+depth+1}; depth 0 is the main
-        head. [P]"""
+        """The token x_{t+depth+1} that this depth predicts at each flat position; 0 is the main head. [P]"""
         return alignment.target_tokens(self.input_ids, depth).flatten()
 
 
@@ -97,7 +96,9 @@ class Pick:
 class Drafter(Protocol):
     """Drafting for texts that lie in slots. `mtpd.heads.chain_drafter.ChainDrafter` says what the arguments are."""
 
-    depth: int
+    @property
+    def depth(self) -> int:
+        """Drafts a round at most."""
 
     def begin(self, span: Span, hidden: Tensor, tokens: Tensor, lengths: Sequence[int]) -> None:
         """Reads new texts."""

@@ -69,7 +69,7 @@ class _FullEvidence(torch.autograd.Function):
         return torch.where(known, found, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         p, at, known, states, flat = ctx.saved_tensors
         hidden_dtype, weight_dtype, shape = ctx.dtypes
         with torch.autocast(states.device.type, enabled=False):

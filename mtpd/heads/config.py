@@ -73,5 +73,7 @@ class HeadsConfig(BaseModel):
             raise ValueError(f"source_layers: {len(self.source_layers)} entries for {blocks} blocks")
         for kind in ("parallel", "circuit"):
             if (getattr(self, kind) is not None) != (self.kind == kind):
-                raise ValueError(f"{kind}: is for heads of kind {kind}, and needed there; these are of kind {self.kind}")
+                raise ValueError(
+                    f"{kind}: is for heads of kind {kind}, and needed there; these are of kind {self.kind}"
+                )
         return self

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mtpd import alignment
-from mtpd.heads.base import Along, Batch, Heads, Pick, Readout, exact
+from mtpd.heads.base import Along, Batch, Drafter, Heads, Pick, Readout, exact
 from mtpd.heads.parallel_drafter import NewestStates, write_drafts
 from mtpd.losses import reference
 from mtpd.losses.pieces import in_pieces
@@ -63,8 +63,11 @@ class LogitHeads(Heads):
         raise NotImplementedError
 
     def stepwise(self, hidden: Tensor, first: Tensor) -> Callable[[int, Tensor], Tensor]:
-        """A function of the number of drafts before and the newest of them (for none, the token of place 0, which
-        `first` [C, 1] holds too) that gives the logits of the next; called in order."""
+        """Logits of one draft after the other: a function that is called in order.
+
+        It takes the number of drafts before and the column of the newest; of the first draft, that of place 0, which
+        `first` [C, 1] holds too.
+        """
         columns = first.repeat(1, self.depth + 1)
 
         def step(index: int, before: Tensor) -> Tensor:
@@ -105,9 +108,7 @@ class LogitHeads(Heads):
         if known is None:
             seen = self.look(hidden, columns)
             terms = [
-                -reference.cross_entropy(
-                    exact(self.at(k, hidden, columns, seen)), columns[:, k]
-                )
+                -reference.cross_entropy(exact(self.at(k, hidden, columns, seen)), columns[:, k])
                 for k in range(1, self.depth + 1)
             ]
             known = torch.stack(terms, dim=1)
@@ -150,9 +151,7 @@ class LogitHeads(Heads):
         return total, logged
 
     @torch.no_grad()
-    def _accepted(
-        self, hidden_PD: Tensor, columns: Tensor, masks: Tensor, rows: Tensor, readout: Readout
-    ) -> Tensor:
+    def _accepted(self, hidden_PD: Tensor, columns: Tensor, masks: Tensor, rows: Tensor, readout: Readout) -> Tensor:
         """Of these rows, those of which the first k drafts are the main head's choice, by depth [K]."""
         hidden = exact(hidden_PD[rows])
         seen = self.look(hidden, columns)
@@ -171,7 +170,7 @@ class LogitHeads(Heads):
         shifted = [alignment.target_tokens(input_ids_BT, k).flatten() for k in range(self.depth + 1)]
         return AlongLogits(self, hidden_BTD.flatten(0, 1), columns[torch.stack(shifted, dim=1)])
 
-    def drafter(self, trunk: Trunk, *, slots: int, capacity: int) -> LogitDrafter:
+    def drafter(self, trunk: Trunk, *, slots: int, capacity: int) -> Drafter:
         return LogitDrafter(self, trunk, slots=slots, capacity=capacity)
 
 
@@ -183,9 +182,7 @@ def divergence(student_NM: Tensor, teacher_NV: Tensor, settings: LossSettings, *
     }
     if settings.divergence in reference.RENORMALISED:
         extra: dict[str, Any] = {"mix": settings.mix} if settings.divergence == "jsd" else {}
-        return reference.RENORMALISED[settings.divergence](
-            student_NM, teacher_NV, n=settings.top_n, **extra, **warmth
-        )
+        return reference.RENORMALISED[settings.divergence](student_NM, teacher_NV, n=settings.top_n, **extra, **warmth)
     if settings.divergence == "lk":
         return reference.lk(student_NM, teacher_NV, eta=settings.eta, columns_M=columns_M, **warmth)
     return reference.tv(student_NM, teacher_NV, columns_M=columns_M, **warmth)
