@@ -144,7 +144,7 @@ def learn(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> 
     for way in (False, True):
         found = decode(exact, parallel, prompts, sampled=way, tokens=args.tokens)
         write({**joint, "mode": "sampled" if way else "greedy", **found})
-    write({**joint, "mode": "wall clock", **wall_clock(exact, parallel, prompts[:4], tokens=args.tokens, runs=3)})
+    write({**joint, "mode": "wall clock", **wall_clock(exact, parallel, prompts[:3], tokens=args.tokens, runs=args.runs)})
     for seed in range(args.seeds):
         for structure in STRUCTURES:
             heads = new(trunk, structure, args.components, "full", source=source, seed=seed)
@@ -157,7 +157,7 @@ def learn(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> 
                 found = decode(exact, heads, prompts, sampled=way, tokens=args.tokens)
                 write({**known, "mode": "sampled" if way else "greedy", **found})
             if seed == 0:
-                rates = wall_clock(exact, heads, prompts[:4], tokens=args.tokens, runs=3)
+                rates = wall_clock(exact, heads, prompts[:3], tokens=args.tokens, runs=args.runs)
                 write({**known, "mode": "wall clock", **rates})
 
 
@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
 

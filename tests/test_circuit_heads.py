@@ -22,7 +22,7 @@ SAMPLES = 6000
 
 @pytest.mark.parametrize("form", ["cp", "hmm", "btree"])
 def test_sampled_drafts_are_exact(form: str) -> None:
-    """Fault: a draft accepted by another probability than it was drawn with; a kept token that is not conditioned on."""
+    """Fault: a draft accepted by another probability than that it was drawn with; a kept token not conditioned on."""
     trunk, _ = small_world()
     heads = random_kind(trunk, form, depth=2, std=0.8)
     length, size, prompt = 4, 5, [1, 4]

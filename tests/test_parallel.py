@@ -50,14 +50,14 @@ def test_decoding_and_offline_counts(llama: Trunk, form: str, small: bool) -> No
     vocabulary = torch.arange(2, 110) if small else None
     heads = random_kind(llama, form, vocabulary=vocabulary)
     # Ends cut the texts short: they would take as long again.
-    ends = [greedy_text("llama", 9, 48)[1][20]]
+    ends = [greedy_text("llama", 9, 48)[1][33]]
     samples = greedy_samples("llama", ends)
     if not small:
         heads = taught(llama, form, heads)
     offline, decoded = both(llama, heads, samples, ends)
     assert offline == decoded
     if not small:
-        assert sum(suite["accepted"][0] for suite in offline.values()) > 3
+        assert sum(suite["accepted"][0] for suite in offline.values()) > 1
 
 
 def taught(trunk: Trunk, form: str, heads: Heads, steps: int = 25) -> Heads:

@@ -133,10 +133,6 @@ def pretrain(recipe: PretrainRecipe, *, progress: bool = True) -> Path:
     device = resolve_device(recipe.device)
     dtype = resolve_dtype(recipe.dtype, device)
     tokenizer = _tokenizer(recipe.tokenizer)
-    rows = stream_rows(tokenizer, recipe.data.texts, row_length=recipe.data.row_length)
-    held_out = stream_rows(
-        tokenizer, recipe.data.held_out, row_length=recipe.data.row_length, limit=recipe.data.held_out_rows
-    )
     torch.manual_seed(recipe.seed)
     model = _model(recipe, tokenizer).to(device)
     trunk = Trunk(model, tokens=len(tokenizer))
@@ -146,6 +142,10 @@ def pretrain(recipe: PretrainRecipe, *, progress: bool = True) -> Path:
     if recipe.train.compile:
         for layer in trunk.decoder.layers:
             layer.compile()
+    rows = stream_rows(tokenizer, recipe.data.texts, row_length=recipe.data.row_length)
+    held_out = stream_rows(
+        tokenizer, recipe.data.held_out, row_length=recipe.data.row_length, limit=recipe.data.held_out_rows
+    )
     write_whole(run / "recipe.yaml", dump(recipe))
     trainer = PretrainTrainer(
         model=whole,
@@ -206,14 +206,16 @@ def _model(recipe: PretrainRecipe, tokenizer: Any) -> Any:
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
         config = AutoConfig.for_model(kind, **{**special, **settings})
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
         raise UserError(f"model: {str(error).splitlines()[0]}; accepted: a configuration of transformers") from error
     if config.vocab_size < len(tokenizer):
         raise UserError(
             f"model.vocab_size: {config.vocab_size} is less than the tokenizer has; accepted: at least {len(tokenizer)}"
         )
-    return model
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"model: {str(error).splitlines()[0]}; accepted: a configuration of transformers") from error
 
 
 def _heads(recipe: PretrainRecipe, trunk: Trunk) -> Heads | None:

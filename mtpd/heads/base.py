@@ -49,8 +49,7 @@ class Batch:
         return alignment.counted(self.labels, self.position_ids, depth).flatten()
 
     def tokens(self, depth: int) -> Tensor:
-        """The token that each flat position's head of this depth predicts, x_{t+depth+1}; depth 0 is the main
-        head. [P]"""
+        """The token x_{t+depth+1} that this depth predicts at each flat position; 0 is the main head. [P]"""
         return alignment.target_tokens(self.input_ids, depth).flatten()
 
 
@@ -110,7 +109,7 @@ class Drafter(Protocol):
 
     @property
     def depth(self) -> int:
-        """Heads that there are."""
+        """Drafts a round at most."""
 
     def begin(self, span: Span, hidden: Tensor, tokens: Tensor, lengths: Sequence[int]) -> None:
         """Reads new texts."""

@@ -58,8 +58,7 @@ class Circuit(Protocol):
         """log p of the tokens that are known. [N]"""
 
     def latents(self, evidence: Tensor, weights: Tensor, way: Way) -> Tensor:
-        """A component for each place, given the evidence: drawn, or the best together with what the evidence stands
-        for. [N, n]"""
+        """A component for each place [N, n], given the evidence: drawn, or the best."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,8 @@ def drawing(generator: torch.Generator | None = None) -> Way:
 
 def new_circuit(structure: str, places: int, components: int) -> Circuit:
     """ff, cp, hmm or btree."""
-    return {"ff": Mixture, "cp": Mixture, "hmm": Chain, "btree": Tree}[structure](places, components)
+    kinds: dict[str, Callable[[int, int], Circuit]] = {"ff": Mixture, "cp": Mixture, "hmm": Chain, "btree": Tree}
+    return kinds[structure](places, components)
 
 
 class Mixture:

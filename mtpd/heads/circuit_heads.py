@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 
@@ -185,8 +185,8 @@ def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, Any]:
     room = psutil.virtual_memory().available
     if needed > room:
         raise UserError(
-            f"heads.circuit.leaves: full needs {needed / 1e9:,.1f} GB for {places} x {shape.components} unembeddings of "
-            f"{columns:,} x {trunk.hidden_size:,} with gradients and optimizer, and {room / 1e9:,.1f} GB are free; "
+            f"heads.circuit.leaves: full needs {needed / 1e9:,.1f} GB for {places} x {shape.components} unembeddings "
+            f"of {columns:,} x {trunk.hidden_size:,} with gradients and optimizer, and {room / 1e9:,.1f} GB are free; "
             "accepted: shared, or fewer components, or a draft vocabulary (heads.vocabulary)"
         )
     return {"circuit": shape, "columns": columns}

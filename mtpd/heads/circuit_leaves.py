@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from mtpd.trunk import Unembedding
 
+TINY = 1e-37
+"""Probabilities below count as this one."""
+
 
 class FullLeaves(nn.Module):
     """An unembedding for each place and component."""
@@ -60,21 +63,19 @@ class _FullEvidence(torch.autograd.Function):
             p = logits.softmax(-1, dtype=exact)
             at = columns.clamp_min(0)[:, :, None, None].expand(-1, -1, components, 1)
             known = (columns >= 0)[:, :, None]
-            # A column of probability 0 (by rounding) takes its logits' word.
-            top = logits.amax(-1, keepdim=True)
-            lse = top.to(exact) - p.gather(-1, logits.argmax(-1, keepdim=True)).log()
-            found = (logits.gather(-1, at).to(exact) - lse).squeeze(-1)
+            found = p.gather(-1, at).squeeze(-1).clamp_min(TINY).log()
         ctx.save_for_backward(p, at, known, states, flat)
         ctx.dtypes = hidden.dtype, weight.dtype, weight.shape
         return torch.where(known, found, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         p, at, known, states, flat = ctx.saved_tensors
         hidden_dtype, weight_dtype, shape = ctx.dtypes
         with torch.autocast(states.device.type, enabled=False):
             scaled = torch.where(known, grad, 0.0)[..., None].to(p.dtype)
-            slope = (p * -scaled).scatter_add_(-1, at, scaled).to(states.dtype).flatten(1)
+            # In the place of the softmax, which is not needed again.
+            slope = p.mul_(-scaled).scatter_add_(-1, at, scaled).to(states.dtype).flatten(1)
             to_weight = (slope.T @ states).to(weight_dtype).view(shape) if ctx.needs_input_grad[1] else None
             to_hidden = (slope @ flat).to(hidden_dtype) if ctx.needs_input_grad[0] else None
         return to_hidden, to_weight, None, None

@@ -16,16 +16,18 @@ import torch
 from torch import Tensor
 
 from mtpd import alignment
-from mtpd.heads.base import Along, Batch, Heads, Pick, Readout, exact
+from mtpd.heads.base import Along, Batch, Drafter, Heads, Pick, Readout, exact
 from mtpd.heads.parallel_drafter import NewestStates, write_drafts
 from mtpd.losses import reference
 from mtpd.losses.pieces import in_pieces
-from mtpd.losses.settings import ESTIMATE_ROWS, LossSettings, LossSums
+from mtpd.losses.settings import LossSettings, LossSums
 from mtpd.slots import Span
 from mtpd.trunk import Trunk
 
 PIECE = 512
 """Positions of a piece."""
+LOGGED_ROWS = 32
+"""Rows of a batch at most, from which the share of accepted drafts that is logged is estimated."""
 
 
 class LogitHeads(Heads):
@@ -61,8 +63,11 @@ class LogitHeads(Heads):
         raise NotImplementedError
 
     def stepwise(self, hidden: Tensor, first: Tensor) -> Callable[[int, Tensor], Tensor]:
-        """A function of the number of drafts before and the newest of them (for none, the token of place 0, which
-        `first` [C, 1] holds too) that gives the logits of the next; called in order."""
+        """Logits of one draft after the other: a function that is called in order.
+
+        It takes the number of drafts before and the column of the newest; of the first draft, that of place 0, which
+        `first` [C, 1] holds too.
+        """
         columns = first.repeat(1, self.depth + 1)
 
         def step(index: int, before: Tensor) -> Tensor:
@@ -92,7 +97,7 @@ class LogitHeads(Heads):
         loss, sums = in_pieces(piece, len(pieces), hidden_PD, list(self.parameters()))
         ce, divergence = sums.sum(0)
         counted = masks_PK.sum(0).double()
-        few = at[:: max(1, -(-len(at) // ESTIMATE_ROWS))]
+        few = at[:: max(1, -(-len(at) // LOGGED_ROWS))]
         accepted = self._accepted(batch, columns_Pn[few], masks_PK[few], few, readout)
         return loss, LossSums(counted, ce, divergence, accepted * (len(at) / max(1, len(few))))
 
@@ -166,7 +171,7 @@ class LogitHeads(Heads):
         shifted = [alignment.target_tokens(input_ids_BT, k).flatten() for k in range(self.depth + 1)]
         return AlongLogits(self, hidden_BTD.flatten(0, 1), columns[torch.stack(shifted, dim=1)])
 
-    def drafter(self, trunk: Trunk, *, slots: int, capacity: int) -> LogitDrafter:
+    def drafter(self, trunk: Trunk, *, slots: int, capacity: int) -> Drafter:
         return LogitDrafter(self, trunk, slots=slots, capacity=capacity)
 
 

@@ -127,7 +127,7 @@ class ParallelHeads(StateHeads):
 def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, Any]:
     """The part of `HeadsConfig` that is parallel heads' own, from the `heads` section of a recipe."""
     shape = ParallelShape.model_validate(settings["parallel"] or {})
-    start = settings["init"] or STARTS[shape.block][0]
+    start: Any = settings["init"] or STARTS[shape.block][0]
     if start not in STARTS[shape.block]:
         raise UserError(
             f"heads.init: {start} is not accepted for parallel heads of block {shape.block}; accepted: "
