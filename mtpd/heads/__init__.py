@@ -102,7 +102,7 @@ def configure_heads(settings: Mapping[str, Any], trunk: Trunk, *, vocabulary: in
             )
     if settings["adapters"] and kind != "chain":
         raise UserError(
-            f"heads.adapters: {settings['adapters']} is not accepted with heads.kind: {kind}; accepted: 0, or kind: chain"
+            f"heads.adapters: {settings['adapters']} is not accepted with heads.kind: {kind}; accepted: 0, or chain"
         )
     common = {"kind": kind, "depth": settings["depth"], "hidden_size": trunk.hidden_size}
     tokens = trunk.tokens or trunk.unembedding.weight.shape[0]
