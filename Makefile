@@ -8,11 +8,11 @@ INSTALLED := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help venv demo test lint format clean
+.PHONY: help venv demo test lint format verify-vllm clean
 .DEFAULT_GOAL := help
 
 help:  ## Show these targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
 
 venv: $(INSTALLED)  ## Create .venv and install mtpd and its tools
 
@@ -46,6 +46,16 @@ lint: $(INSTALLED)  ## Check style and types
 format: $(INSTALLED)  ## Format the code and apply safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Needs a finished run. vLLM gets a virtual environment of its own in ~/.cache/mtpd.
+RUN ?= runs/demo
+EXPORTS ?= build/exports
+verify-vllm: $(INSTALLED)  ## Export the heads of RUN and serve them with vLLM on this machine
+	rm -rf $(EXPORTS)
+	$(BIN)/mtpd export $(RUN) --to mimo-draft --depth 1 -o $(EXPORTS)/mimo-draft
+	$(BIN)/mtpd verify $(EXPORTS)/mimo-draft --engine vllm
+	$(BIN)/mtpd export $(RUN) --to glm4moe --depth 1 -o $(EXPORTS)/glm4moe
+	$(BIN)/mtpd verify $(EXPORTS)/glm4moe --engine vllm
 
 clean:  ## Delete .venv and caches; runs/ stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist

@@ -26,13 +26,11 @@ from mtpd.data.vocabulary import draft_vocabulary
 from mtpd.distill.arguments import loss_settings, training_arguments
 from mtpd.distill.below import FinishedDepths
 from mtpd.distill.model import DistillModel
-from mtpd.distill.run import heads_config
 from mtpd.distill.trainer import HeadTrainer, TrainingRows
 from mtpd.errors import MtpdError
 from mtpd.evaluate.acceptance import SuiteCounts
 from mtpd.evaluate.offline import measure_offline
-from mtpd.heads import Heads, build_heads
-from mtpd.heads.initialise import fit, initialise
+from mtpd.heads import Heads, build_heads, configure_heads, start_heads
 from mtpd.recipe import Recipe, parse_recipe
 from mtpd.trunk import Trunk
 
@@ -102,15 +100,18 @@ class Lab:
         settings = recipe.heads
         vocabulary = draft_vocabulary(rows, settings.vocabulary, tokens=self.trunk.tokens or 0, always=self.ends)
         size = 0 if vocabulary is None else len(vocabulary)
-        config = heads_config(recipe, self.trunk, vocabulary=size, fingerprint=self.fingerprint)
+        config = configure_heads(settings.model_dump(), self.trunk, vocabulary=size, fingerprint=self.fingerprint)
         heads = build_heads(self.trunk, config)
-        initialise(heads, self.trunk, settings.init, seed=recipe.seed)
         if vocabulary is not None:
-            heads.vocabulary.copy_(vocabulary)
-        if settings.init == "regression":
-            training = TrainingRows(rows)
-            batches = [with_hidden(collate([training[i]]), self.trunk, store) for i in range(len(rows))]
-            fit(heads, self.trunk, batches)
+            heads.get_buffer("vocabulary").copy_(vocabulary)
+        training = TrainingRows(rows)
+        start_heads(
+            heads,
+            self.trunk,
+            settings.init,
+            lambda: [with_hidden(collate([training[i]]), self.trunk, store) for i in range(len(rows))],
+            seed=recipe.seed,
+        )
         return heads
 
     def train(

@@ -23,6 +23,9 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from mtpd.errors import UnsupportedModel
 
+ATTENDING = ("full_attention", "sliding_attention", "chunked_attention")
+"""Kinds of layers that look back at single tokens."""
+
 
 @dataclass(frozen=True)
 class Unembedding:
@@ -119,6 +122,15 @@ class Trunk(nn.Module):
         return int(getattr(self.config, "max_position_embeddings", 0)) or 2**31
 
     @property
+    def recurrent(self) -> bool:
+        """Whether layers carry a state from token to token (linear attention) instead of looking back at them.
+
+        Such a state cannot be told where a document begins, and cannot be taken back after a rejected draft.
+        """
+        kinds = getattr(self.config, "layer_types", None) or []
+        return any(kind not in ATTENDING for kind in kinds)
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
@@ -201,6 +213,9 @@ class Trunk(nn.Module):
             # Per-layer settings (layer types, layers without rotary positions, ...) follow the source layer.
             if isinstance(value, list) and len(value) == self.depth:
                 setattr(config, key, [value[source_layer]])
+        if isinstance(getattr(config, "first_k_dense_replace", None), int):
+            # Counts the dense layers before those with experts; the block's only layer has the source layer's side.
+            config.first_k_dense_replace = max(0, config.first_k_dense_replace - source_layer)
         config.num_hidden_layers = 1
         config.vocab_size = 1
         config.pad_token_id = None

@@ -10,7 +10,24 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli import bench, chat, compare, data, distill, eval, extend, generate, recipe, report
+from mtpd.cli import (
+    bench,
+    chat,
+    compare,
+    data,
+    distill,
+    eval,
+    export,
+    extend,
+    generate,
+    graft,
+    import_,
+    inspect,
+    pretrain,
+    recipe,
+    report,
+    verify,
+)
 from mtpd.cli.arguments import Debug
 from mtpd.cli.errors import report as report_error
 from mtpd.cli.errors import say
@@ -27,12 +44,18 @@ app = typer.Typer(
 )
 app.command("distill")(distill.distill)
 app.command("extend")(extend.extend)
+app.command("pretrain")(pretrain.pretrain)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("bench")(bench.bench)
 app.command("eval")(eval.evaluate)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
+app.command("import")(import_.import_heads)
+app.command("export")(export.export)
+app.command("verify")(verify.verify)
+app.command("inspect")(inspect.inspect)
+app.command("graft")(graft.graft)
 app.add_typer(data.app, name="data")
 app.add_typer(recipe.app, name="recipe")
 

@@ -113,7 +113,28 @@ class PackedRows(TorchDataset[dict[str, Tensor]]):
         return fingerprint(shape.encode() + b"".join(part.contiguous().numpy().tobytes() for part in parts))
 
 
-def pack(samples: Iterable[Sample], *, row_length: int, pad_token_id: int = 0) -> PackedRows:
+def _packed(columns: dict[str, Any], row_length: int) -> Any:
+    """Rows of several documents each, with their lengths."""
+    # Imported here because it takes seconds, and most commands never pack.
+    from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from trl import pack_dataset
+
+    quiet = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        # One batch, because documents are only packed with others of their batch.
+        return pack_dataset(
+            Dataset.from_dict(columns),
+            row_length,
+            strategy="bfd",
+            map_kwargs={"batch_size": len(columns["input_ids"])},
+        )
+    finally:
+        if not quiet:
+            enable_progress_bars()
+
+
+def pack(samples: Iterable[Sample], *, row_length: int, pad_token_id: int = 0, alone: bool = False) -> PackedRows:
     """Packs samples into rows, best fit first, longest documents first (TRL's `pack_dataset`).
 
     A document longer than a row is cut at `row_length`; what is left out is counted and warned of.
@@ -121,14 +142,11 @@ def pack(samples: Iterable[Sample], *, row_length: int, pad_token_id: int = 0) -
     Args:
         row_length: T, at least 2.
         pad_token_id: fills the end of a row; any valid token id, it carries no loss.
+        alone: gives each document a row, for trunks that would carry a state from one to the next.
 
     Raises:
         UserError: no response token is left to train on.
     """
-    # Imported here because it takes seconds, and most commands never pack.
-    from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from trl import pack_dataset
-
     kept: list[Sample] = []
     cut = dropped = lost = total = 0
     for sample in samples:
@@ -169,16 +187,14 @@ def pack(samples: Iterable[Sample], *, row_length: int, pad_token_id: int = 0) -
             for sample in kept
         ],
     }
-    quiet = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        # One batch, because documents are only packed with others of their batch.
-        packed = pack_dataset(
-            Dataset.from_dict(columns), row_length, strategy="bfd", map_kwargs={"batch_size": len(kept)}
-        )
-    finally:
-        if not quiet:
-            enable_progress_bars()
+    packed: Any
+    if alone:
+        packed = [
+            {"input_ids": ids[:row_length], "labels": labels[:row_length], "seq_lengths": [min(len(ids), row_length)]}
+            for ids, labels in zip(columns["input_ids"], columns["labels"], strict=True)
+        ]
+    else:
+        packed = _packed(columns, row_length)
 
     shape = (len(packed), row_length)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int32)

@@ -104,9 +104,15 @@ def generate_responses(
     choice: Choice = Greedy() if temperature == 0 else Sampling(temperature_and_top_p(temperature, top_p))
     written, started = 0, time.monotonic()
     with tqdm(total=len(tasks), initial=len(done), desc="responses", unit="prompt", disable=not progress) as bar:
-        answers = _answers(
-            Trunk(model), missing, choice, max_new_tokens=max_new_tokens, ends=ends, slots=batch, seed=seed
-        )
+        frozen = Trunk(model)
+        if frozen.recurrent:
+            # Their states have no slots: one prompt at a time, by transformers.
+            warped = (temperature, top_p) if temperature > 0 else None
+            answers = _plain_answers(model, missing, warped, max_new_tokens=max_new_tokens, ends=ends, seed=seed)
+        else:
+            answers = _answers(
+                frozen, missing, choice, max_new_tokens=max_new_tokens, ends=ends, slots=batch, seed=seed
+            )
         for together in _gathered(answers):
             lines = []
             for task, response in together:
@@ -235,6 +241,38 @@ def _answers(
                 future.result()
     finally:
         torch.set_num_threads(threads)
+
+
+def _plain_answers(
+    model: PreTrainedModel,
+    tasks: Sequence[_Task],
+    warped: tuple[float, float] | None,
+    *,
+    max_new_tokens: int,
+    ends: Sequence[int],
+    seed: int,
+) -> Iterator[tuple[_Task, list[int]]]:
+    """Each task with the response of transformers' `generate`.
+
+    Args:
+        warped: temperature and top-p; None is greedy.
+    """
+    stops = list(ends)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=warped is not None,
+        temperature=warped[0] if warped else 1.0,
+        top_p=warped[1] if warped else 1.0,
+        top_k=0,
+        eos_token_id=stops or None,
+        pad_token_id=stops[0] if stops else 0,
+    )
+    for task in tasks:
+        ids = torch.tensor([task.ids], device=model.device)
+        with plain_generation(model), torch.inference_mode(), torch.random.fork_rng():
+            torch.manual_seed(_seed(seed, task.prompt.id) % 2**63)
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        yield task, output[0, ids.shape[1] :].tolist()
 
 
 def _of_like_length(tasks: Sequence[_Task], max_new_tokens: int) -> Iterator[Sequence[_Task]]:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mtpd.checkpoints.importing import IMPORTED
 from mtpd.errors import UserError
 from mtpd.evaluate.versions import library_versions
 from mtpd.files import write_whole, writing
@@ -71,6 +72,8 @@ def open_run(recipe: Recipe, *, fresh: bool) -> RunDirectory:
         raise UserError(
             f"output: {run.path} is a stage of an extension; mtpd extend on the run it is in goes on with it"
         )
+    if (run.path / IMPORTED).is_file():
+        raise UserError(f"output: {run.path} holds imported heads; choose another output, such as {run.path}-distilled")
     # A recipe alone is what a mistake in it leaves (no such model, say): the mended one takes its place.
     begun = holds_run and any(path != run.recipe for path in run.path.iterdir())
     if begun and fresh:

@@ -37,7 +37,8 @@ from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.depths import Depths, depths_pay_table, measure_depths
 from mtpd.evaluate.report import plot_car
 from mtpd.files import fingerprint_file, write_whole
-from mtpd.heads import WEIGHTS, Heads, build_heads, load_heads, save_heads
+from mtpd.heads import WEIGHTS, build_heads, chain_of, load_heads, save_heads
+from mtpd.heads.chain import ChainHeads
 from mtpd.heads.looped import extended
 from mtpd.recipe import ExtendRecipe, Recipe, dump, parse_recipe, stages_of
 
@@ -76,7 +77,7 @@ def extend(path: Path, given: Mapping[str, Any], *, fresh: bool = False, progres
         raise UserError(f"{path}: is a stage of an extension; give the run directory that it is in")
     recipe = _with_section(recipe, given)
     session = start(recipe, run, progress=progress)
-    heads = load_heads(run.heads, session.trunk, fingerprint=session.fingerprint)
+    heads = chain_of(load_heads(run.heads, session.trunk, fingerprint=session.fingerprint), what="mtpd extend")
     prompts = split_prompts(recipe)
     samples, apart = measured_samples(session, prompts.held_out)
     samples, chosen_by = set_apart(recipe, samples, apart)
@@ -96,7 +97,7 @@ def _with_section(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
     return parse_recipe(values, source="mtpd extend")
 
 
-def extend_heads(material: Material, heads: Heads, console: Console, *, fresh: bool = False) -> Path:
+def extend_heads(material: Material, heads: ChainHeads, console: Console, *, fresh: bool = False) -> Path:
     """All stages that the recipe says; with `extend.auto`, as long as the newest depths pay."""
     session = material.session
     settings = session.recipe.extend
@@ -123,7 +124,7 @@ def _begin(
     stage: RunDirectory,
     session: Session,
     settings: ExtendRecipe,
-    heads: Heads,
+    heads: ChainHeads,
     base: RunDirectory,
     depth: int,
     *,
@@ -159,7 +160,7 @@ def _begin(
     write_whole(stage.stage, json.dumps(content, indent=1) + "\n")
 
 
-def _run_stage(material: Material, stage: RunDirectory, old: Heads, depth: int) -> Heads:
+def _run_stage(material: Material, stage: RunDirectory, old: ChainHeads, depth: int) -> ChainHeads:
     """Loops, trains and measures, or goes on with it."""
     session = replace(material.session, run=stage, recipe=_stage_recipe(material.session.recipe, stage.path))
     settings, trunk = session.recipe.extend, session.trunk
@@ -176,9 +177,9 @@ def _run_stage(material: Material, stage: RunDirectory, old: Heads, depth: int) 
                 finished = FinishedDepths(trunk, old, _store_of_states(session, rows, old))
             train_heads(session, heads, rows, store, material.chosen_by, finished)
         save_heads(heads, stage.heads)
-    heads = load_heads(stage.heads, trunk, fingerprint=session.fingerprint)
-    measure(session, heads, material.samples, stage.heads, stage.acceptance)
-    return heads
+    trained = chain_of(load_heads(stage.heads, trunk, fingerprint=session.fingerprint), what="mtpd extend")
+    measure(session, trained, material.samples, stage.heads, stage.acceptance)
+    return trained
 
 
 def _stage_recipe(recipe: Recipe, output: Path) -> Recipe:
@@ -191,7 +192,7 @@ def _stage_recipe(recipe: Recipe, output: Path) -> Recipe:
     return recipe.model_copy(update={"output": output, "train": recipe.train.model_copy(update=changes)})
 
 
-def _store_of_states(session: Session, rows: PackedRows, old: Heads) -> HiddenStates | None:
+def _store_of_states(session: Session, rows: PackedRows, old: ChainHeads) -> HiddenStates | None:
     """What keeps the states of the deepest finished head: as the recipe keeps those of the trunk."""
     data = session.recipe.data
     if data.hidden_states == "recompute":
@@ -203,13 +204,13 @@ def _store_of_states(session: Session, rows: PackedRows, old: Heads) -> HiddenSt
     return DiskStore(session.run.hidden_states, session.trunk, rows, key=key)
 
 
-def _measured_depths(material: Material, heads: Heads, run: RunDirectory) -> Depths | None:
+def _measured_depths(material: Material, heads: ChainHeads, run: RunDirectory) -> Depths | None:
     """Which depth pays, measured once and kept; None where the recipe decodes nothing."""
     session = material.session
     if not session.recipe.evaluation.decode_prompts:
         return None
     if not run.depths.is_file():
-        copy = build_heads(session.trunk, heads.config)
+        copy = chain_of(build_heads(session.trunk, heads.config), what="mtpd extend")
         copy.load_state_dict(heads.state_dict())
         prompts = spread(material.samples, min(DECODED_PROMPTS, session.recipe.evaluation.decode_prompts))
         found = measure_depths(
@@ -224,7 +225,7 @@ def _measured_depths(material: Material, heads: Heads, run: RunDirectory) -> Dep
     return Depths.load(run.depths)
 
 
-def _pays(material: Material, heads: Heads, run: RunDirectory, console: Console) -> bool:
+def _pays(material: Material, heads: ChainHeads, run: RunDirectory, console: Console) -> bool:
     """Whether the deepest head is the fastest number of drafts: only then can a deeper one gain anything."""
     found = _measured_depths(material, heads, run)
     assert found is not None, "extend.auto is refused without evaluation.decode_prompts"
@@ -240,7 +241,7 @@ def _pays(material: Material, heads: Heads, run: RunDirectory, console: Console)
     return pays
 
 
-def _show(material: Material, stage: RunDirectory, heads: Heads, console: Console) -> None:
+def _show(material: Material, stage: RunDirectory, heads: ChainHeads, console: Console) -> None:
     """Acceptance and speed of a stage, by depth."""
     before, after = Acceptance.load(stage.acceptance_before), Acceptance.load(stage.acceptance)
     apart = frozenset(Path(source).stem for source in material.session.recipe.evaluation.extra)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mtpd import alignment
 from mtpd.distill.joint import JointTrunk
-from mtpd.heads import Heads
+from mtpd.heads import Batch, Heads, Readout
 from mtpd.losses.fused import multi_depth_loss
 from mtpd.losses.settings import LossSettings, LossSums
 from mtpd.trunk import Trunk
@@ -45,20 +45,13 @@ class DistillModel(nn.Module):
         self.after = after
         self.joint = joint
         if checkpoint_blocks:
-            for head in dict.fromkeys(heads.chain()):
+            for head in heads.blocks():
                 _checkpoint(head)
         self.trunk = trunk
         self.heads = heads
         self.settings = settings
         self.sums: LossSums | None = None
-        rows = heads.rows()
-        self.main_head = trunk.unembedding.select(None)
-        self.unembedding = trunk.unembedding.select(rows)
-        # Column of each token among the unembedding's rows in use, -1 where it has none.
-        columns = torch.full((trunk.unembedding.weight.shape[0],), -1, dtype=torch.long, device=trunk.device)
-        used = torch.arange(self.unembedding.weight.shape[0], device=trunk.device)
-        columns[used if rows is None else rows] = used
-        self.register_buffer("columns", columns, persistent=False)
+        self.readout = Readout.of(trunk, heads.rows())
 
     def forward(
         self,
@@ -78,33 +71,16 @@ class DistillModel(nn.Module):
             num_items_in_batch: response tokens of the whole optimizer step; those of this batch by default.
         """
         main: Tensor | None = None
+        teacher: Tensor | None = None
         if self.joint is not None:
-            states_BTD = self.joint.states(input_ids, position_ids)
-            teacher_BTD = states_BTD.detach() if hidden is None else hidden
-            main = self._main_head_loss(states_BTD, input_ids, labels, position_ids)
-        else:
-            if hidden is None:
-                hidden = self.trunk.hidden(input_ids, position_ids=position_ids)
-            states_BTD = teacher_BTD = hidden
-        if self.after:
-            assert below is not None, "the states that the first trained depth reads"
-            states = self.heads(self.trunk, below, input_ids, position_ids_BT=position_ids, after=self.after)
-        else:
-            states = self.heads(self.trunk, states_BTD, input_ids, position_ids_BT=position_ids)
-        depths = range(self.after + 1, self.after + 1 + len(states))
-        columns: Any = self.columns
-        total, self.sums = multi_depth_loss(
-            [state.flatten(0, 1) for state in states],
-            teacher_BTD.flatten(0, 1),
-            self.unembedding,
-            targets_P=[columns[alignment.target_tokens(input_ids, k)].flatten() for k in depths],
-            masks_P=[alignment.counted(labels, position_ids, k).flatten() for k in depths],
-            settings=self.settings,
-            after=self.after,
-            main_head=self.main_head,
-            columns_M=self.heads.rows(),
-            compiled=self.compiled,
-        )
+            states = self.joint.states(input_ids, position_ids)
+            teacher = states.detach() if hidden is None else hidden
+            main = self._main_head_loss(states, input_ids, labels, position_ids)
+            hidden = states
+        elif hidden is None:
+            hidden = self.trunk.hidden(input_ids, position_ids=position_ids)
+        batch = Batch(input_ids, labels, position_ids, hidden, teacher=teacher, below=below, after=self.after)
+        total, self.sums = self.heads.loss(self.trunk, batch, self.readout, self.settings, compiled=self.compiled)
         if main is not None:
             total = total + main
         if num_items_in_batch is None:
@@ -118,7 +94,7 @@ class DistillModel(nn.Module):
         loss, _ = multi_depth_loss(
             [states_PD],
             states_PD,
-            self.main_head,
+            self.readout.main,
             targets_P=[alignment.target_tokens(input_ids, 0).flatten()],
             masks_P=[alignment.counted(labels, position_ids, 0).flatten()],
             settings=LossSettings((self.joint.loss_weight,), (0.0,)),

@@ -13,8 +13,8 @@ from rich.table import Table
 from mtpd.data.models import load_model, resolve_device, resolve_dtype
 from mtpd.data.vocabulary import draft_size
 from mtpd.distill.estimate import Sizes, TextEstimate, estimate_disk, estimate_memory, estimate_text
-from mtpd.distill.run import check_row_length, heads_config, real_tokens
-from mtpd.heads import build_heads
+from mtpd.distill.run import check_row_length, real_tokens
+from mtpd.heads import build_heads, configure_heads
 from mtpd.recipe import Recipe, stages_of
 from mtpd.trunk import Trunk
 
@@ -149,7 +149,8 @@ def plan(recipe: Recipe) -> Plan:
     check_row_length(recipe, trunk)
     rows = trunk.unembedding.weight.shape[0]
     columns = min(draft_size(recipe.heads.vocabulary) or rows, trunk.tokens or rows)
-    config = heads_config(recipe, trunk, vocabulary=columns if columns < rows else 0, fingerprint="")
+    restricted = columns if columns < rows else 0
+    config = configure_heads(recipe.heads.model_dump(), trunk, vocabulary=restricted, fingerprint="")
     heads = build_heads(trunk, config)
     frozen = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in heads.parameters() if parameter.requires_grad)

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from transformers import TrainerCallback
 
+from mtpd.checkpoints.importing import native_depth, native_heads
 from mtpd.data.models import load_model, resolve_dtype, trunk_fingerprint
 from mtpd.data.packing import PackedRows, Sample, collate, pack
 from mtpd.data.prompts import Prompt, given_sample, load_prompts, split_held_out
@@ -37,10 +38,8 @@ from mtpd.evaluate.decoded import measure_decoded
 from mtpd.evaluate.offline import measure_offline
 from mtpd.evaluate.report import decoded_table, offline_table, plot_car
 from mtpd.files import fingerprint_file
-from mtpd.heads import WEIGHTS, Heads, build_heads, load_heads, save_heads
-from mtpd.heads.config import HeadsConfig
-from mtpd.heads.initialise import fit, initialise, source_layers
-from mtpd.recipe import Recipe
+from mtpd.heads import WEIGHTS, Heads, build_heads, chain_of, configure_heads, load_heads, save_heads, start_heads
+from mtpd.recipe import Recipe, parse_recipe
 from mtpd.trunk import Trunk
 
 logger = logging.getLogger(__name__)
@@ -77,6 +76,7 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
 
     # Wide enough for the tables where the output is a file.
     console = Console(quiet=not progress, width=None if sys.stdout.isatty() else 132)
+    recipe = with_native_depth(recipe)
     run = open_run(recipe, fresh=fresh)
     session = start(recipe, run, progress=progress)
     prompts = split_prompts(recipe)
@@ -117,7 +117,17 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
         return run.path
     from mtpd.distill.extend import Material, extend_heads  # which is made of the steps here
 
-    return extend_heads(Material(session, samples, chosen_by, lambda: (rows, store)), heads, console)
+    material = Material(session, samples, chosen_by, lambda: (rows, store))
+    return extend_heads(material, chain_of(heads, what="extend.to"), console)
+
+
+def with_native_depth(recipe: Recipe) -> Recipe:
+    """The recipe with the depth of the model's own heads, where those are what it starts from and it sets none."""
+    if recipe.heads.init != "native" or "depth" in recipe.heads.model_fields_set:
+        return recipe
+    values = recipe.model_dump(mode="json")
+    values["heads"]["depth"] = native_depth(recipe.model)
+    return parse_recipe(values)
 
 
 def start(recipe: Recipe, run: RunDirectory, *, progress: bool) -> Session:
@@ -128,6 +138,11 @@ def start(recipe: Recipe, run: RunDirectory, *, progress: bool) -> Session:
     trunk = Trunk(model, tokens=real_tokens(model, tokenizer))
     trunk.check()
     check_row_length(recipe, trunk)
+    if trunk.recurrent and recipe.evaluation.decode_prompts:
+        raise UserError(
+            f"evaluation.decode_prompts: {recipe.evaluation.decode_prompts} is not accepted for {trunk.name}, whose "
+            "linear attention cannot take rejected drafts back in mtpd's decoding; accepted: 0"
+        )
     return Session(recipe, run, trunk, tokenizer, trunk_fingerprint(model), end_tokens(model, tokenizer), progress)
 
 
@@ -172,7 +187,7 @@ def training_rows(session: Session, prompts: Sequence[Prompt]) -> PackedRows:
     else:
         samples = [given_sample(session.tokenizer, prompt, end_tokens=session.ends) for prompt in prompts]
     samples += [given_sample(session.tokenizer, text, end_tokens=session.ends) for text in given_texts(session.recipe)]
-    return pack(samples, row_length=data.row_length)
+    return pack(samples, row_length=data.row_length, alone=session.trunk.recurrent)
 
 
 def given_texts(recipe: Recipe) -> list[Prompt]:
@@ -257,34 +272,37 @@ def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) ->
     if (run.heads_before / WEIGHTS).is_file():
         return load_heads(run.heads_before, trunk, fingerprint=session.fingerprint)
     vocabulary = vocabulary_of(session, rows)
+    if recipe.heads.init == "native":
+        heads = native_heads(
+            recipe.model,
+            trunk,
+            depth=recipe.heads.depth,
+            shared=recipe.heads.shared,
+            vocabulary=vocabulary,
+            fingerprint=session.fingerprint,
+        )
+        save_heads(heads, run.heads_before)
+        return heads
     size = 0 if vocabulary is None else len(vocabulary)
-    heads = build_heads(trunk, heads_config(recipe, trunk, vocabulary=size, fingerprint=session.fingerprint))
-    initialise(heads, trunk, recipe.heads.init, seed=recipe.seed)
+    heads = build_heads(
+        trunk,
+        configure_heads(recipe.heads.model_dump(), trunk, vocabulary=size, fingerprint=session.fingerprint),
+    )
     if vocabulary is not None:
         heads.get_buffer("vocabulary").copy_(vocabulary)
-    if recipe.heads.init == "regression":
-        fit(heads, trunk, fitting_batches(session, rows, store))
+    source = None
+    if recipe.heads.source is not None:
+        source = load_heads(recipe.heads.source, trunk, fingerprint=session.fingerprint)
+    start_heads(
+        heads,
+        trunk,
+        recipe.heads.init,
+        lambda: fitting_batches(session, rows, store),
+        seed=recipe.seed,
+        source=source,
+    )
     save_heads(heads, run.heads_before)
     return heads
-
-
-def heads_config(recipe: Recipe, trunk: Trunk, *, vocabulary: int, fingerprint: str) -> HeadsConfig:
-    """What kind of heads the recipe means for this trunk.
-
-    Args:
-        vocabulary: tokens of the draft vocabulary, 0 for all.
-        fingerprint: of the trunk.
-    """
-    return HeadsConfig(
-        kind=recipe.heads.kind,
-        depth=recipe.heads.depth,
-        hidden_size=trunk.hidden_size,
-        shared=recipe.heads.shared,
-        source_layers=source_layers(recipe.heads.init, 1 if recipe.heads.shared else recipe.heads.depth, trunk.depth),
-        adapters=[recipe.heads.adapters] * recipe.heads.depth if recipe.heads.adapters else [],
-        vocabulary_size=vocabulary,
-        trunk=fingerprint,
-    )
 
 
 def fitting_batches(

@@ -20,7 +20,7 @@ from mtpd.decode.speed import generated, now
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.files import write_whole
-from mtpd.heads import Heads
+from mtpd.heads.chain import ChainHeads
 from mtpd.trunk import Trunk
 
 PAYS = 1.01
@@ -91,7 +91,7 @@ class _Timed:
 
 def measure_depths(
     trunk: Trunk,
-    heads: Heads,
+    heads: ChainHeads,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -140,7 +140,7 @@ def measure_depths(
 
 def _decode(
     trunk: Trunk,
-    heads: Heads,
+    heads: ChainHeads,
     prompts: Sequence[Sequence[int]],
     count: int,
     timed: _Timed,

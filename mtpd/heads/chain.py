@@ -20,9 +20,10 @@ from transformers.cache_utils import Cache
 
 from mtpd import alignment
 from mtpd.heads.adapters import adapted, saved_once, without_adapter
+from mtpd.heads.base import Batch, StateHeads
 from mtpd.heads.chain_drafter import ChainDrafter
 from mtpd.heads.config import HeadsConfig
-from mtpd.heads.norms import gain, set_gain
+from mtpd.heads.norms import unit_norm
 from mtpd.trunk import Trunk
 
 
@@ -34,8 +35,8 @@ class ChainHead(nn.Module):
         size = trunk.hidden_size
         block: Any = trunk.block(source_layer)
         self.block = block
-        self.embed_norm = _unit_norm(block.norm)
-        self.hidden_norm = _unit_norm(block.norm)
+        self.embed_norm = unit_norm(block.norm)
+        self.hidden_norm = unit_norm(block.norm)
         self.project = nn.Linear(2 * size, size, bias=False)
 
     def mix(self, embed_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ class ChainHead(nn.Module):
         ).last_hidden_state
 
 
-class ChainHeads(nn.Module):
+class ChainHeads(StateHeads):
     """K chain heads.
 
     Args:
@@ -70,8 +71,7 @@ class ChainHeads(nn.Module):
     """
 
     def __init__(self, trunk: Trunk, config: HeadsConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.layers = nn.ModuleList(ChainHead(trunk, layer) for layer in config.source_layers)
         # By depth: heads around the same parameters, with an adapter in every linear layer.
         self.adapted = nn.ModuleDict()
@@ -79,11 +79,9 @@ class ChainHeads(nn.Module):
             if rank:
                 self.adapted[str(depth)] = adapted(self.layers[config.block_of[depth - 1]], rank)
         saved_once(self)
-        self.register_buffer("vocabulary", torch.zeros(config.vocabulary_size, dtype=torch.long))
 
-    @property
-    def depth(self) -> int:
-        return self.config.depth
+    def blocks(self) -> list[nn.Module]:
+        return list(dict.fromkeys(self.chain()))
 
     def chain(self) -> list[ChainHead]:
         """The heads of depth 1..K; the same one several times where they share a block."""
@@ -126,11 +124,6 @@ class ChainHeads(nn.Module):
         merged.config = self.config.merged()
         return merged
 
-    def rows(self) -> Tensor | None:
-        """Token ids of the draft vocabulary, or None when the heads draft over the whole of it."""
-        vocabulary: Any = self.vocabulary
-        return vocabulary if vocabulary.numel() else None
-
     def forward(
         self, trunk: Trunk, hidden_BTD: Tensor, input_ids_BT: Tensor, *, position_ids_BT: Tensor, after: int = 0
     ) -> list[Tensor]:
@@ -146,13 +139,11 @@ class ChainHeads(nn.Module):
             states.append(state)
         return states
 
+    def trained_states(self, trunk: Trunk, batch: Batch) -> list[Tensor]:
+        state = batch.below if batch.after else batch.hidden
+        assert state is not None, "the states that the first trained depth reads"
+        return self(trunk, state, batch.input_ids, position_ids_BT=batch.position_ids, after=batch.after)
+
     def drafter(self, trunk: Trunk, *, slots: int, capacity: int) -> ChainDrafter:
         """A new drafting state for texts in slots."""
         return ChainDrafter(self, trunk, slots=slots, capacity=capacity)
-
-
-def _unit_norm(final_norm: nn.Module) -> nn.Module:
-    """A norm of the trunk's own class with gain 1, whichever way the class stores its gain."""
-    norm = copy.deepcopy(final_norm)
-    set_gain(norm, torch.ones_like(gain(norm)))
-    return norm

@@ -114,7 +114,7 @@ def extend_problems(extend: ExtendRecipe, heads: HeadsRecipe, evaluation: Evalua
     return problems
 
 
-def trunk_problems(trunk: TrunkRecipe, data: DataRecipe, extend: ExtendRecipe) -> list[str]:
+def trunk_problems(trunk: TrunkRecipe, heads: HeadsRecipe, data: DataRecipe, extend: ExtendRecipe) -> list[str]:
     defaults = TrunkRecipe()
     if trunk.train == "frozen":
         return [
@@ -129,6 +129,8 @@ def trunk_problems(trunk: TrunkRecipe, data: DataRecipe, extend: ExtendRecipe) -
             f"data.hidden_states: {data.hidden_states} does nothing with trunk.teacher: detached, whose states change; "
             "accepted: recompute"
         )
+    if heads.kind not in ("chain", "parallel"):
+        problems.append(f"trunk.train: lora is not accepted with heads.kind: {heads.kind}; accepted: chain, parallel")
     if extend.to is not None or extend.auto:
         problems.append("trunk.train: lora is not accepted with extend.to or extend.auto; accepted: frozen")
     return problems

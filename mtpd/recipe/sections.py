@@ -33,22 +33,57 @@ class Section(BaseModel):
     )
 
 
+class ParallelRecipe(Section):
+    """Form of parallel heads."""
+
+    block: Literal["decoder", "linear", "residual"] = "decoder"
+    """What stands between the trunk's state and the unembedding. decoder: a layer of the trunk's own kind; linear:
+    one matrix; residual: Medusa's block."""
+
+
+class CircuitRecipe(Section):
+    """Form of circuit heads."""
+
+    structure: Literal["ff", "cp", "hmm", "btree"] = "cp"
+    """How the tokens of a window depend on each other. ff: not at all; cp: a mixture; hmm: a chain of latent
+    variables; btree: a binary tree of them."""
+    components: int = Field(default=8, ge=1, le=256)
+    """r, the values of each latent variable."""
+    leaves: Literal["full", "shared"] = "shared"
+    """full: an unembedding for each place of the window and component, for small vocabularies such as bytes.
+    shared: the trunk's unembedding, behind an expander for each."""
+    rank: int = Field(default=16, ge=1)
+    """Rank of what tells the expanders of one place apart; read where leaves are shared."""
+    greedy: Literal["max_product", "conditionals"] = "max_product"
+    """Greedy drafts. max_product: the likeliest window and latents together; conditionals: each token the likeliest
+    after those before it."""
+
+
 class HeadsRecipe(Section):
     """The heads that are trained."""
 
-    kind: Literal["chain"] = "chain"
-    """Kind of the heads. chain: K heads in DeepSeek-V3 form, each reading the hidden state of the one before."""
+    kind: Literal["chain", "parallel", "medusa", "circuit"] = "chain"
+    """Kind of the heads. chain: K heads in DeepSeek-V3 form, each reading the hidden state of the one before.
+    parallel: K heads on the same state. medusa: the same, with a residual block and an unembedding each. circuit: the
+    joint distribution of the window of K + 1 tokens as a probabilistic circuit."""
     depth: int = Field(default=4, ge=1, le=16)
     """K, the number of heads: tokens drafted beyond the main head's own."""
     shared: bool = False
     """One block for all depths instead of one each: a K-th of the parameters, and what every serving engine runs."""
     adapters: int = Field(default=0, ge=0)
-    """Rank of LoRA adapters, one for each depth, that are trained in place of the blocks, which stay as they start; 0
-    trains the blocks."""
-    init: Literal["identity", "copy_last", "copy_last_k", "random", "regression"] = "regression"
+    """Rank of LoRA adapters of a chain, one for each depth, that are trained in place of the blocks, which stay as they
+    start; 0 trains the blocks."""
+    init: Literal["identity", "copy_last", "copy_last_k", "random", "regression", "native"] | None = None
     """How the heads start. identity: the block passes the trunk's state on; copy_last: all blocks copy the
     trunk's last layer; copy_last_k: block k copies the k-th of the last K layers; random: as transformers
-    initialises a layer; regression: identity, with the projection fitted by least squares."""
+    initialises a layer; regression: identity, with the projection fitted by least squares; native: the model's
+    own MTP layers, `depth` of them (all if it is not set), which `heads=native` says for short. null: regression, or
+    identity for heads that have nothing to fit."""
+    source: Text | None = None
+    """Directory of heads to start from instead, such as `heads` of `mtpd pretrain`: for parallel heads those of the
+    same block, for circuits those of block linear."""
+    parallel: ParallelRecipe | None = None
+    circuit: CircuitRecipe | None = None
     vocabulary: Annotated[int, Field(ge=0)] | Text = 0
     """Draft vocabulary: how many of the tokens most frequent in the training responses can be drafted, special tokens
     among them; 0 for all tokens. Or a file that `mtpd data vocab` wrote."""

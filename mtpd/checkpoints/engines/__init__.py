@@ -1,0 +1,1 @@
+"""Serving engines that `mtpd verify` runs exports in."""

@@ -1,0 +1,40 @@
+"""What a run of an engine gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Served:
+    """Texts, and drafts by position: `accepted[k]` counts rounds whose first k + 1 drafts were all accepted."""
+
+    version: str
+    texts: list[list[int]]
+    drafted: list[int]
+    accepted: list[int]
+
+    @property
+    def car(self) -> list[float]:
+        """CAR_1..CAR_K."""
+        return [a / d if d else 0.0 for a, d in zip(self.accepted, self.drafted, strict=True)]
+
+
+def count_rounds(rounds: Sequence[tuple[int, Sequence[int]]], text: Sequence[int], depth: int) -> list[list[int]]:
+    """Drafted and accepted, by position, of rounds that started with so many tokens known of a greedy text.
+
+    A draft counts as accepted where it is the text's token and those before it in the round were accepted.
+    Rounds without room for all drafts are left out, as in mtpd's own counts.
+    """
+    drafted, accepted = [0] * depth, [0] * depth
+    for known, drafts in rounds:
+        if known + depth > len(text):
+            continue
+        hits = 0
+        while hits < depth and drafts[hits] == text[known + hits]:
+            hits += 1
+        for k in range(depth):
+            drafted[k] += 1
+            accepted[k] += k < hits
+    return [drafted, accepted]

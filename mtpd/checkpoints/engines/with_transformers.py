@@ -1,0 +1,75 @@
+"""transformers, in this process: `generate(use_mtp=True)` on an exported directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, GenerationMixin
+from transformers.generation.candidate_generator import MTPCandidateGenerator
+
+from mtpd.checkpoints.directory import Checkpoint
+from mtpd.checkpoints.engines.result import Served, count_rounds
+from mtpd.checkpoints.native import find_heads
+from mtpd.errors import UserError
+
+
+def serve(folder: Path, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> Served:
+    """Greedy texts of `max_new_tokens` tokens, end tokens or not, drafting as deep as the checkpoint has heads.
+
+    Raises:
+        UserError: transformers cannot read the directory's heads.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    depth = getattr(model.config.get_text_config(), "num_mtp_layers", None)
+    if not depth:
+        raise UserError(f"{folder}: transformers finds no MTP layers in it; accepted: an export --to transformers")
+    # transformers finds the tensors of MTP layers by the patterns of names that the main model ignores.
+    names = find_heads(Checkpoint(folder)).raw
+    model._keys_to_ignore_on_load_unexpected = sorted({_pattern(name) for name in names})
+    texts, sums = [], [[0] * depth, [0] * depth]
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)])
+        rounds: list[tuple[int, list[int]]] = []
+        with patch.object(MTPCandidateGenerator, "get_candidates", _recording(rounds, len(prompt))):
+            output = GenerationMixin.generate(
+                model,
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+                use_mtp=True,
+            )
+        text = output[0, len(prompt) :].tolist()
+        texts.append(text)
+        found = count_rounds(rounds, text, depth)
+        sums = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, found, strict=True)]
+    return Served(f"transformers {transformers.__version__}", texts, *sums)
+
+
+def _recording(rounds: list[tuple[int, list[int]]], start: int) -> Any:
+    """`get_candidates` that keeps what was drafted, and after how many tokens."""
+    original = MTPCandidateGenerator.get_candidates
+
+    def get_candidates(self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        candidates, logits = original(self, input_ids, *args, **kwargs)
+        known = input_ids.shape[1]
+        if candidates.shape[1] > known:
+            rounds.append((known - start, candidates[0, known:].tolist()))
+        return candidates, logits
+
+    return get_candidates
+
+
+def _pattern(name: str) -> str:
+    """The layer that a tensor lies in, or the tensor itself, as a regular expression."""
+    pieces = name.split(".")
+    last = max((place for place, piece in enumerate(pieces) if piece.isdigit()), default=len(pieces) - 1)
+    first = next((place for place, piece in enumerate(pieces) if piece.isdigit()), last)
+    return r"\.".join(pieces[: first + 1]) + (r"\." if first + 1 < len(pieces) else "")

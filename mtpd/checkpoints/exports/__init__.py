@@ -1,0 +1,1 @@
+"""`mtpd export`: heads in the forms that serving engines load."""

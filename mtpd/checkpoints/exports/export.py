@@ -1,0 +1,107 @@
+"""Writing an export: which layout, the directory, the check of what was written, and its model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mtpd.checkpoints.directory import Checkpoint, new_directory, write_json
+from mtpd.checkpoints.exports.card import CARD, SAYS, about, model_card
+from mtpd.checkpoints.exports.in_place import native_of
+from mtpd.checkpoints.exports.layouts import LAYOUTS, Layout
+from mtpd.checkpoints.exports.run import Run, open_run
+from mtpd.checkpoints.native import find_heads
+from mtpd.errors import MtpdError, UserError
+
+ENGINES = {
+    "transformers": ("in-place", "hf-mtp"),
+    "vllm": ("in-place", "mimo-draft", "mimo", "glm4moe"),
+    "sglang": ("in-place", "mimo-draft", "fastmtp"),
+}
+"""Layouts that an engine loads, in the order in which they are tried."""
+
+FAMILIES_OF = {"hf-mtp": "transformers", "mimo-draft": "fastmtp", "mimo": "fastmtp", "fastmtp": "fastmtp"}
+"""The family to read an export back with, where its config does not tell."""
+
+
+def export(path: Path, output: Path, *, to: str, depth: int | None = None) -> tuple[Layout, str]:
+    """Writes the heads of a run in a layout.
+
+    Args:
+        path: the run directory.
+        to: a layout, or an engine that one is chosen for.
+        depth: how many depths; None is all.
+
+    Returns:
+        The layout, and why it was chosen.
+
+    Raises:
+        UserError: the heads do not fit; the message has the alternative.
+        MtpdError: what was written does not hold what it should.
+    """
+    if output.exists():
+        raise UserError(f"output: {output} exists; choose another output, or delete it first")
+    run = open_run(path, depth=depth)
+    layout, why = choose(run, to)
+    with new_directory(output) as folder:
+        layout.write(run, folder)
+        check(run, layout, folder)
+        write_json(folder / SAYS, about(run, layout.name))
+        (folder / CARD).write_text(model_card(run, layout, output), encoding="utf-8")
+    return layout, why
+
+
+def choose(run: Run, to: str) -> tuple[Layout, str]:
+    """The layout of that name, or the first that an engine of that name loads and the run fits.
+
+    Raises:
+        UserError: no such layout, or none that fits.
+    """
+    if to in LAYOUTS:
+        reason = LAYOUTS[to].refused(run)
+        if reason:
+            raise UserError(f"--to {to}: {reason}")
+        return LAYOUTS[to], "as asked for"
+    if to not in ENGINES:
+        raise UserError(f"--to {to}: is not known; accepted: {', '.join([*ENGINES, *LAYOUTS])}")
+    if native_of(run) is not None:
+        names: tuple[str, ...] = ("in-place",)
+    else:
+        names = tuple(name for name in ENGINES[to] if name != "in-place")
+    reasons: dict[str, str] = {}
+    for name in names:
+        reason = LAYOUTS[name].refused(run)
+        if reason is None:
+            passed = "".join(f"; not {other}: {why}" for other, why in reasons.items())
+            return LAYOUTS[name], f"{LAYOUTS[name].about}{passed}"
+        reasons[name] = reason
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise UserError(f"--to {to}: no layout fits this run. {told}")
+
+
+def check(run: Run, layout: Layout, folder: Path) -> None:
+    """Reads the export back: every tensor of the heads, by name and value, and the files beside them.
+
+    Raises:
+        MtpdError: naming what is missing or differs.
+    """
+    try:
+        written = Checkpoint(folder)
+        native = find_heads(written, family=FAMILIES_OF.get(layout.name), base=run.base)
+    except UserError as error:
+        raise MtpdError(f"export {layout.name}: what was written cannot be read back: {error}") from error
+    if layout.name in ("glm4moe", "in-place"):
+        # Cut into experts, or rounded to the format of what they replace: names and shapes are what can be compared.
+        return
+    count = native.count
+    expected = run.heads(count)
+    found = native.tensors
+    odd = sorted(set(expected) - set(found)) or sorted(
+        name for name, tensor in expected.items() if not tensor.same(found[name])
+    )
+    if odd:
+        raise MtpdError(f"export {layout.name}: {odd[0]} was not written as it is in {run.path}")
+    # A draft model has no words of its own: engines take the base's tokenizer.
+    if layout.name in ("hf-mtp", "mimo", "fastmtp"):
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            if (run.base.path / file).is_file() and not (folder / file).is_file():
+                raise MtpdError(f"export {layout.name}: {file} of the base was not copied")

@@ -1,0 +1,106 @@
+"""What an export layout is, and the ones there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mtpd.checkpoints.exports import glm4_moe, hf_mtp, in_place, mimo, speculators
+from mtpd.checkpoints.exports.run import Run
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One form of an exported directory.
+
+    Attributes:
+        about: for the model card: what the directory is.
+        refused: why a run does not fit, with the alternative; None if it does.
+        write: fills an empty directory, all but its model card.
+        serve: commands by engine; `{out}` is the directory, `{base}` the base, `{k}` the drafts a round.
+        drafts: how many drafts a round the layout is right for, of so many depths; None for any.
+    """
+
+    name: str
+    about: str
+    refused: Callable[[Run], str | None]
+    write: Callable[[Run, Path], None]
+    serve: dict[str, str]
+    drafts: Callable[[Run], int]
+
+
+TRANSFORMERS = (
+    'AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True).generate(**inputs)  # drafts {k} a round'
+)
+VLLM = """vllm serve {out} --speculative-config '{{"method": "mtp", "num_speculative_tokens": {k}}}'"""
+DRAFT = (
+    """vllm serve {base} --hf-overrides '{{"num_nextn_predict_layers": 1}}' --speculative-config """
+    """'{{"method": "mtp", "model": "{out}", "num_speculative_tokens": {k}}}'"""
+)
+SGLANG = (
+    "python -m sglang.launch_server --model-path {out} --speculative-algorithm NEXTN --speculative-num-steps {k} "
+    "--speculative-eagle-topk 1"
+)
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout(
+            "in-place",
+            "the base with its own MTP tensors replaced; every other file is the base's, byte for byte",
+            in_place.refused,
+            in_place.write,
+            {"transformers": "generate(use_mtp=True), for families that transformers reads", "vLLM": VLLM},
+            lambda run: run.depth,
+        ),
+        Layout(
+            "hf-mtp",
+            "the base with heads as further layers, in transformers' own MTP layout",
+            hf_mtp.refused,
+            hf_mtp.write,
+            {"transformers": TRANSFORMERS},
+            lambda run: run.depth,
+        ),
+        Layout(
+            "mimo-draft",
+            "a draft model beside an unchanged base: one block that is used at every depth, under MiMo's names",
+            mimo.draft_refused,
+            mimo.write_draft,
+            {"vLLM": DRAFT},
+            lambda run: run.depth,
+        ),
+        Layout(
+            "mimo",
+            "base and heads together under MiMo's names, for engines that hand on the state before the final norm",
+            mimo.refused,
+            mimo.write,
+            {"vLLM": VLLM},
+            lambda run: run.depth,
+        ),
+        Layout(
+            "fastmtp",
+            "base and heads together under MiMo's names, for engines that hand on the state after the final norm",
+            mimo.fastmtp_refused,
+            mimo.write,
+            {"SGLang (not run by mtpd's authors)": SGLANG},
+            lambda run: run.depth,
+        ),
+        Layout(
+            "glm4moe",
+            "base and heads written exactly as a GLM-4.5 model, which engines know with MTP",
+            glm4_moe.refused,
+            glm4_moe.write,
+            {"vLLM": VLLM},
+            lambda run: run.depth,
+        ),
+        Layout(
+            "speculators",
+            'one block as a speculators "mtp" model: for exchange, no engine loads it for these bases',
+            speculators.refused,
+            speculators.write,
+            {},
+            lambda run: run.depth,
+        ),
+    )
+}

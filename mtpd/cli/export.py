@@ -1,0 +1,41 @@
+"""`mtpd export`: heads in a form that serving engines load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mtpd.cli.arguments import Debug
+from mtpd.cli.import_ import Output
+from mtpd.cli.terminal import quiet_libraries
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory of mtpd distill or mtpd import.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help="transformers, vllm or sglang, to have a layout chosen; or a layout: in-place, hf-mtp, mimo-draft, "
+            "mimo, fastmtp, glm4moe, speculators, medusa.",
+        ),
+    ],
+    output: Output,
+    depth: Annotated[int | None, typer.Option("--depth", min=1, help="Depths to export. Default: all.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write the heads of a run, with their base where the layout needs it, for a serving engine.
+
+    Examples:
+
+        mtpd export runs/demo --to transformers -o out
+
+        mtpd export runs/demo --to vllm --depth 1 -o out
+    """
+    with quiet_libraries(debug=debug):
+        from mtpd.checkpoints.exports.export import export as write  # brings in torch
+
+        layout, why = write(run, output, to=to, depth=depth)
+        typer.echo(f"{output}: layout {layout.name} ({why}); README.md there says how it is served")

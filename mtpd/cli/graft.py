@@ -1,0 +1,35 @@
+"""`mtpd graft`: MTP layers back onto a checkpoint that lost them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mtpd.cli.arguments import Debug
+from mtpd.cli.import_ import Output
+from mtpd.cli.inspect import FamilyOption
+from mtpd.cli.terminal import quiet_libraries
+
+
+def graft(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="A fine-tuned checkpoint without its MTP layers.")],
+    original: Annotated[str, typer.Option("--from", help="The checkpoint that it was tuned from.")],
+    output: Output,
+    family: FamilyOption = None,
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint with the base's tensors and the original's MTP layers.
+
+    Example:
+
+        mtpd graft ./tuned --from Qwen/Qwen3.5-4B -o ./tuned-mtp
+    """
+    with quiet_libraries(debug=debug):
+        from mtpd.checkpoints.importing import graft as join  # brings in torch
+
+        native = join(base, original=original, output=output, family=family)
+        typer.echo(
+            f"{output}: {native.count} heads of family {native.family.name} from {original}; they were trained on "
+            f"another base: mtpd distill model={output} heads=native"
+        )

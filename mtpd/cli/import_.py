@@ -1,0 +1,42 @@
+"""`mtpd import`: a checkpoint's own MTP heads as heads of mtpd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mtpd.cli.arguments import Debug
+from mtpd.cli.inspect import BaseOption, Checkpoint, FamilyOption
+from mtpd.cli.terminal import quiet_libraries
+
+Output = Annotated[Path, typer.Option("-o", "--output", help="The directory to write, which must not exist.")]
+
+
+def import_heads(
+    checkpoint: Checkpoint,
+    output: Output,
+    family: FamilyOption = None,
+    base: BaseOption = None,
+    depth: Annotated[
+        int | None,
+        typer.Option("--depth", min=1, help="Heads to take; of a single one, how often it is used. Default: all."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a run directory with the MTP heads that a checkpoint has.
+
+    Example:
+
+        mtpd import Qwen/Qwen3.5-4B -o runs/qwen
+    """
+    with quiet_libraries(debug=debug):
+        from mtpd.checkpoints.importing import import_heads as read  # brings in torch
+
+        native = read(checkpoint, output, family=family, base=base, depth=depth)
+        typer.echo(f"{native.count} heads of family {native.family.name}: {output}")
+        if native.cannot_run is None:
+            typer.echo(f"train them: mtpd distill {output}/recipe.yaml output={output}-distilled")
+        else:
+            typer.echo(f"mtpd cannot compute them ({native.cannot_run}); `mtpd graft` moves them to another base")

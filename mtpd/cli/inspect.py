@@ -1,0 +1,37 @@
+"""`mtpd inspect`: what heads a directory has."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mtpd.cli.arguments import Debug
+from mtpd.cli.terminal import quiet_libraries
+
+Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint directory or a hub id.")]
+FamilyOption = Annotated[
+    str | None, typer.Option("--family", help="Family of the heads, where the config does not tell.")
+]
+BaseOption = Annotated[
+    str | None, typer.Option("--base", help="The base, for heads that lie in a directory of their own.")
+]
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A run directory, an export, a checkpoint or a hub id.")],
+    family: FamilyOption = None,
+    base: BaseOption = None,
+    debug: Debug = False,
+) -> None:
+    """Say which MTP heads a directory has, of which family, and which engines can serve it.
+
+    Example:
+
+        mtpd inspect Qwen/Qwen3.5-4B
+    """
+    with quiet_libraries(debug=debug):
+        from mtpd.checkpoints.inspect import inspect as look  # brings in torch
+
+        for line in look(path, family=family, base=base):
+            typer.echo(line)

@@ -1,0 +1,60 @@
+"""`mtpd verify`: an export in a real engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mtpd.cli.arguments import Debug
+from mtpd.cli.terminal import quiet_libraries
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="EXPORT", help="What mtpd export wrote.")],
+    engine: Annotated[Literal["transformers", "vllm"], typer.Option("--engine", help="What serves it.")],
+    prompts: Annotated[
+        str, typer.Option("--prompts", help="builtin-held-out, a .jsonl file, or a datasets id.")
+    ] = "builtin-held-out",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts at most.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=2, help="Tokens of each text.")] = 64,
+    drafts: Annotated[
+        int | None, typer.Option("--drafts", min=1, help="Tokens drafted a round. Default: the depth of the export.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="The run that was exported. Default: where it was then.")
+    ] = None,
+    environment: Annotated[
+        Path | None,
+        typer.Option("--environment", help="Virtual environment with vLLM; made there if it is missing."),
+    ] = None,
+    perturb: Annotated[bool, typer.Option(help="Also serve perturbed heads, which must accept less.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Serve an export in float32 and compare text and acceptance with mtpd's own decoding.
+
+    Exit codes: 0 all agree, 3 text or acceptance differ, 2 a mistake, 1 a failure.
+
+    Example:
+
+        mtpd verify out --engine vllm
+    """
+    with quiet_libraries(debug=debug):
+        from mtpd.checkpoints.verify import verify as serve  # brings in torch
+
+        found = serve(
+            path,
+            engine=engine,
+            prompts=prompts,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            drafts=drafts,
+            run=run,
+            environment=environment,
+            perturb=perturb,
+        )
+        for line in found.lines():
+            typer.echo(line)
+    if not found.ok:
+        raise typer.Exit(3)

@@ -1,0 +1,233 @@
+"""Exports: transformers decodes with them, engines' layouts hold what they should, and misfits are refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import architectures
+import native_checkpoints as native
+import pytest
+import torch
+from conftest import learn
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mtpd.checkpoints.directory import Checkpoint
+from mtpd.checkpoints.exports.export import export
+from mtpd.checkpoints.native import find_heads
+from mtpd.cli import main
+from mtpd.decode import generate
+from mtpd.errors import MtpdError, UserError
+from mtpd.heads import Heads, save_heads
+from mtpd.heads.norms import gain, set_gain
+from mtpd.trunk import Trunk
+
+TOKENS = 24
+
+
+def finished_run(folder: Path, trunk: Trunk, heads: Heads, *, base: Path | None = None) -> Path:
+    """A run directory with these heads, and the checkpoint of its model beside it."""
+    checkpoint = base or folder / "base"
+    if base is None:
+        trunk.model.save_pretrained(checkpoint)
+    run = folder / "run"
+    save_heads(heads, run / "heads")
+    shared = str(heads.config.shared).lower()
+    (run / "recipe.yaml").write_text(
+        f"model: {checkpoint}\noutput: {run}\nheads: {{depth: {heads.depth}, shared: {shared}}}\n"
+    )
+    return run
+
+
+def llama_run(folder: Path, *, depth: int = 1, shared: bool = False) -> Path:
+    trunk = architectures.tiny_trunk("llama")
+    return finished_run(folder, trunk, architectures.random_heads(trunk, depth=depth, shared=shared))
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+def test_transformers_decodes_an_export_as_mtpd_does(name: str, depth: int, tmp_path: Path) -> None:
+    """Fault: heads that transformers loads wrongly: another text, or other numbers of passes than our counts say."""
+    learned = learn(name)
+    heads = learned.half
+    if depth == 1:
+        heads = copy.deepcopy(learned.half)
+        heads.shorten(1)
+    run = finished_run(tmp_path, learned.trunk, heads)
+    layout, _ = export(run, tmp_path / "out", to="transformers")
+    assert layout.name == "hf-mtp"
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    prompt = torch.tensor(learned.sample.prompt_ids)
+    passes: list[int] = []
+    model.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    options = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    text = model.generate(prompt[None], **options)[0, len(prompt) :].tolist()
+    drafted = len(passes)
+    plain = model.generate(prompt[None], use_mtp=False, **options)[0, len(prompt) :].tolist()
+    assert text == plain
+    assert len(passes) - drafted == TOKENS
+    ours, counts = generate(learned.trunk, heads, prompt, max_new_tokens=TOKENS, end_tokens=[])
+    assert list(ours) == plain
+    # Near its end transformers accepts drafts that a text of ours has no room for.
+    assert drafted in (counts.forwards, counts.forwards - 1)
+    assert counts.forwards < TOKENS - 1, "some drafts are accepted"
+
+
+def test_an_exported_directory_is_whole(tmp_path: Path) -> None:
+    """Fault: a tokenizer left behind, an index that lacks tensors, a card without the figures or the command."""
+    trunk = architectures.tiny_trunk("llama")
+    native.save_model(trunk.model, tmp_path / "base")
+    run = finished_run(tmp_path, trunk, architectures.random_heads(trunk, depth=2), base=tmp_path / "base")
+    export(run, tmp_path / "out", to="hf-mtp")
+    found = find_heads(Checkpoint(tmp_path / "out"))
+    assert (found.family.name, found.count, found.cannot_run) == ("transformers", 2, None)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "base" / file).read_bytes()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Not measured." in card
+    assert "trust_remote_code=True" in card
+    assert "depth: 2" in card
+
+
+def test_an_export_that_lost_a_tensor_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: a layout that writes less than it should, and a directory that looks finished."""
+    from mtpd.checkpoints.exports import hf_mtp
+
+    run = llama_run(tmp_path, depth=1)
+    whole = hf_mtp.as_family
+
+    def lossy(*args: Any, **options: Any) -> Any:
+        return {name: tensor for name, tensor in whole(*args, **options).items() if "up_proj" not in name}
+
+    monkeypatch.setattr(hf_mtp, "as_family", lossy)
+    with pytest.raises(MtpdError, match=r"up_proj\.weight was not written"):
+        export(run, tmp_path / "out", to="hf-mtp")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "run"}
+
+
+def test_glm_computes_what_the_base_does(tmp_path: Path) -> None:
+    """Fault: experts that do not add up to the MLP that they were cut from."""
+    for name in ("llama", "qwen2", "qwen3"):
+        trunk = architectures.tiny_trunk(name)
+        run = finished_run(tmp_path / name, trunk, architectures.random_heads(trunk, depth=1))
+        export(run, tmp_path / name / "out", to="glm4moe")
+        model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / name / "out").eval()
+        ids = architectures.random_tokens(2, 10)
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, trunk.model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_mimo_draft_holds_one_block(tmp_path: Path) -> None:
+    """Fault: halves of the projection in chain heads' order, biases missing, the base's tensors repeated."""
+    run = llama_run(tmp_path, depth=3, shared=True)
+    layout, why = export(run, tmp_path / "out", to="vllm")
+    assert layout.name == "mimo-draft", why
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    heads = load_file(run / "heads" / "model.safetensors")
+    assert all(name.startswith("model.mtp_layers.0.") for name in tensors)
+    ours, theirs = heads["layers.0.project.weight"], tensors["model.mtp_layers.0.input_proj.weight"]
+    assert torch.equal(theirs[:, :32], ours[:, 32:])
+    assert torch.equal(theirs[:, 32:], ours[:, :32])
+    assert not tensors["model.mtp_layers.0.self_attn.q_proj.bias"].any()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["architectures"], config["num_nextn_predict_layers"]) == (["MiMoForCausalLM"], 1)
+
+
+def test_gains_that_are_equal_make_layouts_before_the_norm_exact(tmp_path: Path) -> None:
+    """Fault: a layout refused that is exact, or one written that is not."""
+    trunk = architectures.tiny_trunk("llama")
+    heads = architectures.random_heads(trunk, depth=2)
+    with pytest.raises(UserError, match="glm4moe: vLLM hands a head's state on before its last norm"):
+        export(finished_run(tmp_path / "a", trunk, heads), tmp_path / "a" / "out", to="glm4moe")
+    for head in heads.layers:
+        norm = head.get_submodule("block.norm")
+        set_gain(norm, torch.full_like(gain(norm), 1.5))
+    run = finished_run(tmp_path / "b", trunk, heads)
+    assert export(run, tmp_path / "b" / "out", to="glm4moe")[0].name == "glm4moe"
+    with pytest.raises(UserError, match="mimo: the engine hands on the base's state before its final norm"):
+        export(run, tmp_path / "b" / "mimo", to="mimo", depth=1)
+    model = architectures.tiny_model("llama")
+    model.model.norm.weight.data.fill_(0.7)
+    level = finished_run(tmp_path / "c", Trunk(model), architectures.random_heads(Trunk(model), depth=1))
+    export(level, tmp_path / "c" / "out", to="mimo")
+    with torch.no_grad():
+        served: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "c" / "out")
+        ids = architectures.random_tokens(1, 8)
+        torch.testing.assert_close(served(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+MISFITS = {
+    "mimo-draft": (["--to", "mimo-draft"], "one block that is used at every depth.*--depth 1, or hf-mtp"),
+    "speculators": (["--to", "speculators", "--depth", "1"], "speculators has layers for qwen3.*accepted: hf-mtp"),
+    "in-place": (["--to", "in-place"], "has no MTP heads.*accepted: hf-mtp"),
+    "vllm": (["--to", "vllm"], "no layout fits this run.*mimo-draft:.*glm4moe:"),
+    "unknown": (["--to", "tensorrt"], "tensorrt: is not known; accepted: transformers, vllm"),
+    "too deep": (["--to", "hf-mtp", "--depth", "4"], "depth: 4 is not accepted; accepted: 1 to 3"),
+    "exists": (["--to", "hf-mtp", "-o", "{run}"], "output: .* exists; choose another output"),
+}
+
+
+@pytest.fixture(scope="session")
+def three_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with three different heads."""
+    return llama_run(tmp_path_factory.mktemp("export"), depth=3)
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_misfits_are_refused_by_name(
+    case: str, three_heads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fault: heads written into a layout that computes something else, or a refusal without the alternative."""
+    words, expected = MISFITS[case]
+    options = [word.format(run=three_heads) for word in words]
+    if "-o" not in options:
+        options += ["-o", str(tmp_path / "out")]
+    assert main(["export", str(three_heads), *options]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert re.search(expected, lines[0]), lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quantised_bases_keep_heads_out_of_their_quantisation(tmp_path: Path) -> None:
+    """Fault: a server that takes the 16-bit heads beside an FP8 base for FP8."""
+    run = llama_run(tmp_path, depth=1)
+    native.edit_config(
+        tmp_path / "base", quantization_config={"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}
+    )
+    export(run, tmp_path / "out", to="hf-mtp")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["modules_to_not_convert"] == ["lm_head", "model.layers.3"]
+    native.edit_config(tmp_path / "base", quantization_config={"quant_method": "gptq"})
+    with pytest.raises(UserError, match=r"quant_method: gptq is not supported.*accepted: fp8"):
+        export(run, tmp_path / "again", to="hf-mtp")
+    assert not (tmp_path / "again").exists()
+
+
+def test_verify_in_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: acceptance counted otherwise than mtpd counts; perturbed heads that nobody would notice."""
+    native.save_model(native.base_model("transformers"), tmp_path / "base")
+    trunk = Trunk(native.base_model("transformers"))
+    run = finished_run(tmp_path, trunk, architectures.new_heads(trunk, "identity", depth=2), base=tmp_path / "base")
+    export(run, tmp_path / "out", to="transformers")
+    rows = [json.dumps({"prompt": text}) for text in ("one", "two", "three")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    words = ["--engine", "transformers", "--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "40"]
+    code = main(["verify", str(tmp_path / "out"), *words])
+    # Libraries say things of their own, which come first.
+    said = capsys.readouterr().out.splitlines()[-4:]
+    assert "3 of 3 texts are the plain model's" in said[0]
+    for line in said[1:3]:
+        theirs, ours = re.findall(r"\((\d+ of \d+)\)", line)
+        assert theirs == ours
+    assert said[1].startswith("CAR_1: engine 0.")
+    assert "perturbed heads: CAR_1" in said[3]
+    assert code == 0, said
+    assert main(["verify", str(tmp_path / "base"), "--engine", "vllm"]) == 2
+    assert "has no mtpd.json" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "out"), "--engine", "vllm"]) == 2
+    assert "does not load layout hf-mtp; accepted: transformers" in capsys.readouterr().err
