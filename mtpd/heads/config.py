@@ -71,6 +71,11 @@ class HeadsConfig(BaseModel):
         """Per depth, the block that it has."""
         return self.blocks or ([0] * self.depth if self.shared else list(range(self.depth)))
 
+    def merged(self) -> HeadsConfig:
+        """The same heads with a block for each depth and no adapters."""
+        sources = [self.source_layers[block] for block in self.block_of]
+        return self.model_copy(update={"shared": False, "source_layers": sources, "blocks": [], "adapters": []})
+
     @model_validator(mode="after")
     def _one_source_layer_for_each_block(self) -> HeadsConfig:
         if self.blocks and (self.shared or len(self.blocks) != self.depth or not _in_order(self.blocks)):

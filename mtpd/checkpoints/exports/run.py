@@ -15,9 +15,10 @@ from mtpd.checkpoints.directory import Checkpoint
 from mtpd.checkpoints.importing import open_checkpoint
 from mtpd.checkpoints.native import base_tensor
 from mtpd.checkpoints.spelling import Tensors
-from mtpd.checkpoints.tensors import FLOATS, Stored, cast, read_header
+from mtpd.checkpoints.tensors import FLOATS, Stored, cast, read_header, stored
 from mtpd.errors import UserError
 from mtpd.heads import CONFIG, WEIGHTS
+from mtpd.heads.adapters import merged_tensors
 from mtpd.heads.config import HeadsConfig
 from mtpd.recipe import Recipe, load_recipe
 
@@ -41,7 +42,7 @@ class Run:
     @property
     def block_of(self) -> list[int]:
         """By depth, the number of its block."""
-        return [0] * self.config.depth if self.config.shared else list(range(self.config.depth))
+        return self.config.block_of
 
     @property
     def blocks(self) -> int:
@@ -109,7 +110,15 @@ def open_run(path: Path, *, depth: int | None = None) -> Run:
     wanted = config.depth if depth is None else depth
     if not 1 <= wanted <= config.depth:
         raise UserError(f"depth: {wanted} is not accepted; accepted: 1 to {config.depth}, the heads of {path}")
-    tensors = {name: tensor for name, tensor in read_header(folder / WEIGHTS)[0].items() if name.startswith("layers.")}
+    saved: Tensors = read_header(folder / WEIGHTS)[0]
+    if any(config.adapters):
+        # No layout has adapters: they become part of a block for each depth.
+        merged = merged_tensors({name: tensor.load() for name, tensor in saved.items()}, config)
+        saved, config = {name: stored(tensor) for name, tensor in merged.items()}, config.merged()
+    tensors = {name: tensor for name, tensor in saved.items() if name.startswith("layers.")}
+    if (path / "trunk" / "config.json").is_file():
+        # The run trained its trunk too: that is what the heads belong to.
+        recipe = recipe.model_copy(update={"model": str(path / "trunk")})
     return Run(path, recipe, open_checkpoint(recipe.model), config, wanted, tensors)
 
 
