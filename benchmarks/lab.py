@@ -21,17 +21,16 @@ from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.data.packing import PackedRows, Sample, collate, pack
 from mtpd.data.prompts import load_prompts, render
 from mtpd.data.responses import end_tokens, generate_responses
-from mtpd.data.store import DiskStore, HiddenStates, fill, store_key, with_hidden
+from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, fill, store_key, with_hidden
 from mtpd.data.vocabulary import draft_vocabulary
 from mtpd.distill.arguments import loss_settings, training_arguments
+from mtpd.distill.below import FinishedDepths
 from mtpd.distill.model import DistillModel
-from mtpd.distill.run import heads_config
 from mtpd.distill.trainer import HeadTrainer, TrainingRows
 from mtpd.errors import MtpdError
 from mtpd.evaluate.acceptance import SuiteCounts
 from mtpd.evaluate.offline import measure_offline
-from mtpd.heads import Heads, build_heads
-from mtpd.heads.initialise import fit, initialise
+from mtpd.heads import Heads, build_heads, configure_heads, start_heads
 from mtpd.recipe import Recipe, parse_recipe
 from mtpd.trunk import Trunk
 
@@ -101,27 +100,39 @@ class Lab:
         settings = recipe.heads
         vocabulary = draft_vocabulary(rows, settings.vocabulary, tokens=self.trunk.tokens or 0, always=self.ends)
         size = 0 if vocabulary is None else len(vocabulary)
-        config = heads_config(recipe, self.trunk, vocabulary=size, fingerprint=self.fingerprint)
+        config = configure_heads(settings.model_dump(), self.trunk, vocabulary=size, fingerprint=self.fingerprint)
         heads = build_heads(self.trunk, config)
-        initialise(heads, self.trunk, settings.init, seed=recipe.seed)
         if vocabulary is not None:
-            heads.vocabulary.copy_(vocabulary)
-        if settings.init == "regression":
-            training = TrainingRows(rows)
-            batches = [with_hidden(collate([training[i]]), self.trunk, store) for i in range(len(rows))]
-            fit(heads, self.trunk, batches)
+            heads.get_buffer("vocabulary").copy_(vocabulary)
+        training = TrainingRows(rows)
+        start_heads(
+            heads,
+            self.trunk,
+            settings.init,
+            lambda: [with_hidden(collate([training[i]]), self.trunk, store) for i in range(len(rows))],
+            seed=recipe.seed,
+        )
         return heads
 
-    def train(self, recipe: Recipe, heads: Heads, rows: PackedRows, store: HiddenStates) -> float:
-        """Trains in place; gives seconds."""
+    def train(
+        self, recipe: Recipe, heads: Heads, rows: PackedRows, store: HiddenStates, *, finished: Heads | None = None
+    ) -> float:
+        """Trains in place; gives seconds.
+
+        Args:
+            finished: the first depths of the heads, which are not trained; their states are computed in this time.
+        """
         set_seed(recipe.seed)
+        after = 0 if finished is None else finished.depth
+        settings = loss_settings(recipe, depth=heads.depth, after=after)
         with tempfile.TemporaryDirectory() as folder:
             recipe = recipe.model_copy(update={"output": Path(folder)})
             arguments = training_arguments(recipe, dtype=self.trunk.dtype, device=self.trunk.device)
             arguments.save_strategy = "no"
-            model = DistillModel(self.trunk, heads, loss_settings(recipe))
-            trainer = HeadTrainer(model, arguments, rows, store=store, progress=False)
+            model = DistillModel(self.trunk, heads, settings, after=after)
             began = time.perf_counter()
+            below = None if finished is None else FinishedDepths(self.trunk, finished, MemoryStore(self.trunk, rows))
+            trainer = HeadTrainer(model, arguments, rows, store=store, below=below, progress=False)
             trainer.train()
         return time.perf_counter() - began
 

@@ -38,16 +38,14 @@ def load(run: str | Path, *, dtype: str | None = None, device: str | None = None
         raise UserError(f"{path}: the run has no trained heads yet; `mtpd distill {recipe_file}` finishes it")
     recipe = load_recipe(recipe_file)
     where = device or recipe.device
-    model, tokenizer = load_model(
-        recipe.model, dtype=recipe.dtype, device=where, trust_remote_code=recipe.trust_remote_code
-    )
+    # A run that trained its trunk too holds it.
+    name = str(path / "trunk") if (path / "trunk" / "config.json").is_file() else recipe.model
+    model, tokenizer = load_model(name, dtype=recipe.dtype, device=where, trust_remote_code=recipe.trust_remote_code)
     trunk = Trunk(model, tokens=None)
     # The fingerprint is that of the number format of the run.
     heads = load_heads(folder, trunk, fingerprint=trunk_fingerprint(model))
     if dtype is not None and resolve_dtype(dtype, trunk.device) != trunk.dtype:
-        model, tokenizer = load_model(
-            recipe.model, dtype=dtype, device=where, trust_remote_code=recipe.trust_remote_code
-        )
+        model, tokenizer = load_model(name, dtype=dtype, device=where, trust_remote_code=recipe.trust_remote_code)
         trunk = Trunk(model)
     trunk.tokens = min(trunk.unembedding.weight.shape[0], max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1))
     heads = heads.to(device=trunk.device, dtype=trunk.dtype)

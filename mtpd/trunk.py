@@ -192,7 +192,12 @@ class Trunk(nn.Module):
         decoder_class: Callable[[PretrainedConfig], nn.Module] = type(self.decoder)
         block: Any = decoder_class(self._block_config(source_layer))
         block.embed_tokens = None
-        wanted = {name: p.shape for name, p in self.decoder.layers[source_layer].named_parameters()}
+        # Adapters on the trunk are no part of what is repeated.
+        wanted = {
+            name.replace(".base_layer", ""): parameter.shape
+            for name, parameter in self.decoder.layers[source_layer].named_parameters()
+            if "lora_" not in name
+        }
         built = {name: p.shape for name, p in block.layers[0].named_parameters()}
         if wanted != built:
             odd = sorted(name for name in wanted.keys() | built.keys() if wanted.get(name) != built.get(name))

@@ -337,3 +337,11 @@ def test_depths_that_do_not_exist(llama: Trunk) -> None:
     for depth in (0, 4, -1):
         with pytest.raises(UserError, match=f"depth: {depth} is not accepted; accepted: 1 to 3"):
             Engine(llama, random_heads(llama), slots=1, capacity=8, depth=depth)
+
+
+@pytest.mark.parametrize("prompt", [1, 3, 20])
+def test_far_fewer_drafts_than_heads(llama: Trunk, prompt: int) -> None:
+    """Fault: heads that do not draft read past the buffer of tokens while a prompt is read."""
+    ids, text = greedy_text("llama", prompt)
+    engine = Engine(llama, random_heads(llama, depth=8), slots=1, capacity=len(ids) + len(text), depth=1)
+    assert next(iter(engine.run([Request(ids, len(text))]))).tokens == text

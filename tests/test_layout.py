@@ -20,14 +20,15 @@ MAY_IMPORT = {
     "trunk": BELOW | {"alignment"},
     "slots": BELOW | {"trunk"},
     "fast": BELOW | {"trunk"},
-    "heads": BELOW | {"trunk", "fast", "slots", "alignment"},
+    "heads": BELOW | {"losses", "trunk", "fast", "slots", "alignment"},
     "losses": BELOW | {"trunk", "alignment"},
     "decode": BELOW | {"heads", "losses", "fast", "slots", "trunk", "alignment"},
     "data": BELOW | {"decode", "heads", "losses", "trunk", "alignment"},
     "loading": BELOW | {"recipe", "data", "decode", "heads", "trunk"},
     "checkpoints": BELOW | {"recipe_text", "recipe", "evaluate", "decode", "data", "heads", "trunk", "alignment"},
     "evaluate": BELOW | {"recipe_text", "decode", "data", "heads", "losses", "trunk", "alignment"},
-    "distill": BELOW | {"recipe", "checkpoints", "evaluate", "decode", "data", "heads", "losses", "trunk", "alignment"},
+    "distill": BELOW
+    | {"recipe_text", "recipe", "checkpoints", "evaluate", "decode", "data", "heads", "losses", "trunk", "alignment"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 

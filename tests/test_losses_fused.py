@@ -53,7 +53,9 @@ class Case:
         bias: bool = False,
         masks: str = "ragged",
         positions: int = POSITIONS,
+        after: int = 0,
     ) -> None:
+        self.after = after
         draw = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
@@ -70,7 +72,8 @@ class Case:
         used = torch.arange(TOKENS) if self.columns is None else self.columns
         columns[used] = torch.arange(len(used))
         ids = torch.randint(TOKENS, (1, positions), generator=draw)
-        self.targets = [columns[alignment.target_tokens(ids, k)][0] for k in range(1, DEPTHS + 1)]
+        depths = range(after + 1, after + 1 + DEPTHS)
+        self.targets = [columns[alignment.target_tokens(ids, k)][0] for k in depths]
         lengths = (positions - 21, 3, 1, 17) if positions > 21 else (positions,)
         at = torch.cat([torch.arange(n) for n in lengths])[None]
         response = torch.rand(1, positions, generator=draw) < 0.8
@@ -79,7 +82,7 @@ class Case:
             "none": torch.full_like(ids, -100),
             "all": ids,
         }[masks]
-        self.masks = [alignment.counted(labels, at, k)[0] for k in range(1, DEPTHS + 1)]
+        self.masks = [alignment.counted(labels, at, k)[0] for k in depths]
 
     def arguments(self, settings: LossSettings) -> dict[str, Any]:
         """What both implementations take beside the states."""
@@ -89,6 +92,7 @@ class Case:
             "targets_P": self.targets,
             "masks_P": self.masks,
             "settings": settings,
+            "after": self.after,
             **draft,
         }
 
@@ -116,6 +120,22 @@ def variants(loss: str, *, top_n: int) -> list[LossSettings]:
     if loss == "mtp_d":
         found += [replace(plain, alpha=(0.0, 1.0, 0.0), beta=(1.0, 0.0, 0.5))]
     return found
+
+
+@every_loss
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("draft", [False, True], ids=["all tokens", "draft"])
+def test_depths_after_finished_ones(loss: str, draft: bool) -> None:
+    """Fault: depths 5 to 7 that meet the teacher rows of depths 1 to 3, in the pass or in what is taken ahead of it."""
+    case, first = (Case(draft=draft, masks="all", after=after) for after in (4, 0))
+    expected, expected_gradients = case.reference(LOSSES[loss])
+    ours, gradients, sums = case.fused(LOSSES[loss])
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-9)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-9)
+    rows = [sum(max(0, length - depth - 1) for length in (16, 3, 1, 17)) for depth in (5, 6, 7)]
+    assert sums.rows.tolist() == rows
+    assert ours.item() != pytest.approx(first.fused(LOSSES[loss])[0].item(), rel=1e-3)
 
 
 @every_form

@@ -18,10 +18,12 @@ from mtpd.cli import (
     distill,
     eval,
     export,
+    extend,
     generate,
     graft,
     import_,
     inspect,
+    pretrain,
     recipe,
     report,
     verify,
@@ -41,6 +43,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("distill")(distill.distill)
+app.command("extend")(extend.extend)
+app.command("pretrain")(pretrain.pretrain)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("bench")(bench.bench)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -188,22 +188,39 @@ def with_hidden(batch: dict[str, Tensor], trunk: Trunk, store: HiddenStates | No
 
     The trunk runs over the rows that the store lacks, and the store keeps them.
     """
-    batch = dict(batch)
-    numbers: list[int] = batch.pop("row").tolist()
+
+    def hidden(missing: dict[str, Tensor]) -> Tensor:
+        return trunk.hidden(missing["input_ids"], position_ids=missing["position_ids"])
+
+    batch = {**batch, "hidden": stored_states(batch, store, hidden, device=trunk.device)}
+    del batch["row"]
+    return batch
+
+
+def stored_states(
+    batch: Mapping[str, Tensor],
+    store: HiddenStates | None,
+    compute: Callable[[dict[str, Tensor]], Tensor],
+    *,
+    device: torch.device,
+) -> Tensor:
+    """States [B, T, D] of the rows of a batch, from a store; what it lacks is computed and kept.
+
+    Args:
+        batch: tensors with one entry a row, the numbers of the rows, "row" [B], among them.
+        compute: states of a batch of the missing rows alone, on `device`.
+    """
+    numbers: list[int] = batch["row"].tolist()
     missing = [at for at, row in enumerate(numbers) if store is None or row not in store]
     computed: dict[int, Tensor] = {}
     if missing:
-        ids, positions = (batch[name][missing].to(trunk.device) for name in ("input_ids", "position_ids"))
-        hidden = trunk.hidden(ids, position_ids=positions)
+        states = compute({name: tensor[missing].to(device) for name, tensor in batch.items()})
         if store is not None:
-            store.put([numbers[at] for at in missing], hidden)
-        computed = dict(zip(missing, hidden, strict=True))
-    states = [
-        computed[at] if at in computed or store is None else store[row].to(trunk.device)
-        for at, row in enumerate(numbers)
-    ]
-    batch["hidden"] = torch.stack(states)
-    return batch
+            store.put([numbers[at] for at in missing], states)
+        computed = dict(zip(missing, states, strict=True))
+    return torch.stack(
+        [computed[at] if at in computed or store is None else store[row].to(device) for at, row in enumerate(numbers)]
+    )
 
 
 def fill(store: HiddenStates, trunk: Trunk, rows: PackedRows, *, batch_rows: int = 8, progress: bool = True) -> None:

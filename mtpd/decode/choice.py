@@ -39,6 +39,8 @@ class Choice(Protocol):
 
     siblings: bool
     """Whether it accepts siblings."""
+    likeliest: bool
+    """Whether drafts are the heads' likeliest tokens; if not, they are drawn."""
 
     def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
         """Columns [N] of the drafting logits [N, M]; `number` drafts were made in this round before."""
@@ -87,6 +89,7 @@ class Greedy:
     """The most likely token, everywhere."""
 
     siblings = True
+    likeliest = True
 
     def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
         return logits.argmax(-1)

@@ -27,7 +27,7 @@ from mtpd.decode.counts import Counts
 from mtpd.errors import UserError
 from mtpd.fast import faster, faster_logits
 from mtpd.heads import Heads
-from mtpd.heads.chain_drafter import ChainDrafter
+from mtpd.heads.base import Drafter, Pick
 from mtpd.slots import SlotCache, Span
 from mtpd.trunk import Trunk
 
@@ -137,7 +137,8 @@ class Engine:
         self.cache = SlotCache(trunk.config, slots=slots, capacity=room, dtype=trunk.dtype, device=trunk.device)
         self.drafter = heads.drafter(trunk, slots=slots, capacity=room) if heads is not None else None
         self.unembedding = faster_logits(trunk, trunk.unembedding)
-        self.tokens = torch.zeros(slots, room + self.depth + 2, dtype=torch.long, device=trunk.device)
+        # Heads read prompts to the deepest of them, however few draft.
+        self.tokens = torch.zeros(slots, room + deepest + 2, dtype=torch.long, device=trunk.device)
         self.active: list[Text] = []
 
     @torch.inference_mode()
@@ -234,13 +235,13 @@ class Engine:
         self.cache.move(index, start + source, start + target)
         hidden[index, target] = hidden[index, source]
 
-    def _draft(self, drafter: ChainDrafter, newest: list[int]) -> Drafts:
+    def _draft(self, drafter: Drafter, newest: list[int]) -> Drafts:
         """Drafts until the depth, or until a further draft is too unlikely to be accepted."""
         count = self.siblings if self.choice.siblings else 0
         sure: Tensor | None = None
         others: list[tuple[Tensor, Tensor]] = []
 
-        def pick(logits: Tensor, number: int) -> Tensor:
+        def choose(logits: Tensor, number: int) -> Tensor:
             nonlocal sure
             columns = self.choice.draft(logits, self.active, number)
             if count or self.threshold > 0:
@@ -256,6 +257,8 @@ class Engine:
             assert sure is not None
             return bool(sure.mean() >= self.threshold)
 
+        # What is asked of each draft's probability needs its logits.
+        pick = Pick(choose, joint=self.choice.likeliest and not count and self.threshold == 0)
         depth = drafter.draft(self.tokens, newest, self.depth, pick, likely if self.threshold > 0 else None)
         drafts = Drafts(Span(newest, depth, self.device).read(self.tokens, steps=1).clone())
         if count and others[0][0].shape[1]:

@@ -89,6 +89,7 @@ class Processed:
         self.keep_logits = keep_logits
 
     siblings = True
+    likeliest = True
 
     def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
         """As `mtpd.decode.choice.Choice.draft`."""

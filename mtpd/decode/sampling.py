@@ -42,6 +42,7 @@ class Sampling:
     """
 
     siblings = True
+    likeliest = True
 
     def __init__(self, warpers: Sequence[Warper] = ()) -> None:
         self.warpers = list(warpers)
@@ -81,6 +82,7 @@ class SampledDrafts(Sampling):
     """
 
     siblings = False
+    likeliest = False
 
     def __init__(self, warpers: Sequence[Warper] = (), *, rows: Tensor | None = None) -> None:
         super().__init__(warpers)

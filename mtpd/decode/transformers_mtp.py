@@ -15,7 +15,8 @@ from unittest.mock import patch
 from transformers.modeling_layers import MtpModel
 
 from mtpd.errors import UserError
-from mtpd.heads import Heads
+from mtpd.heads import Heads, chain_of
+from mtpd.heads.chain import ChainHeads
 from mtpd.trunk import Trunk
 
 
@@ -26,6 +27,7 @@ def mtp_in_transformers(trunk: Trunk, heads: Heads) -> Iterator[None]:
     Raises:
         UserError: transformers cannot build these heads for this model.
     """
+    heads = chain_of(heads, what="transformers' generate(use_mtp=True)")
     settings: Any = trunk.model.config.get_text_config(decoder=True)
     if hasattr(settings, "num_mtp_layers") and settings.num_mtp_layers is not None:
         raise UserError(f"{trunk.name}: it has MTP layers of its own; heads cannot take their place in transformers")
@@ -43,7 +45,7 @@ def mtp_in_transformers(trunk: Trunk, heads: Heads) -> Iterator[None]:
             del settings.mtp_layer_types
 
 
-def _build(trunk: Trunk, heads: Heads) -> MtpModel:
+def _build(trunk: Trunk, heads: ChainHeads) -> MtpModel:
     try:
         built = MtpModel(trunk.model, heads.depth)
         for each, head in zip(built.layers, heads.chain(), strict=True):

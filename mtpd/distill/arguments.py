@@ -22,9 +22,14 @@ DIVERGENCES: dict[str, Divergence] = {
 """What `train.loss` compares with the teacher; mtp_d and kl have the KL."""
 
 
-def loss_settings(recipe: Recipe) -> LossSettings:
-    """The loss that the recipe describes."""
-    alpha, beta = loss_weights(recipe.train, recipe.heads.depth)
+def loss_settings(recipe: Recipe, *, depth: int | None = None, after: int = 0) -> LossSettings:
+    """The loss that the recipe describes.
+
+    Args:
+        depth: of the heads; None is what the recipe says.
+        after: depths up to this one have no loss.
+    """
+    alpha, beta = loss_weights(recipe.train, depth or recipe.heads.depth, after=after)
     train = recipe.train
     return LossSettings(
         alpha,

@@ -20,6 +20,8 @@ from mtpd.recipe import Recipe, dump, load_recipe
 RECIPE = "recipe.yaml"
 LATER = ("heads.", "train.", "evaluation.")
 """Keys that decide nothing before there are heads."""
+AFTERWARDS = "extend."
+"""Keys that decide nothing about the run itself: each stage of an extension has a directory of its own."""
 
 
 class RunDirectory:
@@ -46,6 +48,11 @@ class RunDirectory:
         self.samples = path / "samples.json"
         self.trunk = path / "trunk"
         self.report = path / "report.html"
+        self.perplexity = path / "perplexity.json"
+        self.held_out_after = path / "held-out-after.jsonl"
+        self.depths = path / "depths.json"
+        self.stage = path / "stage.json"
+        self.extended = path / "extended"
 
 
 def open_run(recipe: Recipe, *, fresh: bool) -> RunDirectory:
@@ -61,6 +68,10 @@ def open_run(recipe: Recipe, *, fresh: bool) -> RunDirectory:
     holds_run = run.recipe.is_file()
     if run.path.is_file() or (run.path.is_dir() and any(run.path.iterdir()) and not holds_run):
         raise UserError(f"output: {run.path} exists and is no run directory; choose another output")
+    if run.stage.is_file():
+        raise UserError(
+            f"output: {run.path} is a stage of an extension; mtpd extend on the run it is in goes on with it"
+        )
     if (run.path / IMPORTED).is_file():
         raise UserError(f"output: {run.path} holds imported heads; choose another output, such as {run.path}-distilled")
     # A recipe alone is what a mistake in it leaves (no such model, say): the mended one takes its place.
@@ -71,9 +82,11 @@ def open_run(recipe: Recipe, *, fresh: bool) -> RunDirectory:
     changed = False
     if begun:
         differing = _differences(load_recipe(run.recipe), recipe)
+        changed = any(key.startswith(AFTERWARDS) for key in differing)
+        differing = [key for key in differing if not key.startswith(AFTERWARDS)]
         if not run.heads_before.exists():
             # Responses and hidden states alone know nothing of the heads that will learn from them.
-            changed = any(key.startswith(LATER) for key in differing)
+            changed = changed or any(key.startswith(LATER) for key in differing)
             differing = [key for key in differing if not key.startswith(LATER)]
         if differing:
             raise UserError(

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtpd import alignment
-from mtpd.heads import Heads
+from mtpd.distill.joint import JointTrunk
+from mtpd.heads import Batch, Heads, Readout
 from mtpd.losses.fused import multi_depth_loss
 from mtpd.losses.settings import LossSettings, LossSums
 from mtpd.trunk import Trunk
@@ -22,6 +23,8 @@ class DistillModel(nn.Module):
         settings: weights and form of the loss.
         compiled: runs the loss as code of torch.compile.
         checkpoint_blocks: computes what is inside of each head a second time in the backward pass.
+        after: depths up to this one are finished: they are given as states, and have no loss.
+        joint: trains the trunk too.
     """
 
     accepts_loss_kwargs = True
@@ -34,24 +37,21 @@ class DistillModel(nn.Module):
         *,
         compiled: bool = False,
         checkpoint_blocks: bool = False,
+        after: int = 0,
+        joint: JointTrunk | None = None,
     ) -> None:
         super().__init__()
         self.compiled = compiled
+        self.after = after
+        self.joint = joint
         if checkpoint_blocks:
-            for head in heads.layers:
+            for head in heads.blocks():
                 _checkpoint(head)
         self.trunk = trunk
         self.heads = heads
         self.settings = settings
         self.sums: LossSums | None = None
-        rows = heads.rows()
-        self.main_head = trunk.unembedding.select(None)
-        self.unembedding = trunk.unembedding.select(rows)
-        # Column of each token among the unembedding's rows in use, -1 where it has none.
-        columns = torch.full((trunk.unembedding.weight.shape[0],), -1, dtype=torch.long, device=trunk.device)
-        used = torch.arange(self.unembedding.weight.shape[0], device=trunk.device)
-        columns[used if rows is None else rows] = used
-        self.register_buffer("columns", columns, persistent=False)
+        self.readout = Readout.of(trunk, heads.rows())
 
     def forward(
         self,
@@ -59,34 +59,49 @@ class DistillModel(nn.Module):
         labels: Tensor,
         position_ids: Tensor,
         hidden: Tensor | None = None,
+        below: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """The loss per response token.
 
         Args:
             input_ids, labels, position_ids: packed rows [B, T]; labels are -100 outside of responses.
-            hidden: the trunk's states [B, T, D], if they were kept; the trunk runs otherwise.
+            hidden: the frozen trunk's states [B, T, D], if they were kept; the trunk runs otherwise.
+            below: states [B, T, D] of depth `after`, where that is not 0.
             num_items_in_batch: response tokens of the whole optimizer step; those of this batch by default.
         """
-        if hidden is None:
+        main: Tensor | None = None
+        teacher: Tensor | None = None
+        if self.joint is not None:
+            states = self.joint.states(input_ids, position_ids)
+            teacher = states.detach() if hidden is None else hidden
+            main = self._main_head_loss(states, input_ids, labels, position_ids)
+            hidden = states
+        elif hidden is None:
             hidden = self.trunk.hidden(input_ids, position_ids=position_ids)
-        states = self.heads(self.trunk, hidden, input_ids, position_ids_BT=position_ids)
-        depths = range(1, len(states) + 1)
-        columns: Any = self.columns
-        total, self.sums = multi_depth_loss(
-            [state.flatten(0, 1) for state in states],
-            hidden.flatten(0, 1),
-            self.unembedding,
-            targets_P=[columns[alignment.target_tokens(input_ids, k)].flatten() for k in depths],
-            masks_P=[alignment.counted(labels, position_ids, k).flatten() for k in depths],
-            settings=self.settings,
-            main_head=self.main_head,
-            columns_M=self.heads.rows(),
-            compiled=self.compiled,
-        )
+        batch = Batch(input_ids, labels, position_ids, hidden, teacher=teacher, below=below, after=self.after)
+        total, self.sums = self.heads.loss(self.trunk, batch, self.readout, self.settings, compiled=self.compiled)
+        if main is not None:
+            total = total + main
         if num_items_in_batch is None:
             num_items_in_batch = (labels != alignment.IGNORED).sum()
         return {"loss": total / num_items_in_batch}
+
+    def _main_head_loss(self, states_BTD: Tensor, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
+        """The main head's weighted cross-entropy on the tokens of responses: that of depth 0."""
+        assert self.joint is not None
+        states_PD = states_BTD.flatten(0, 1)
+        loss, _ = multi_depth_loss(
+            [states_PD],
+            states_PD,
+            self.readout.main,
+            targets_P=[alignment.target_tokens(input_ids, 0).flatten()],
+            masks_P=[alignment.counted(labels, position_ids, 0).flatten()],
+            settings=LossSettings((self.joint.loss_weight,), (0.0,)),
+            after=-1,
+            compiled=self.compiled,
+        )
+        return loss
 
 
 def _checkpoint(head: nn.Module) -> None:

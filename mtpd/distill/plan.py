@@ -13,9 +13,9 @@ from rich.table import Table
 from mtpd.data.models import load_model, resolve_device, resolve_dtype
 from mtpd.data.vocabulary import draft_size
 from mtpd.distill.estimate import Sizes, TextEstimate, estimate_disk, estimate_memory, estimate_text
-from mtpd.distill.run import check_row_length, heads_config, real_tokens
-from mtpd.heads import build_heads
-from mtpd.recipe import Recipe
+from mtpd.distill.run import check_row_length, real_tokens
+from mtpd.heads import build_heads, configure_heads
+from mtpd.recipe import Recipe, stages_of
 from mtpd.trunk import Trunk
 
 WIDTH = 100
@@ -77,6 +77,7 @@ class Plan:
             ("vocabulary", f"{self.vocabulary:,} tokens; {draft}"),
             ("frozen", f"{self.frozen:,} parameters, {size(self.frozen * self.dtype.itemsize)}"),
             ("trained", f"{self.trained:,} parameters in {heads}, {size(4 * self.trained)} in float32"),
+            *self._extension(),
             ("", ""),
             ("prompts", self._prompts()),
             ("tokens", f"{amount(text.tokens)} at most, in {amount(text.rows)} rows of {recipe.data.row_length:,}"),
@@ -90,7 +91,19 @@ class Plan:
         beyond = " and what is not known yet" if None in self.disk.values() else ""
         lines += [("disk", f"{size(known)}{beyond}: {_parts(self.disk)}"), ("", "")]
         notes = ["memory and disk are estimates; what libraries take for themselves is not in them", *text.notes]
+        if recipe.trunk.train != "frozen":
+            notes.append("memory for training the trunk itself (trunk.train) is not in them")
         return lines + [("assumed" if not index else "", note) for index, note in enumerate(notes)]
+
+    def _extension(self) -> list[tuple[str, str]]:
+        """What the heads are extended to afterwards."""
+        extend = self.recipe.extend
+        if extend.to is None and not extend.auto:
+            return []
+        stages = ", ".join(map(str, stages_of(extend, self.recipe.heads.depth)))
+        form = f"adapters of rank {extend.rank}" if extend.form == "adapters" else extend.form
+        until = " at most, as long as a stage pays" if extend.auto else ""
+        return [("extended", f"to {stages} heads{until}; new depths: {form}")]
 
     def _prompts(self) -> str:
         data, text = self.recipe.data, self.text
@@ -136,7 +149,8 @@ def plan(recipe: Recipe) -> Plan:
     check_row_length(recipe, trunk)
     rows = trunk.unembedding.weight.shape[0]
     columns = min(draft_size(recipe.heads.vocabulary) or rows, trunk.tokens or rows)
-    config = heads_config(recipe, trunk, vocabulary=columns if columns < rows else 0, fingerprint="")
+    restricted = columns if columns < rows else 0
+    config = configure_heads(recipe.heads.model_dump(), trunk, vocabulary=restricted, fingerprint="")
     heads = build_heads(trunk, config)
     frozen = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in heads.parameters() if parameter.requires_grad)

@@ -10,6 +10,7 @@ from typing import Any
 from mtpd.distill.directory import RunDirectory
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance
+from mtpd.evaluate.depths import Depths
 from mtpd.evaluate.html import ReportContents, Section, render_report
 from mtpd.evaluate.plots import plot_curves, plot_intervals
 from mtpd.evaluate.samples import read_samples
@@ -48,6 +49,7 @@ def report_run(path: Path, *, output: Path | None = None, against: Path | None =
         decoded=_decoded(run),
         metrics=_metrics(run.metrics),
         samples=read_samples(run.samples),
+        depths=Depths.load(run.depths) if run.depths.is_file() else None,
     )
     page = output or run.report
     write_whole(page, render_report(contents))

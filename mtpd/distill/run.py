@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from transformers import TrainerCallback
 
 from mtpd.checkpoints.importing import native_depth, native_heads
 from mtpd.data.models import load_model, resolve_dtype, trunk_fingerprint
@@ -23,8 +24,10 @@ from mtpd.data.responses import end_tokens, generate_responses
 from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, store_key, with_hidden
 from mtpd.data.vocabulary import draft_vocabulary, load_vocabulary
 from mtpd.distill.arguments import loss_settings, training_arguments
+from mtpd.distill.below import FinishedDepths
 from mtpd.distill.callbacks import MeasuringTrainer, stopping
 from mtpd.distill.directory import RunDirectory, open_run, write_provenance
+from mtpd.distill.joint import JointTrunk
 from mtpd.distill.measuring import set_apart, spread
 from mtpd.distill.model import DistillModel
 from mtpd.distill.trainer import Metrics, TrainingRows, train
@@ -35,9 +38,7 @@ from mtpd.evaluate.decoded import measure_decoded
 from mtpd.evaluate.offline import measure_offline
 from mtpd.evaluate.report import decoded_table, offline_table, plot_car
 from mtpd.files import fingerprint_file
-from mtpd.heads import WEIGHTS, Heads, build_heads, load_heads, save_heads
-from mtpd.heads.config import HeadsConfig
-from mtpd.heads.initialise import fit, initialise, source_layers
+from mtpd.heads import WEIGHTS, Heads, build_heads, chain_of, configure_heads, load_heads, save_heads, start_heads
 from mtpd.recipe import Recipe, parse_recipe
 from mtpd.trunk import Trunk
 
@@ -71,6 +72,8 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
     Raises:
         UserError, MtpdError: with one line that names the cause.
     """
+    from mtpd.distill.trained_trunk import train_jointly, with_trained_trunk  # which is made of the steps here
+
     # Wide enough for the tables where the output is a file.
     console = Console(quiet=not progress, width=None if sys.stdout.isatty() else 132)
     recipe = with_native_depth(recipe)
@@ -97,14 +100,25 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
     if not (run.heads / WEIGHTS).is_file():
         heads = new_heads(session, rows, store)
         measure(session, heads, samples, run.heads_before, run.acceptance_before)
-        train_heads(session, heads, rows, store, chosen_by)
+        if recipe.trunk.train == "frozen":
+            train_heads(session, heads, rows, store, chosen_by)
+        else:
+            train_jointly(session, heads, rows, store, samples, chosen_by)
         save_heads(heads, run.heads)
+    if recipe.trunk.train != "frozen":
+        session = with_trained_trunk(session, console)
+        samples, chosen_by = set_apart(recipe, *measured_samples(session, prompts.held_out))
     heads = load_heads(run.heads, session.trunk, fingerprint=session.fingerprint)
     measure(session, heads, samples, run.heads, run.acceptance)
-    if recipe.evaluation.decode_prompts:
+    if recipe.evaluation.decode_prompts and recipe.trunk.train == "frozen":
         decode(session, samples)
     show(run, console, apart)
-    return run.path
+    if recipe.extend.to is None and not recipe.extend.auto:
+        return run.path
+    from mtpd.distill.extend import Material, extend_heads  # which is made of the steps here
+
+    material = Material(session, samples, chosen_by, lambda: (rows, store))
+    return extend_heads(material, chain_of(heads, what="extend.to"), console)
 
 
 def with_native_depth(recipe: Recipe) -> Recipe:
@@ -270,33 +284,25 @@ def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) ->
         save_heads(heads, run.heads_before)
         return heads
     size = 0 if vocabulary is None else len(vocabulary)
-    heads = build_heads(trunk, heads_config(recipe, trunk, vocabulary=size, fingerprint=session.fingerprint))
-    initialise(heads, trunk, recipe.heads.init, seed=recipe.seed)
+    heads = build_heads(
+        trunk,
+        configure_heads(recipe.heads.model_dump(), trunk, vocabulary=size, fingerprint=session.fingerprint),
+    )
     if vocabulary is not None:
         heads.get_buffer("vocabulary").copy_(vocabulary)
-    if recipe.heads.init == "regression":
-        fit(heads, trunk, fitting_batches(session, rows, store))
+    source = None
+    if recipe.heads.source is not None:
+        source = load_heads(recipe.heads.source, trunk, fingerprint=session.fingerprint)
+    start_heads(
+        heads,
+        trunk,
+        recipe.heads.init,
+        lambda: fitting_batches(session, rows, store),
+        seed=recipe.seed,
+        source=source,
+    )
     save_heads(heads, run.heads_before)
     return heads
-
-
-def heads_config(recipe: Recipe, trunk: Trunk, *, vocabulary: int, fingerprint: str) -> HeadsConfig:
-    """What kind of heads the recipe means for this trunk.
-
-    Args:
-        vocabulary: tokens of the draft vocabulary, 0 for all.
-        fingerprint: of the trunk.
-    """
-    assert recipe.heads.init != "native", "native heads say themselves what they are"
-    return HeadsConfig(
-        kind=recipe.heads.kind,
-        depth=recipe.heads.depth,
-        hidden_size=trunk.hidden_size,
-        shared=recipe.heads.shared,
-        source_layers=source_layers(recipe.heads.init, 1 if recipe.heads.shared else recipe.heads.depth, trunk.depth),
-        vocabulary_size=vocabulary,
-        trunk=fingerprint,
-    )
 
 
 def fitting_batches(
@@ -312,16 +318,31 @@ def fitting_batches(
 
 
 def train_heads(
-    session: Session, heads: Heads, rows: PackedRows, store: HiddenStates | None, samples: Sequence[Sample]
+    session: Session,
+    heads: Heads,
+    rows: PackedRows,
+    store: HiddenStates | None,
+    samples: Sequence[Sample],
+    below: FinishedDepths | None = None,
+    joint: JointTrunk | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
-    """Trains, or goes on from the newest whole checkpoint; measures on samples every `evaluation.steps`."""
+    """Trains, or goes on from the newest whole checkpoint; measures on samples every `evaluation.steps`.
+
+    Args:
+        below: the first depths of the heads, where those are not trained.
+        joint: the trunk, where it is trained too.
+    """
     recipe = session.recipe
+    after = 0 if below is None else below.depth
     model = DistillModel(
         session.trunk,
         heads,
-        loss_settings(recipe),
+        loss_settings(recipe, depth=heads.depth, after=after),
         compiled=recipe.train.compile,
         checkpoint_blocks=recipe.train.checkpoint_blocks,
+        after=after,
+        joint=joint,
     )
     arguments = training_arguments(recipe, dtype=session.trunk.dtype, device=session.trunk.device)
     if arguments.world_size > 1 and store is not None and not all(row in store for row in range(len(rows))):
@@ -335,9 +356,10 @@ def train_heads(
         arguments,
         rows,
         store=store,
+        below=below,
         samples=samples,
         end_tokens=session.ends,
-        callbacks=[Metrics(session.run.metrics), *stopping(recipe)],
+        callbacks=[Metrics(session.run.metrics), *stopping(recipe), *callbacks],
         progress=session.progress,
     )
     train(trainer, session.run.path)

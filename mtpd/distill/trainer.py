@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mtpd.data.packing import PackedRows, collate
 from mtpd.data.store import HiddenStates, with_hidden
+from mtpd.distill.below import FinishedDepths
 from mtpd.distill.model import DistillModel
 from mtpd.errors import MtpdError
 from mtpd.files import write_whole, writing
@@ -56,6 +57,7 @@ class HeadTrainer(Trainer):
         rows: PackedRows,
         *,
         store: HiddenStates | None = None,
+        below: FinishedDepths | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         progress: bool = True,
     ) -> None:
@@ -66,7 +68,9 @@ class HeadTrainer(Trainer):
             data_collator=collate,
             callbacks=[Finished(), *callbacks],
         )
+        assert (below.depth if below is not None else 0) == model.after, "the depths without a loss"
         self.store = store
+        self.below = below
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         if progress:
@@ -81,7 +85,7 @@ class HeadTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         tokens = inputs["input_ids"].numel()
-        inputs = with_hidden(inputs, self.distill_model.trunk, self.store)
+        inputs = self.with_states(inputs)
         result = super().compute_loss(model, inputs, *args, **kwargs)
         sums = self.distill_model.sums
         assert sums is not None
@@ -90,31 +94,58 @@ class HeadTrainer(Trainer):
         self._tokens += tokens
         return result
 
+    def with_states(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch with the states of what is not trained: the trunk, and finished depths."""
+        rows = batch["row"]
+        joint = self.distill_model.joint
+        if joint is not None and not joint.original_teacher:
+            return {name: tensor for name, tensor in batch.items() if name != "row"}
+        if joint is not None:
+            with joint.disabled():
+                return with_hidden(batch, self.distill_model.trunk, self.store)
+        batch = with_hidden(batch, self.distill_model.trunk, self.store)
+        if self.below is not None:
+            batch["below"] = self.below({**batch, "row": rows})
+        return batch
+
+    def flush(self) -> None:
+        """Makes the states that were kept durable."""
+        for store in (self.store, self.below):
+            if store is not None:
+                store.flush()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._totals is not None and "loss" in logs:
             rows, cross_entropy, divergence, accepted = self._totals.cpu()
             now = time.monotonic()
             settings = self.distill_model.settings
-            for k in range(len(rows)):
+            after = self.distill_model.after
+            for k, depth in enumerate(range(after + 1, after + 1 + len(rows))):
                 count = max(1.0, rows[k].item())
-                logs[f"ce_{k + 1}"] = cross_entropy[k].item() / count
+                logs[f"ce_{depth}"] = cross_entropy[k].item() / count
                 if any(settings.beta):
-                    logs[f"{_name(settings)}_{k + 1}"] = divergence[k].item() / count
+                    logs[f"{_name(settings)}_{depth}"] = divergence[k].item() / count
                 # Of all places where depth 1 drafts, as CAR is defined. Teacher-forced on training text:
-                # the file acceptance.json, not this, says how well the heads draft.
-                logs[f"train_car_{k + 1}"] = accepted[k].item() / max(1.0, rows[0].item())
+                # the file acceptance.json, not this, says how well the heads draft. Where depth 1 is finished,
+                # nothing says whether its drafts would have been accepted.
+                if not after:
+                    logs[f"train_car_{depth}"] = accepted[k].item() / max(1.0, rows[0].item())
             logs["tokens_per_second"] = self._tokens / max(1e-9, now - self._began)
             self._totals, self._tokens, self._began = None, 0, now
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        save_heads(self.distill_model.heads, Path(output_dir or str(self.args.output_dir)))
-        if self.store is not None:
-            self.store.flush()
+        folder = Path(output_dir or str(self.args.output_dir))
+        save_heads(self.distill_model.heads, folder)
+        if self.distill_model.joint is not None:
+            self.distill_model.joint.save(folder)
+        self.flush()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         heads = self.distill_model.heads
         heads.load_state_dict(load_heads(resume_from_checkpoint, self.distill_model.trunk).state_dict())
+        if self.distill_model.joint is not None:
+            self.distill_model.joint.load(Path(resume_from_checkpoint))
 
 
 def _name(settings: LossSettings) -> str:
@@ -233,8 +264,7 @@ def train(trainer: HeadTrainer, directory: Path) -> None:
     checkpoint = last_checkpoint(directory)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if trainer.store is not None:
-            trainer.store.flush()
+        trainer.flush()
     finally:
         # A bar left open draws itself once more, below the error that ended the training.
         for callback in trainer.callback_handler.callbacks:

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from mtpd.errors import UserError
 from mtpd.evaluate import svg
 from mtpd.evaluate.acceptance import Acceptance
+from mtpd.evaluate.depths import Depths
 from mtpd.evaluate.gate import Comparison, compare, label
 from mtpd.evaluate.intervals import Estimate, intervals
 from mtpd.evaluate.report import TOTAL
@@ -53,6 +54,8 @@ class ReportContents:
     decoded: Section | None = None
     metrics: Sequence[Mapping[str, Any]] = ()
     samples: Sequence[SampleText] = field(default_factory=list)
+    depths: Depths | None = None
+    """Which depth pays."""
 
 
 def render_report(contents: ReportContents) -> str:

@@ -170,13 +170,13 @@ def _compare(
     ids_BT = ids_BT.to(device)
     positions_BT = torch.arange(width, device=device).expand_as(ids_BT)
     hidden_BTD = trunk.hidden(ids_BT, position_ids=positions_BT)
-    states_PD = [state.flatten(0, 1) for state in heads(trunk, hidden_BTD, ids_BT, position_ids_BT=positions_BT)]
+    along = heads.along(trunk, hidden_BTD, ids_BT, position_ids_BT=positions_BT)
     hidden_PD = hidden_BTD.flatten(0, 1)
 
     subset = heads.rows()
-    main, draft = trunk.unembedding, trunk.unembedding.select(subset)
+    main = trunk.unembedding
     real = trunk.tokens or main.weight.shape[0]
-    depth, count = len(states_PD), len(hidden_PD)
+    depth, count = along.depth, len(hidden_PD)
     chosen_P = torch.full((count,), -1, dtype=torch.long, device=device)
     drafted_KP = torch.full((depth, count), -2, dtype=torch.long, device=device)
     expected_KB = torch.zeros(depth, len(texts), dtype=torch.float64, device=device)
@@ -196,8 +196,8 @@ def _compare(
             # Rows that are the teacher of a draft: the draft's place is in the response, and so is its target.
             kept = (place - k >= first_B[text] - 1) & (place < last_B[text] - 1)
             at = rows[kept] - k
-            y = draft(states_PD[k - 1][at]).float()
-            choice = y.argmax(-1)
+            y = along.logits(k, at).float()
+            choice = along.choice(k, at, y)
             drafted_KP[k - 1, at] = choice if subset is None else subset[choice]
             overlap = torch.minimum(p[kept], y.softmax(-1)).sum(-1).double()
             expected_KB[k - 1].index_add_(0, text[kept], overlap)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -11,12 +14,61 @@ from safetensors.torch import load_file, save
 
 from mtpd.errors import UserError
 from mtpd.files import write_whole
+from mtpd.heads import circuit_heads, medusa, parallel
+from mtpd.heads import initialise as chain_start
+from mtpd.heads.base import Batch, Heads, Readout
 from mtpd.heads.chain import ChainHeads
 from mtpd.heads.config import HeadsConfig
 from mtpd.trunk import Trunk
 
-Heads = ChainHeads
-KINDS = {"chain": ChainHeads}
+__all__ = [
+    "CONFIG",
+    "KINDS",
+    "WEIGHTS",
+    "Batch",
+    "Heads",
+    "HeadsConfig",
+    "Kind",
+    "Readout",
+    "build_heads",
+    "chain_of",
+    "configure_heads",
+    "load_heads",
+    "save_heads",
+    "start_heads",
+]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of heads."""
+
+    heads: Callable[[Trunk, HeadsConfig], Heads]
+    configure: Callable[[Mapping[str, Any], Trunk], dict[str, Any]]
+    """From the `heads` section of a recipe, and `columns` (how many tokens can be drafted), what the kind adds to
+    `HeadsConfig`. Raises UserError."""
+    initialise: Callable[..., bool]
+    """(heads, trunk, start, seed) gives the first weights, and says whether they are to be fitted to text."""
+    fit: Callable[..., None]
+    """(heads, trunk, batches); batches are rows with `hidden`, read several times."""
+    adopt: Callable[..., None] | None = None
+    """(heads, trunk, others, seed): first weights from other heads of the trunk. Raises UserError."""
+
+
+KINDS = {
+    "chain": Kind(ChainHeads, chain_start.configure, chain_start.start, chain_start.fit),
+    "parallel": Kind(parallel.ParallelHeads, parallel.configure, parallel.initialise, parallel.fit, parallel.adopt),
+    "medusa": Kind(medusa.MedusaHeads, medusa.configure, medusa.initialise, medusa.fit),
+    "circuit": Kind(
+        circuit_heads.CircuitHeads,
+        circuit_heads.configure,
+        circuit_heads.initialise,
+        circuit_heads.fit,
+        circuit_heads.adopt,
+    ),
+}
+SECTIONS = ("parallel", "circuit")
+"""Sections of `heads` in a recipe that one kind alone reads: the one of the same name."""
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -28,7 +80,81 @@ def build_heads(trunk: Trunk, config: HeadsConfig) -> Heads:
     leave them without elements.
     """
     with torch.device(trunk.device):
-        return KINDS[config.kind](trunk, config)
+        return KINDS[config.kind].heads(trunk, config)
+
+
+def configure_heads(settings: Mapping[str, Any], trunk: Trunk, *, vocabulary: int, fingerprint: str) -> HeadsConfig:
+    """What a recipe means for this trunk.
+
+    Args:
+        settings: the `heads` section of a recipe.
+        vocabulary: tokens of the draft vocabulary, 0 for all.
+        fingerprint: of the trunk.
+
+    Raises:
+        UserError: a key that the kind does not read, or a value that it does not take.
+    """
+    kind = settings["kind"]
+    for section in SECTIONS:
+        if settings[section] is not None and kind != section:
+            raise UserError(
+                f"heads.{section}: does nothing with heads.kind: {kind}; accepted: null, or kind: {section}"
+            )
+    if settings["adapters"] and kind != "chain":
+        raise UserError(
+            f"heads.adapters: {settings['adapters']} is not accepted with heads.kind: {kind}; accepted: 0, or chain"
+        )
+    common = {"kind": kind, "depth": settings["depth"], "hidden_size": trunk.hidden_size}
+    tokens = trunk.tokens or trunk.unembedding.weight.shape[0]
+    own = KINDS[kind].configure({**settings, "columns": vocabulary or tokens}, trunk)
+    return HeadsConfig(**common, **own, vocabulary_size=vocabulary, trunk=fingerprint)
+
+
+def start_heads(
+    heads: Heads,
+    trunk: Trunk,
+    start: str | None,
+    batches: Callable[[], Iterable[dict[str, Any]]],
+    *,
+    seed: int = 0,
+    source: Heads | None = None,
+) -> None:
+    """Gives new heads their first weights.
+
+    Args:
+        start: `heads.init` of a recipe; None is what the kind prefers.
+        batches: gives rows with `hidden`, for starts that are fitted; called for those alone.
+        seed: of the random parts.
+        source: other heads of the trunk to start from, instead.
+
+    Raises:
+        UserError: the source is none that this kind can start from.
+    """
+    kind = KINDS[heads.config.kind]
+    if source is not None:
+        if kind.adopt is None:
+            accepted = ", ".join(name for name, each in KINDS.items() if each.adopt is not None)
+            raise UserError(
+                f"heads.source: heads of kind {heads.config.kind} start from no others; accepted: {accepted}"
+            )
+        kind.adopt(heads, trunk, source, seed=seed)
+        return
+    if kind.initialise(heads, trunk, start, seed=seed):
+        kind.fit(heads, trunk, batches())
+
+
+def chain_of(heads: Heads, *, what: str) -> ChainHeads:
+    """The heads, where only a chain is served.
+
+    Args:
+        what: begins the message, such as the name of a format.
+
+    Raises:
+        UserError: they are of another kind.
+    """
+    if not isinstance(heads, ChainHeads):
+        raise UserError(f"{what}: heads of kind {heads.config.kind} are not accepted; accepted: chain")
+    return heads
 
 
 def save_heads(heads: Heads, directory: str | Path) -> None:

@@ -3,7 +3,8 @@
     u_t^k = M_k [ norm(E(x_{t+k})) ; norm(h_t^{k-1}) ]      M_k: D x 2D,  h_t^0 = h_t
     h_t^k = norm( Block_k(u^k)_t )                          one decoder layer of the trunk's own kind
 
-Embedding and unembedding are the trunk's, shared and frozen.
+Embedding and unembedding are the trunk's, shared and frozen. Depths may share blocks: one for all (FastMTP), or blocks
+that are looped, depth after depth. A depth may then own a LoRA adapter on the block that it shares.
 
 Shape legend: B rows, T positions, D hidden size.
 """
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from mtpd import alignment
+from mtpd.heads.adapters import adapted, saved_once, without_adapter
+from mtpd.heads.base import Batch, StateHeads
 from mtpd.heads.chain_drafter import ChainDrafter
 from mtpd.heads.config import HeadsConfig
-from mtpd.heads.norms import gain, set_gain
+from mtpd.heads.norms import unit_norm
 from mtpd.trunk import Trunk
 
 
@@ -32,8 +35,8 @@ class ChainHead(nn.Module):
         size = trunk.hidden_size
         block: Any = trunk.block(source_layer)
         self.block = block
-        self.embed_norm = _unit_norm(block.norm)
-        self.hidden_norm = _unit_norm(block.norm)
+        self.embed_norm = unit_norm(block.norm)
+        self.hidden_norm = unit_norm(block.norm)
         self.project = nn.Linear(2 * size, size, bias=False)
 
     def mix(self, embed_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:
@@ -59,7 +62,7 @@ class ChainHead(nn.Module):
         ).last_hidden_state
 
 
-class ChainHeads(nn.Module):
+class ChainHeads(StateHeads):
     """K chain heads.
 
     Args:
@@ -68,52 +71,83 @@ class ChainHeads(nn.Module):
     """
 
     def __init__(self, trunk: Trunk, config: HeadsConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.layers = nn.ModuleList(ChainHead(trunk, layer) for layer in config.source_layers)
-        assert len(self.layers) == (1 if config.shared else config.depth), "one source layer for each block"
-        self.register_buffer("vocabulary", torch.zeros(config.vocabulary_size, dtype=torch.long))
+        # By depth: heads around the same parameters, with an adapter in every linear layer.
+        self.adapted = nn.ModuleDict()
+        for depth, rank in enumerate(config.adapters, start=1):
+            if rank:
+                self.adapted[str(depth)] = adapted(self.layers[config.block_of[depth - 1]], rank)
+        saved_once(self)
 
-    @property
-    def depth(self) -> int:
-        return self.config.depth
+    def blocks(self) -> list[nn.Module]:
+        return list(dict.fromkeys(self.chain()))
 
     def chain(self) -> list[ChainHead]:
-        """The heads of depth 1..K; the same one K times where they share a block."""
-        heads: list[Any] = list(self.layers)
-        return heads * self.depth if self.config.shared else heads
+        """The heads of depth 1..K; the same one several times where they share a block."""
+        heads: list[Any] = [
+            self.adapted[str(depth)] if str(depth) in self.adapted else self.layers[block]
+            for depth, block in enumerate(self.config.block_of, start=1)
+        ]
+        return heads
 
     def shorten(self, depth: int) -> None:
         """Keeps the heads of depth 1..`depth` only: no later one changes what they draft."""
         assert 1 <= depth <= self.depth, "heads can only become fewer"
-        blocks = 1 if self.config.shared else depth
+        config = self.config
+        blocks = max(config.block_of[:depth]) + 1
         self.layers = self.layers[:blocks]
-        kept = {"depth": depth, "source_layers": self.config.source_layers[:blocks]}
-        self.config = self.config.model_copy(update=kept)
+        self.adapted = nn.ModuleDict({key: head for key, head in self.adapted.items() if int(key) <= depth})
+        kept = {
+            "depth": depth,
+            "source_layers": config.source_layers[:blocks],
+            "blocks": config.blocks[:depth],
+            "adapters": config.adapters[:depth],
+        }
+        self.config = config.model_copy(update=kept)
 
-    def rows(self) -> Tensor | None:
-        """Token ids of the draft vocabulary, or None when the heads draft over the whole of it."""
-        vocabulary: Any = self.vocabulary
-        return vocabulary if vocabulary.numel() else None
+    def first(self, depth: int) -> ChainHeads:
+        """The heads of depth 1..`depth` around the same parameters."""
+        heads = copy.copy(self)
+        heads.__dict__["_modules"] = dict(self._modules)
+        heads.shorten(depth)
+        return heads
+
+    def merged(self) -> ChainHeads:
+        """The same heads with a block for each depth: looped blocks are copied, adapters become part of the weights.
+
+        What is drafted stays the same to rounding; every parameter is trainable.
+        """
+        config = self.config
+        sources = [config.source_layers[block] for block in config.block_of]
+        merged = copy.deepcopy(self)
+        merged.layers = nn.ModuleList(without_adapter(head) for head in self.chain())
+        merged.adapted = nn.ModuleDict()
+        merged.config = config.model_copy(
+            update={"shared": False, "source_layers": sources, "blocks": [], "adapters": []}
+        )
+        return merged
 
     def forward(
-        self, trunk: Trunk, hidden_BTD: Tensor, input_ids_BT: Tensor, *, position_ids_BT: Tensor
+        self, trunk: Trunk, hidden_BTD: Tensor, input_ids_BT: Tensor, *, position_ids_BT: Tensor, after: int = 0
     ) -> list[Tensor]:
-        """Teacher-forced states h^1..h^K, each [B, T, D]: head k reads the true token x_{t+k}."""
+        """Teacher-forced states h^{after+1}..h^K, each [B, T, D]: head k reads the true token x_{t+k}.
+
+        Args:
+            hidden_BTD: the trunk's states h^0; or h^after, to compute the depths past `after` alone.
+        """
         states, state = [], hidden_BTD
-        for depth, head in enumerate(self.chain(), start=1):
+        for depth, head in enumerate(self.chain()[after:], start=after + 1):
             embed_BTD = trunk.embed(alignment.tokens_read(input_ids_BT, depth))
             state = head(embed_BTD, state, position_ids_BT=position_ids_BT)
             states.append(state)
         return states
 
+    def trained_states(self, trunk: Trunk, batch: Batch) -> list[Tensor]:
+        state = batch.below if batch.after else batch.hidden
+        assert state is not None, "the states that the first trained depth reads"
+        return self(trunk, state, batch.input_ids, position_ids_BT=batch.position_ids, after=batch.after)
+
     def drafter(self, trunk: Trunk, *, slots: int, capacity: int) -> ChainDrafter:
         """A new drafting state for texts in slots."""
         return ChainDrafter(self, trunk, slots=slots, capacity=capacity)
-
-
-def _unit_norm(final_norm: nn.Module) -> nn.Module:
-    """A norm of the trunk's own class with gain 1, whichever way the class stores its gain."""
-    norm = copy.deepcopy(final_norm)
-    set_gain(norm, torch.ones_like(gain(norm)))
-    return norm

@@ -9,7 +9,7 @@ ridge regression of the state k positions further on what head k reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,9 @@ from mtpd.heads.norms import gain, set_gain
 from mtpd.trunk import Trunk
 
 Start = Literal["identity", "copy_last", "copy_last_k", "random", "regression"]
+
+DEFAULT: Start = "regression"
+"""The start of a recipe that names none."""
 
 RIDGE = 1e-2
 """Ridge of the regression, as a share of the mean variance of the inputs."""
@@ -135,6 +138,20 @@ def fit(heads: ChainHeads, trunk: Trunk, batches: Iterable[dict[str, Tensor]]) -
             outputs += (read.T @ wanted).double()
         inputs += RIDGE * inputs.diagonal().mean() * torch.eye(2 * size, dtype=torch.float64, device=device)
         head.project.weight.copy_(torch.linalg.solve(inputs, outputs).T)
+
+
+def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, Any]:
+    """The part of `HeadsConfig` that is chain heads' own, from the `heads` section of a recipe."""
+    blocks = 1 if settings["shared"] else settings["depth"]
+    layers = source_layers(settings["init"] or DEFAULT, blocks, trunk.depth)
+    adapters = [settings["adapters"]] * settings["depth"] if settings["adapters"] else []
+    return {"shared": settings["shared"], "source_layers": layers, "adapters": adapters}
+
+
+def start(heads: ChainHeads, trunk: Trunk, start: Start | None, *, seed: int = 0) -> bool:
+    """`initialise`; returns whether `fit` has to follow."""
+    initialise(heads, trunk, start or DEFAULT, seed=seed)
+    return (start or DEFAULT) == "regression"
 
 
 def _inverse(values: Tensor) -> Tensor:

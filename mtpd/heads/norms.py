@@ -22,6 +22,13 @@ def set_gain(norm: nn.Module, value: Tensor) -> None:
         weight.copy_(value - _gain_offset(norm))
 
 
+def unit_norm(final_norm: nn.Module) -> nn.Module:
+    """A norm of the same class with gain 1, whichever way the class stores its gain."""
+    norm = copy.deepcopy(final_norm)
+    set_gain(norm, torch.ones_like(gain(norm)))
+    return norm
+
+
 def _gain_offset(norm: nn.Module) -> float:
     """1.0 where the class computes (1 + weight) * x (Gemma), 0.0 where it computes weight * x."""
     probe: Any = copy.deepcopy(norm)

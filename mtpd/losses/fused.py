@@ -52,6 +52,7 @@ def multi_depth_loss(
     targets_P: Sequence[Tensor],
     masks_P: Sequence[Tensor],
     settings: LossSettings,
+    after: int = 0,
     main_head: Unembedding | None = None,
     columns_M: Tensor | None = None,
     compiled: bool = False,
@@ -59,12 +60,13 @@ def multi_depth_loss(
     """Σ_k Σ_rows α_k CE + β_k D, and the sums behind it.
 
     Args:
-        students_PD: states of depth 1..K at flat positions, each [P, D].
+        students_PD: states of depth after+1..after+K at flat positions, each [P, D].
         trunk_PD: the trunk's states h at the same positions [P, D]; depth k is compared with row p + k.
         unembedding: shared and frozen, over the columns in use (no padding rows, or a draft vocabulary).
         targets_P: per depth, the column of the token to predict [P], -1 where it has no column.
         masks_P: per depth, which positions count [P] bool. They nest: where depth k counts, those before it do.
-        settings: weights and form of the loss.
+        settings: weights and form of the loss, for these K depths.
+        after: how many depths there are before the first one here; they cost nothing.
         main_head, columns_M: with a draft vocabulary, the unembedding over all tokens and the token of each
             column; read by losses of the teacher's true probabilities.
         compiled: runs the sweeps over a tile as code of torch.compile. Needs a compiler on the machine.
@@ -73,7 +75,7 @@ def multi_depth_loss(
         The summed loss (a scalar in float32 that carries gradient to `students_PD` only) and the sums.
     """
     assert len(students_PD) == len(settings.alpha), "one alpha and one beta for each depth"
-    walk = _Walk(trunk_PD.detach(), unembedding, targets_P, masks_P, settings, main_head, columns_M, compiled)
+    walk = _Walk(trunk_PD.detach(), unembedding, targets_P, masks_P, settings, after, main_head, columns_M, compiled)
     loss, *sums = _FusedLoss.apply(walk, *students_PD)
     return loss, LossSums(*sums)
 
@@ -116,6 +118,7 @@ class _Walk:
         targets_P: Sequence[Tensor],
         masks_P: Sequence[Tensor],
         settings: LossSettings,
+        after: int,
         main_head: Unembedding | None,
         columns_M: Tensor | None,
         compiled: bool,
@@ -123,6 +126,7 @@ class _Walk:
         self.trunk_PD, self.unembedding = trunk_PD, unembedding
         self.targets_P, self.masks_P = targets_P, masks_P
         self.settings = settings
+        self.depths = range(after + 1, after + 1 + len(masks_P))
         self.teacher_head, self.columns_M = unembedding, None
         if settings.true_probabilities and columns_M is not None:
             assert main_head is not None, "columns_M comes with main_head"
@@ -136,6 +140,7 @@ class _Walk:
         if device.type == "cpu":
             _keep_freed_memory()
         depths, positions = len(students_PD), len(self.trunk_PD)
+        deepest = self.depths[-1]
         columns = self.unembedding.weight.shape[0]
         weight = self.unembedding.weight
         exact = torch.promote_types(weight.dtype, torch.float32)
@@ -143,7 +148,7 @@ class _Walk:
         values_KP = torch.zeros(2, depths, positions, dtype=exact, device=device)
         # No choice of a student equals that of a teacher row which was not computed.
         drafted_KP = torch.full((depths, positions), -2, dtype=torch.long, device=device)
-        chosen = torch.full((positions + depths,), -1, dtype=torch.long, device=device)
+        chosen = torch.full((positions + deepest,), -1, dtype=torch.long, device=device)
         weights = self._mixtures(students_PD)
 
         rows, kept_KR = self._order()
@@ -167,7 +172,7 @@ class _Walk:
                 # Where masks nest, the rows that depth k reads come first in a block, and none is in vain.
                 count = int(kept.nonzero()[-1]) + 1
                 all_kept = bool(kept[:count].all())
-                at = block[:count] - k
+                at = block[:count] - self.depths[k - 1]
                 if not all_kept:
                     keep = kept_KR[k - 1, start : start + count]
                     at = torch.where(keep, at, 0)
@@ -206,10 +211,11 @@ class _Walk:
         A teacher row that counts at depth k counts at those before: in this order, the rows of a depth are the
         first ones of a block, so that none has to be gathered.
         """
-        depths, positions = len(self.masks_P), len(self.trunk_PD)
-        kept = torch.zeros(depths, positions + depths, dtype=torch.bool, device=self.trunk_PD.device)
-        for k, mask in enumerate(self.masks_P, start=1):
-            kept[k - 1, alignment.teacher_row(0, k) :][:positions] = mask
+        positions = len(self.trunk_PD)
+        shape = len(self.masks_P), positions + self.depths[-1]
+        kept = torch.zeros(shape, dtype=torch.bool, device=self.trunk_PD.device)
+        for row, k, mask in zip(kept, self.depths, self.masks_P, strict=True):
+            row[alignment.teacher_row(0, k) :][:positions] = mask
         count = kept.sum(0)
         # A mask never reaches past its document, so a teacher row is always inside.
         order = count.argsort(descending=True, stable=True)[: int((count > 0).sum())]
@@ -221,7 +227,7 @@ class _Walk:
         weights = [one.to(self.trunk_PD.device)] * len(students_PD)
         if self.settings.divergence != "lk":
             return weights
-        for k, (student_PD, mask) in enumerate(zip(students_PD, self.masks_P, strict=True), start=1):
+        for place, (student_PD, mask) in enumerate(zip(students_PD, self.masks_P, strict=True)):
             at = mask.nonzero().squeeze(1)
             at = at[:: max(1, -(-len(at) // ESTIMATE_ROWS))]
             step = max(1, TILE_BYTES // (4 * self.teacher_head.weight.shape[0]))
@@ -229,7 +235,8 @@ class _Walk:
                 reference.acceptance(
                     tile.finished(_product(student_PD[few], self.unembedding), self.unembedding),
                     tile.finished(
-                        _product(self.trunk_PD[alignment.teacher_row(few, k)], self.teacher_head), self.teacher_head
+                        _product(self.trunk_PD[alignment.teacher_row(few, self.depths[place])], self.teacher_head),
+                        self.teacher_head,
                     ),
                     columns_M=self.columns_M,
                     teacher_temperature=self.settings.teacher_temperature,
@@ -238,7 +245,7 @@ class _Walk:
                 for few in at.split(step)
             ]
             if len(at):
-                weights[k - 1] = reference.lk_weight(torch.cat(accepted), self.settings.eta)
+                weights[place] = reference.lk_weight(torch.cat(accepted), self.settings.eta)
         return weights
 
     def _finish(
@@ -246,10 +253,13 @@ class _Walk:
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Sums over rows, and what the end-to-end loss does with the rows of a position."""
         settings = self.settings
-        depths, positions = drafted_KP.shape
+        positions = drafted_KP.shape[1]
         counted_KP = torch.stack(list(self.masks_P))
         agree_KP = torch.stack(
-            [drafted_KP[k - 1] == chosen[alignment.teacher_row(0, k) :][:positions] for k in range(1, depths + 1)]
+            [
+                drafted_P == chosen[alignment.teacher_row(0, k) :][:positions]
+                for k, drafted_P in zip(self.depths, drafted_KP, strict=True)
+            ]
         )
         ce_KP, value_KP = values_KP.double()
         sums = torch.stack(

@@ -160,6 +160,7 @@ def multi_depth_loss(
     targets_P: Sequence[Tensor],
     masks_P: Sequence[Tensor],
     settings: LossSettings,
+    after: int = 0,
     main_head: Unembedding | None = None,
     columns_M: Tensor | None = None,
 ) -> Tensor:
@@ -187,7 +188,7 @@ def multi_depth_loss(
             losses.append(alpha * cross_entropy(y, targets_P[k - 1][at]).sum())
         if not any(settings.beta):
             continue
-        z = logits(teacher_head, trunk_PD[alignment.teacher_row(at, k)])
+        z = logits(teacher_head, trunk_PD[alignment.teacher_row(at, after + k)])
         if settings.divergence == "end_to_end_tv":
             value = acceptance(y, z, columns_M=columns_M, **temperatures)
             accepted.append(torch.ones_like(mask, dtype=value.dtype).index_put((at,), value))

@@ -25,7 +25,7 @@ class LossSettings:
     `end_to_end_tv` joins the depths of a position: there beta_k is its weight among them, Σ_k beta_k being 1.
 
     Attributes:
-        alpha, beta: weights of the cross-entropy and of the divergence, one each for depth 1..K.
+        alpha, beta: weights of the cross-entropy and of the divergence, one each for every depth with a loss.
         divergence: D.
         top_n: D compares the teacher's n most likely columns, renormalised; 0 for all of them.
         teacher_temperature, student_temperature: divide the logits in D; the cross-entropy has none.
@@ -71,4 +71,5 @@ class LossSums:
     divergence: Tensor
     """D as it is in the loss, without beta; of `end_to_end_tv`, the TV of each depth by itself."""
     accepted: Tensor
-    """Rows whose first k drafts all equal the main head's own choice among the columns, teacher-forced."""
+    """Rows whose drafts up to depth k, from the first depth with a loss on, all equal the main head's own choice among
+    the columns, teacher-forced."""

@@ -1,6 +1,19 @@
 """The recipe: what a distillation run is made of."""
 
-from mtpd.recipe.recipe import Recipe, dump, load_recipe, parse_recipe
-from mtpd.recipe.rules import compared_tokens, loss_weights
+from mtpd.recipe.pretrain import PretrainRecipe
+from mtpd.recipe.recipe import Recipe, dump, load_pretrain_recipe, load_recipe, parse_recipe
+from mtpd.recipe.rules import compared_tokens, loss_weights, stages_of
+from mtpd.recipe.sections import ExtendRecipe
 
-__all__ = ["Recipe", "compared_tokens", "dump", "load_recipe", "loss_weights", "parse_recipe"]
+__all__ = [
+    "ExtendRecipe",
+    "PretrainRecipe",
+    "Recipe",
+    "compared_tokens",
+    "dump",
+    "load_pretrain_recipe",
+    "load_recipe",
+    "loss_weights",
+    "parse_recipe",
+    "stages_of",
+]

@@ -9,13 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
 from mtpd.errors import UserError
-from mtpd.recipe.rules import data_problems, evaluation_problems, train_problems
-from mtpd.recipe.sections import DataRecipe, EvaluationRecipe, HeadsRecipe, Section, TrainRecipe
+from mtpd.recipe.pretrain import PretrainRecipe
+from mtpd.recipe.rules import data_problems, evaluation_problems, extend_problems, train_problems, trunk_problems
+from mtpd.recipe.sections import (
+    DataRecipe,
+    EvaluationRecipe,
+    ExtendRecipe,
+    HeadsRecipe,
+    Section,
+    TrainRecipe,
+    TrunkRecipe,
+)
 from mtpd.recipe_text import COMMAND_LINE, apply_override, explain, nest, read_mapping, to_yaml
 
 NATIVE = "heads.init=native"
@@ -39,9 +48,11 @@ class Recipe(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Never done unless true."""
     heads: HeadsRecipe = HeadsRecipe()
+    trunk: TrunkRecipe = TrunkRecipe()
     data: DataRecipe = DataRecipe()
     train: TrainRecipe = TrainRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    extend: ExtendRecipe = ExtendRecipe()
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Recipe:
@@ -53,9 +64,14 @@ class Recipe(Section):
                 f"accepted: at most heads.depth, which is {self.heads.depth}"
             )
         problems += evaluation_problems(self.evaluation, self.train)
+        problems += trunk_problems(self.trunk, self.heads, self.data, self.extend)
+        problems += extend_problems(self.extend, self.heads, self.evaluation)
         for problem in problems:
             raise ValueError(problem)
         return self
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Section)
 
 
 def parse_recipe(values: Mapping[str, Any], *, source: str = "recipe", overridden: Sequence[str] = ()) -> Recipe:
@@ -69,10 +85,16 @@ def parse_recipe(values: Mapping[str, Any], *, source: str = "recipe", overridde
     Raises:
         UserError: one line that names each wrong key, the value, and what is accepted.
     """
+    return _parse(Recipe, values, source=source, overridden=overridden)
+
+
+def _parse(
+    kind: type[AnyRecipe], values: Mapping[str, Any], *, source: str, overridden: Sequence[str] = ()
+) -> AnyRecipe:
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        schema = Recipe.model_json_schema()
+        schema = kind.model_json_schema()
         raise UserError(explain(error, schema, source=source, overridden=overridden)) from None
 
 
@@ -86,15 +108,24 @@ def load_recipe(path: Path | str | None, overrides: Sequence[str] = ()) -> Recip
     Raises:
         UserError: the file cannot be read, or a key or value is not accepted.
     """
-    schema = Recipe.model_json_schema()
+    return _load(Recipe, path, overrides)
+
+
+def load_pretrain_recipe(path: Path | str | None, overrides: Sequence[str] = ()) -> PretrainRecipe:
+    """`load_recipe`, for `mtpd pretrain`."""
+    return _load(PretrainRecipe, path, overrides)
+
+
+def _load(kind: type[AnyRecipe], path: Path | str | None, overrides: Sequence[str]) -> AnyRecipe:
+    schema = kind.model_json_schema()
     values = nest(read_mapping(Path(path)), schema, source=str(path)) if path is not None else {}
     native = [NATIVE if "".join(override.split()) == "heads=native" else override for override in overrides]
     overridden = [apply_override(values, override, schema) for override in native]
     if path is not None:
         values.setdefault("output", f"runs/{Path(path).stem}")
-    return parse_recipe(values, source=str(path or COMMAND_LINE), overridden=overridden)
+    return _parse(kind, values, source=str(path or COMMAND_LINE), overridden=overridden)
 
 
-def dump(recipe: Recipe) -> str:
+def dump(recipe: Section) -> str:
     """The whole recipe as YAML, defaults included. `load_recipe` of it gives an equal recipe."""
     return to_yaml(recipe.model_dump(mode="json"))

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mtpd.recipe.sections import DataRecipe, EvaluationRecipe, TrainRecipe
+from mtpd.recipe.sections import DataRecipe, EvaluationRecipe, ExtendRecipe, HeadsRecipe, TrainRecipe, TrunkRecipe
 
 OWNED_ARGUMENTS = {
     "output_dir": "output",
@@ -36,6 +36,10 @@ OWNED_ARGUMENTS = {
 """transformers.TrainingArguments that have a recipe key: there is one way to say each of them."""
 
 
+DEEPEST = 64
+"""Heads that an extension makes at most."""
+
+
 def evaluation_problems(evaluation: EvaluationRecipe, train: TrainRecipe) -> list[str]:
     problems = []
     if evaluation.patience and not evaluation.steps:
@@ -48,6 +52,87 @@ def evaluation_problems(evaluation: EvaluationRecipe, train: TrainRecipe) -> lis
             f"train.save_steps: {train.save_steps} is not accepted with evaluation.steps, which writes a checkpoint "
             f"at each measurement; accepted: 0, or {evaluation.steps}"
         )
+    return problems
+
+
+def stages_of(extend: ExtendRecipe, depth: int) -> list[int]:
+    """Depth after each stage: as the recipe says, or twice as many heads each time."""
+    if extend.stages:
+        return list(extend.stages)
+    stages, last = [], extend.to or DEEPEST
+    while depth < last:
+        depth = min(2 * depth, last)
+        stages.append(depth)
+    return stages
+
+
+def extend_problems(extend: ExtendRecipe, heads: HeadsRecipe, evaluation: EvaluationRecipe) -> list[str]:
+    defaults = ExtendRecipe()
+    if extend.to is None and not extend.auto:
+        return [
+            f"extend.{key}: {getattr(extend, key)} does nothing while extend.to is null; accepted: "
+            f"{getattr(defaults, key)}, or a number of heads in extend.to"
+            for key in ExtendRecipe.model_fields
+            if getattr(extend, key) != getattr(defaults, key)
+        ]
+    problems = []
+    if heads.kind != "chain":
+        problems.append(f"extend.to: {heads.kind} heads do not read each other's states; accepted heads.kind: chain")
+    if extend.to is not None and extend.to <= heads.depth:
+        problems.append(
+            f"extend.to: {extend.to} is not more than the {heads.depth} heads there are; accepted: {heads.depth + 1} "
+            f"to {DEEPEST}"
+        )
+        return problems
+    last = extend.to or DEEPEST
+    stages = stages_of(extend, heads.depth)
+    if extend.to is not None and stages[-1] != last:
+        problems.append(
+            f"extend.stages: {stages} do not end at extend.to, which is {last}; accepted: {last} as the last"
+        )
+    for before, after in zip([heads.depth, *stages], stages, strict=False):
+        if not before < after <= 2 * before:
+            problems.append(
+                f"extend.stages: {stages} goes from {before} heads to {after}; accepted from {before}: "
+                f"{before + 1} to {2 * before}, since a stage loops heads that there are"
+            )
+            break
+    if extend.form != "adapters" and extend.rank != defaults.rank:
+        problems.append(
+            f"extend.rank: {extend.rank} does nothing with extend.form: {extend.form}; accepted: {defaults.rank}, or "
+            "form: adapters"
+        )
+    if extend.auto and not evaluation.decode_prompts:
+        problems.append(
+            "evaluation.decode_prompts: 0 is not accepted with extend.auto, which goes by measured speed; accepted: "
+            "1 or more"
+        )
+    if extend.steps == 0 and extend.learning_rate is not None:
+        problems.append(
+            f"extend.learning_rate: {extend.learning_rate} does nothing with extend.steps: 0; accepted: null"
+        )
+    return problems
+
+
+def trunk_problems(trunk: TrunkRecipe, heads: HeadsRecipe, data: DataRecipe, extend: ExtendRecipe) -> list[str]:
+    defaults = TrunkRecipe()
+    if trunk.train == "frozen":
+        return [
+            f"trunk.{key}: {getattr(trunk, key)} does nothing with trunk.train: frozen; accepted: "
+            f"{getattr(defaults, key)}, or train: lora"
+            for key in TrunkRecipe.model_fields
+            if getattr(trunk, key) != getattr(defaults, key)
+        ]
+    problems = []
+    if trunk.teacher == "detached" and data.hidden_states != "recompute":
+        problems.append(
+            f"data.hidden_states: {data.hidden_states} does nothing with trunk.teacher: detached, whose states change; "
+            "accepted: recompute"
+        )
+    if heads.kind not in ("chain", "parallel"):
+        problems.append(f"trunk.train: lora is not accepted with heads.kind: {heads.kind}; accepted: chain, parallel")
+    if extend.to is not None or extend.auto:
+        problems.append("trunk.train: lora is not accepted with extend.to or extend.auto; accepted: frozen")
     return problems
 
 
@@ -154,18 +239,24 @@ def _argument_problems(arguments: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def loss_weights(train: TrainRecipe, depth: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The weights of cross-entropy and divergence that `train.loss` means. Each tuple has `depth` numbers."""
+def loss_weights(train: TrainRecipe, depth: int, *, after: int = 0) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The weights of cross-entropy and divergence that `train.loss` means, for depths after+1..depth.
+
+    A list for fewer depths is looped, as heads are.
+    """
+    depths = range(after, depth)
     if train.loss == "mtp_d":
         beta = train.beta if train.beta is not None else (1.0 if depth == 1 else 0.5)
-        return _per_depth(train.alpha, train.decay, depth), _per_depth(beta, train.decay, depth)
-    weights = _per_depth(1.0 if train.weights is None else train.weights, train.decay, depth)
-    none = (0.0,) * depth
+        return _per_depth(train.alpha, train.decay, depths), _per_depth(beta, train.decay, depths)
+    weights = _per_depth(1.0 if train.weights is None else train.weights, train.decay, depths)
+    none = (0.0,) * len(depths)
     return (weights, none) if train.loss == "ce" else (none, weights)
 
 
-def _per_depth(weights: float | list[float], decay: float, depth: int) -> tuple[float, ...]:
-    return tuple(weights) if isinstance(weights, list) else tuple(weights * decay**k for k in range(depth))
+def _per_depth(weights: float | list[float], decay: float, depths: range) -> tuple[float, ...]:
+    if isinstance(weights, list):
+        return tuple(weights[k % len(weights)] for k in depths)
+    return tuple(weights * decay**k for k in depths)
 
 
 def compared_tokens(train: TrainRecipe) -> int:

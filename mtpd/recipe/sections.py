@@ -33,20 +33,57 @@ class Section(BaseModel):
     )
 
 
+class ParallelRecipe(Section):
+    """Form of parallel heads."""
+
+    block: Literal["decoder", "linear", "residual"] = "decoder"
+    """What stands between the trunk's state and the unembedding. decoder: a layer of the trunk's own kind; linear:
+    one matrix; residual: Medusa's block."""
+
+
+class CircuitRecipe(Section):
+    """Form of circuit heads."""
+
+    structure: Literal["ff", "cp", "hmm", "btree"] = "cp"
+    """How the tokens of a window depend on each other. ff: not at all; cp: a mixture; hmm: a chain of latent
+    variables; btree: a binary tree of them."""
+    components: int = Field(default=8, ge=1, le=256)
+    """r, the values of each latent variable."""
+    leaves: Literal["full", "shared"] = "shared"
+    """full: an unembedding for each place of the window and component, for small vocabularies such as bytes.
+    shared: the trunk's unembedding, behind an expander for each."""
+    rank: int = Field(default=16, ge=1)
+    """Rank of what tells the expanders of one place apart; read where leaves are shared."""
+    greedy: Literal["max_product", "conditionals"] = "max_product"
+    """Greedy drafts. max_product: the likeliest window and latents together; conditionals: each token the likeliest
+    after those before it."""
+
+
 class HeadsRecipe(Section):
     """The heads that are trained."""
 
-    kind: Literal["chain"] = "chain"
-    """Kind of the heads. chain: K heads in DeepSeek-V3 form, each reading the hidden state of the one before."""
+    kind: Literal["chain", "parallel", "medusa", "circuit"] = "chain"
+    """Kind of the heads. chain: K heads in DeepSeek-V3 form, each reading the hidden state of the one before.
+    parallel: K heads on the same state. medusa: the same, with a residual block and an unembedding each. circuit: the
+    joint distribution of the window of K + 1 tokens as a probabilistic circuit."""
     depth: int = Field(default=4, ge=1, le=16)
     """K, the number of heads: tokens drafted beyond the main head's own."""
     shared: bool = False
     """One block for all depths instead of one each: a K-th of the parameters, and what every serving engine runs."""
-    init: Literal["identity", "copy_last", "copy_last_k", "random", "regression", "native"] = "regression"
+    adapters: int = Field(default=0, ge=0)
+    """Rank of LoRA adapters of a chain, one for each depth, that are trained in place of the blocks, which stay as they
+    start; 0 trains the blocks."""
+    init: Literal["identity", "copy_last", "copy_last_k", "random", "regression", "native"] | None = None
     """How the heads start. identity: the block passes the trunk's state on; copy_last: all blocks copy the
     trunk's last layer; copy_last_k: block k copies the k-th of the last K layers; random: as transformers
     initialises a layer; regression: identity, with the projection fitted by least squares; native: the model's
-    own MTP layers, `depth` of them (all if it is not set), which `heads=native` says for short."""
+    own MTP layers, `depth` of them (all if it is not set), which `heads=native` says for short. null: regression, or
+    identity for heads that have nothing to fit."""
+    source: Text | None = None
+    """Directory of heads to start from instead, such as `heads` of `mtpd pretrain`: for parallel heads those of the
+    same block, for circuits those of block linear."""
+    parallel: ParallelRecipe | None = None
+    circuit: CircuitRecipe | None = None
     vocabulary: Annotated[int, Field(ge=0)] | Text = 0
     """Draft vocabulary: how many of the tokens most frequent in the training responses can be drafted, special tokens
     among them; 0 for all tokens. Or a file that `mtpd data vocab` wrote."""
@@ -162,6 +199,45 @@ class TrainRecipe(Section):
     """Trackers known to transformers, such as tensorboard or wandb, beside metrics.jsonl."""
     arguments: dict[str, Any] = {}
     """Any other argument of transformers.TrainingArguments, passed on as it is."""
+
+
+class TrunkRecipe(Section):
+    """Whether the trunk is trained together with the heads."""
+
+    train: Literal["frozen", "lora"] = "frozen"
+    """frozen: the model stays as it is. lora: LoRA adapters on its layers are trained with the heads and merged; the
+    run holds the changed model in `trunk/`, and decodes nothing itself."""
+    rank: Count = 16
+    """Rank of the adapters."""
+    loss_weight: Weight = 1.0
+    """Weight of the main head's own cross-entropy, beside the loss of the heads."""
+    teacher: Literal["original", "detached"] = "original"
+    """What the heads are compared with. original: the trunk without its adapters; detached: the trunk as it is at the
+    step, without gradient."""
+    max_rise: float = Field(default=0.01, ge=0)
+    """Share by which the main head's perplexity on held-out responses may rise; beyond it the training ends."""
+    check_steps: Count = 50
+    """Steps from one measurement of that perplexity to the next."""
+
+
+class ExtendRecipe(Section):
+    """Looped extension after training: deeper heads that start as those there are, stage after stage."""
+
+    to: int | None = Field(default=None, ge=2, le=64)
+    """Heads after the last stage; null for no extension."""
+    stages: list[Count] = []
+    """Heads after each stage, at most twice as many as before it; empty: twice as many each time."""
+    form: Literal["copies", "shared", "adapters"] = "copies"
+    """What a new depth owns. copies: a block; shared: nothing, the blocks there are serve all depths and are trained on
+    all; adapters: a LoRA adapter on the block that it shares."""
+    rank: Count = 16
+    """Rank of the adapters."""
+    steps: int | None = Field(default=None, ge=0)
+    """Optimizer steps of each stage; null: as long as `train` says; 0: heads are looped as they are, and measured."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of a stage; null: that of `train`. Adapters want several times that of copies."""
+    auto: bool = False
+    """Stop before a stage that does not pay: where the fastest number of drafts is not among the newest depths."""
 
 
 class EvaluationRecipe(Section):

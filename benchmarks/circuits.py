@@ -1,0 +1,261 @@
+"""Circuit heads beside independent ones, on the byte model of `recipes/bytes-code.yaml`.
+
+    python benchmarks/circuits.py runs/bytes-code --part learn --json circuits.jsonl
+    python benchmarks/circuits.py runs/bytes-code --part cost --json cost.jsonl
+
+learn: each circuit starts from the linear heads that were pretrained beside the model, learns on the same windows of
+the standard library, and drafts for held-out modules. Accepted tokens are drafts a round, tau is those and one more.
+cost: a training step, and the drafts of a window beside a pass of the trunk over one token; medians of alternating
+runs. Each row is written as soon as it is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lab import machine
+from measure import alternate
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from mtpd.data.models import load_model, trunk_fingerprint
+from mtpd.data.streams import stream_rows
+from mtpd.decode.engine import Engine, Request
+from mtpd.decode.sampling import SampledDrafts
+from mtpd.heads import Batch, Heads, Readout, build_heads, configure_heads, load_heads, start_heads
+from mtpd.heads.base import Pick
+from mtpd.losses.settings import LossSettings
+from mtpd.slots import Span
+from mtpd.trunk import Trunk
+
+STRUCTURES = ("ff", "cp", "hmm", "btree")
+GAMMA = 0.9
+DEPTH = 7
+
+
+def settings_of(structure: str, components: int, leaves: str, rank: int = 16) -> dict[str, Any]:
+    """The `heads` section of a recipe."""
+    circuit = {"structure": structure, "components": components, "leaves": leaves, "rank": rank}
+    return {"kind": "circuit", "depth": DEPTH, "init": "identity", "parallel": None, "circuit": circuit}
+
+
+def new(trunk: Trunk, structure: str, components: int, leaves: str, *, source: Heads | None, seed: int) -> Heads:
+    """Heads with their first weights."""
+    config = configure_heads(settings_of(structure, components, leaves), trunk, vocabulary=0, fingerprint="")
+    heads = build_heads(trunk, config)
+    start_heads(heads, trunk, "identity", lambda: (), seed=seed, source=source)
+    return heads
+
+
+def batch_of(trunk: Trunk, ids: Tensor) -> Batch:
+    """Rows in which every token counts."""
+    ids = ids.long()
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    return Batch(ids, ids, positions, trunk.hidden(ids, position_ids=positions))
+
+
+def train(trunk: Trunk, heads: Heads, rows: Tensor, *, steps: int, rate: float, seed: int) -> float:
+    """AdamW on the discounted conditional NLL; seconds."""
+    readout = Readout.of(trunk, None)
+    settings = LossSettings(tuple(GAMMA**k for k in range(DEPTH)), (0.0,) * DEPTH)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    size = max(1, len(order) // steps)
+    began = time.perf_counter()
+    heads.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / 20) * (1.0 - step / steps)
+        batch = batch_of(trunk, rows[order[step * size : (step + 1) * size]])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss, _ = heads.loss(trunk, batch, readout, settings)
+        (loss / batch.input_ids.numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    heads.eval()
+    return time.perf_counter() - began
+
+
+@torch.no_grad()
+def likelihood(trunk: Trunk, heads: Heads, rows: Tensor) -> list[float]:
+    """Mean log p of the token of each depth after those before it, in nats."""
+    readout = Readout.of(trunk, None)
+    _, sums = heads.loss(trunk, batch_of(trunk, rows), readout, LossSettings((1.0,) * DEPTH, (0.0,) * DEPTH))
+    return (-sums.cross_entropy / sums.rows).tolist()
+
+
+def decode(trunk: Trunk, heads: Heads, prompts: list[list[int]], *, sampled: bool, tokens: int) -> dict[str, Any]:
+    """Accepted drafts a round and tau, all prompts in slots."""
+    choice = SampledDrafts() if sampled else None
+    engine = Engine(trunk, heads, slots=len(prompts), capacity=len(prompts[0]) + tokens, choice=choice)
+    accepted = forwards = written = 0
+    for text in engine.run(Request(prompt, tokens, seed) for seed, prompt in enumerate(prompts)):
+        counts = text.counts(DEPTH)
+        # The first token of a text is drafted by nothing.
+        accepted += counts.tokens - counts.forwards
+        forwards += counts.forwards - 1
+        written += counts.tokens - 1
+    return {"accepted": accepted / forwards, "tau": written / forwards, "rounds": forwards}
+
+
+def wall_clock(trunk: Trunk, heads: Heads, prompts: list[list[int]], *, tokens: int, runs: int) -> dict[str, float]:
+    """Bytes a second at batch 1: with the heads, without them, and of transformers' generate."""
+
+    def engine(each: Heads | None) -> Callable[[], None]:
+        def run() -> None:
+            decoder = Engine(trunk, each, slots=1, capacity=len(prompts[0]) + tokens)
+            list(decoder.run(Request(prompt, tokens) for prompt in prompts))
+
+        return run
+
+    def plain() -> None:
+        config = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            trunk.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+
+    ways = {"heads": engine(heads), "engine without heads": engine(None), "transformers": plain}
+    for way in ways.values():
+        way()
+    found = alternate(ways, runs=runs)
+    return {name: len(prompts) * tokens / seconds for name, seconds in found.items()}
+
+
+def learn(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> None:
+    """Trains and measures each circuit."""
+    model, tokenizer = load_model(str(args.run / "model"), dtype="bfloat16")
+    trunk = Trunk(model, tokens=len(tokenizer))
+    source = load_heads(args.run / "heads", trunk, fingerprint=trunk_fingerprint(model))
+    rows = stream_rows(tokenizer, "stdlib", row_length=128)
+    # From the end of the library: what the model was trained on in random order.
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(9))[: args.rows]]
+    held_out = stream_rows(tokenizer, "stdlib-held-out", row_length=128, limit=args.prompts)
+    exact_model, _ = load_model(str(args.run / "model"), dtype="float32")
+    exact = Trunk(exact_model, tokens=len(tokenizer))
+    prompts = [row[:64].tolist() for row in held_out]
+    parallel = load_heads(args.run / "heads", exact).eval()
+    joint = {"name": "parallel heads trained jointly", "seed": 0}
+    for way in (False, True):
+        found = decode(exact, parallel, prompts, sampled=way, tokens=args.tokens)
+        write({**joint, "mode": "sampled" if way else "greedy", **found})
+    speeds = wall_clock(exact, parallel, prompts[:3], tokens=args.tokens, runs=args.runs)
+    write({**joint, "mode": "wall clock", **speeds})
+    for seed in range(args.seeds):
+        for structure in STRUCTURES:
+            heads = new(trunk, structure, args.components, "full", source=source, seed=seed)
+            spent = train(trunk, heads, rows, steps=args.steps, rate=args.rate, seed=seed)
+            known = {"name": structure, "r": args.components, "seed": seed}
+            heads = heads.float().eval()
+            logs = likelihood(exact, heads, held_out)
+            write({**known, "mode": "held-out log p by depth", "seconds of training": spent, "log p": logs})
+            for way in (False, True):
+                found = decode(exact, heads, prompts, sampled=way, tokens=args.tokens)
+                write({**known, "mode": "sampled" if way else "greedy", **found})
+            if seed == 0:
+                rates = wall_clock(exact, heads, prompts[:3], tokens=args.tokens, runs=args.runs)
+                write({**known, "mode": "wall clock", **rates})
+
+
+def cost(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> None:
+    """A training step relative to ff, and drafts relative to a pass of the trunk."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
+    config = LlamaConfig(vocab_size=320, max_position_embeddings=1024, **sizes)
+    trunk = Trunk(LlamaForCausalLM(config).eval().to(torch.bfloat16))
+    ids = torch.randint(320, (4, 256))
+    settings = LossSettings(tuple(GAMMA**k for k in range(DEPTH)), (0.0,) * DEPTH)
+    readout = Readout.of(trunk, None)
+    for components, leaves in ((8, "full"), (32, "full"), (32, "shared")):
+        steps: dict[str, Callable[[], Any]] = {}
+        for structure in STRUCTURES:
+            steps[structure] = _step(trunk, structure, components, leaves, ids, settings, readout)
+        for run in steps.values():
+            run()
+        found = alternate(steps, runs=args.runs)
+        for structure, seconds in found.items():
+            ratio = seconds / found["ff"]
+            write({"name": f"step {structure}", "r": components, "leaves": leaves, "seconds": seconds, "to ff": ratio})
+    for dtype in (torch.float32, torch.bfloat16):
+        trunk = Trunk(LlamaForCausalLM(config).eval().to(dtype))
+        for components, leaves in ((8, "full"), (32, "full"), (8, "shared"), (32, "shared")):
+            _drafts(trunk, components, leaves, args.runs, write)
+
+
+def _step(
+    trunk: Trunk, structure: str, components: int, leaves: str, ids: Tensor, settings: LossSettings, readout: Readout
+) -> Callable[[], None]:
+    heads = new(trunk, structure, components, leaves, source=None, seed=0)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-4)
+
+    def run() -> None:
+        batch = batch_of(trunk, ids)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss, _ = heads.loss(trunk, batch, readout, settings)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def _drafts(trunk: Trunk, components: int, leaves: str, runs: int, write: Callable[[dict[str, Any]], None]) -> None:
+    tokens = torch.randint(3, 250, (1, 128))
+    ways: dict[str, Callable[[], Any]] = {}
+    pick = {"max_product": Pick(lambda logits, _: logits.argmax(-1), joint=True)}
+    pick["conditionals"] = Pick(lambda logits, _: logits.argmax(-1))
+    engine = Engine(trunk, None, slots=1, capacity=128)
+    list(engine.run([Request(tokens[0, :64].tolist(), 2)]))
+    span = Span([64], 1, tokens.device)
+
+    def trunk_pass() -> None:
+        engine.unembedding(engine._pass(span.read(engine.tokens), span, engine.cache.go_on(span)))
+
+    ways["trunk"] = torch.inference_mode()(trunk_pass)
+    for structure in STRUCTURES:
+        heads = new(trunk, structure, components, leaves, source=None, seed=0).to(trunk.dtype).eval()
+        drafter = heads.drafter(trunk, slots=1, capacity=128)
+        for name, each in pick.items():
+            ways[f"{structure} {name}"] = torch.inference_mode()(
+                lambda drafter=drafter, each=each: drafter.draft(tokens, [64], DEPTH, each)
+            )
+    for way in ways.values():
+        way()
+    found = alternate(ways, runs=5 * runs)
+    base = found.pop("trunk")
+    for name, seconds in found.items():
+        known = {"r": components, "leaves": leaves, "dtype": str(trunk.dtype).removeprefix("torch.")}
+        write({"name": f"drafts {name}", **known, "milliseconds": 1e3 * seconds, "to a trunk pass": seconds / base})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run directory of mtpd pretrain")
+    parser.add_argument("--part", choices=("learn", "cost"), default="learn")
+    parser.add_argument("--components", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=2400, help="rows of 128 bytes to learn from")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--json", type=Path, required=True)
+    args = parser.parse_args()
+
+    def write(row: dict[str, Any]) -> None:
+        row = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+        print(json.dumps(row), flush=True)
+        with open(args.json, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, "machine": machine()}) + "\n")
+
+    {"learn": learn, "cost": cost}[args.part](args, write)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""`mtpd pretrain`: trains a causal LM from scratch, with parallel heads beside it if wanted."""
+
+from __future__ import annotations
+
+import typer
+
+from mtpd.cli.arguments import Debug, RecipeArguments, split_arguments
+from mtpd.cli.terminal import quiet_libraries
+from mtpd.recipe import load_pretrain_recipe
+
+
+def pretrain(context: typer.Context, arguments: RecipeArguments = None, debug: Debug = False) -> None:
+    """Train a causal LM from scratch: a configuration in, a checkpoint out.
+
+    The same command resumes an interrupted run from its run directory.
+
+    Examples:
+
+        mtpd pretrain recipes/bytes-code.yaml
+
+        mtpd pretrain recipes/bytes-code.yaml train.max_steps=20 output=runs/try
+    """
+    path, overrides = split_arguments(arguments)
+    recipe = load_pretrain_recipe(path, overrides)
+    with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
+        from mtpd.distill.pretrain import pretrain as run  # brings in torch
+
+        typer.echo(f"done: {run(recipe)}")

@@ -1,0 +1,43 @@
+"""The depths that a stage of an extension does not train: what the first trained one reads of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mtpd.data.store import HiddenStates, stored_states
+from mtpd.heads import Heads, build_heads
+from mtpd.trunk import Trunk
+
+
+class FinishedDepths:
+    """States of depth K of finished heads, computed once for each row, or in each epoch without a store.
+
+    Args:
+        heads: of depth K. A copy in the trunk's number format computes the states, as decoding does.
+        store: keeps the states by the number of their row.
+    """
+
+    def __init__(self, trunk: Trunk, heads: Heads, store: HiddenStates | None) -> None:
+        self.trunk, self.store = trunk, store
+        self.heads = build_heads(trunk, heads.config)
+        self.heads.load_state_dict(heads.state_dict())
+        self.heads.to(trunk.dtype).eval().requires_grad_(False)
+
+    @property
+    def depth(self) -> int:
+        return self.heads.depth
+
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        """States [B, T, D] for a batch with `input_ids`, `position_ids`, `hidden` and the numbers of its rows."""
+        return stored_states(batch, self.store, self._states, device=self.trunk.device)
+
+    @torch.no_grad()
+    def _states(self, batch: dict[str, Tensor]) -> Tensor:
+        states = self.heads(self.trunk, batch["hidden"], batch["input_ids"], position_ids_BT=batch["position_ids"])
+        return states[-1].to(self.trunk.dtype)
+
+    def flush(self) -> None:
+        """Makes what was kept durable."""
+        if self.store is not None:
+            self.store.flush()

@@ -1,0 +1,212 @@
+"""Which depth pays: what each further draft gains and costs, and how many drafts are fastest on this machine.
+
+What a depth gains is CAR_k, the tokens that it adds to a forward pass of the trunk (its marginal tau), from offline
+acceptance. What it costs is measured: greedy decoding, one prompt at a time, with every number of drafts in turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.table import Table
+
+from mtpd.decode.engine import Engine, Request
+from mtpd.decode.speed import generated, now
+from mtpd.errors import UserError
+from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
+from mtpd.files import write_whole
+from mtpd.heads.chain import ChainHeads
+from mtpd.trunk import Trunk
+
+PAYS = 1.01
+"""A further depth has to make decoding so many times faster: less is within the noise of the measurement."""
+
+
+class Depth(BaseModel):
+    """Decoding with so many drafts a round."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    depth: int = Field(ge=0)
+    """Drafts a round; 0 decodes without heads."""
+    tokens_per_second: float = Field(gt=0)
+    round_ms: float = Field(ge=0)
+    """Of a round: drafting, the trunk's pass, and the choice of tokens."""
+    draft_ms: float = Field(ge=0)
+    """Of the drafts in it."""
+    car: float | None = None
+    """CAR of this depth, which is its marginal tau; offline, on all prompts measured."""
+
+
+class Depths(BaseModel):
+    """Contents of `depths.json`."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, allow_inf_nan=False)
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    prompts: int
+    max_new_tokens: int
+    dtype: str
+    plain_tokens_per_second: float
+    """Of transformers' own `generate`, in the same process."""
+    depths: list[Depth] = Field(min_length=2)
+    """From no drafts on."""
+
+    @property
+    def fastest(self) -> int:
+        """Drafts a round with which decoding is fastest; fewer where more gain next to nothing."""
+        best = max(each.tokens_per_second for each in self.depths)
+        return next(each.depth for each in self.depths if each.tokens_per_second * PAYS >= best)
+
+    def speedup(self, depth: int) -> float:
+        """Tokens/s against plain decoding."""
+        return self.depths[depth].tokens_per_second / self.plain_tokens_per_second
+
+    def save(self, path: Path) -> None:
+        write_whole(path, self.model_dump_json(by_alias=True, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Depths:
+        """Raises UserError: the file cannot be read."""
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, ValidationError) as error:
+            raise UserError(f"{path}: cannot be read as a measurement of depths; delete it") from error
+
+
+@dataclass
+class _Timed:
+    """Runs of one number of drafts."""
+
+    seconds: list[float] = field(default_factory=list)
+    round_ms: list[float] = field(default_factory=list)
+    draft_ms: list[float] = field(default_factory=list)
+    tokens: int = 0
+
+
+def measure_depths(
+    trunk: Trunk,
+    heads: ChainHeads,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end_tokens: Collection[int] = (),
+    runs: int = 2,
+    acceptance: SuiteCounts | None = None,
+) -> Depths:
+    """Decodes all prompts with 0..K drafts a round and by plain `generate`, in turns; medians over runs.
+
+    Heads past the number of drafts do nothing, as if there were none.
+
+    Args:
+        acceptance: counts of the same heads, for the CAR of each depth.
+    """
+    counts = range(heads.depth + 1)
+    timed = {count: _Timed() for count in counts}
+    plain = _Timed()
+    for count in counts:
+        _decode(trunk, heads, prompts[:1], count, _Timed(), max_new_tokens=2, end_tokens=end_tokens)
+    generated(trunk, prompts[:1], max_new_tokens=2, end_tokens=end_tokens, batch=1)
+    for run in range(runs):
+        began = now(trunk)
+        texts = generated(trunk, prompts, max_new_tokens=max_new_tokens, end_tokens=end_tokens, batch=1)
+        plain.seconds.append(now(trunk) - began)
+        plain.tokens = sum(map(len, texts))
+        for count in counts if run % 2 == 0 else reversed(counts):
+            _decode(trunk, heads, prompts, count, timed[count], max_new_tokens=max_new_tokens, end_tokens=end_tokens)
+    cars = [None, *(acceptance.car if acceptance is not None else [None] * heads.depth)]
+    return Depths(
+        prompts=len(prompts),
+        max_new_tokens=max_new_tokens,
+        dtype=str(trunk.dtype).removeprefix("torch."),
+        plain_tokens_per_second=plain.tokens / statistics.median(plain.seconds),
+        depths=[
+            Depth(
+                depth=count,
+                tokens_per_second=each.tokens / statistics.median(each.seconds),
+                round_ms=statistics.median(each.round_ms),
+                draft_ms=statistics.median(each.draft_ms),
+                car=cars[count],
+            )
+            for count, each in timed.items()
+        ],
+    )
+
+
+def _decode(
+    trunk: Trunk,
+    heads: ChainHeads,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    timed: _Timed,
+    *,
+    max_new_tokens: int,
+    end_tokens: Collection[int],
+) -> None:
+    engine: Any = Engine(
+        trunk,
+        heads.first(count) if count else None,
+        slots=1,
+        capacity=max(map(len, prompts)) + max_new_tokens,
+        end_tokens=end_tokens,
+    )
+    spent = {"_round": 0.0, "_draft": 0.0}
+    rounds = 0
+
+    def clocked(name: str) -> Any:
+        call = getattr(engine, name)
+
+        def run(*args: Any) -> Any:
+            nonlocal rounds
+            began = now(trunk)
+            result = call(*args)
+            spent[name] += now(trunk) - began
+            rounds += name == "_round"
+            return result
+
+        return run
+
+    for name in spent:
+        setattr(engine, name, clocked(name))
+    began = now(trunk)
+    timed.tokens = sum(len(text.tokens) for text in engine.run(Request(each, max_new_tokens) for each in prompts))
+    timed.seconds.append(now(trunk) - began)
+    timed.round_ms.append(1000 * spent["_round"] / max(1, rounds))
+    timed.draft_ms.append(1000 * spent["_draft"] / max(1, rounds))
+
+
+def depths_pay_table(found: Depths, before: Acceptance | None = None) -> Table:
+    """One line a depth, the fastest one marked.
+
+    Args:
+        before: acceptance of the same depths before training, shown beside.
+    """
+    title = (
+        f"Which depth pays ({found.prompts} prompts, {found.max_new_tokens} tokens, {found.dtype}; plain generate "
+        f"{found.plain_tokens_per_second:.1f} tokens/s)"
+    )
+    table = Table(title=title, title_justify="left")
+    columns = ("drafts", "CAR = marginal tau", "draft ms", "marginal ms", "round ms", "tokens/s", "speed-up")
+    for column in columns:
+        table.add_column(column, justify="right")
+    first = before.total().car if before is not None else []
+    for each, previous in zip(found.depths, [None, *found.depths], strict=False):
+        car = "" if each.car is None else f"{each.car:.3f}"
+        if each.depth and each.car is not None and len(first) >= each.depth:
+            car = f"{first[each.depth - 1]:.3f} → {car}"
+        table.add_row(
+            str(each.depth),
+            car,
+            f"{each.draft_ms:.1f}" if each.depth else "",
+            f"{each.draft_ms - previous.draft_ms:.1f}" if previous is not None else "",
+            f"{each.round_ms:.1f}",
+            f"{each.tokens_per_second:.1f}",
+            f"{found.speedup(each.depth):.2f}x",
+            style="bold" if each.depth == found.fastest else None,
+        )
+    return table

@@ -1,0 +1,266 @@
+"""Probabilistic circuits over a window of n tokens, with latent variables of r values (MTPC, arXiv 2511.11346).
+
+A leaf gives, for each place i and component j, a distribution over tokens; sum weights tie the components together:
+
+    ff      Π_i φ_i(x_i)                                                   cp with r = 1
+    cp      Σ_j w_j Π_i φ_ij(x_i)
+    hmm     Σ_z w_{z_1} φ_{1 z_1}(x_1) Π_{i>1} T_i[z_{i-1}, z_i] φ_{i z_i}(x_i)
+    btree   a region of places is halved until one is left; its r outputs are
+                u_o = Σ_j W[o, j] · left_j · right_j        at the root Σ_j w_j · left_j · right_j
+
+Leaves and weights are normalised, so every circuit sums to 1, and a place is summed out by setting its leaf to
+log 1 = 0. Everything here takes the *evidence*: log φ_ij at the tokens that are known, and 0 at the others.
+
+Given the tokens before it, a token is always a mixture of the r distributions of its leaf. `prefix` gives the weights
+of that mixture for all places at once: of cp by a cumulative sum; of hmm by its forward filter; of btree by a pass
+up, in which each region meets its evidence, and a pass down, in which a region learns from what stands left of it.
+
+In a sum, y = log Σ_j W_j exp(x_j - max x) + max x, with W as probabilities (as cirkit has it): a matrix product.
+
+Shape legend: N windows, n places, r components, Z sum weights of a window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+TINY = 1e-30
+NEAR_ONE = 0.95
+"""What a component's weight on itself is at the start, where components are tied by matrices."""
+
+
+class Circuit(Protocol):
+    """How the places of a window depend on each other."""
+
+    places: int
+    components: int
+    sums: int
+    """Z."""
+
+    def start(self) -> Tensor:
+        """What is added to the sum weights before the softmax at the start, [Z]: all circuits start near to cp."""
+
+    def prefix(self, evidence: Tensor, weights: Tensor) -> Tensor:
+        """log p(component of place i | tokens of the places before i). [N, n, r], normalised over r
+
+        Args:
+            evidence: [N, n, r].
+            weights: before the softmax, [N, Z].
+        """
+
+    def log_marginal(self, evidence: Tensor, weights: Tensor) -> Tensor:
+        """log p of the tokens that are known. [N]"""
+
+    def latents(self, evidence: Tensor, weights: Tensor, way: Way) -> Tensor:
+        """A component for each place [N, n], given the evidence: drawn, or the best."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How latents are chosen: from the top down, after a pass up that reduces what stands below."""
+
+    reduce: Callable[[Tensor], Tensor]
+    """Over the last dimension."""
+    choose: Callable[[Tensor], Tensor]
+    """An index into the last dimension."""
+
+
+MAXIMUM = Way(lambda scores: scores.amax(-1), lambda scores: scores.argmax(-1))
+"""Max-product: the likeliest latents, together with the likeliest tokens if the evidence holds their maxima."""
+
+
+def drawing(generator: torch.Generator | None = None) -> Way:
+    """Ancestral sampling: latents from their posterior."""
+
+    def choose(scores: Tensor) -> Tensor:
+        # Gumbel: the largest of log p + noise is a draw from p.
+        uniform = torch.rand(scores.shape, generator=generator, dtype=torch.float64, device=scores.device)
+        return (scores - (-uniform.clamp_min(TINY).log()).log()).argmax(-1)
+
+    return Way(lambda scores: scores.logsumexp(-1), choose)
+
+
+def new_circuit(structure: str, places: int, components: int) -> Circuit:
+    """ff, cp, hmm or btree."""
+    kinds: dict[str, Callable[[int, int], Circuit]] = {"ff": Mixture, "cp": Mixture, "hmm": Chain, "btree": Tree}
+    return kinds[structure](places, components)
+
+
+class Mixture:
+    """cp; with one component ff, which has no sum weights."""
+
+    def __init__(self, places: int, components: int) -> None:
+        self.places, self.components = places, components
+        self.sums = components if components > 1 else 0
+
+    def start(self) -> Tensor:
+        return torch.zeros(self.sums)
+
+    def _first(self, weights: Tensor) -> Tensor:
+        return weights.log_softmax(-1) if self.sums else weights.new_zeros(len(weights), 1)
+
+    def prefix(self, evidence: Tensor, weights: Tensor) -> Tensor:
+        before = evidence.cumsum(1) - evidence
+        return (self._first(weights)[:, None] + before).log_softmax(-1)
+
+    def log_marginal(self, evidence: Tensor, weights: Tensor) -> Tensor:
+        return (self._first(weights) + evidence.sum(1)).logsumexp(-1)
+
+    def latents(self, evidence: Tensor, weights: Tensor, way: Way) -> Tensor:
+        return way.choose(self._first(weights) + evidence.sum(1))[:, None].expand(-1, self.places)
+
+
+class Chain:
+    """hmm, with transitions of each step."""
+
+    def __init__(self, places: int, components: int) -> None:
+        self.places, self.components = places, components
+        self.sums = components + (places - 1) * components**2
+
+    def start(self) -> Tensor:
+        first = torch.zeros(self.components)
+        return torch.cat([first, *[_near_identity(self.components)] * (self.places - 1)])
+
+    def _split(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the first place [N, r], and of each step [N, n - 1, r, r], from and to."""
+        r = self.components
+        return weights[:, :r], weights[:, r:].unflatten(1, (self.places - 1, r, r))
+
+    def prefix(self, evidence: Tensor, weights: Tensor) -> Tensor:
+        first, steps = self._split(weights)
+        transition = steps.softmax(-1)
+        state = first.log_softmax(-1)
+        states = [state]
+        # Step by step: as an associative scan, the products of r x r matrices would cost r times as much.
+        for place in range(self.places - 1):
+            seen = (state + evidence[:, place]).log_softmax(-1)
+            state = _forward(seen, transition[:, place])
+            states.append(state)
+        return torch.stack(states, dim=1)
+
+    def log_marginal(self, evidence: Tensor, weights: Tensor) -> Tensor:
+        first, steps = self._split(weights)
+        below = self._up(evidence, steps.log_softmax(-1), lambda scores: scores.logsumexp(-1))
+        return (first.log_softmax(-1) + below[0]).logsumexp(-1)
+
+    def latents(self, evidence: Tensor, weights: Tensor, way: Way) -> Tensor:
+        first, steps = self._split(weights)
+        transition = steps.log_softmax(-1)
+        below = self._up(evidence, transition, way.reduce)
+        chosen = [way.choose(first.log_softmax(-1) + below[0])]
+        rows = torch.arange(len(evidence), device=evidence.device)
+        for place in range(1, self.places):
+            chosen.append(way.choose(transition[rows, place - 1, chosen[-1]] + below[place]))
+        return torch.stack(chosen, dim=1)
+
+    def _up(self, evidence: Tensor, transition: Tensor, reduce: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """By place, what each component makes of the evidence from there on, [N, r]."""
+        below = [evidence[:, -1]]
+        for place in range(self.places - 2, -1, -1):
+            below.append(evidence[:, place] + reduce(transition[:, place] + below[-1][:, None]))
+        return below[::-1]
+
+
+class Tree:
+    """btree: regions of 2, 4, 8, ... places, all of a size at once.
+
+    Where the places are no power of two, the regions are those of the next one, and lack what lies behind the last.
+    """
+
+    def __init__(self, places: int, components: int) -> None:
+        self.places, self.components = places, components
+        # Regions of each size, the smallest first; the last one is the root.
+        self.regions = [math.ceil(places / 2)]
+        while self.regions[-1] > 1:
+            self.regions.append(math.ceil(self.regions[-1] / 2))
+        self.sums = components + sum(self.regions[:-1]) * components**2
+
+    def start(self) -> Tensor:
+        first = torch.zeros(self.components)
+        return torch.cat([first, *[_near_identity(self.components)] * sum(self.regions[:-1])])
+
+    def _split(self, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Of the root [N, r], and of the regions of each smaller size [N, m, r, r], output and component."""
+        r = self.components
+        inner = weights[:, r:].unflatten(1, (-1, r, r)) if len(self.regions) > 1 else weights.new_zeros(0)
+        return weights[:, :r], list(inner.split(self.regions[:-1], dim=1)) if len(self.regions) > 1 else []
+
+    def prefix(self, evidence: Tensor, weights: Tensor) -> Tensor:
+        first, inner = self._split(weights)
+        tied = [each.softmax(-1) for each in inner]
+        # Up: what each region makes of its tokens.
+        units = evidence
+        lefts = []
+        for size in range(len(self.regions)):
+            pairs = _pairs(units)
+            lefts.append(pairs[:, :, 0])
+            if size < len(tied):
+                units = _backward(pairs.sum(2), tied[size])
+        # Down: which component, after the tokens left of the region.
+        down = first.log_softmax(-1)[:, None]
+        for size in range(len(self.regions) - 1, -1, -1):
+            right = (down + lefts[size]).log_softmax(-1)
+            width = self.regions[size - 1] if size else self.places
+            down = torch.stack([down, right], dim=2).flatten(1, 2)[:, :width]
+            if size:
+                down = _forward(down, tied[size - 1])
+        return down
+
+    def log_marginal(self, evidence: Tensor, weights: Tensor) -> Tensor:
+        first, inner = self._split(weights)
+        products = self._up(evidence, [each.log_softmax(-1) for each in inner], lambda scores: scores.logsumexp(-1))
+        return (first.log_softmax(-1) + products[-1][:, 0]).logsumexp(-1)
+
+    def latents(self, evidence: Tensor, weights: Tensor, way: Way) -> Tensor:
+        first, inner = self._split(weights)
+        tied = [each.log_softmax(-1) for each in inner]
+        products = self._up(evidence, tied, way.reduce)
+        chosen = way.choose(first.log_softmax(-1) + products[-1][:, 0])[:, None]
+        for size in range(len(self.regions) - 2, -1, -1):
+            # A region's output is the component of the region around it.
+            output = chosen.repeat_interleave(2, dim=1)[:, : self.regions[size]]
+            at = output[:, :, None, None].expand(-1, -1, 1, self.components)
+            chosen = way.choose(tied[size].gather(2, at).squeeze(2) + products[size])
+        return chosen.repeat_interleave(2, dim=1)[:, : self.places]
+
+    def _up(self, evidence: Tensor, tied: Sequence[Tensor], reduce: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """By size of region, the products of its halves [N, m, r]."""
+        products = []
+        units = evidence
+        for size in range(len(self.regions)):
+            products.append(_pairs(units).sum(2))
+            if size < len(tied):
+                units = reduce(tied[size] + products[-1][:, :, None])
+        return products
+
+
+def _near_identity(components: int) -> Tensor:
+    """Added before a softmax over the columns of an r x r matrix, flat [r * r]: `NEAR_ONE` on the diagonal."""
+    if components == 1:
+        return torch.zeros(1)
+    rest = (1.0 - NEAR_ONE) / (components - 1)
+    return (torch.eye(components) * math.log(NEAR_ONE / rest)).flatten()
+
+
+def _forward(log_p: Tensor, weight: Tensor) -> Tensor:
+    """log Σ_i p_i W[i, :] for log p [..., r] and probabilities W [..., r, r], both normalised."""
+    return (log_p.exp()[..., None, :] @ weight).squeeze(-2).clamp_min(TINY).log()
+
+
+def _backward(scores: Tensor, weight: Tensor) -> Tensor:
+    """log Σ_j W[:, j] exp(score_j) for scores [..., r] of any size."""
+    top = scores.detach().amax(-1, keepdim=True)
+    return (weight @ (scores - top).exp()[..., None]).squeeze(-1).clamp_min(TINY).log() + top
+
+
+def _pairs(units: Tensor) -> Tensor:
+    """Left and right halves of regions, [N, m, 2, r]; a half without places is log 1 = 0."""
+    if units.shape[1] % 2:
+        units = torch.nn.functional.pad(units, (0, 0, 0, 1))
+    return units.unflatten(1, (-1, 2))

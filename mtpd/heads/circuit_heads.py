@@ -1,0 +1,231 @@
+"""Circuit heads: the joint distribution of the n = K + 1 tokens behind h_t (MTPC, arXiv 2511.11346).
+
+Place 0 is the token that the main head writes itself, which is known when heads draft: what decides is the
+distribution of the other places given it. The loss is Σ_k γ^{k-1} -log p(x_{t+k+1} | h_t, x_{t+1}, .., x_{t+k}) over
+overlapping windows (`train.loss: ce`, `train.decay: 0.9`), or any distillation loss over the same conditionals.
+
+A token that verification rejects is replaced by one drawn from what is left of the main head's distribution. That
+token is place 0 of the next window. (The published shortcut drops it and drafts its place again, which changes the
+distribution of the text.)
+
+Shape legend: C positions, D hidden size, n places, r components, M columns in use, Z sum weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from torch import Tensor, nn
+
+from mtpd.errors import UserError
+from mtpd.heads.base import Batch, Drafter, Heads, Readout, exact
+from mtpd.heads.circuit import MAXIMUM, drawing, new_circuit
+from mtpd.heads.circuit_leaves import FullLeaves, SharedLeaves
+from mtpd.heads.config import CircuitShape, HeadsConfig
+from mtpd.heads.logit_heads import LogitHeads
+from mtpd.heads.parallel import matching
+from mtpd.heads.regression import shift_maps
+from mtpd.losses.settings import LossSettings, LossSums
+from mtpd.trunk import Trunk, Unembedding
+
+STARTS = ("regression", "identity")
+TRAINING_COPIES = 4
+"""Of each weight, in float32: itself, its gradient, and the two moments of Adam."""
+
+
+class CircuitHeads(LogitHeads):
+    """A circuit over a window."""
+
+    def __init__(self, trunk: Trunk, config: HeadsConfig) -> None:
+        super().__init__(config)
+        shape = config.circuit
+        assert shape is not None
+        places, size = config.depth + 1, config.hidden_size
+        self.circuit = new_circuit(shape.structure, places, shape.components)
+        self.leaves: FullLeaves | SharedLeaves
+        if shape.leaves == "full":
+            self.leaves = FullLeaves(places, shape.components, config.columns, size)
+        else:
+            self.leaves = SharedLeaves(places, shape.components, size, shape.rank)
+        self.sums = nn.Linear(size, self.circuit.sums) if self.circuit.sums else None
+        self.joint = shape.greedy == "max_product"
+        self.drafted = config.depth
+        # The trunk's own, and frozen: no part of these heads.
+        self._main: list[Unembedding] = []
+
+    @property
+    def depth(self) -> int:
+        return self.drafted
+
+    def attach(self, trunk: Trunk) -> None:
+        """Takes the trunk's unembedding, which shared leaves stand before; `loss`, `along` and `drafter` do so."""
+        self._main = [trunk.unembedding.select(self.rows())]
+
+    def weights(self, hidden: Tensor) -> Tensor:
+        """Sum weights [C, Z] before their softmax, linear in the states."""
+        if self.sums is None:
+            return exact(hidden[:, :0])
+        return exact(self.sums(hidden.to(self.sums.weight.dtype)))
+
+    def leaf_logits(self, hidden: Tensor, *, first: int = 0, last: int | None = None) -> Tensor:
+        """[C, n, r, M], or those of some places."""
+        if isinstance(self.leaves, FullLeaves):
+            return self.leaves.logits(hidden, first=first, last=last)
+        return self._main[0](self.leaves.states(hidden, first=first, last=last))
+
+    def evidence(self, hidden: Tensor, columns: Tensor) -> Tensor:
+        """log φ_ij of the window's first tokens [C, p] in float32, [C, n, r]; 0 for those without a column."""
+        if isinstance(self.leaves, FullLeaves):
+            found = self.leaves.evidence(hidden, columns)
+        else:
+            logits = exact(self.leaf_logits(hidden, last=columns.shape[1]))
+            targets = columns[:, :, None].expand(logits.shape[:-1])
+            ce = nn.functional.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=-1, reduction="none")
+            found = -ce.view(targets.shape)
+        # Places behind the last that is drafted are summed out.
+        return nn.functional.pad(found, (0, 0, 0, self.circuit.places - columns.shape[1]))
+
+    def look(self, hidden: Tensor, columns: Tensor) -> Tensor:
+        """log p(component of each place | tokens before it), [C, n, r]."""
+        return self.circuit.prefix(self.evidence(hidden, columns), self.weights(hidden))
+
+    def at(self, depth: int, hidden: Tensor, columns: Tensor, seen: Tensor) -> Tensor:
+        """Logits [C, M] of place `depth` after the tokens before it: they are log-probabilities."""
+        leaf = exact(self.leaf_logits(hidden, first=depth, last=depth + 1)[:, 0]).log_softmax(-1)
+        return (seen[:, depth, :, None] + leaf).logsumexp(1)
+
+    def known(self, hidden: Tensor, columns: Tensor) -> Tensor:
+        evidence = self.evidence(hidden, columns)
+        mixed = self.circuit.prefix(evidence, self.weights(hidden))
+        return (mixed + evidence).logsumexp(-1)[:, 1 : columns.shape[1]]
+
+    def log_likelihood(self, hidden: Tensor, columns: Tensor) -> Tensor:
+        """log p of windows [C, n], place 0 included; tokens without a column are summed out. [C]"""
+        return self.circuit.log_marginal(self.evidence(hidden, columns), self.weights(hidden))
+
+    def best(self, hidden: Tensor, columns: Tensor) -> Tensor:
+        """Max-product, given place 0."""
+        leaf, evidence = self._after_first(hidden, columns)
+        top = leaf.max(-1)
+        evidence[:, 1:] = top.values[:, 1:]
+        latents = self.circuit.latents(evidence, self.weights(hidden), MAXIMUM)
+        return top.indices.gather(2, latents[..., None]).squeeze(-1)[:, 1 : 1 + self.depth]
+
+    def sample(self, hidden: Tensor, columns: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Ancestral sampling: columns [C, K] of places 1..K, given place 0 (`columns` [C, 1])."""
+        way = drawing(generator)
+        leaf, evidence = self._after_first(hidden, columns)
+        latents = self.circuit.latents(evidence, self.weights(hidden), way)
+        at = latents[:, :, None, None].expand(-1, -1, 1, leaf.shape[-1])
+        return way.choose(leaf.gather(2, at).squeeze(2))[:, 1 : 1 + self.depth]
+
+    def _after_first(self, hidden: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of all leaves [C, n, r, M], and the evidence of place 0 alone [C, n, r]."""
+        leaf = exact(self.leaf_logits(hidden)).log_softmax(-1)
+        evidence = leaf.new_zeros(leaf.shape[:3])
+        first = columns[:, :1, None].expand(-1, leaf.shape[2], -1)
+        known = leaf[:, 0].gather(2, first.clamp_min(0)).squeeze(-1)
+        evidence[:, 0] = torch.where(columns[:, :1] >= 0, known, 0.0)
+        return leaf, evidence
+
+    def stepwise(self, hidden: Tensor, first: Tensor) -> Callable[[int, Tensor], Tensor]:
+        leaf, evidence = self._after_first(hidden, first)
+        weights = self.weights(hidden)
+        rows = torch.arange(len(hidden), device=hidden.device)
+
+        def step(index: int, before: Tensor) -> Tensor:
+            if index:
+                evidence[:, index] = leaf[rows, index, :, before]
+            mixed = self.circuit.prefix(evidence, weights)[:, index + 1]
+            return (mixed[:, :, None] + leaf[:, index + 1]).logsumexp(1)
+
+        return step
+
+    def loss(
+        self, trunk: Trunk, batch: Batch, readout: Readout, settings: LossSettings, *, compiled: bool = False
+    ) -> tuple[Tensor, LossSums]:
+        self._main = [readout.draft]
+        return super().loss(trunk, batch, readout, settings, compiled=compiled)
+
+    def along(self, trunk: Trunk, hidden_BTD: Tensor, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Any:
+        self.attach(trunk)
+        return super().along(trunk, hidden_BTD, input_ids_BT, position_ids_BT=position_ids_BT)
+
+    def drafter(self, trunk: Trunk, *, slots: int, capacity: int) -> Drafter:
+        self.attach(trunk)
+        return super().drafter(trunk, slots=slots, capacity=capacity)
+
+    def shorten(self, depth: int) -> None:
+        """Later places are not drafted; max-product still takes them in."""
+        assert 1 <= depth <= self.depth, "heads can only become fewer"
+        self.drafted = depth
+
+
+def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, Any]:
+    """The part of `HeadsConfig` that is circuit heads' own, from the `heads` section of a recipe.
+
+    Raises:
+        UserError: full leaves that memory does not hold while they are trained.
+    """
+    given = dict(settings["circuit"] or {})
+    if given.get("structure") == "ff":
+        given["components"] = 1
+    shape = CircuitShape.model_validate(given)
+    if settings["init"] not in (None, *STARTS):
+        raise UserError(
+            f"heads.init: {settings['init']} is not accepted for circuit heads; accepted: {', '.join(STARTS)}"
+        )
+    if shape.leaves == "shared":
+        return {"circuit": shape}
+    places, columns = settings["depth"] + 1, settings["columns"]
+    needed = 4 * TRAINING_COPIES * places * shape.components * columns * trunk.hidden_size
+    room = psutil.virtual_memory().available
+    if needed > room:
+        raise UserError(
+            f"heads.circuit.leaves: full needs {needed / 1e9:,.1f} GB for {places} x {shape.components} unembeddings "
+            f"of {columns:,} x {trunk.hidden_size:,} with gradients and optimizer, and {room / 1e9:,.1f} GB are free; "
+            "accepted: shared, or fewer components, or a draft vocabulary (heads.vocabulary)"
+        )
+    return {"circuit": shape, "columns": columns}
+
+
+@torch.no_grad()
+def initialise(heads: CircuitHeads, trunk: Trunk, start: str | None, *, seed: int = 0) -> bool:
+    """Gives new heads their first weights. Returns whether `fit` has to follow.
+
+    All components of a place start alike; what parts them is the random part of the sum weights, which therefore
+    must not be zero.
+    """
+    random = torch.Generator().manual_seed(seed)
+    _start_leaves(heads, trunk, [torch.eye(trunk.hidden_size)] * (heads.depth + 1), random)
+    if heads.sums is not None:
+        size = heads.sums.weight.shape
+        heads.sums.weight.copy_(torch.randn(size, generator=random) * size[1] ** -0.5)
+        heads.sums.bias.copy_(heads.circuit.start())
+    return start in (None, "regression")
+
+
+@torch.no_grad()
+def fit(heads: CircuitHeads, trunk: Trunk, batches: Iterable[dict[str, Tensor]]) -> None:
+    """Makes place k the main head behind the ridge regression of the trunk's state k positions further on."""
+    maps = [torch.eye(trunk.hidden_size), *shift_maps(trunk, batches, depth=heads.depth)]
+    _start_leaves(heads, trunk, maps, torch.Generator().manual_seed(0))
+
+
+def _start_leaves(heads: CircuitHeads, trunk: Trunk, maps: list[Tensor], random: torch.Generator) -> None:
+    heads.leaves.start(maps, trunk.unembedding.select(heads.rows()), random)
+
+
+@torch.no_grad()
+def adopt(heads: CircuitHeads, trunk: Trunk, source: Heads, *, seed: int = 0) -> None:
+    """Starts every component of place k as the k-th linear head of `source`.
+
+    Raises:
+        UserError: those are others, or too few.
+    """
+    initialise(heads, trunk, "identity", seed=seed)
+    maps = [each.project.weight.float() for each in matching(source, "linear", heads.depth)]
+    _start_leaves(heads, trunk, [torch.eye(trunk.hidden_size), *maps], torch.Generator().manual_seed(seed))

@@ -1,0 +1,250 @@
+"""Heads that have logits of their own instead of states for the trunk's unembedding.
+
+Their losses are those of `mtpd.losses.reference`, with autograd, over a few hundred positions at a time: forward and
+backward of a piece run one after the other, so that memory does not grow with the rows of a batch.
+
+Shape legend: P flat positions, C positions of a piece, D hidden size, K depths, n = K + 1 places of a window, M columns
+in use, V tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtpd import alignment
+from mtpd.heads.base import Along, Batch, Drafter, Heads, Pick, Readout, exact
+from mtpd.heads.parallel_drafter import NewestStates, write_drafts
+from mtpd.losses import reference
+from mtpd.losses.pieces import in_pieces
+from mtpd.losses.settings import LossSettings, LossSums
+from mtpd.slots import Span
+from mtpd.trunk import Trunk
+
+PIECE = 512
+"""Positions of a piece."""
+LOGGED_ROWS = 32
+"""Rows of a batch at most, from which the share of accepted drafts that is logged is estimated."""
+
+
+class LogitHeads(Heads):
+    """Heads with logits [C, M] for each depth, which may depend on the tokens before.
+
+    A window is the n tokens behind a position, given as columns, -1 for a token without one. Place 0 is the token that
+    the main head writes itself; place k is what depth k drafts.
+    """
+
+    joint = False
+    """Whether `best` chooses the drafts of a window together."""
+
+    def at(self, depth: int, hidden: Tensor, columns: Tensor, seen: Any) -> Tensor:
+        """Logits [C, M] of a depth, after the true tokens before it.
+
+        Args:
+            hidden: [C, D].
+            columns: of the window's tokens, [C, n]; those of depth `depth` and later are not read.
+            seen: what `look` gave for these.
+        """
+        raise NotImplementedError
+
+    def look(self, hidden: Tensor, columns: Tensor) -> Any:
+        """What all depths need of a window, computed once. A tensor with C rows, or None."""
+        return None
+
+    def known(self, hidden: Tensor, columns: Tensor) -> Tensor | None:
+        """log p of the true token of depths 1..K [C, K], where that is cheaper than by way of logits."""
+        return None
+
+    def best(self, hidden: Tensor, columns: Tensor) -> Tensor:
+        """Columns [C, K] of drafts chosen together, after the token of place 0 (`columns` [C, 1])."""
+        raise NotImplementedError
+
+    def stepwise(self, hidden: Tensor, first: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """Logits of one draft after the other: a function that is called in order.
+
+        It takes the number of drafts before and the column of the newest; of the first draft, that of place 0, which
+        `first` [C, 1] holds too.
+        """
+        columns = first.repeat(1, self.depth + 1)
+
+        def step(index: int, before: Tensor) -> Tensor:
+            columns[:, index] = before
+            return self.at(index + 1, hidden, columns, self.look(hidden, columns))
+
+        return step
+
+    def loss(
+        self, trunk: Trunk, batch: Batch, readout: Readout, settings: LossSettings, *, compiled: bool = False
+    ) -> tuple[Tensor, LossSums]:
+        """As the others; LK takes its λ from each piece, and the share of accepted drafts is estimated."""
+        hidden_PD = batch.hidden.flatten(0, 1)
+        masks_PK = torch.stack([batch.counted(k) for k in range(1, self.depth + 1)], dim=1)
+        columns_Pn = torch.stack([readout.columns[batch.tokens(k)] for k in range(self.depth + 1)], dim=1)
+        at = masks_PK[:, 0].nonzero().squeeze(1)
+        pieces = at.split(PIECE) if len(at) else [at]
+        only_ce = not any(settings.beta)
+
+        def piece(number: int, state: Tensor) -> tuple[Tensor, Tensor]:
+            rows = pieces[number]
+            hidden, columns, masks = exact(state[rows]), columns_Pn[rows], masks_PK[rows]
+            if only_ce:
+                return self._cross_entropy(hidden, columns, masks, settings)
+            return self._distilled(hidden, columns, masks, rows, batch.teacher_PD, readout, settings)
+
+        loss, sums = in_pieces(piece, len(pieces), hidden_PD, list(self.parameters()))
+        ce, divergence = sums.sum(0)
+        counted = masks_PK.sum(0).double()
+        few = at[:: max(1, -(-len(at) // LOGGED_ROWS))]
+        accepted = self._accepted(batch, columns_Pn[few], masks_PK[few], few, readout)
+        return loss, LossSums(counted, ce, divergence, accepted * (len(at) / max(1, len(few))))
+
+    def _cross_entropy(
+        self, hidden: Tensor, columns: Tensor, masks: Tensor, settings: LossSettings
+    ) -> tuple[Tensor, Tensor]:
+        known = self.known(hidden, columns)
+        if known is None:
+            seen = self.look(hidden, columns)
+            terms = [
+                -reference.cross_entropy(exact(self.at(k, hidden, columns, seen)), columns[:, k])
+                for k in range(1, self.depth + 1)
+            ]
+            known = torch.stack(terms, dim=1)
+        ce = -torch.where(masks & (columns[:, 1:] >= 0), known, 0.0).sum(0)
+        loss = (ce * ce.new_tensor(settings.alpha)).sum()
+        logged = ce.detach().double()
+        return loss, torch.stack([logged, torch.zeros_like(logged)])
+
+    def _distilled(
+        self,
+        hidden: Tensor,
+        columns: Tensor,
+        masks: Tensor,
+        rows: Tensor,
+        teacher_PD: Tensor,
+        readout: Readout,
+        settings: LossSettings,
+    ) -> tuple[Tensor, Tensor]:
+        """The same sum as `reference.multi_depth_loss`, from logits."""
+        seen = self.look(hidden, columns)
+        total = hidden.new_zeros(())
+        logged = torch.zeros(2, self.depth, dtype=torch.float64, device=hidden.device)
+        accepted: list[Tensor] = []
+        head = readout.main if settings.true_probabilities else readout.draft
+        for k in range(1, self.depth + 1):
+            mask = masks[:, k - 1]
+            y = exact(self.at(k, hidden, columns, seen))[mask]
+            ce = reference.cross_entropy(y, columns[mask, k])
+            with torch.no_grad():
+                z = exact(head(teacher_PD[alignment.teacher_row(rows[mask], k)]))
+            value = divergence(y, z, settings, columns_M=readout.rows)
+            if settings.divergence == "end_to_end_tv":
+                accepted.append(torch.ones_like(mask, dtype=y.dtype).index_put((mask,), 1.0 - value))
+            else:
+                total = total + settings.beta[k - 1] * value.sum()
+            total = total + settings.alpha[k - 1] * ce.sum()
+            logged[0, k - 1], logged[1, k - 1] = ce.detach().sum(), value.detach().sum()
+        if accepted:
+            total = total + reference.end_to_end_tv(torch.stack(accepted), masks.T, settings.depth_weights).sum()
+        return total, logged
+
+    @torch.no_grad()
+    def _accepted(self, batch: Batch, columns: Tensor, masks: Tensor, rows: Tensor, readout: Readout) -> Tensor:
+        """Of these rows, those of which the first k drafts are the main head's choice, by depth [K]."""
+        teacher_PD = batch.teacher_PD
+        hidden = exact(batch.hidden.flatten(0, 1)[rows])
+        seen = self.look(hidden, columns)
+        agree = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        found = []
+        for k in range(1, self.depth + 1):
+            at = alignment.teacher_row(rows, k).clamp_max(len(teacher_PD) - 1)
+            y = self.at(k, hidden, columns, seen)
+            agree = agree & (y.argmax(-1) == readout.draft(teacher_PD[at]).argmax(-1)) & masks[:, k - 1]
+            found.append(agree.sum().double())
+        return torch.stack(found)
+
+    @torch.no_grad()
+    def along(self, trunk: Trunk, hidden_BTD: Tensor, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Along:
+        columns = Readout.of(trunk, self.rows()).columns
+        shifted = [alignment.target_tokens(input_ids_BT, k).flatten() for k in range(self.depth + 1)]
+        return AlongLogits(self, hidden_BTD.flatten(0, 1), columns[torch.stack(shifted, dim=1)])
+
+    def drafter(self, trunk: Trunk, *, slots: int, capacity: int) -> Drafter:
+        return LogitDrafter(self, trunk, slots=slots, capacity=capacity)
+
+
+def divergence(student_NM: Tensor, teacher_NV: Tensor, settings: LossSettings, *, columns_M: Tensor | None) -> Tensor:
+    """D of each row [N], from the functions of `reference`; of the end-to-end TV, the TV."""
+    warmth = {
+        "teacher_temperature": settings.teacher_temperature,
+        "student_temperature": settings.student_temperature,
+    }
+    if settings.divergence in reference.RENORMALISED:
+        extra: dict[str, Any] = {"mix": settings.mix} if settings.divergence == "jsd" else {}
+        return reference.RENORMALISED[settings.divergence](student_NM, teacher_NV, n=settings.top_n, **extra, **warmth)
+    if settings.divergence == "lk":
+        return reference.lk(student_NM, teacher_NV, eta=settings.eta, columns_M=columns_M, **warmth)
+    return reference.tv(student_NM, teacher_NV, columns_M=columns_M, **warmth)
+
+
+class AlongLogits:
+    """Drafts at flat positions of texts, given their tokens."""
+
+    def __init__(self, heads: LogitHeads, hidden_PD: Tensor, columns_Pn: Tensor) -> None:
+        self.heads, self.hidden_PD, self.columns_Pn = heads, hidden_PD, columns_Pn
+        self.depth = heads.depth
+        self.seen = self._in_parts(heads.look, columns_Pn)
+        self.together = self._in_parts(heads.best, columns_Pn[:, :1]) if heads.joint else None
+
+    def _in_parts(self, function: Callable[[Tensor, Tensor], Any], columns: Tensor) -> Any:
+        parts = zip(self.hidden_PD.split(PIECE), columns.split(PIECE), strict=True)
+        found = [function(hidden, each) for hidden, each in parts]
+        return None if found[0] is None else torch.cat(found)
+
+    def logits(self, depth: int, at: Tensor) -> Tensor:
+        seen = None if self.seen is None else self.seen[at]
+        return self.heads.at(depth, self.hidden_PD[at], self.columns_Pn[at], seen)
+
+    def choice(self, depth: int, at: Tensor, logits: Tensor) -> Tensor:
+        return logits.argmax(-1) if self.together is None else self.together[at, depth - 1]
+
+
+class LogitDrafter(NewestStates):
+    """Drafts from h_{N-1} and the tokens before: jointly, or each after its draft before."""
+
+    def __init__(self, heads: LogitHeads, trunk: Trunk, *, slots: int, capacity: int) -> None:
+        super().__init__(trunk, slots=slots, capacity=capacity)
+        self.heads = heads
+        self.depth = heads.depth
+        self.rows = heads.rows()
+        self.columns = Readout.of(trunk, self.rows).columns
+
+    def ids(self, columns: Tensor) -> Tensor:
+        return columns if self.rows is None else self.rows[columns]
+
+    def draft(
+        self,
+        tokens: Tensor,
+        newest: Sequence[int],
+        depth: int,
+        pick: Pick,
+        go_on: Callable[[Tensor, Tensor], bool] | None = None,
+    ) -> int:
+        hidden = self.behind(newest)
+        known = self.columns[Span(newest, 1, tokens.device).read(tokens)]
+        if self.heads.joint and pick.joint:
+            span = Span(newest, depth, tokens.device)
+            span.write(tokens, self.ids(self.heads.best(hidden, known)[:, :depth]), steps=1)
+            return depth
+        step = self.heads.stepwise(hidden, known)
+        before = known[:, 0]
+
+        def choose(index: int) -> tuple[Tensor, Tensor, Tensor]:
+            nonlocal before
+            logits = step(index, before)
+            before = pick(logits, index)
+            return logits, before, self.ids(before)
+
+        return write_drafts(tokens, newest, depth, choose, go_on)

@@ -1,0 +1,234 @@
+"""Circuits against the sum over all windows and all latents, on cases small enough to write down."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtpd.heads.circuit import MAXIMUM, Circuit, drawing, new_circuit
+
+CASES = [
+    (structure, places, components)
+    for structure, places, components in itertools.product(("ff", "cp", "hmm", "btree"), (1, 2, 3, 4), (1, 2, 3))
+    if structure != "ff" or components == 1
+]
+TOKENS = 3
+
+
+class Case:
+    """A random circuit in float64 with its leaves [1, n, r, V]."""
+
+    def __init__(self, structure: str, places: int, components: int, *, seed: int = 0) -> None:
+        random = torch.Generator().manual_seed(seed)
+        self.structure, self.places, self.components = structure, places, components
+        self.circuit: Circuit = new_circuit(structure, places, components)
+        self.weights = 2 * torch.randn(1, self.circuit.sums, generator=random, dtype=torch.float64)
+        leaves = 2 * torch.randn(1, places, components, TOKENS, generator=random, dtype=torch.float64)
+        self.leaves = leaves.log_softmax(-1)
+
+    def evidence(self, known: dict[int, int]) -> Tensor:
+        found = torch.zeros(1, self.places, self.components, dtype=torch.float64)
+        for place, token in known.items():
+            found[:, place] = self.leaves[:, place, :, token]
+        return found
+
+    def windows(self) -> list[tuple[int, ...]]:
+        return list(itertools.product(range(TOKENS), repeat=self.places))
+
+    def terms(self) -> dict[tuple[int, ...], Tensor]:
+        """By latents, their probability, written as the definitions have it: one factor at a time."""
+        r, n = self.components, self.places
+        w = self.weights[0]
+        found = {}
+        if self.structure in ("ff", "cp"):
+            first = w.softmax(0) if r > 1 else torch.ones(1, dtype=torch.float64)
+            for j in range(r):
+                found[(j,) * n] = first[j]
+        elif self.structure == "hmm":
+            steps = w[r:].view(n - 1, r, r).softmax(-1)
+            for z in itertools.product(range(r), repeat=n):
+                chance = w[:r].softmax(0)[z[0]]
+                for i in range(1, n):
+                    chance = chance * steps[i - 1, z[i - 1], z[i]]
+                found[z] = chance
+        else:
+            found = self._tree(w)
+        return found
+
+    def _tree(self, w: Tensor) -> dict[tuple[int, ...], Tensor]:
+        """Of at most four places: the root, and a region of two (or, of three places, one) on each side."""
+        r, n = self.components, self.places
+        found: dict[tuple[int, ...], Tensor] = {}
+        root = w[:r].softmax(0)
+        if n <= 2:
+            return {(j,) * n: root[j] for j in range(r)}
+        tied = w[r:].view(2, r, r).softmax(-1)
+        for top, left, right in itertools.product(range(r), repeat=3):
+            z = (left, left, right, right)[:n]
+            found[z] = found.get(z, 0) + root[top] * tied[0, top, left] * tied[1, top, right]
+        return found
+
+    @functools.cached_property
+    def table(self) -> Tensor:
+        """p of every window, [V, ..., V]: a sum over latents of a product over places."""
+        names = "abcd"[: self.places]
+        product = f"{','.join(names)}->{names}"
+        return sum(
+            (
+                chance * torch.einsum(product, *(self.leaves[0, i, z[i]].exp() for i in range(self.places)))
+                for z, chance in self.terms().items()
+            ),
+            torch.zeros((), dtype=torch.float64),
+        )
+
+    def joint(self, window: tuple[int, ...]) -> Tensor:
+        return self.table[window]
+
+    def marginal(self, known: dict[int, int]) -> Tensor:
+        return self.table[tuple(known.get(place, slice(None)) for place in range(self.places))].sum()
+
+
+@pytest.fixture(params=CASES, ids=lambda case: "-".join(map(str, case)))
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(*request.param)
+
+
+def test_joint_and_marginals(case: Case) -> None:
+    """Fault: a region halved elsewhere, a transition read the wrong way round, a place that is not summed out."""
+    windows = case.windows()
+    evidence = torch.cat([case.evidence(dict(enumerate(window))) for window in windows])
+    values = case.circuit.log_marginal(evidence, case.weights.expand(len(windows), -1)).exp()
+    torch.testing.assert_close(values, torch.stack([case.joint(window) for window in windows]))
+    assert values.sum().item() == pytest.approx(1.0)
+    for size in range(case.places):
+        for places in itertools.combinations(range(case.places), size):
+            known = {place: (place + size) % TOKENS for place in places}
+            value = case.circuit.log_marginal(case.evidence(known), case.weights).exp()
+            torch.testing.assert_close(value[0], case.marginal(known).double())
+
+
+def test_prefix_conditionals(case: Case) -> None:
+    """Fault: a place that sees its own token or later ones, or that misses one before it."""
+    windows = case.windows()
+    evidence = torch.cat([case.evidence(dict(enumerate(window))) for window in windows])
+    for window, mixed in zip(
+        windows, case.circuit.prefix(evidence, case.weights.expand(len(windows), -1)), strict=True
+    ):
+        for place in range(case.places):
+            before = dict(enumerate(window[:place]))
+            found = (mixed[place][:, None] + case.leaves[0, place]).logsumexp(0).exp()
+            expected = [case.marginal({**before, place: token}) for token in range(TOKENS)]
+            torch.testing.assert_close(found, torch.stack(expected) / case.marginal(before))
+
+
+def test_max_product(case: Case) -> None:
+    """Fault: a traceback that leaves the way on which the maximum was found; a known token that is not kept."""
+    terms = case.terms()
+    for known in [{}, {0: 1}]:
+        best = case.evidence({}) + case.leaves.amax(-1)
+        for place, token in known.items():
+            best[:, place] = case.leaves[:, place, :, token]
+        latents = case.circuit.latents(best, case.weights, MAXIMUM)[0]
+        tokens = [case.leaves[0, place, latents[place]].argmax().item() for place in range(case.places)]
+        tokens = [known.get(place, int(token)) for place, token in enumerate(tokens)]
+        match = [each for each in case.windows() if all(each[place] == token for place, token in known.items())]
+        scored = {}
+        for z in itertools.product(range(case.components), repeat=case.places):
+            for window in match:
+                scored[z, window] = _score(case, terms, z, window)
+        assert scored[tuple(latents.tolist()), tuple(tokens)] == pytest.approx(max(scored.values()))
+
+
+def _score(case: Case, terms: dict[tuple[int, ...], Tensor], z: tuple[int, ...], window: tuple[int, ...]) -> float:
+    """The largest term with these latents at the leaves; in a tree, over those of the regions above."""
+    given = math.exp(sum(float(case.leaves[0, i, z[i], x]) for i, x in enumerate(window)))
+    if case.structure != "btree" or case.places <= 2:
+        return given * float(terms.get(z, 0.0))
+    r, w = case.components, case.weights[0]
+    if z[0] != z[1] or (case.places == 4 and z[2] != z[3]):
+        return 0.0
+    tied, root = w[r:].view(2, r, r).softmax(-1), w[:r].softmax(0)
+    return given * max(float(root[top] * tied[0, top, z[0]] * tied[1, top, z[2]]) for top in range(r))
+
+
+@pytest.mark.parametrize(("structure", "components"), [("ff", 1), ("cp", 3), ("hmm", 2), ("btree", 3)])
+@pytest.mark.parametrize("known", [{}, {0: 2}, {0: 1, 1: 0}], ids=str)
+def test_ancestral_samples(structure: str, components: int, known: dict[int, int]) -> None:
+    """Fault: latents drawn from the prior where tokens are known, or a tree of which the halves are drawn apart."""
+    case, draws = Case(structure, 4, components, seed=1), 60_000
+    way = drawing(torch.Generator().manual_seed(2))
+    evidence = case.evidence(known).expand(draws, -1, -1)
+    latents = case.circuit.latents(evidence, case.weights.expand(draws, -1), way)
+    leaves = case.leaves[0][torch.arange(4), latents]
+    tokens = way.choose(leaves)
+    for place, token in known.items():
+        tokens[:, place] = token
+    code = (tokens * TOKENS ** torch.arange(4)).sum(1).bincount(minlength=TOKENS**4).double() / draws
+    whole = float(case.marginal(known))
+    for window in case.windows():
+        expected = 0.0
+        if all(window[place] == token for place, token in known.items()):
+            expected = float(case.joint(window)) / whole
+        at = sum(token * TOKENS**place for place, token in enumerate(window))
+        # Five standard deviations.
+        assert abs(code[at] - expected) < 5 * (expected * (1 - expected) / draws) ** 0.5 + 1e-9
+
+
+def test_relations_between_circuits() -> None:
+    """Fault: an hmm or a tree that does not start as a mixture; a mixture of one that is not the product."""
+    mixture = Case("cp", 4, 3)
+    window = mixture.evidence(dict(enumerate((0, 1, 2, 0))))
+    expected = mixture.circuit.log_marginal(window, mixture.weights)
+    for structure in ("hmm", "btree"):
+        circuit = new_circuit(structure, 4, 3)
+        near = circuit.start().double()[None]
+        near[:, :3] = mixture.weights
+        exact = near.clone()
+        exact[:, 3:] *= 1e3
+        torch.testing.assert_close(circuit.log_marginal(window, exact), expected)
+        assert abs(circuit.log_marginal(window, near) - expected).item() < 0.5
+    one = Case("cp", 4, 1)
+    known = one.evidence(dict(enumerate((0, 1, 2, 0))))
+    torch.testing.assert_close(one.circuit.log_marginal(known, one.weights), known.sum((1, 2)))
+
+
+@pytest.mark.parametrize("structure", ["cp", "hmm", "btree"])
+def test_far_apart_components(structure: str) -> None:
+    """Fault: probabilities instead of their logarithms, which are 0 for unlikely windows, and NaN in the gradient."""
+    circuit = new_circuit(structure, 8, 4)
+    random = torch.Generator().manual_seed(0)
+    weights = (60 * torch.randn(2, circuit.sums, generator=random)).requires_grad_()
+    evidence = (-80 * torch.rand(2, 8, 4, generator=random)).requires_grad_()
+    mixed = circuit.prefix(evidence, weights)
+    conditional = (mixed + evidence).logsumexp(-1)
+    assert conditional.isfinite().all()
+    conditional.sum().backward()
+    assert weights.grad is not None
+    assert weights.grad.isfinite().all()
+    assert evidence.grad is not None
+    assert evidence.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("structure", ["cp", "hmm", "btree"])
+@pytest.mark.parametrize("places", [5, 8, 9])
+def test_wide_windows(structure: str, places: int) -> None:
+    """Fault: regions of a tree that are put together wrongly where there are more than two sizes of them."""
+    circuit = new_circuit(structure, places, 3)
+    random = torch.Generator().manual_seed(0)
+    weights = torch.randn(2, circuit.sums, generator=random, dtype=torch.float64)
+    evidence = -torch.rand(2, places, 3, generator=random, dtype=torch.float64)
+    mixed = circuit.prefix(evidence, weights)
+    # The chain rule: what is known up to a place, from masked passes.
+    marginals = [torch.zeros(2, dtype=torch.float64)]
+    for place in range(places):
+        masked = evidence.clone()
+        masked[:, place + 1 :] = 0.0
+        marginals.append(circuit.log_marginal(masked, weights))
+    expected = torch.stack(marginals, dim=1).diff(dim=1)
+    torch.testing.assert_close((mixed + evidence).logsumexp(-1), expected)
+    torch.testing.assert_close(mixed.logsumexp(-1), torch.zeros(2, places, dtype=torch.float64))

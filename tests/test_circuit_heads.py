@@ -1,0 +1,138 @@
+"""Circuit heads: sampled texts have the model's distribution, and runs are trained and measured by recipe."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from kinds import random_kind
+from test_decode_sampling import chi_square, small_world
+from torch import Tensor
+
+from mtpd.cli import main
+from mtpd.decode.engine import Engine, Request
+from mtpd.decode.sampling import SampledDrafts, Sampling
+from mtpd.heads.circuit_heads import CircuitHeads
+
+SAMPLES = 6000
+
+
+@pytest.mark.parametrize("form", ["cp", "hmm", "btree"])
+def test_sampled_drafts_are_exact(form: str) -> None:
+    """Fault: a draft accepted by another probability than that it was drawn with; a kept token not conditioned on."""
+    trunk, _ = small_world()
+    heads = random_kind(trunk, form, depth=2, std=0.8)
+    length, size, prompt = 4, 5, [1, 4]
+    sampling = Sampling()
+    texts = torch.tensor(list(itertools.product(range(size), repeat=length)))
+    whole = torch.cat([torch.tensor([prompt]).expand(len(texts), -1), texts], dim=1)
+    logits = trunk.unembedding(trunk.hidden(whole))[:, len(prompt) - 1 : -1]
+    each = sampling.distribution(logits.flatten(0, 1)).view(len(texts), length, size)
+    exact = each.gather(2, texts[..., None])[..., 0].double().prod(1)
+    found = torch.zeros(size**length)
+    engine = Engine(trunk, heads, slots=1000, capacity=len(prompt) + length, choice=SampledDrafts())
+    accepted = drafted = 0
+    for text in engine.run(Request(prompt, length, seed) for seed in range(SAMPLES)):
+        place = 0
+        for token in text.tokens:
+            place = place * size + token
+        found[place] += 1
+        counts = text.counts(2)
+        accepted, drafted = accepted + counts.accepted[1], drafted + counts.drafted[1]
+    assert 0.02 < accepted / drafted < 0.98
+    assert chi_square(found, exact) < 4.5
+
+
+def test_ancestral_windows_follow_the_conditionals() -> None:
+    """Fault: a window drawn jointly that is not what the conditionals, by which it is verified, say."""
+    trunk, _ = small_world()
+    heads = random_kind(trunk, "btree-conditionals", depth=2, std=0.8)
+    assert isinstance(heads, CircuitHeads)
+    heads.attach(trunk)
+    hidden = trunk.hidden(torch.tensor([[1, 4]]))[:, -1]
+    draws, first = 40_000, torch.tensor([[3]])
+    drawn = heads.sample(hidden.expand(draws, -1), first.expand(draws, -1), torch.Generator().manual_seed(0))
+    found = (drawn[:, 0] * 5 + drawn[:, 1]).bincount(minlength=25).double()
+    expected = torch.zeros(25, dtype=torch.float64)
+    for a in range(5):
+        step = heads.stepwise(hidden, first)
+        p = step(0, first[:, 0]).softmax(-1)[0, a]
+        expected[5 * a : 5 * a + 5] = p * step(1, torch.tensor([a])).softmax(-1)[0]
+    assert chi_square(found.float(), expected) < 4.5
+
+
+def after_two_tokens(target: Tensor, draft: Tensor, *, drops: bool) -> Tensor:
+    """Exact distribution [V, V] of the first two tokens that self-speculation writes.
+
+    Args:
+        target: p(x_1, x_2) of the main head.
+        draft: q(x_1, x_2) of a circuit.
+        drops: the shortcut of MTPC's algorithm 2, which drafts the whole window, drops the token behind an accepted
+            draft, and drafts its place again. Otherwise x_1 is the main head's own, and the circuit is conditioned on
+            it.
+    """
+    p1, q1 = target.sum(1), draft.sum(1)
+    p2, q2 = target / p1[:, None], draft / q1[:, None]
+    kept = torch.minimum(p2, q2)
+    missing = 1 - kept.sum(1, keepdim=True)
+    exact = kept + missing * (p2 - kept) / (p2 - kept).sum(1, keepdim=True)
+    if not drops:
+        return p1[:, None] * exact
+    first = torch.minimum(p1, q1)
+    # A first token that is rejected gives way to one from the residual, which the shortcut keeps; what follows is
+    # drafted anew and exact. Behind an accepted one, a rejected place is drafted again, from p as a whole.
+    return first[:, None] * (kept + missing * p2) + (p1 - first)[:, None] * p2
+
+
+def test_dropping_the_free_token_is_biased() -> None:
+    """Fault: the published shortcut, by which a rejected token's place is drafted again."""
+    target = torch.tensor([[0.30, 0.20], [0.05, 0.45]], dtype=torch.float64)
+    # A mixture of two components, as a circuit of two places is.
+    weights = torch.tensor([0.6, 0.4], dtype=torch.float64)
+    one = torch.tensor([[0.9, 0.1], [0.3, 0.7]], dtype=torch.float64)
+    two = torch.tensor([[0.9, 0.1], [0.4, 0.6]], dtype=torch.float64)
+    draft = torch.einsum("j,ja,jb->ab", weights, one, two)
+    ours, shortcut = (after_two_tokens(target, draft, drops=drops) for drops in (False, True))
+    torch.testing.assert_close(ours, target)
+    assert shortcut.sum().item() == pytest.approx(1.0)
+    assert (shortcut - target).abs().sum() / 2 > 0.05
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["heads.kind=parallel"],
+        ["heads.kind=medusa", "train.loss=ce"],
+        ["heads.kind=circuit", "heads.circuit.structure=btree", "train.loss=ce", "train.decay=0.9"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_runs_by_recipe(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: a kind that some step of a run, its plan, or loading it later does not know."""
+    common = ["recipes/smoke.yaml", f"output={tmp_path / 'run'}", "data.limit=6", "data.max_new_tokens=12"]
+    common += ["evaluation.prompts_limit=2", "evaluation.max_new_tokens=8", "evaluation.decode_prompts=2"]
+    common += ["train.max_steps=2", *words]
+    assert main(["distill", *common, "--dry-run"]) == 0
+    assert "2 heads" in capsys.readouterr().out
+    assert main(["distill", *common]) == 0
+    config = json.loads((tmp_path / "run" / "heads" / "config.json").read_text())
+    assert config["kind"] == words[0].partition("=")[2]
+    suite = next(iter(json.loads((tmp_path / "run" / "acceptance-decoded.json").read_text())["suites"].values()))
+    assert suite["identical"] == suite["prompts"]
+    assert main(["generate", str(tmp_path / "run"), "--prompt", "Hello", "--max-new-tokens", "6"]) == 0
+
+
+def test_what_only_a_chain_is_accepted_for(tmp_path: Path) -> None:
+    """Fault: transformers' own MTP decoding given heads that it cannot build, which fails inside of it."""
+    from mtpd.decode.transformers_mtp import mtp_in_transformers
+    from mtpd.errors import UserError
+
+    trunk, _ = small_world()
+    with (
+        pytest.raises(UserError, match=r"use_mtp=True\): heads of kind circuit are not accepted; accepted: chain"),
+        mtp_in_transformers(trunk, random_kind(trunk, "cp")),
+    ):
+        pass

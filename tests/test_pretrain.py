@@ -1,0 +1,172 @@
+"""Pretraining: heads beside the trunk, memory that does not grow with them, byte tokens, and resuming."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import random_tokens, tiny_model
+from kinds import settings
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoTokenizer
+
+from mtpd.cli import main
+from mtpd.data import stdlib
+from mtpd.data.models import load_model, trunk_fingerprint
+from mtpd.distill.pretrain import PretrainModel
+from mtpd.heads import Heads, build_heads, configure_heads, load_heads, start_heads
+from mtpd.trunk import Trunk
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "model={model_type: llama, hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2}",
+    "data.row_length=32",
+    "train.rows_per_step=2",
+    "train.logging_steps=1",
+    "data.held_out_rows=2",
+]
+
+
+def joint(depth: int, block: str = "linear") -> PretrainModel:
+    trunk = Trunk(tiny_model("llama"))
+    given = {**settings("linear", depth=max(1, depth)), "parallel": {"block": block}}
+    heads: Heads | None = None
+    if depth:
+        heads = build_heads(trunk, configure_heads(given, trunk, vocabulary=0, fingerprint=""))
+        start_heads(heads, trunk, "random", lambda: ())
+    return PretrainModel(trunk, heads)
+
+
+class Wide(TorchDispatchMode):
+    """The most tensors with one element for each position and token that live at a time."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.live, self.peak = elements, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage().data_ptr() for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_iter(output):
+            if isinstance(leaf, Tensor) and leaf.numel() >= self.elements:
+                if leaf.untyped_storage().data_ptr() in given:
+                    continue
+                self.live += 1
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(leaf.untyped_storage(), self._gone)
+        return output
+
+    def _gone(self) -> None:
+        self.live -= 1
+
+
+@pytest.mark.parametrize("block", ["linear", "decoder"])
+def test_memory_of_logits_does_not_grow_with_heads(block: str) -> None:
+    """Fault: logits of one head that are still held while those of the next are made."""
+    ids = random_tokens(2, 100)
+    peaks = {}
+    for depth in (1, 6):
+        model = joint(depth, block)
+        # One element for each position that has a target, even of the deepest head.
+        with Wide(2 * 90 * 128) as wide:
+            model(ids)["loss"].backward()
+        peaks[depth] = wide.peak
+    assert 0 < peaks[6] == peaks[1]
+
+
+@pytest.mark.parametrize("block", ["linear", "decoder"])
+def test_gradients_are_those_of_the_whole_sum(block: str) -> None:
+    """Fault: a head whose gradient does not reach the trunk, or is counted twice; a target moved by one."""
+    model = joint(3, block)
+    ids = random_tokens(2, 20)
+    model(ids)["loss"].mul(2.0).backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    hidden = model.model.model(input_ids=ids).last_hidden_state
+    positions = torch.arange(20).expand(2, -1)
+    assert model.heads is not None
+    states = [hidden, *model.heads(model._trunk[0], hidden, ids, position_ids_BT=positions)]
+    total = torch.zeros(())
+    for k, state in enumerate(states):
+        logits = model.model.lm_head(state)[:, : 19 - k]
+        total = total + torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, k + 1 :].flatten())
+    (2.0 * total).backward()
+    names = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert names == set(found)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_run_resumes_and_is_a_trunk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: a resumed run that differs from one without a break; a checkpoint or heads that nothing can load."""
+    common = ["pretrain", *SMALL, "heads.depth=2", "dtype=float32", "train.save_steps=2", "train.max_steps=4"]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("\n".join(json.dumps({"text": f"line {i} " * 9}) for i in range(40)))
+    common += [f"data.texts={texts}", f"data.held_out={texts}"]
+    assert main([*common, f"output={tmp_path / 'whole'}"]) == 0
+    # As an interruption after the second step leaves it.
+    assert main([*common, f"output={tmp_path / 'parts'}"]) == 0
+    for path in (tmp_path / "parts" / "checkpoint-4").iterdir():
+        path.unlink()
+    (tmp_path / "parts" / "model" / "model.safetensors").unlink()
+    assert main([*common, f"output={tmp_path / 'parts'}"]) == 0
+    whole, tokenizer = load_model(str(tmp_path / "whole" / "model"), dtype="float32")
+    parts, _ = load_model(str(tmp_path / "parts" / "model"), dtype="float32")
+    for (name, one), other in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    load_heads(tmp_path / "whole" / "heads", Trunk(whole), fingerprint=trunk_fingerprint(whole))
+    # One token a byte, and the bytes come back.
+    text = "für 😀\n"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) == len(text.encode())
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole" / "model").decode(ids) == text
+    capsys.readouterr()
+    assert main([*common, f"output={tmp_path / 'whole'}", "seed=1"]) == 2
+    assert "holds a run of another recipe" in capsys.readouterr().err
+
+    # Circuits and parallel heads start from the heads that were trained beside it.
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": f"line {i} ", "completion": "line " * 4}) for i in range(12)))
+    run = ["distill", f"model={tmp_path / 'whole' / 'model'}", "dtype=float32", f"data.prompts={prompts}"]
+    run += ["data.responses=given", "data.held_out_count=2", "data.row_length=64", "train.max_steps=1", "heads.depth=2"]
+    run += [
+        "evaluation.max_new_tokens=6",
+        "evaluation.decode_prompts=1",
+        f"heads.source={tmp_path / 'whole' / 'heads'}",
+    ]
+    for kind, words in {"circuit": ["train.loss=ce"], "parallel": ["heads.parallel.block=linear"]}.items():
+        assert main([*run, f"output={tmp_path / kind}", f"heads.kind={kind}", *words]) == 0
+    assert main([*run, f"output={tmp_path / 'no'}", "heads.kind=parallel"]) == 2
+    assert "accepted: at least 2 parallel heads of block decoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("model={hidden_size: 16}", "model.model_type: is missing"),
+        ("tokenizer=/nowhere", "tokenizer: /nowhere cannot be loaded"),
+        ("heads.depth=17", "heads.depth: 17 is not accepted; accepted: an integer from 0 to 16"),
+        ("model={model_type: llama, vocab_size: 100}", "vocab_size: 100 is less than the tokenizer has"),
+    ],
+)
+def test_refused(word: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: a mistake in the recipe that shows as a traceback."""
+    assert main(["pretrain", *SMALL, f"output={tmp_path / 'run'}", word]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_held_out_modules_are_apart() -> None:
+    """Fault: a module that is trained on and measured on."""
+    train = {path for path, _ in stdlib.documents(stdlib.SOURCE)}
+    held_out = {path for path, _ in stdlib.documents(stdlib.HELD_OUT)}
+    assert train
+    assert held_out
+    assert not {path.split("/")[0] for path in train} & {path.split("/")[0] for path in held_out}
+    assert not any("test" in Path(path).parts for path in train | held_out)
