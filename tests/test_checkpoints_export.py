@@ -22,7 +22,7 @@ from mtpd.checkpoints.native import find_heads
 from mtpd.cli import main
 from mtpd.decode import generate
 from mtpd.errors import MtpdError, UserError
-from mtpd.heads import Heads, save_heads
+from mtpd.heads import Heads, HeadsConfig, build_heads, load_heads, save_heads
 from mtpd.heads.looped import extended
 from mtpd.heads.norms import gain, set_gain
 from mtpd.trunk import Trunk
@@ -192,6 +192,43 @@ def test_gains_that_are_equal_make_layouts_before_the_norm_exact(tmp_path: Path)
         served: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "c" / "out")
         ids = architectures.random_tokens(1, 8)
         torch.testing.assert_close(served(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_are_merged(tmp_path: Path) -> None:
+    """Fault: extended heads exported without what their depths have learned, or with another scale."""
+    trunk = architectures.tiny_trunk("llama")
+    config = HeadsConfig(depth=4, hidden_size=32, source_layers=[2, 2], blocks=[0, 1, 0, 1], adapters=[0, 0, 2, 3])
+    heads = build_heads(trunk, config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    run = finished_run(tmp_path, trunk, heads)
+    export(run, tmp_path / "out", to="hf-mtp")
+    expected = heads.merged().state_dict()
+    for name, tensor in find_heads(Checkpoint(tmp_path / "out")).tensors.items():
+        torch.testing.assert_close(tensor.load(), expected[name], msg=name)
+
+
+def test_medusa_goes_out_and_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: Medusa heads under names that no engine knows, or heads that come back as others."""
+    trunk = architectures.tiny_trunk("llama")
+    heads = build_heads(trunk, HeadsConfig(kind="medusa", depth=2, hidden_size=32, columns=128))
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.normal_()
+    run = finished_run(tmp_path, trunk, heads)
+    native.edit_config(tmp_path / "base", tie_word_embeddings=False)
+    (run / "recipe.yaml").write_text(f"model: {tmp_path / 'base'}\noutput: {run}\nheads: {{kind: medusa, depth: 2}}\n")
+    assert main(["export", str(run), "--to", "hf-mtp", "-o", str(tmp_path / "no")]) == 2
+    assert "for chain heads, and these are medusa heads; accepted: medusa" in capsys.readouterr().err
+    assert main(["export", str(run), "--to", "vllm", "-o", str(tmp_path / "out")]) == 0
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(tensors["1.0.linear.bias"], heads.state_dict()["layers.1.residual.project.bias"])
+    assert main(["import", str(tmp_path / "out"), "--base", str(tmp_path / "base"), "-o", str(tmp_path / "back")]) == 0
+    back = load_heads(tmp_path / "back" / "heads", trunk).state_dict()
+    assert back.keys() == heads.state_dict().keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in heads.state_dict().items())
 
 
 MISFITS = {

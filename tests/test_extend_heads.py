@@ -16,7 +16,6 @@ from mtpd.alignment import IGNORED
 from mtpd.distill.model import DistillModel
 from mtpd.errors import UserError
 from mtpd.heads import Heads, load_heads, save_heads
-from mtpd.heads.adapters import merged_tensors
 from mtpd.heads.config import HeadsConfig
 from mtpd.heads.looped import extended
 from mtpd.losses.settings import LossSettings
@@ -167,10 +166,6 @@ def check_merged(trunk: Trunk, form: Any) -> None:
     assert merged.config == HeadsConfig(depth=4, hidden_size=trunk.hidden_size, source_layers=[1, 2, 1, 2])
     assert not any("lora" in name or "base_layer" in name for name in merged.state_dict())
     assert all(parameter.requires_grad for parameter in merged.parameters())
-    unrolled = merged_tensors(wider.state_dict(), wider.config)
-    assert unrolled.keys() == merged.state_dict().keys()
-    for name, tensor in merged.state_dict().items():
-        torch.testing.assert_close(unrolled[name], tensor, rtol=0, atol=1e-6)
     batch = row(trunk)
     for depth, (ours, expected) in enumerate(
         zip(states(trunk, merged, batch), states(trunk, wider, batch), strict=True), start=1

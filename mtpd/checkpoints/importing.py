@@ -78,10 +78,15 @@ def import_heads(
             recipe: dict[str, Any] = {
                 "model": base or source,
                 "output": str(output),
-                "heads": {"init": "native", "depth": heads, "shared": shared},
+                "heads": {"kind": native.family.kind, "depth": heads, "shared": shared} | _start(native),
             }
             (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     return native
+
+
+def _start(native: Native) -> dict[str, str]:
+    """How a run starts from these heads; those that lie apart from the base are not found there."""
+    return {} if native.family.separate else {"init": "native"}
 
 
 def shape_of(native: Native, depth: int | None) -> tuple[bool, int]:
@@ -90,11 +95,16 @@ def shape_of(native: Native, depth: int | None) -> tuple[bool, int]:
     if wanted < 1 or (native.count > 1 and wanted > native.count):
         accepted = "at least 1" if native.count == 1 else f"1 to {native.count}"
         raise UserError(f"depth: {wanted} is not accepted; accepted: {accepted}, {native.checkpoint.shown} has so many")
+    if native.family.kind == "medusa" and wanted > native.count:
+        raise UserError(f"depth: {wanted} is not accepted; accepted: 1 to {native.count}, Medusa heads are not reused")
     return native.count == 1 and wanted > 1, wanted
 
 
 def heads_config(native: Native, *, depth: int, shared: bool, vocabulary: int = 0, trunk: str = "") -> HeadsConfig:
     """What heads of mtpd say about themselves that start as these."""
+    if native.family.kind == "medusa":
+        columns = native.tensors["layers.0.unembed.weight"].shape[0]
+        return HeadsConfig(kind="medusa", depth=depth, hidden_size=native.hidden_size, columns=columns, trunk=trunk)
     return HeadsConfig(
         depth=depth,
         hidden_size=native.hidden_size,

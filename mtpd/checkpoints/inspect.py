@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mtpd.checkpoints.exports.card import read_says
-from mtpd.checkpoints.exports.export import ENGINES, FAMILIES_OF
+from mtpd.checkpoints.exports.export import ENGINES, FAMILIES_OF, unfit
 from mtpd.checkpoints.exports.layouts import LAYOUTS
 from mtpd.checkpoints.exports.run import open_run
 from mtpd.checkpoints.families.table import Family
@@ -76,12 +76,12 @@ def _run(path: Path) -> list[str]:
     run = open_run(path)
     blocks = "one shared block" if run.recycles else f"{run.blocks} blocks"
     lines = [
-        f"{path}: run of mtpd for {run.recipe.model} ({run.model_type}), depth {run.depth}, {blocks}",
+        f"{path}: run of mtpd for {run.model} ({run.model_type}), depth {run.depth}, {blocks}",
     ]
     imported = read_imported(path)
     if imported is not None:
         lines.append(f"imported from {imported['source']}, family {imported['family']}")
     for name, layout in LAYOUTS.items():
-        reason = layout.refused(run)
+        reason = unfit(run, layout)
         lines.append(f"export --to {name}: " + ("fits" if reason is None else f"no, {reason}"))
     return lines

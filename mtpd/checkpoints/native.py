@@ -97,6 +97,8 @@ class Native:
         """Why mtpd cannot compute these heads; None if it can."""
         if self.family.cannot_run:
             return self.family.cannot_run
+        if self.family.kind == "medusa":
+            return self._odd_medusa()
         for index in range(self.count):
             for name in PARTS:
                 if f"layers.{index}.{name}" not in self.names:
@@ -105,6 +107,17 @@ class Native:
             return "its heads have embeddings or output heads of their own, and chain heads share the base's"
         if not self.source_layers:
             return "no layer of the base has the kind of its heads' layer"
+        return None
+
+    def _odd_medusa(self) -> str | None:
+        """What a Medusa head has that mtpd's has not."""
+        known = {"residual.project.weight", "residual.project.bias", "unembed.weight"}
+        for index in range(self.count):
+            prefix = f"layers.{index}."
+            own = {name.removeprefix(prefix) for name in self.names if name.startswith(prefix)}
+            if own != known:
+                odd = ", ".join(sorted(own ^ known)[:3])
+                return f"head {index + 1} is no single residual block with a bias and an output head ({odd})"
         return None
 
     def _copies(self, ours: str, tensor: Stored) -> bool:

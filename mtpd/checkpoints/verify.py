@@ -30,7 +30,10 @@ from mtpd.evaluate.decoded import parted_at_tie
 from mtpd.heads import load_heads
 from mtpd.trunk import Trunk
 
-LAYOUTS = {"transformers": ("hf-mtp", "in-place", "glm4moe"), "vllm": ("mimo-draft", "mimo", "glm4moe", "in-place")}
+LAYOUTS = {
+    "transformers": ("hf-mtp", "in-place", "glm4moe"),
+    "vllm": ("mimo-draft", "mimo", "glm4moe", "in-place", "medusa"),
+}
 CONFIDENCE = 1.96
 """Standard deviations of the interval that a difference has to be inside of: 95%."""
 
@@ -184,10 +187,12 @@ def _serve(
     python = with_vllm.environment(environment)
     speculative: dict[str, object] = {"method": "mtp", "num_speculative_tokens": depth}
     model, overrides = folder.resolve(), {}
-    if says["layout"] == "mimo-draft":
-        speculative["model"] = str(model)
+    if says["layout"] in ("mimo-draft", "medusa"):
+        # The base is served as it is; vLLM looks for heads where its config names some.
+        overrides = {"num_nextn_predict_layers": 1} if says["layout"] == "mimo-draft" else {}
+        method = "mtp" if says["layout"] == "mimo-draft" else "medusa"
+        speculative = {"method": method, "model": str(model), "num_speculative_tokens": depth}
         model = open_checkpoint(str(says["base"])).path.resolve()
-        overrides = {"num_nextn_predict_layers": 1}
     return with_vllm.serve(
         python, model, prompts, max_new_tokens=max_new_tokens, speculative=speculative, overrides=overrides
     )
@@ -198,7 +203,8 @@ def perturbed(folder: Path, layout: str) -> Iterator[Path]:
     """A copy of an export whose heads mix their inputs at random; all other tensors are linked."""
     checkpoint = Checkpoint(folder)
     native = find_heads(checkpoint, family=FAMILIES_OF.get(layout), base=checkpoint)
-    names = {theirs for ours, theirs in native.names.items() if ours.endswith("project.weight")}
+    inside = ("project.weight", "unembed.weight")
+    names = {theirs for ours, theirs in native.names.items() if ours.endswith(inside)}
     files = {checkpoint.file_of[name] for name in names}
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory(dir=folder.resolve().parent, prefix=".perturbed-") as beside:

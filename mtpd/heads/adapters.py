@@ -7,12 +7,9 @@ The block itself has no adapter and computes what it always did.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
-
-from mtpd.heads.config import HeadsConfig
+from torch import nn
 
 ALPHA = 2
 """lora_alpha as a multiple of the rank: what an adapter adds is multiplied with it."""
@@ -45,29 +42,6 @@ def without_adapter(head: nn.Module) -> nn.Module:
     for attribute in ("peft_config", "active_adapter"):
         plain.__dict__.pop(attribute, None)
     return plain.requires_grad_(True)
-
-
-def merged_tensors(tensors: Mapping[str, Tensor], config: HeadsConfig) -> dict[str, Tensor]:
-    """The tensors of saved heads as those that a block for each depth has, adapters merged.
-
-    What `ChainHeads.merged` gives, for those who read weights and build no heads: exports.
-
-    Args:
-        tensors: as `save_heads` wrote them; other names than those of blocks and adapters stay.
-    """
-    merged = {name: tensor for name, tensor in tensors.items() if not name.startswith(("layers.", "adapted."))}
-    for place, block in enumerate(config.block_of):
-        own, prefix = f"adapted.{place + 1}.", f"layers.{block}."
-        for name, tensor in tensors.items():
-            if not name.startswith(prefix):
-                continue
-            rest = name.removeprefix(prefix)
-            layer = own + rest.removesuffix(".weight")
-            down, up = (tensors.get(f"{layer}.lora_{half}.default.weight") for half in "AB")
-            if down is not None and up is not None:
-                tensor = tensor + (ALPHA * (up.float() @ down.float())).to(tensor.dtype)
-            merged[f"layers.{place}.{rest}"] = tensor
-    return merged
 
 
 def _around(module: nn.Module) -> nn.Module:

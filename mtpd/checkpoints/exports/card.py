@@ -31,7 +31,7 @@ def about(run: Run, layout: str) -> dict[str, Any]:
     return {
         "schema": 1,
         "layout": layout,
-        "base": run.recipe.model,
+        "base": run.model,
         "run": str(run.path.resolve()),
         "depth": run.depth,
         "shared": run.config.shared,
@@ -45,9 +45,9 @@ def model_card(run: Run, layout: Layout, output: Path) -> str:
     blocks = "one block" if run.recycles else f"{run.blocks} different blocks"
     parts = [
         f"---\nlibrary_name: {'vllm' if 'vLLM' in layout.serve else 'transformers'}\ntags:\n- mtp\n"
-        f"- speculative-decoding\nbase_model: {run.recipe.model}\n---\n",
+        f"- speculative-decoding\nbase_model: {run.model}\n---\n",
         f"# {output.name}\n",
-        f"Multi-token-prediction heads for `{run.recipe.model}`, trained by self-distillation with mtpd. "
+        f"Multi-token-prediction heads for `{run.model}`, trained by self-distillation with mtpd. "
         f"Layout `{layout.name}`: {layout.about}. Depth {run.depth}: {blocks}.\n",
         "Drafts are verified by the base's own output head, so the text is the base's.\n",
         "## Acceptance\n",
@@ -84,12 +84,12 @@ def _acceptance(run: Run) -> list[str]:
 
 
 def _serving(run: Run, layout: Layout, output: Path) -> list[str]:
-    base = str(run.base.path) if run.recipe.model == "demo" else run.recipe.model
+    base = str(run.base.path) if run.model == "demo" else run.model
     if not layout.serve:
         return ["No engine loads this directory by itself.\n"]
     lines = []
     for engine, command in layout.serve.items():
-        text = command.format(out=output, base=base, k=layout.drafts(run))
+        text = command.format(out=output, base=base, k=run.depth)
         lines += [f"{engine}:\n", f"```\n{text}\n```\n"]
     return lines
 

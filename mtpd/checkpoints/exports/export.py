@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mtpd.checkpoints.arrange import first_heads
 from mtpd.checkpoints.directory import Checkpoint, new_directory, write_json
 from mtpd.checkpoints.exports.card import CARD, SAYS, about, model_card
 from mtpd.checkpoints.exports.in_place import native_of
 from mtpd.checkpoints.exports.layouts import LAYOUTS, Layout
 from mtpd.checkpoints.exports.run import Run, open_run
 from mtpd.checkpoints.native import find_heads
+from mtpd.checkpoints.tensors import cast
 from mtpd.errors import MtpdError, UserError
 
 ENGINES = {
     "transformers": ("in-place", "hf-mtp"),
-    "vllm": ("in-place", "mimo-draft", "mimo", "glm4moe"),
+    "vllm": ("in-place", "mimo-draft", "mimo", "glm4moe", "medusa"),
     "sglang": ("in-place", "mimo-draft", "fastmtp"),
 }
 """Layouts that an engine loads, in the order in which they are tried."""
 
-FAMILIES_OF = {"hf-mtp": "transformers", "mimo-draft": "fastmtp", "mimo": "fastmtp", "fastmtp": "fastmtp"}
+FAMILIES_OF = {
+    "hf-mtp": "transformers",
+    "mimo-draft": "fastmtp",
+    "mimo": "fastmtp",
+    "fastmtp": "fastmtp",
+    "medusa": "medusa",
+}
 """The family to read an export back with, where its config does not tell."""
 
 
@@ -57,25 +65,34 @@ def choose(run: Run, to: str) -> tuple[Layout, str]:
         UserError: no such layout, or none that fits.
     """
     if to in LAYOUTS:
-        reason = LAYOUTS[to].refused(run)
+        reason = unfit(run, LAYOUTS[to])
         if reason:
             raise UserError(f"--to {to}: {reason}")
         return LAYOUTS[to], "as asked for"
     if to not in ENGINES:
         raise UserError(f"--to {to}: is not known; accepted: {', '.join([*ENGINES, *LAYOUTS])}")
-    if native_of(run) is not None:
+    if run.config.kind == "chain" and native_of(run) is not None:
         names: tuple[str, ...] = ("in-place",)
     else:
         names = tuple(name for name in ENGINES[to] if name != "in-place")
     reasons: dict[str, str] = {}
     for name in names:
-        reason = LAYOUTS[name].refused(run)
+        reason = unfit(run, LAYOUTS[name])
         if reason is None:
             passed = "".join(f"; not {other}: {why}" for other, why in reasons.items())
             return LAYOUTS[name], f"{LAYOUTS[name].about}{passed}"
         reasons[name] = reason
     told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise UserError(f"--to {to}: no layout fits this run. {told}")
+
+
+def unfit(run: Run, layout: Layout) -> str | None:
+    """Why a run does not fit a layout, with the alternative; None if it does."""
+    if run.config.kind != layout.kind:
+        fitting = [name for name, each in LAYOUTS.items() if each.kind == run.config.kind]
+        accepted = ", ".join(fitting) or "mtpd's own decoding (`mtpd generate`)"
+        return f"the layout is for {layout.kind} heads, and these are {run.config.kind} heads; accepted: {accepted}"
+    return layout.refused(run)
 
 
 def check(run: Run, layout: Layout, folder: Path) -> None:
@@ -92,8 +109,10 @@ def check(run: Run, layout: Layout, folder: Path) -> None:
     if layout.name in ("glm4moe", "in-place"):
         # Cut into experts, or rounded to the format of what they replace: names and shapes are what can be compared.
         return
-    count = native.count
-    expected = run.heads(count)
+    if layout.name == "medusa":
+        expected = {name: cast(tensor, run.dtype) for name, tensor in first_heads(run.tensors, run.depth).items()}
+    else:
+        expected = run.heads(native.count)
     found = native.tensors
     odd = sorted(set(expected) - set(found)) or sorted(
         name for name, tensor in expected.items() if not tensor.same(found[name])

@@ -58,7 +58,7 @@ def write(run: Run, folder: Path) -> None:
         # Mistral's decoder has one window for all layers; MTP layers have one only where a list of kinds says so.
         kinds = changes["layer_types"] = ["sliding_attention"] * run.base.layers
     if kinds is not None:
-        layers = [run.config.source_layers[block] for block in run.block_of[: run.depth]]
+        layers = [run.config.source_layers[block] for block in run.config.block_of[: run.depth]]
         changes["mtp_layer_types"] = [kinds[layer] for layer in layers]
     config = changed_config(run.base, **changes)
     exclude_from_quantisation(config, [f"model.layers.{run.base.layers + index}" for index in range(run.depth)])

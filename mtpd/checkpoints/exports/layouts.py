@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mtpd.checkpoints.exports import glm4_moe, hf_mtp, in_place, mimo, speculators
+from mtpd.checkpoints.exports import glm4_moe, hf_mtp, in_place, medusa, mimo, speculators
 from mtpd.checkpoints.exports.run import Run
 
 
@@ -19,7 +19,6 @@ class Layout:
         refused: why a run does not fit, with the alternative; None if it does.
         write: fills an empty directory, all but its model card.
         serve: commands by engine; `{out}` is the directory, `{base}` the base, `{k}` the drafts a round.
-        drafts: how many drafts a round the layout is right for, of so many depths; None for any.
     """
 
     name: str
@@ -27,7 +26,8 @@ class Layout:
     refused: Callable[[Run], str | None]
     write: Callable[[Run, Path], None]
     serve: dict[str, str]
-    drafts: Callable[[Run], int]
+    kind: str = "chain"
+    """Of the heads that it is for."""
 
 
 TRANSFORMERS = (
@@ -43,6 +43,11 @@ SGLANG = (
     "--speculative-eagle-topk 1"
 )
 
+MEDUSA = (
+    "vllm serve {base} --speculative-config "
+    """'{{"method": "medusa", "model": "{out}", "num_speculative_tokens": {k}}}'"""
+)
+
 LAYOUTS = {
     layout.name: layout
     for layout in (
@@ -52,7 +57,6 @@ LAYOUTS = {
             in_place.refused,
             in_place.write,
             {"transformers": "generate(use_mtp=True), for families that transformers reads", "vLLM": VLLM},
-            lambda run: run.depth,
         ),
         Layout(
             "hf-mtp",
@@ -60,7 +64,6 @@ LAYOUTS = {
             hf_mtp.refused,
             hf_mtp.write,
             {"transformers": TRANSFORMERS},
-            lambda run: run.depth,
         ),
         Layout(
             "mimo-draft",
@@ -68,7 +71,6 @@ LAYOUTS = {
             mimo.draft_refused,
             mimo.write_draft,
             {"vLLM": DRAFT},
-            lambda run: run.depth,
         ),
         Layout(
             "mimo",
@@ -76,7 +78,6 @@ LAYOUTS = {
             mimo.refused,
             mimo.write,
             {"vLLM": VLLM},
-            lambda run: run.depth,
         ),
         Layout(
             "fastmtp",
@@ -84,7 +85,6 @@ LAYOUTS = {
             mimo.fastmtp_refused,
             mimo.write,
             {"SGLang (not run by mtpd's authors)": SGLANG},
-            lambda run: run.depth,
         ),
         Layout(
             "glm4moe",
@@ -92,7 +92,6 @@ LAYOUTS = {
             glm4_moe.refused,
             glm4_moe.write,
             {"vLLM": VLLM},
-            lambda run: run.depth,
         ),
         Layout(
             "speculators",
@@ -100,7 +99,14 @@ LAYOUTS = {
             speculators.refused,
             speculators.write,
             {},
-            lambda run: run.depth,
+        ),
+        Layout(
+            "medusa",
+            "Medusa heads beside an unchanged base",
+            medusa.refused,
+            medusa.write,
+            {"vLLM": MEDUSA},
+            kind="medusa",
         ),
     )
 }

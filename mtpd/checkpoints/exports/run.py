@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from mtpd.checkpoints.directory import Checkpoint
 from mtpd.checkpoints.importing import open_checkpoint
 from mtpd.checkpoints.native import base_tensor
 from mtpd.checkpoints.spelling import Tensors
-from mtpd.checkpoints.tensors import FLOATS, Stored, cast, read_header, stored
+from mtpd.checkpoints.tensors import FLOATS, Stored, cast, computed, read_header
 from mtpd.errors import UserError
 from mtpd.heads import CONFIG, WEIGHTS
-from mtpd.heads.adapters import merged_tensors
+from mtpd.heads.adapters import ALPHA
 from mtpd.heads.config import HeadsConfig
 from mtpd.recipe import Recipe, load_recipe
 
@@ -28,26 +28,27 @@ class Run:
     """Heads and their base, nothing of them in memory.
 
     Attributes:
+        model: the name of the base.
         depth: how many depths are exported; the heads may have more.
         tensors: those of the blocks, as `mtpd.heads` names and arranges them.
+        adapters: those of depths that have an adapter on their block.
     """
 
     path: Path
     recipe: Recipe
+    model: str
     base: Checkpoint
     config: HeadsConfig
     depth: int
     tensors: Tensors
-
-    @property
-    def block_of(self) -> list[int]:
-        """By depth, the number of its block."""
-        return self.config.block_of
+    adapters: Tensors
 
     @property
     def blocks(self) -> int:
-        """How many different blocks the exported depths have."""
-        return len(set(self.block_of[: self.depth]))
+        """How many different blocks the exported depths have, adapters counted in."""
+        adapters = self.config.adapters or [0] * self.config.depth
+        kinds = zip(self.config.block_of, adapters, range(self.config.depth), strict=True)
+        return len({(block, depth if rank else -1) for block, rank, depth in list(kinds)[: self.depth]})
 
     @property
     def recycles(self) -> bool:
@@ -76,7 +77,10 @@ class Run:
 
     def heads(self, count: int) -> Tensors:
         """The tensors of `count` heads in the export's number format, a shared block written out for each."""
-        tensors = by_depth(self.tensors, self.block_of[:count])
+        tensors = by_depth(self.tensors, self.config.block_of[:count])
+        for depth, rank in enumerate(self.config.adapters[:count]):
+            if rank:
+                tensors |= with_adapter(self.adapters, tensors, depth)
         return {name: cast(tensor, self.dtype) for name, tensor in tensors.items()}
 
     def base_norm(self) -> Stored:
@@ -110,16 +114,29 @@ def open_run(path: Path, *, depth: int | None = None) -> Run:
     wanted = config.depth if depth is None else depth
     if not 1 <= wanted <= config.depth:
         raise UserError(f"depth: {wanted} is not accepted; accepted: 1 to {config.depth}, the heads of {path}")
-    saved: Tensors = read_header(folder / WEIGHTS)[0]
-    if any(config.adapters):
-        # No layout has adapters: they become part of a block for each depth.
-        merged = merged_tensors({name: tensor.load() for name, tensor in saved.items()}, config)
-        saved, config = {name: stored(tensor) for name, tensor in merged.items()}, config.merged()
-    tensors = {name: tensor for name, tensor in saved.items() if name.startswith("layers.")}
-    if (path / "trunk" / "config.json").is_file():
-        # The run trained its trunk too: that is what the heads belong to.
-        recipe = recipe.model_copy(update={"model": str(path / "trunk")})
-    return Run(path, recipe, open_checkpoint(recipe.model), config, wanted, tensors)
+    found = read_header(folder / WEIGHTS)[0]
+    tensors = {name: tensor for name, tensor in found.items() if name.startswith("layers.")}
+    adapters = {name: tensor for name, tensor in found.items() if name.startswith("adapted.")}
+    # A run that trained its trunk too holds it.
+    model = str(path / "trunk") if (path / "trunk" / "config.json").is_file() else recipe.model
+    return Run(path, recipe, model, open_checkpoint(model), config, wanted, tensors, adapters)
+
+
+def with_adapter(adapters: Tensors, tensors: Tensors, depth: int) -> Tensors:
+    """The weights of a depth (from 0 on) with its adapter merged into them: W + s B A."""
+    merged: Tensors = {}
+    prefix, first = f"adapted.{depth + 1}.", ".lora_A.default.weight"
+    for name, down in adapters.items():
+        if name.startswith(prefix) and name.endswith(first):
+            module = name.removeprefix(prefix).removesuffix(first)
+            up = adapters[f"{prefix}{module}.lora_B.default.weight"]
+            weight = tensors[f"layers.{depth}.{module}.weight"]
+            merged[f"layers.{depth}.{module}.weight"] = computed(weight, partial(_merge, up=up, down=down))
+    return merged
+
+
+def _merge(weight: torch.Tensor, *, up: Stored, down: Stored) -> torch.Tensor:
+    return weight + (ALPHA * (up.load().float() @ down.load().float())).to(weight.dtype)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

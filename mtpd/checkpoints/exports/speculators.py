@@ -28,7 +28,7 @@ def refused(run: Run) -> str | None:
 def write(run: Run, folder: Path) -> None:
     tensors = as_family(run.heads(1), FAMILY, heads=1, layers=run.base.layers, model_type=run.model_type)
     write_sharded(folder, tensors)
-    verifier = {"name_or_path": run.recipe.model, "architectures": run.base.config.get("architectures") or []}
+    verifier = {"name_or_path": run.model, "architectures": run.base.config.get("architectures") or []}
     config = {
         "architectures": ["MTPDraftModel"],
         "speculators_model_type": "mtp",

@@ -8,11 +8,14 @@ FAMILY = Family(
     model_types=("medusa",),
     counts=("medusa_num_heads", "num_heads"),
     names=(
-        ("{i}.{m}.linear.{rest}", "heads.{i}.layers.{m}.{rest}"),
-        ("{i}.{m}.weight", "heads.{i}.output.{m}.weight"),
+        ("{i}.0.linear.{rest}", "layers.{i}.residual.project.{rest}"),
+        ("{i}.1.weight", "layers.{i}.unembed.weight"),
+        # Published heads have one residual block each; more of them mtpd has no place for.
+        ("{i}.{m}.linear.{rest}", "layers.{i}.residual.{m}.{rest}"),
+        ("{i}.{m}.weight", "layers.{i}.unembed.{m}.weight"),
     ),
     separate=True,
-    cannot_run="its heads read no drafted tokens, so they are no chain",
+    kind="medusa",
     engines=("vLLM",),
     reference="arXiv 2401.10774; github.com/FasterDecoding/Medusa; vLLM medusa.py",
 )

@@ -44,6 +44,7 @@ class Family:
         sublayers: config key whose length is the number of sub-layers of a head.
         cannot_run: why mtpd cannot compute these heads, or None if it can. Their tensors go in and out anyway.
         separate: whether the heads lie in a directory of their own, without the base.
+        kind: of mtpd's heads that compute the same.
         engines: serving engines whose source reads the family: vLLM 0.32, SGLang 0.5.23, transformers 5.23.
     """
 
@@ -65,6 +66,7 @@ class Family:
     cannot_run: str | None = None
     separate: bool = False
     engines: tuple[str, ...] = ()
+    kind: Literal["chain", "medusa"] = "chain"
 
     def per_head(self, config: Mapping[str, Any]) -> int:
         """Sub-layers of a head: 1 but where the family builds a head of several."""
