@@ -144,7 +144,9 @@ def learn(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> 
     for way in (False, True):
         found = decode(exact, parallel, prompts, sampled=way, tokens=args.tokens)
         write({**joint, "mode": "sampled" if way else "greedy", **found})
-    write({**joint, "mode": "wall clock", **wall_clock(exact, parallel, prompts[:3], tokens=args.tokens, runs=args.runs)})
+    write(
+        {**joint, "mode": "wall clock", **wall_clock(exact, parallel, prompts[:3], tokens=args.tokens, runs=args.runs)}
+    )
     for seed in range(args.seeds):
         for structure in STRUCTURES:
             heads = new(trunk, structure, args.components, "full", source=source, seed=seed)

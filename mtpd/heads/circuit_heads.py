@@ -64,6 +64,9 @@ class CircuitHeads(LogitHeads):
         """Takes the trunk's unembedding, which shared leaves stand before; `loss`, `along` and `drafter` do so."""
         self._main = [trunk.unembedding.select(self.rows())]
 
+    def logits_of_a_window(self) -> int:
+        return self.circuit.places * self.circuit.components * self.config.columns
+
     def weights(self, hidden: Tensor) -> Tensor:
         """Sum weights [C, Z] before their softmax, linear in the states."""
         if self.sums is None:
@@ -178,9 +181,9 @@ def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, Any]:
         raise UserError(
             f"heads.init: {settings['init']} is not accepted for circuit heads; accepted: {', '.join(STARTS)}"
         )
-    if shape.leaves == "shared":
-        return {"circuit": shape}
     places, columns = settings["depth"] + 1, settings["columns"]
+    if shape.leaves == "shared":
+        return {"circuit": shape, "columns": columns}
     needed = 4 * TRAINING_COPIES * places * shape.components * columns * trunk.hidden_size
     room = psutil.virtual_memory().available
     if needed > room:

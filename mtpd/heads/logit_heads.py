@@ -62,6 +62,14 @@ class LogitHeads(Heads):
         """Columns [C, K] of drafts chosen together, after the token of place 0 (`columns` [C, 1])."""
         raise NotImplementedError
 
+    def logits_of_a_window(self) -> int:
+        """How many logits the loss holds of each position."""
+        return self.depth * self.config.columns
+
+    def piece_bytes(self) -> int:
+        # Logits, their softmax and its gradient, in two and four bytes.
+        return PIECE * self.logits_of_a_window() * (2 + 4 + 4)
+
     def stepwise(self, hidden: Tensor, first: Tensor) -> Callable[[int, Tensor], Tensor]:
         """Logits of one draft after the other: a function that is called in order.
 

@@ -102,7 +102,8 @@ class DataRecipe(Section):
     """Prompts, their responses, and the rows they are packed into."""
 
     prompts: str = Field(default="builtin", min_length=1, examples=["builtin", "prompts.jsonl", "org/dataset"])
-    """`builtin` (the prompts that come with mtpd), the path of a .jsonl file, or a datasets id."""
+    """`builtin` (the prompts that come with mtpd), `stdlib` (pieces of the source of Python's standard library, with
+    what follows them), the path of a .jsonl file, or a datasets id."""
     subset: Text | None = None
     """Configuration name of the datasets id."""
     split: Text = "train"
@@ -110,8 +111,8 @@ class DataRecipe(Section):
     limit: Count | None = None
     """Prompts at most, drawn by the seed; null for all."""
     held_out: Text | None = None
-    """Prompts that are measured on and never trained on: `builtin`, the path of a .jsonl file, or a datasets
-    id. null: the built-in held-out set if `prompts` is builtin, else `held_out_count` of the prompts."""
+    """Prompts that are measured on and never trained on: `builtin`, `stdlib-held-out`, the path of a .jsonl file, or
+    a datasets id. null: the built-in held-out set if `prompts` is builtin, else `held_out_count` of the prompts."""
     held_out_count: Count = 80
     """Prompts kept out of training when `held_out` is null and `prompts` is not builtin."""
     responses: Literal["trunk", "given"] = "trunk"
