@@ -33,6 +33,9 @@ ATTENTION = "mtpd_slots"
 MOST_ROWS = 160
 """Products of more rows than this are left to PyTorch, which is as fast there."""
 
+FEW_ROWS = 3
+"""In float32, so do products of no more rows than this: MKL's kernels for a few rows read the weights once."""
+
 Module = TypeVar("Module", bound=nn.Module)
 
 _twins: WeakKeyDictionary[nn.Module, tuple[Any, nn.Module]] = WeakKeyDictionary()
@@ -96,8 +99,8 @@ class Product:
         """[..., out] of [..., in]."""
         size = inputs.shape[-1]
         rows = inputs.numel() // size
-        # One row in float32 is as fast without.
-        if self.packed is None or rows > MOST_ROWS or (rows == 1 and inputs.dtype == torch.float32):
+        few = rows <= FEW_ROWS and inputs.dtype == torch.float32
+        if self.packed is None or rows > MOST_ROWS or few:
             return nn.functional.linear(inputs, self.weight, self.bias)
         flat = inputs.reshape(rows, size)
         product = torch.ops.mkldnn._linear_pointwise(flat, self.packed, self.bias, "none", [], "")

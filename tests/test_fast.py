@@ -76,7 +76,7 @@ def test_products(dtype: torch.dtype, biased: bool) -> None:
     weight = torch.randn(70, 33).to(dtype)
     bias = torch.randn(70).to(dtype) if biased else None
     product = Product(weight, bias)
-    for shape in ((1,), (1, 1), (2, 3), (5, 1, 8), (200,)):
+    for shape in ((1,), (1, 1), (3,), (2, 2), (2, 3), (5, 1, 8), (200,)):
         inputs = torch.randn(*shape, 33).to(dtype)
         expected = nn.functional.linear(inputs, weight, bias)
         close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-1}
