@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtpd import alignment
+from mtpd.errors import UserError
 from mtpd.heads import Batch, Heads, Readout
 from mtpd.losses.settings import LossSettings, LossSums
 from mtpd.trunk import Trunk
@@ -37,7 +38,12 @@ class DistillModel(nn.Module):
         super().__init__()
         self.compiled = compiled
         if checkpoint_blocks:
-            for head in heads.blocks():
+            blocks = list(heads.blocks())
+            if not blocks:
+                raise UserError(
+                    f"train.checkpoint_blocks: true does nothing for heads of kind {heads.config.kind}; accepted: false"
+                )
+            for head in blocks:
                 _checkpoint(head)
         self.trunk = trunk
         self.heads = heads

@@ -173,9 +173,15 @@ def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, Any]:
     Raises:
         UserError: full leaves that memory does not hold while they are trained.
     """
-    given = dict(settings["circuit"] or {})
-    if given.get("structure") == "ff":
-        given["components"] = 1
+    given = {key: value for key, value in settings["circuit"].items() if value is not None}
+    if given.get("structure") == "ff" and given.setdefault("components", 1) != 1:
+        raise UserError(
+            f"heads.circuit.components: {given['components']} is not accepted for structure: ff; accepted: 1, or null"
+        )
+    if given.get("leaves") == "full" and "rank" in given:
+        raise UserError(
+            f"heads.circuit.rank: {given['rank']} does nothing with leaves: full; accepted: null, or leaves: shared"
+        )
     shape = CircuitShape.model_validate(given)
     if settings["init"] not in (None, *STARTS):
         raise UserError(
