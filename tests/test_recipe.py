@@ -88,7 +88,11 @@ def test_a_section_with_all_keys_commented_out_is_absent(tmp_path: Path) -> None
     assert load_recipe(write(tmp_path, "model: demo\ntrain:\n  # epochs: 4\n")).train == TrainRecipe()
 
 
-@pytest.mark.parametrize("recipe_file", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe_file",
+    sorted(path for path in RECIPES.glob("*.yaml") if path.stem != "bytes-code"),  # one of `mtpd pretrain`
+    ids=lambda path: path.stem,
+)
 def test_shipped_recipes_are_accepted_and_survive_a_dump(recipe_file: Path, tmp_path: Path) -> None:
     """Fault: a shipped recipe has a key that was renamed; the recipe.yaml of a run means something else."""
     recipe = load_recipe(recipe_file)

@@ -62,7 +62,7 @@ class HeadsConfig(BaseModel):
     vocabulary_size: int = Field(default=0, ge=0)
     """Tokens of the draft vocabulary; 0 where heads draft over the whole vocabulary."""
     columns: int = Field(default=0, ge=0)
-    """Of an unembedding that the heads have themselves; 0 for heads without one."""
+    """Tokens that heads with logits of their own give; 0 for heads that give states."""
     trunk: str = ""
     """Fingerprint of the trunk that the heads belong to."""
 
