@@ -30,6 +30,7 @@ from mtpd.decode.engine import Engine, Request
 from mtpd.decode.sampling import SampledDrafts
 from mtpd.heads import Batch, Heads, Readout, build_heads, configure_heads, load_heads, start_heads
 from mtpd.heads.base import Pick
+from mtpd.heads.circuit_heads import CircuitHeads
 from mtpd.losses.settings import LossSettings
 from mtpd.slots import Span
 from mtpd.trunk import Trunk
@@ -41,8 +42,10 @@ DEPTH = 7
 
 def settings_of(structure: str, components: int, leaves: str, rank: int = 16) -> dict[str, Any]:
     """The `heads` section of a recipe."""
-    circuit = {"structure": structure, "components": components, "leaves": leaves, "rank": rank}
-    return {"kind": "circuit", "depth": DEPTH, "init": "identity", "parallel": None, "circuit": circuit}
+    circuit: dict[str, Any] = {"structure": structure, "components": 1 if structure == "ff" else components}
+    circuit |= {"leaves": leaves, "rank": rank if leaves == "shared" else None}
+    common = {"kind": "circuit", "depth": DEPTH, "init": None, "shared": False, "source": None, "parallel": {}}
+    return {**common, "circuit": circuit}
 
 
 def new(trunk: Trunk, structure: str, components: int, leaves: str, *, source: Heads | None, seed: int) -> Heads:
@@ -147,19 +150,21 @@ def learn(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> 
     speeds = wall_clock(exact, parallel, prompts[:3], tokens=args.tokens, runs=args.runs)
     write({**joint, "mode": "wall clock", **speeds})
     for seed in range(args.seeds):
-        for structure in STRUCTURES:
+        for structure in args.structures:
             heads = new(trunk, structure, args.components, "full", source=source, seed=seed)
             spent = train(trunk, heads, rows, steps=args.steps, rate=args.rate, seed=seed)
             known = {"name": structure, "r": args.components, "seed": seed}
             heads = heads.float().eval()
             logs = likelihood(exact, heads, held_out)
             write({**known, "mode": "held-out log p by depth", "seconds of training": spent, "log p": logs})
-            for way in (False, True):
-                found = decode(exact, heads, prompts, sampled=way, tokens=args.tokens)
-                write({**known, "mode": "sampled" if way else "greedy", **found})
-            if seed == 0:
-                rates = wall_clock(exact, heads, prompts[:3], tokens=args.tokens, runs=args.runs)
-                write({**known, "mode": "wall clock", **rates})
+            assert isinstance(heads, CircuitHeads)
+            write({**known, "mode": "sampled", **decode(exact, heads, prompts, sampled=True, tokens=args.tokens)})
+            for heads.joint in (False, True) if structure != "ff" else (True,):
+                way = "greedy, max-product" if heads.joint else "greedy, conditionals"
+                write({**known, "mode": way, **decode(exact, heads, prompts, sampled=False, tokens=args.tokens)})
+                if seed == 0:
+                    rates = wall_clock(exact, heads, prompts[:3], tokens=args.tokens, runs=args.runs)
+                    write({**known, "mode": f"wall clock, {way}", **rates})
 
 
 def cost(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> None:
@@ -237,6 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run directory of mtpd pretrain")
     parser.add_argument("--part", choices=("learn", "cost"), default="learn")
+    parser.add_argument("--structures", nargs="+", choices=STRUCTURES, default=STRUCTURES)
     parser.add_argument("--components", type=int, default=8)
     parser.add_argument("--rows", type=int, default=2400, help="rows of 128 bytes to learn from")
     parser.add_argument("--steps", type=int, default=300)

@@ -24,6 +24,7 @@ from mtpd.cli import main
 from mtpd.decode import generate
 from mtpd.errors import MtpdError, UserError
 from mtpd.heads import Heads, HeadsConfig, build_heads, load_heads, save_heads
+from mtpd.heads.looped import extended
 from mtpd.heads.norms import gain, set_gain
 from mtpd.trunk import Trunk
 
@@ -92,6 +93,39 @@ def test_an_exported_directory_is_whole(tmp_path: Path) -> None:
     assert "Not measured." in card
     assert "trust_remote_code=True" in card
     assert "depth: 2" in card
+
+
+@pytest.mark.parametrize("form", ["copies", "shared", "adapters"])
+def test_extended_heads_are_written_out(form: Any, tmp_path: Path) -> None:
+    """Fault: looped depths that are left out or doubled wrongly, adapters that are dropped without a word."""
+    trunk = architectures.tiny_trunk("llama")
+    heads = extended(architectures.random_heads(trunk, depth=2), trunk, depth=4, form=form, rank=4)
+    with torch.no_grad():
+        for name, parameter in heads.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    written = []
+    for name, each in (("own", heads), ("merged", heads.merged())):
+        (tmp_path / name).mkdir()
+        run = finished_run(tmp_path / name, trunk, each)
+        export(run, tmp_path / name / "out", to="hf-mtp")
+        written.append(Checkpoint(tmp_path / name / "out").tensors)
+    own, merged = written
+    assert own.keys() == merged.keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(own[name].load(), tensor.load(), rtol=0, atol=1e-6)
+
+
+def test_a_trained_trunk_is_exported(tmp_path: Path) -> None:
+    """Fault: heads beside the model that they do not belong to."""
+    run = llama_run(tmp_path, depth=1)
+    model = copy.deepcopy(architectures.tiny_trunk("llama").model)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(2.0)
+    model.save_pretrained(run / "trunk")
+    export(run, tmp_path / "out", to="hf-mtp")
+    tensors = Checkpoint(tmp_path / "out").tensors
+    assert torch.equal(tensors["model.embed_tokens.weight"].load(), model.model.embed_tokens.weight)
 
 
 def test_an_export_that_lost_a_tensor_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,7 +202,21 @@ def test_fewer_heads_draft_the_same(llama: Trunk, form: str) -> None:
 
 REFUSED = {
     "full leaves": ("cp", {"vocabulary": 0}, 10**9, "leaves: full needs .* GB .* accepted: shared"),
-    "section of another kind": ("linear", {"circuit": {}}, 0, "heads.circuit: does nothing with heads.kind: parallel"),
+    "key of another kind": (
+        "linear",
+        {"circuit": {"rank": 4}},
+        0,
+        "heads.circuit.rank: 4 does nothing with .* parallel",
+    ),
+    "key of chains": ("linear", {"shared": True}, 0, "heads.shared: true does nothing with heads.kind: parallel"),
+    "two starts": ("linear", {"source": "x", "init": "identity"}, 0, "heads.init: identity does nothing with heads.so"),
+    "components of ff": (
+        "ff",
+        {"circuit": {"structure": "ff", "components": 2}},
+        0,
+        "components: 2 .* accepted: 1, or",
+    ),
+    "rank of full leaves": ("cp", {"circuit": {"leaves": "full", "rank": 4}}, 0, "rank: 4 does nothing with leaves: f"),
     "start of a block": ("residual", {"init": "regression"}, 0, "heads.init: regression .* residual; accepted: iden"),
     "start of a circuit": ("cp", {"init": "copy_last"}, 0, "heads.init: copy_last .* circuit heads; accepted: regr"),
     "start of medusa": ("medusa", {"init": "copy_last"}, 0, "heads.init: copy_last .* medusa heads; accepted: iden"),
@@ -215,6 +229,17 @@ def test_refused(llama: Trunk, name: str) -> None:
     form, change, columns, message = REFUSED[name]
     with pytest.raises(UserError, match=message):
         configure_heads({**settings(form), **change}, llama, vocabulary=columns, fingerprint="")
+
+
+def test_options_that_nothing_would_read(llama: Trunk) -> None:
+    """Fault: training that is said to be compiled, or to keep less in memory, and is not."""
+    heads = random_kind(llama, "cp")
+    settings = LossSettings((1.0,) * 3, (0.0,) * 3)
+    with pytest.raises(UserError, match=r"train.checkpoint_blocks: true .* kind circuit; accepted: false"):
+        DistillModel(llama, heads, settings, checkpoint_blocks=True)
+    rows = batch(llama)
+    with pytest.raises(UserError, match=r"train.compile: true does nothing for heads of kind circuit; accepted: false"):
+        DistillModel(llama, heads, settings, compiled=True)(rows.input_ids, rows.labels, rows.position_ids)
 
 
 def test_max_product_is_no_sequence_of_conditionals(llama: Trunk) -> None:

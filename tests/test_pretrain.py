@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from kinds import settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer
 
 from mtpd.cli import main
 from mtpd.data import stdlib
 from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.distill.pretrain import PretrainModel
 from mtpd.heads import Heads, build_heads, configure_heads, load_heads, start_heads
+from mtpd.recipe import load_pretrain_recipe
 from mtpd.trunk import Trunk
 
 ROOT = Path(__file__).parents[1]
@@ -160,6 +162,20 @@ def test_refused(word: str, message: str, tmp_path: Path, capsys: pytest.Capture
     """Fault: a mistake in the recipe that shows as a traceback."""
     assert main(["pretrain", *SMALL, f"output={tmp_path / 'run'}", word]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_shipped_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: a recipe with a key that was renamed, or of which the heads do not fit the model that it names."""
+    recipe = load_pretrain_recipe(ROOT / "recipes" / "bytes-code.yaml")
+    AutoConfig.for_model(**recipe.model).save_pretrained(tmp_path / "model")
+    ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "model")
+    words = ["distill", str(ROOT / "recipes" / "bytes-code-heads.yaml"), f"model={tmp_path / 'model'}", "data.limit=40"]
+    assert main([*words, "--dry-run"]) == 0
+    plan = re.sub(" +", " ", capsys.readouterr().out)
+    assert "frozen 10,8" in plan
+    # Leaves of eight places, eight components and 259 tokens; sums of a root and six regions.
+    trained = 8 * 8 * 259 * 384 + (8 + 6 * 64) * (384 + 1)
+    assert f"trained {trained:,} parameters" in plan
 
 
 def test_held_out_modules_are_apart() -> None:

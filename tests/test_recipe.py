@@ -88,7 +88,11 @@ def test_a_section_with_all_keys_commented_out_is_absent(tmp_path: Path) -> None
     assert load_recipe(write(tmp_path, "model: demo\ntrain:\n  # epochs: 4\n")).train == TrainRecipe()
 
 
-@pytest.mark.parametrize("recipe_file", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe_file",
+    sorted(path for path in RECIPES.glob("*.yaml") if path.stem != "bytes-code"),  # one of `mtpd pretrain`
+    ids=lambda path: path.stem,
+)
 def test_shipped_recipes_are_accepted_and_survive_a_dump(recipe_file: Path, tmp_path: Path) -> None:
     """Fault: a shipped recipe has a key that was renamed; the recipe.yaml of a run means something else."""
     recipe = load_recipe(recipe_file)
@@ -111,11 +115,11 @@ def test_a_dump_keeps_values_that_yaml_could_misread(tmp_path: Path) -> None:
     [
         ("heads.dept=4", "did you mean heads.depth?"),
         ("head.depth=4", "did you mean heads?"),
-        ("learning_rate=1", "did you mean train.learning_rate?"),
-        ("learning_rat=1", "did you mean train.learning_rate?"),
+        ("learning_rate=1", "did you mean train.learning_rate or extend.learning_rate?"),
+        ("learning_rat=1", "did you mean train.learning_rate or extend.learning_rate?"),
         ("temperature=1", "did you mean data.temperature?"),
         ("warmup=1", "did you mean train.warmup_ratio?"),
-        ("heads.zzz=1", "accepted here: kind, depth, shared, init, vocabulary"),
+        ("heads.zzz=1", "accepted here: kind, depth, shared, adapters, init, source, parallel, circuit, vocabulary"),
         ("data.given=[{prompts: a.jsonl, limt: 3}]", "did you mean data.given.limit?"),
     ],
 )

@@ -71,8 +71,8 @@ def load_prompts(
     """Loads prompts.
 
     Args:
-        source: "builtin", "builtin-held-out" or "builtin-other", a .jsonl file, or the id (or folder) of a
-            `datasets` data set.
+        source: "builtin", "builtin-held-out" or "builtin-other", "stdlib" or "stdlib-held-out", a .jsonl file, or the
+            id (or folder) of a `datasets` data set.
         split: which split of a `datasets` data set.
         subset: its configuration name.
         limit: at most so many, drawn with `seed`; None takes all in their order.

@@ -16,6 +16,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import constants
 
+from mtpd.data import stdlib
 from mtpd.errors import UserError
 
 Rows = Iterator[tuple[str, Any]]
@@ -36,6 +37,8 @@ def read(source: str, *, split: str, subset: str | None) -> Rows:
     """
     if source in BUILTIN_SETS:
         return _builtin_rows(source)
+    if source in (stdlib.SOURCE, stdlib.HELD_OUT):
+        return stdlib.pieces(source)
     path = Path(source).expanduser()
     if path.is_dir():
         return _dataset_rows(str(path), split, subset, local=True)
@@ -76,7 +79,7 @@ def at_hand(source: str) -> bool:
     """Whether a source is built in or a file (which may be missing), and so needs no `datasets` library."""
     path = Path(source).expanduser()
     looks_so = path.is_file() or path.suffix in (".jsonl", ".json") or source.startswith((".", "/", "~"))
-    return source in BUILTIN_SETS or (looks_so and not path.is_dir())
+    return source in (*BUILTIN_SETS, stdlib.SOURCE, stdlib.HELD_OUT) or (looks_so and not path.is_dir())
 
 
 def _builtin_rows(source: str) -> Rows:

@@ -15,6 +15,8 @@ SOURCE, HELD_OUT = "stdlib", "stdlib-held-out"
 OUTSIDE = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3"})
 SHARE = 10
 """One of so many modules is held out."""
+PROMPT, PIECE = 64, 224
+"""Characters of a prompt, and of a prompt with the text behind it."""
 
 
 def documents(source: str) -> Iterator[tuple[str, str]]:
@@ -30,6 +32,16 @@ def documents(source: str) -> Iterator[tuple[str, str]]:
             continue
         if text.strip():
             yield inside.as_posix(), text
+
+
+def pieces(source: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """(place, row) of the documents cut into prompts with completions."""
+    for path, text in documents(source):
+        for number, start in enumerate(range(0, len(text) - PIECE + 1, PIECE)):
+            piece = text[start : start + PIECE]
+            if piece[:PROMPT].strip() and piece[PROMPT:].strip():
+                row = {"id": f"{path}:{number}", "prompt": piece[:PROMPT], "completion": piece[PROMPT:]}
+                yield path, {**row, "family": source}
 
 
 def held_out(module: str) -> bool:

@@ -27,7 +27,7 @@ def mtp_in_transformers(trunk: Trunk, heads: Heads) -> Iterator[None]:
     Raises:
         UserError: transformers cannot build these heads for this model.
     """
-    heads = chain_of(heads, what="transformers' generate(use_mtp=True)")
+    heads = chain_of(heads, what="transformers' generate(use_mtp=True)").merged()
     settings: Any = trunk.model.config.get_text_config(decoder=True)
     if hasattr(settings, "num_mtp_layers") and settings.num_mtp_layers is not None:
         raise UserError(f"{trunk.name}: it has MTP layers of its own; heads cannot take their place in transformers")

@@ -187,12 +187,13 @@ class Sizes:
 
 
 def estimate_memory(
-    recipe: Recipe, sizes: Sizes, text: TextEstimate, *, decoding_item: int
+    recipe: Recipe, sizes: Sizes, text: TextEstimate, *, decoding_item: int, own_logits: int = 0
 ) -> dict[str, dict[str, int]]:
     """Bytes by phase and purpose. What allocators and libraries add is left out.
 
     Args:
         decoding_item: bytes of a number while decoding; another one than the trunk's means a second model.
+        own_logits: bytes that the loss takes of heads with logits of their own, 0 for the others.
     """
     data, item = recipe.data, sizes.item
     weights = sizes.frozen * item
@@ -224,7 +225,7 @@ def estimate_memory(
             if data.hidden_states == "memory"
             else 0,
             "hidden states of a batch": batch_tokens * sizes.hidden * item,
-            "loss": block_size(sizes.columns, tokens, item)[1],
+            "loss": own_logits or block_size(sizes.columns, tokens, item)[1],
         },
     }
     if data.responses == "given":

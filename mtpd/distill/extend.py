@@ -229,6 +229,8 @@ def _pays(material: Material, heads: ChainHeads, run: RunDirectory, console: Con
     """Whether the deepest head is the fastest number of drafts: only then can a deeper one gain anything."""
     found = _measured_depths(material, heads, run)
     assert found is not None, "extend.auto is refused without evaluation.decode_prompts"
+    if not run.stage.is_file():
+        console.print(depths_pay_table(found))
     pays = found.fastest == heads.depth
     if not pays:
         console.print(

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mtpd import alignment
 from mtpd.distill.joint import JointTrunk
+from mtpd.errors import UserError
 from mtpd.heads import Batch, Heads, Readout
 from mtpd.losses.fused import multi_depth_loss
 from mtpd.losses.settings import LossSettings, LossSums
@@ -45,7 +46,12 @@ class DistillModel(nn.Module):
         self.after = after
         self.joint = joint
         if checkpoint_blocks:
-            for head in heads.blocks():
+            blocks = list(heads.blocks())
+            if not blocks:
+                raise UserError(
+                    f"train.checkpoint_blocks: true does nothing for heads of kind {heads.config.kind}; accepted: false"
+                )
+            for head in blocks:
                 _checkpoint(head)
         self.trunk = trunk
         self.heads = heads

@@ -162,7 +162,8 @@ def plan(recipe: Recipe) -> Plan:
         trunk.config,
         frozen=frozen,
         trained=trained,
-        depth=recipe.heads.depth,
+        # Heads without decoder layers keep next to nothing for their backward pass.
+        depth=recipe.heads.depth if config.source_layers else 0,
         columns=columns,
         tokens=rows,
         item=dtype.itemsize,
@@ -183,7 +184,7 @@ def plan(recipe: Recipe) -> Plan:
         frozen=frozen,
         trained=trained,
         text=text,
-        memory=estimate_memory(recipe, sizes, text, decoding_item=decoding.itemsize),
+        memory=estimate_memory(recipe, sizes, text, decoding_item=decoding.itemsize, own_logits=heads.piece_bytes()),
         disk=estimate_disk(recipe, sizes, text),
     )
 

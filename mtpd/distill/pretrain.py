@@ -226,7 +226,9 @@ def _heads(recipe: PretrainRecipe, trunk: Trunk) -> Heads | None:
         "depth": recipe.heads.depth,
         "init": "identity",
         "parallel": {"block": recipe.heads.block},
-        "circuit": None,
+        "circuit": {},
+        "shared": False,
+        "source": None,
     }
     heads = build_heads(trunk, configure_heads(settings, trunk, vocabulary=0, fingerprint=""))
     start_heads(heads, trunk, "identity", lambda: (), seed=recipe.seed)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
@@ -18,7 +18,7 @@ from mtpd.heads import circuit_heads, medusa, parallel
 from mtpd.heads import initialise as chain_start
 from mtpd.heads.base import Batch, Heads, Readout
 from mtpd.heads.chain import ChainHeads
-from mtpd.heads.config import HeadsConfig
+from mtpd.heads.config import CircuitShape, HeadsConfig, ParallelShape
 from mtpd.trunk import Trunk
 
 __all__ = [
@@ -67,8 +67,8 @@ KINDS = {
         circuit_heads.adopt,
     ),
 }
-SECTIONS = ("parallel", "circuit")
-"""Sections of `heads` in a recipe that one kind alone reads: the one of the same name."""
+SECTIONS: dict[str, type[BaseModel]] = {"parallel": ParallelShape, "circuit": CircuitShape}
+"""Sections of `heads` in a recipe that one kind alone reads, the one of the same name, and their defaults."""
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -95,14 +95,21 @@ def configure_heads(settings: Mapping[str, Any], trunk: Trunk, *, vocabulary: in
         UserError: a key that the kind does not read, or a value that it does not take.
     """
     kind = settings["kind"]
-    for section in SECTIONS:
-        if settings[section] is not None and kind != section:
-            raise UserError(
-                f"heads.{section}: does nothing with heads.kind: {kind}; accepted: null, or kind: {section}"
-            )
+    for section, shape in SECTIONS.items():
+        for key, value in settings[section].items():
+            if kind != section and value not in (None, shape.model_fields[key].default):
+                raise UserError(
+                    f"heads.{section}.{key}: {value} does nothing with heads.kind: {kind}; accepted: kind: {section}"
+                )
+    if settings["shared"] and kind != "chain":
+        raise UserError(f"heads.shared: true does nothing with heads.kind: {kind}; accepted: false, or kind: chain")
     if settings["adapters"] and kind != "chain":
         raise UserError(
             f"heads.adapters: {settings['adapters']} is not accepted with heads.kind: {kind}; accepted: 0, or chain"
+        )
+    if settings["source"] is not None and settings["init"] is not None:
+        raise UserError(
+            f"heads.init: {settings['init']} does nothing with heads.source, which says how heads start; accepted: null"
         )
     common = {"kind": kind, "depth": settings["depth"], "hidden_size": trunk.hidden_size}
     tokens = trunk.tokens or trunk.unembedding.weight.shape[0]

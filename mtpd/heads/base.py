@@ -176,6 +176,10 @@ class Heads(nn.Module):
         """A new drafting state for texts in slots."""
         raise NotImplementedError
 
+    def piece_bytes(self) -> int:
+        """What the loss takes at a time beside parameters and gradients, where the heads have logits of their own."""
+        return 0
+
 
 class StateHeads(Heads):
     """Heads that give states for the trunk's own unembedding."""

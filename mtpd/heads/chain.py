@@ -118,14 +118,10 @@ class ChainHeads(StateHeads):
 
         What is drafted stays the same to rounding; every parameter is trainable.
         """
-        config = self.config
-        sources = [config.source_layers[block] for block in config.block_of]
         merged = copy.deepcopy(self)
         merged.layers = nn.ModuleList(without_adapter(head) for head in self.chain())
         merged.adapted = nn.ModuleDict()
-        merged.config = config.model_copy(
-            update={"shared": False, "source_layers": sources, "blocks": [], "adapters": []}
-        )
+        merged.config = self.config.merged()
         return merged
 
     def forward(

@@ -64,6 +64,9 @@ class CircuitHeads(LogitHeads):
         """Takes the trunk's unembedding, which shared leaves stand before; `loss`, `along` and `drafter` do so."""
         self._main = [trunk.unembedding.select(self.rows())]
 
+    def logits_of_a_window(self) -> int:
+        return self.circuit.places * self.circuit.components * self.config.columns
+
     def weights(self, hidden: Tensor) -> Tensor:
         """Sum weights [C, Z] before their softmax, linear in the states."""
         if self.sums is None:
@@ -170,17 +173,23 @@ def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, Any]:
     Raises:
         UserError: full leaves that memory does not hold while they are trained.
     """
-    given = dict(settings["circuit"] or {})
-    if given.get("structure") == "ff":
-        given["components"] = 1
+    given = {key: value for key, value in settings["circuit"].items() if value is not None}
+    if given.get("structure") == "ff" and given.setdefault("components", 1) != 1:
+        raise UserError(
+            f"heads.circuit.components: {given['components']} is not accepted for structure: ff; accepted: 1, or null"
+        )
+    if given.get("leaves") == "full" and "rank" in given:
+        raise UserError(
+            f"heads.circuit.rank: {given['rank']} does nothing with leaves: full; accepted: null, or leaves: shared"
+        )
     shape = CircuitShape.model_validate(given)
     if settings["init"] not in (None, *STARTS):
         raise UserError(
             f"heads.init: {settings['init']} is not accepted for circuit heads; accepted: {', '.join(STARTS)}"
         )
-    if shape.leaves == "shared":
-        return {"circuit": shape}
     places, columns = settings["depth"] + 1, settings["columns"]
+    if shape.leaves == "shared":
+        return {"circuit": shape, "columns": columns}
     needed = 4 * TRAINING_COPIES * places * shape.components * columns * trunk.hidden_size
     room = psutil.virtual_memory().available
     if needed > room:

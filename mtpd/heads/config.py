@@ -62,7 +62,7 @@ class HeadsConfig(BaseModel):
     vocabulary_size: int = Field(default=0, ge=0)
     """Tokens of the draft vocabulary; 0 where heads draft over the whole vocabulary."""
     columns: int = Field(default=0, ge=0)
-    """Of an unembedding that the heads have themselves; 0 for heads without one."""
+    """Tokens that heads with logits of their own give; 0 for heads that give states."""
     trunk: str = ""
     """Fingerprint of the trunk that the heads belong to."""
 
@@ -70,6 +70,11 @@ class HeadsConfig(BaseModel):
     def block_of(self) -> list[int]:
         """Per depth, the block that it has."""
         return self.blocks or ([0] * self.depth if self.shared else list(range(self.depth)))
+
+    def merged(self) -> HeadsConfig:
+        """The same heads with a block for each depth and no adapters."""
+        sources = [self.source_layers[block] for block in self.block_of]
+        return self.model_copy(update={"shared": False, "source_layers": sources, "blocks": [], "adapters": []})
 
     @model_validator(mode="after")
     def _one_source_layer_for_each_block(self) -> HeadsConfig:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mtpd import alignment
+from mtpd.errors import UserError
 from mtpd.heads.base import Along, Batch, Drafter, Heads, Pick, Readout, exact
 from mtpd.heads.parallel_drafter import NewestStates, write_drafts
 from mtpd.losses import reference
@@ -62,6 +63,14 @@ class LogitHeads(Heads):
         """Columns [C, K] of drafts chosen together, after the token of place 0 (`columns` [C, 1])."""
         raise NotImplementedError
 
+    def logits_of_a_window(self) -> int:
+        """How many logits the loss holds of each position."""
+        return self.depth * self.config.columns
+
+    def piece_bytes(self) -> int:
+        # Logits, their softmax and its gradient, in two and four bytes.
+        return PIECE * self.logits_of_a_window() * (2 + 4 + 4)
+
     def stepwise(self, hidden: Tensor, first: Tensor) -> Callable[[int, Tensor], Tensor]:
         """Logits of one draft after the other: a function that is called in order.
 
@@ -79,7 +88,13 @@ class LogitHeads(Heads):
     def loss(
         self, trunk: Trunk, batch: Batch, readout: Readout, settings: LossSettings, *, compiled: bool = False
     ) -> tuple[Tensor, LossSums]:
-        """As the others; LK takes its λ from each piece, and the share of accepted drafts is estimated."""
+        """As the others; LK takes its λ from each piece, and the share of accepted drafts is estimated.
+
+        Raises:
+            UserError: `compiled`, for which there is no code here.
+        """
+        if compiled:
+            raise UserError(f"train.compile: true does nothing for heads of kind {self.config.kind}; accepted: false")
         hidden_PD = batch.hidden.flatten(0, 1)
         masks_PK = torch.stack([batch.counted(k) for k in range(1, self.depth + 1)], dim=1)
         columns_Pn = torch.stack([readout.columns[batch.tokens(k)] for k in range(self.depth + 1)], dim=1)

@@ -126,7 +126,7 @@ class ParallelHeads(StateHeads):
 
 def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, Any]:
     """The part of `HeadsConfig` that is parallel heads' own, from the `heads` section of a recipe."""
-    shape = ParallelShape.model_validate(settings["parallel"] or {})
+    shape = ParallelShape.model_validate(settings["parallel"])
     start: Any = settings["init"] or STARTS[shape.block][0]
     if start not in STARTS[shape.block]:
         raise UserError(

@@ -47,13 +47,13 @@ class CircuitRecipe(Section):
     structure: Literal["ff", "cp", "hmm", "btree"] = "cp"
     """How the tokens of a window depend on each other. ff: not at all; cp: a mixture; hmm: a chain of latent
     variables; btree: a binary tree of them."""
-    components: int = Field(default=8, ge=1, le=256)
-    """r, the values of each latent variable."""
+    components: int | None = Field(default=None, ge=1, le=256)
+    """r, the values of each latent variable; null: 8, or 1 for ff, which has no more."""
     leaves: Literal["full", "shared"] = "shared"
     """full: an unembedding for each place of the window and component, for small vocabularies such as bytes.
     shared: the trunk's unembedding, behind an expander for each."""
-    rank: int = Field(default=16, ge=1)
-    """Rank of what tells the expanders of one place apart; read where leaves are shared."""
+    rank: int | None = Field(default=None, ge=1)
+    """Rank of what tells the expanders of one place apart, where leaves are shared; null: 16."""
     greedy: Literal["max_product", "conditionals"] = "max_product"
     """Greedy drafts. max_product: the likeliest window and latents together; conditionals: each token the likeliest
     after those before it."""
@@ -82,8 +82,8 @@ class HeadsRecipe(Section):
     source: Text | None = None
     """Directory of heads to start from instead, such as `heads` of `mtpd pretrain`: for parallel heads those of the
     same block, for circuits those of block linear."""
-    parallel: ParallelRecipe | None = None
-    circuit: CircuitRecipe | None = None
+    parallel: ParallelRecipe = ParallelRecipe()
+    circuit: CircuitRecipe = CircuitRecipe()
     vocabulary: Annotated[int, Field(ge=0)] | Text = 0
     """Draft vocabulary: how many of the tokens most frequent in the training responses can be drafted, special tokens
     among them; 0 for all tokens. Or a file that `mtpd data vocab` wrote."""
@@ -106,7 +106,8 @@ class DataRecipe(Section):
     """Prompts, their responses, and the rows they are packed into."""
 
     prompts: str = Field(default="builtin", min_length=1, examples=["builtin", "prompts.jsonl", "org/dataset"])
-    """`builtin` (the prompts that come with mtpd), the path of a .jsonl file, or a datasets id."""
+    """`builtin` (the prompts that come with mtpd), `stdlib` (pieces of the source of Python's standard library, with
+    what follows them), the path of a .jsonl file, or a datasets id."""
     subset: Text | None = None
     """Configuration name of the datasets id."""
     split: Text = "train"
@@ -114,8 +115,8 @@ class DataRecipe(Section):
     limit: Count | None = None
     """Prompts at most, drawn by the seed; null for all."""
     held_out: Text | None = None
-    """Prompts that are measured on and never trained on: `builtin`, the path of a .jsonl file, or a datasets
-    id. null: the built-in held-out set if `prompts` is builtin, else `held_out_count` of the prompts."""
+    """Prompts that are measured on and never trained on: `builtin`, `stdlib-held-out`, the path of a .jsonl file, or
+    a datasets id. null: the built-in held-out set if `prompts` is builtin, else `held_out_count` of the prompts."""
     held_out_count: Count = 80
     """Prompts kept out of training when `held_out` is null and `prompts` is not builtin."""
     responses: Literal["trunk", "given"] = "trunk"
