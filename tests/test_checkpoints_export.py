@@ -288,7 +288,7 @@ def test_verify_in_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[st
     export(run, tmp_path / "out", to="transformers")
     rows = [json.dumps({"prompt": text}) for text in ("one", "two", "three")]
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
-    words = ["--engine", "transformers", "--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "40"]
+    words = ["--engine", "transformers", "--suite", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "40"]
     code = main(["verify", str(tmp_path / "out"), *words])
     # Libraries say things of their own, which come first.
     said = capsys.readouterr().out.splitlines()[-4:]

@@ -30,6 +30,6 @@ def graft(
 
         native = join(base, original=original, output=output, family=family)
         typer.echo(
-            f"{output}: {native.count} heads of family {native.family.name} from {original}; they were trained on "
+            f"{output}: {native.count} head{'s' * (native.count > 1)} of family {native.family.name} from {original}; they were trained on "
             f"another base: mtpd distill model={output} heads=native"
         )
