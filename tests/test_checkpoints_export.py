@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mtpd.checkpoints.directory import Checkpoint
+from mtpd.checkpoints.engines import with_vllm
 from mtpd.checkpoints.exports.export import export
 from mtpd.checkpoints.native import find_heads
 from mtpd.cli import main
@@ -287,7 +288,7 @@ def test_verify_in_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[st
     export(run, tmp_path / "out", to="transformers")
     rows = [json.dumps({"prompt": text}) for text in ("one", "two", "three")]
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
-    words = ["--engine", "transformers", "--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "40"]
+    words = ["--engine", "transformers", "--suite", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "40"]
     code = main(["verify", str(tmp_path / "out"), *words])
     # Libraries say things of their own, which come first.
     said = capsys.readouterr().out.splitlines()[-4:]
@@ -302,3 +303,11 @@ def test_verify_in_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "has no mtpd.json" in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "out"), "--engine", "vllm"]) == 2
     assert "does not load layout hf-mtp; accepted: transformers" in capsys.readouterr().err
+
+
+def test_an_environment_of_vllm_is_not_put_anywhere(tmp_path: Path) -> None:
+    """Fault: packages installed into a folder of something else."""
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match="is no virtual environment; accepted: one with vLLM, or a new folder"):
+        with_vllm.environment(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

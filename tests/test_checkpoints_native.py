@@ -44,6 +44,7 @@ def test_native_heads_are_distilled_and_put_back(name: str, tmp_path: Path) -> N
     """Fault: heads that start at random; a written checkpoint that differs from the original in more than its heads."""
     original = tmp_path / "original"
     native.native_checkpoint(name, original, dtype=torch.bfloat16)
+    (original / "README.md").write_text("the original's own card")
     run = tmp_path / "run"
     assert main(["distill", f"model={original}", f"output={run}", *DISTILL]) == 0
     start = load_file(run / "heads-before" / "model.safetensors")
@@ -54,7 +55,8 @@ def test_native_heads_are_distilled_and_put_back(name: str, tmp_path: Path) -> N
     out = tmp_path / "out"
     assert main(["export", str(run), "--to", "vllm", "-o", str(out)]) == 0
     before, after = files(original), files(out)
-    assert set(after) == set(before) | {"README.md", "mtpd.json"}
+    assert set(after) == set(before) | {"README-mtpd.md", "mtpd.json"}
+    assert (original / "README.md").read_text() == "the original's own card"
     assert {file for file in before if before[file] != after[file]} == {"model-mtp.safetensors"}
     assert os.path.samefile(original / "model-base.safetensors", out / "model-base.safetensors")
     old, new = load_file(original / "model-mtp.safetensors"), load_file(out / "model-mtp.safetensors")
@@ -63,6 +65,18 @@ def test_native_heads_are_distilled_and_put_back(name: str, tmp_path: Path) -> N
     assert any(not torch.equal(old[key], new[key]) for key in old)
     for key, tensor in find_heads(Checkpoint(out)).tensors.items():
         assert torch.equal(tensor.load(), trained[key].bfloat16()), key
+
+
+def test_a_plan_counts_native_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: a plan for the recipe's default depth, whatever the checkpoint has."""
+    native.native_checkpoint("transformers", tmp_path / "model", count=2)
+    words = [f"model={tmp_path / 'model'}", "heads=native", "data.row_length=256", "--dry-run"]
+    assert main(["distill", *words]) == 0
+    said = capsys.readouterr().out
+    assert main(["distill", *words, "heads.depth=2"]) == 0
+    assert capsys.readouterr().out == said
+    assert main(["distill", *words, "heads.depth=1"]) == 0
+    assert capsys.readouterr().out != said
 
 
 def test_untrained_heads_give_the_original_back(tmp_path: Path) -> None:

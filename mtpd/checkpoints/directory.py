@@ -55,6 +55,9 @@ class Checkpoint:
                     f"{index}: names {len(absent)} files that are not there, among them {absent[0]}; "
                     "copy the missing shards into the directory"
                 )
+        elif (path / SINGLE).is_file():
+            # Some models have the same weights in another form beside it.
+            self.files = [SINGLE]
         else:
             self.files = sorted(file.name for file in path.glob("*.safetensors"))
             if not self.files:

@@ -78,15 +78,15 @@ def import_heads(
             recipe: dict[str, Any] = {
                 "model": base or source,
                 "output": str(output),
-                "heads": {"kind": native.family.kind, "depth": heads, "shared": shared} | _start(native),
+                "heads": {"kind": native.family.kind, "depth": heads, "shared": shared} | _start(native, family),
             }
             (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     return native
 
 
-def _start(native: Native) -> dict[str, str]:
-    """How a run starts from these heads; those that lie apart from the base are not found there."""
-    return {} if native.family.separate else {"init": "native"}
+def _start(native: Native, family: str | None) -> dict[str, str]:
+    """How a run starts from these heads, where `heads=native` finds them: in the base, and as what its config says."""
+    return {} if native.family.separate or family is not None else {"init": "native"}
 
 
 def shape_of(native: Native, depth: int | None) -> tuple[bool, int]:

@@ -10,7 +10,7 @@ from mtpd.checkpoints.exports.layouts import LAYOUTS
 from mtpd.checkpoints.exports.run import open_run
 from mtpd.checkpoints.families.table import Family
 from mtpd.checkpoints.importing import open_checkpoint, read_imported
-from mtpd.checkpoints.native import Native, find_heads
+from mtpd.checkpoints.native import Native, find_heads, layer_shapes
 
 
 def inspect(name: str, *, family: str | None = None, base: str | None = None) -> list[str]:
@@ -31,7 +31,9 @@ def inspect(name: str, *, family: str | None = None, base: str | None = None) ->
     says = read_says(path) if path.is_dir() else None
     layout = str(says["layout"]) if says else None
     checkpoint = open_checkpoint(name)
-    other = open_checkpoint(str(says["base"])) if says else open_checkpoint(base) if base else None
+    # Of exports without their base, `mtpd.json` says which it is.
+    apart = says is not None and not layer_shapes(checkpoint, without=set())
+    other = open_checkpoint(str(says["base"])) if says and apart else open_checkpoint(base) if base else None
     native = find_heads(checkpoint, family=family or FAMILIES_OF.get(layout or ""), base=other)
     lines = _heads(native)
     if layout is not None:

@@ -29,7 +29,8 @@ def graft(
         from mtpd.checkpoints.importing import graft as join  # brings in torch
 
         native = join(base, original=original, output=output, family=family)
+        heads = f"{native.count} head{'s' * (native.count > 1)} of family {native.family.name}"
         typer.echo(
-            f"{output}: {native.count} heads of family {native.family.name} from {original}; they were trained on "
-            f"another base: mtpd distill model={output} heads=native"
+            f"{output}: {heads} from {original}; they were trained on another base: "
+            f"mtpd distill model={output} heads=native"
         )

@@ -35,8 +35,10 @@ def import_heads(
         from mtpd.checkpoints.importing import import_heads as read  # brings in torch
 
         native = read(checkpoint, output, family=family, base=base, depth=depth)
-        typer.echo(f"{native.count} heads of family {native.family.name}: {output}")
+        typer.echo(f"{native.count} head{'s' * (native.count > 1)} of family {native.family.name}: {output}")
         if native.cannot_run is None:
-            typer.echo(f"train them: mtpd distill {output}/recipe.yaml output={output}-distilled")
+            typer.echo(f"measure them: mtpd eval {output}")
+            if not native.family.separate and family is None:
+                typer.echo(f"train them: mtpd distill {output}/recipe.yaml output={output}-distilled")
         else:
             typer.echo(f"mtpd cannot compute them ({native.cannot_run}); `mtpd graft` moves them to another base")

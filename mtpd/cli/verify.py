@@ -14,10 +14,10 @@ from mtpd.cli.terminal import quiet_libraries
 def verify(
     path: Annotated[Path, typer.Argument(metavar="EXPORT", help="What mtpd export wrote.")],
     engine: Annotated[Literal["transformers", "vllm"], typer.Option("--engine", help="What serves it.")],
-    prompts: Annotated[
-        str, typer.Option("--prompts", help="builtin-held-out, a .jsonl file, or a datasets id.")
-    ] = "builtin-held-out",
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts at most.")] = 8,
+    suite: Annotated[
+        str, typer.Option("--suite", help="demo (held-out built-in prompts), a .jsonl file, or a datasets id.")
+    ] = "demo",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts of the suite, at most.")] = 8,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=2, help="Tokens of each text.")] = 64,
     drafts: Annotated[
         int | None, typer.Option("--drafts", min=1, help="Tokens drafted a round. Default: the depth of the export.")
@@ -46,7 +46,7 @@ def verify(
         found = serve(
             path,
             engine=engine,
-            prompts=prompts,
+            prompts="builtin-held-out" if suite == "demo" else suite,
             limit=limit,
             max_new_tokens=max_new_tokens,
             drafts=drafts,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.table import Table
 from mtpd.data.models import load_model, resolve_device, resolve_dtype
 from mtpd.data.vocabulary import draft_size
 from mtpd.distill.estimate import Sizes, TextEstimate, estimate_disk, estimate_memory, estimate_text
-from mtpd.distill.run import check_row_length, real_tokens
+from mtpd.distill.run import check_row_length, real_tokens, with_native_depth
 from mtpd.heads import build_heads, configure_heads
 from mtpd.recipe import Recipe, stages_of
 from mtpd.trunk import Trunk
@@ -136,6 +137,9 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         UserError: what the run itself would refuse, as far as it shows without weights.
     """
+    if Path(recipe.model).expanduser().is_dir():
+        # Of a model on the hub, the heads would have to be downloaded to be counted.
+        recipe = with_native_depth(recipe)
     model, tokenizer = load_model(
         recipe.model,
         dtype=recipe.dtype,

@@ -120,6 +120,8 @@ def with_native_depth(recipe: Recipe) -> Recipe:
     """The recipe with the depth of the model's own heads, where those are what it starts from and it sets none."""
     if recipe.heads.init == "native" and recipe.heads.kind != "chain":
         raise UserError(f"heads.init: native is not accepted for {recipe.heads.kind} heads; accepted: heads.kind=chain")
+    if recipe.heads.init == "native" and recipe.heads.adapters:
+        raise UserError(f"heads.adapters: {recipe.heads.adapters} is not accepted with native heads; accepted: 0")
     if recipe.heads.init != "native" or "depth" in recipe.heads.model_fields_set:
         return recipe
     values = recipe.model_dump(mode="json")

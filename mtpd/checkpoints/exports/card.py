@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mtpd.checkpoints.exports.layouts import Layout
 
 CARD = "README.md"
+OWN_CARD = "README-mtpd.md"
+"""Where the base's own card stays as it is."""
 SAYS = "mtpd.json"
 """What `mtpd inspect` and `mtpd verify` read of an export."""
 

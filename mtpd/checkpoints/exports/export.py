@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mtpd.checkpoints.arrange import first_heads
 from mtpd.checkpoints.directory import Checkpoint, new_directory, write_json
-from mtpd.checkpoints.exports.card import CARD, SAYS, about, model_card
+from mtpd.checkpoints.exports.card import CARD, OWN_CARD, SAYS, about, model_card
 from mtpd.checkpoints.exports.in_place import native_of
 from mtpd.checkpoints.exports.layouts import LAYOUTS, Layout
 from mtpd.checkpoints.exports.run import Run, open_run
@@ -53,8 +53,12 @@ def export(path: Path, output: Path, *, to: str, depth: int | None = None) -> tu
     with new_directory(output) as folder:
         layout.write(run, folder)
         check(run, layout, folder)
+        # A link to a file of the base must not be written through.
+        (folder / SAYS).unlink(missing_ok=True)
         write_json(folder / SAYS, about(run, layout.name))
-        (folder / CARD).write_text(model_card(run, layout, output), encoding="utf-8")
+        card = folder / (OWN_CARD if (folder / CARD).exists() else CARD)
+        card.unlink(missing_ok=True)
+        card.write_text(model_card(run, layout, output), encoding="utf-8")
     return layout, why
 
 
@@ -74,7 +78,11 @@ def choose(run: Run, to: str) -> tuple[Layout, str]:
     if run.config.kind == "chain" and native_of(run) is not None:
         names: tuple[str, ...] = ("in-place",)
     else:
-        names = tuple(name for name in ENGINES[to] if name != "in-place")
+        names = tuple(name for name in ENGINES[to] if name != "in-place" and LAYOUTS[name].kind == run.config.kind)
+        if not names:
+            raise UserError(
+                f"--to {to}: has no layout for {run.config.kind} heads; accepted: mtpd's own decoding (`mtpd generate`)"
+            )
     reasons: dict[str, str] = {}
     for name in names:
         reason = unfit(run, LAYOUTS[name])
