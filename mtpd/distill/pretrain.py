@@ -26,7 +26,7 @@ from mtpd.errors import UserError
 from mtpd.files import write_whole
 from mtpd.heads import Heads, build_heads, configure_heads, save_heads, start_heads
 from mtpd.losses.pieces import in_pieces
-from mtpd.recipe import PretrainRecipe, dump
+from mtpd.recipe import HeadsRecipe, PretrainRecipe, dump
 from mtpd.trunk import Trunk
 
 WEIGHTS = "pretraining.safetensors"
@@ -221,15 +221,8 @@ def _model(recipe: PretrainRecipe, tokenizer: Any) -> Any:
 def _heads(recipe: PretrainRecipe, trunk: Trunk) -> Heads | None:
     if not recipe.heads.depth:
         return None
-    settings = {
-        "kind": "parallel",
-        "depth": recipe.heads.depth,
-        "init": "identity",
-        "parallel": {"block": recipe.heads.block},
-        "circuit": {},
-        "shared": False,
-        "source": None,
-    }
+    form = {"kind": "parallel", "depth": recipe.heads.depth, "parallel": {"block": recipe.heads.block}}
+    settings = HeadsRecipe.model_validate(form).model_dump()
     heads = build_heads(trunk, configure_heads(settings, trunk, vocabulary=0, fingerprint=""))
     start_heads(heads, trunk, "identity", lambda: (), seed=recipe.seed)
     return heads
