@@ -127,7 +127,7 @@ def test_recipe_schema_is_json() -> None:
     ("words", "message"),
     [
         (["--nope"], "No such option: --nope; see mtpd --help"),
-        (["train"], "No such command 'train'; see mtpd --help"),
+        (["fly"], "No such command 'fly'; see mtpd --help"),
         (["distill", "--nope"], "No such option: --nope; see mtpd distill --help"),
         (["distill"], "model: is missing"),
         (["distill", "nope.yaml"], "recipe file nope.yaml: no such file"),

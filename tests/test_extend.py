@@ -231,3 +231,11 @@ def test_other_stages_and_trunks_are_refused(run: Path, tmp_path: Path, capsys: 
     save_file(dict(list(tensors.items())[:-1]), run / "heads" / "model.safetensors")
     (run / "heads" / "config.json").write_text(json.dumps(config))
     assert "tensors missing" in refusal(run, capsys, "--to", "4")
+
+
+def test_a_plan_says_what_heads_are_extended_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: a plan that is silent about stages, or one that names others than the run makes."""
+    further = ["extend.to=6", "extend.form=adapters", "extend.rank=8", "--dry-run"]
+    assert main(words(tmp_path / "run", *further)) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "extended to 4, 6 heads; new depths: adapters of rank 8" in shown

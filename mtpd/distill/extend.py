@@ -29,9 +29,9 @@ from mtpd.distill.run import (
     measured_samples,
     split_prompts,
     start,
-    train_heads,
     training_rows,
 )
+from mtpd.distill.training import train_heads
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.depths import Depths, depths_pay_table, measure_depths

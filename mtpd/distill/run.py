@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from transformers import TrainerCallback
 
 from mtpd.checkpoints.importing import native_depth, native_heads
 from mtpd.data.models import load_model, resolve_dtype, trunk_fingerprint
@@ -23,14 +22,10 @@ from mtpd.data.prompts import Prompt, given_sample, load_prompts, split_held_out
 from mtpd.data.responses import end_tokens, generate_responses
 from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, store_key, with_hidden
 from mtpd.data.vocabulary import draft_vocabulary, load_vocabulary
-from mtpd.distill.arguments import loss_settings, training_arguments
-from mtpd.distill.below import FinishedDepths
-from mtpd.distill.callbacks import MeasuringTrainer, stopping
 from mtpd.distill.directory import RunDirectory, open_run, write_provenance
-from mtpd.distill.joint import JointTrunk
 from mtpd.distill.measuring import set_apart, spread
-from mtpd.distill.model import DistillModel
-from mtpd.distill.trainer import Metrics, TrainingRows, train
+from mtpd.distill.trainer import TrainingRows
+from mtpd.distill.training import train_heads
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.contamination import write_signatures
@@ -319,54 +314,6 @@ def fitting_batches(
         collate([training[index] for index in chosen[first : first + size]]) for first in range(0, len(chosen), size)
     ]
     return [with_hidden(batch, session.trunk, store) for batch in batches]
-
-
-def train_heads(
-    session: Session,
-    heads: Heads,
-    rows: PackedRows,
-    store: HiddenStates | None,
-    samples: Sequence[Sample],
-    below: FinishedDepths | None = None,
-    joint: JointTrunk | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> None:
-    """Trains, or goes on from the newest whole checkpoint; measures on samples every `evaluation.steps`.
-
-    Args:
-        below: the first depths of the heads, where those are not trained.
-        joint: the trunk, where it is trained too.
-    """
-    recipe = session.recipe
-    after = 0 if below is None else below.depth
-    model = DistillModel(
-        session.trunk,
-        heads,
-        loss_settings(recipe, depth=heads.depth, after=after),
-        compiled=recipe.train.compile,
-        checkpoint_blocks=recipe.train.checkpoint_blocks,
-        after=after,
-        joint=joint,
-    )
-    arguments = training_arguments(recipe, dtype=session.trunk.dtype, device=session.trunk.device)
-    if arguments.world_size > 1 and store is not None and not all(row in store for row in range(len(rows))):
-        logger.warning(
-            "data.hidden_states: several processes do not fill a store, the trunk runs in each epoch; "
-            "`mtpd data store` fills it ahead of training"
-        )
-        store = None
-    trainer = MeasuringTrainer(
-        model,
-        arguments,
-        rows,
-        store=store,
-        below=below,
-        samples=samples,
-        end_tokens=session.ends,
-        callbacks=[Metrics(session.run.metrics), *stopping(recipe), *callbacks],
-        progress=session.progress,
-    )
-    train(trainer, session.run.path)
 
 
 def measure(session: Session, heads: Heads, samples: Sequence[Sample], folder: Path, path: Path) -> None:

@@ -14,7 +14,8 @@ from mtpd.data.store import HiddenStates
 from mtpd.distill.directory import RunDirectory
 from mtpd.distill.joint import JointTrunk, PerplexityLimit, main_head_quality
 from mtpd.distill.measuring import spread
-from mtpd.distill.run import Session, train_heads
+from mtpd.distill.run import Session
+from mtpd.distill.training import train_heads
 from mtpd.heads import Heads
 from mtpd.trunk import Trunk
 
