@@ -270,10 +270,42 @@ BY_NAME: dict[str, tuple[dict[str, Any], Shapes]] = {
 """Families that transformers has no class for, or whose heads' layer is no layer of the base: config and tensors."""
 
 
+CLASSES: dict[str, tuple[Callable[..., PretrainedConfig], dict[str, Any]]] = {
+    "ernie4.5-moe": (
+        transformers.Ernie4_5_MoeConfig,
+        {**SMALL, "moe_intermediate_size": 16, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
+    ),
+    "mimo-v2": (
+        transformers.MiMoV2FlashConfig,
+        {
+            **SMALL, **EXPERTS, "head_dim": 8, "v_head_dim": 8, "swa_head_dim": 8, "n_routed_experts": 4,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "nemotron-h": (
+        transformers.NemotronHConfig,
+        {
+            **EXPERTS, "vocab_size": V, "hidden_size": D, "intermediate_size": 48, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 8, "n_routed_experts": 4,
+            "layers_block_type": ["attention", "moe", "mlp"], "moe_shared_expert_intermediate_size": 16,
+        },
+    ),
+    "inkling": (transformers.InklingTextConfig, {**SMALL, **EXPERTS, "head_dim": 8, "num_experts": 4}),
+}  # fmt: skip
+"""Families of those whose base transformers builds: only their heads are by names and shapes."""
+
+
 def named_checkpoint(name: str, folder: Path) -> Tensors:
-    """Writes a checkpoint of a family by names and shapes alone: a base of Llama's tensors, and heads."""
-    folder.mkdir(parents=True)
+    """Writes a checkpoint whose heads are by names and shapes, on a base of transformers or on Llama's tensors."""
     changes, shapes = BY_NAME[name]
+    if name in CLASSES:
+        build, sizes = CLASSES[name]
+        save_model(AutoModelForCausalLM.from_config(build(**copy.deepcopy(sizes))), folder)
+        heads = random_like(shapes, seed=8, dtype=torch.bfloat16)
+        add_tensors(folder, heads)
+        edit_config(folder, **{key: value for key, value in changes.items() if key != "model_type"})
+        return heads
+    folder.mkdir(parents=True)
     base: Shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,), "lm_head.weight": (V, D)}
     base |= {f"model.layers.{number}.{part}": shape for number in range(L) for part, shape in LAYER.items()}
     if name == "evabyte":
