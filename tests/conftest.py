@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -87,3 +88,24 @@ def learn(name: str) -> Learned:
 def learned() -> Learned:
     """What `learn` gives for the tiny Llama."""
     return learn("llama")
+
+
+@pytest.fixture(scope="session")
+def finished_run_made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory, made once. No test may change it."""
+    from mtpd.cli import main
+
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    words = ["distill", "model=tiny", f"output={folder}", "heads.depth=2", "data.limit=16", "data.max_new_tokens=24"]
+    words += ["train.max_steps=8", "train.rows_per_step=2", "train.logging_steps=1", "train.learning_rate=3e-3"]
+    words += ["evaluation.prompts_limit=14", "evaluation.max_new_tokens=16", "evaluation.decode_prompts=2"]
+    words += ["evaluation.steps=4", "evaluation.steps_prompts=7", "evaluation.extra=[builtin-other]"]
+    assert main(words) == 0
+    return folder
+
+
+@pytest.fixture
+def finished_run(finished_run_made: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    shutil.copytree(finished_run_made, tmp_path / "run")
+    return tmp_path / "run"

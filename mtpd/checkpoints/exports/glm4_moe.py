@@ -16,7 +16,7 @@ import torch
 
 from mtpd.checkpoints.arrange import as_family
 from mtpd.checkpoints.directory import CONFIG, INDEX, link_others, write_json, write_sharded
-from mtpd.checkpoints.exports.run import Run, dtype_name
+from mtpd.checkpoints.exports.run import SIZES, Run, dtype_name
 from mtpd.checkpoints.families import FAMILIES
 from mtpd.checkpoints.native import base_tensor
 from mtpd.checkpoints.spelling import Tensors
@@ -25,21 +25,6 @@ from mtpd.checkpoints.tensors import Stored, computed, part, stored
 FAMILY = FAMILIES["glm4moe"]
 BASES = ("llama", "qwen2", "qwen3")
 ROUTED = 2
-KEYS = (
-    "bos_token_id",
-    "eos_token_id",
-    "hidden_act",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "max_position_embeddings",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "pad_token_id",
-    "rms_norm_eps",
-    "vocab_size",
-)
 
 
 def refused(run: Run) -> str | None:
@@ -119,7 +104,7 @@ def _router(run: Run, prefix: str) -> Tensors:
 
 def _config(run: Run) -> dict[str, Any]:
     base = run.base.text_config
-    sizes = {key: base[key] for key in KEYS if base.get(key) is not None}
+    sizes = {key: base[key] for key in SIZES if base.get(key) is not None}
     rope = dict(base.get("rope_parameters") or {})
     if not rope:
         rope = {

@@ -13,7 +13,7 @@ import torch
 
 from mtpd.checkpoints.arrange import as_family
 from mtpd.checkpoints.directory import CONFIG, INDEX, link_others, write_beside, write_json, write_sharded
-from mtpd.checkpoints.exports.run import Run, dtype_name
+from mtpd.checkpoints.exports.run import SIZES, Run, dtype_name
 from mtpd.checkpoints.families import FAMILIES
 from mtpd.checkpoints.importing import exclude_from_quantisation
 from mtpd.checkpoints.spelling import Tensors
@@ -22,24 +22,7 @@ from mtpd.checkpoints.tensors import stored
 FAMILY = FAMILIES["fastmtp"]
 DRAFT_BASES = ("llama", "qwen2")
 QKV = ("q_proj", "k_proj", "v_proj")
-KEYS = (
-    "bos_token_id",
-    "eos_token_id",
-    "hidden_act",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "max_position_embeddings",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "pad_token_id",
-    "rms_norm_eps",
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
-    "vocab_size",
-)
+KEYS = (*SIZES, "rope_parameters", "rope_scaling", "rope_theta")
 """What Qwen2's config has of a Llama's or a Qwen2's."""
 
 

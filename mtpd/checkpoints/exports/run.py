@@ -22,6 +22,23 @@ from mtpd.heads.adapters import ALPHA
 from mtpd.heads.config import HeadsConfig
 from mtpd.recipe import Recipe, load_recipe
 
+SIZES = (
+    "bos_token_id",
+    "eos_token_id",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "pad_token_id",
+    "rms_norm_eps",
+    "vocab_size",
+)
+"""What the config of any decoder says of its sizes and special tokens: the layouts that rewrite a base keep it."""
+
 
 @dataclass(frozen=True)
 class Run:
