@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -136,8 +136,12 @@ def joined(device: torch.device) -> Iterator[None]:
         return
     alone = not _started()
     if alone:
+        before = bool(PartialState._shared_state)
         PartialState(cpu=device.type == "cpu", timeout=STEP)
     if not _started():
+        if not before:
+            # It would not look for a launcher again.
+            PartialState._reset_state()
         yield
         return
     _control = dist.new_group(backend="gloo", timeout=WAITING)
@@ -153,6 +157,10 @@ def joined(device: torch.device) -> Iterator[None]:
         faulthandler.dump_traceback_later(EXIT, exit=True)
         if others:
             raise RankFailed(listener.words()) from error
+        if isinstance(error, MtpdError) and not _first_with(str(error)):
+            quiet = RankFailed()
+            quiet.exit_code = error.exit_code
+            raise quiet from error
         raise
     listener.tell(DONE)
     listener.join()
@@ -200,15 +208,21 @@ class _Listener(threading.Thread):
             if self._told:
                 return
             self._told = True
-        try:
+        with suppress(RuntimeError):  # it has ended before
             dist.send(torch.tensor([cause]), dst=(self._rank - 1) % self._count, group=self.group)
-        except RuntimeError:
-            pass  # it has ended before
 
     def words(self) -> str:
         """What the user is told; one rank says it, and the others say nothing."""
         first = 1 if self.cause == 0 else 0
         return f"rank {self.cause} has failed or was ended, and all ranks end" if self._rank == first else ""
+
+
+def _first_with(words: str) -> bool:
+    """Whether no other rank has failed for the same reason: then this one tells the user."""
+    try:
+        return dist.distributed_c10d._get_default_store().add(f"mtpd/{words}", 1) == 1
+    except RuntimeError:  # the process that counts has ended
+        return True
 
 
 def _started() -> bool:

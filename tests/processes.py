@@ -1,0 +1,86 @@
+"""Ranks for tests: forked processes that a gloo group joins, as a launcher would start them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Ended(NamedTuple):
+    """How the ranks ended."""
+
+    codes: list[int | None]
+    """Exit codes; None for one that had to be killed."""
+    values: list[Any]
+    """What each gave back, as JSON takes it; None where it gave nothing."""
+    errors: list[str]
+    """What each wrote to stderr."""
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+def in_ranks(work: Callable[..., Any], *arguments: Any, count: int = 2, seconds: float = 60.0) -> Ended:
+    """Runs `work(*arguments)` in so many processes at once."""
+    context = multiprocessing.get_context("fork")
+    port = free_port()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ranks = [
+            context.Process(target=_rank, args=(rank, count, port, folder, work, arguments)) for rank in range(count)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(seconds)
+        codes = [process.exitcode for process in ranks]
+        for process in ranks:
+            process.kill()
+            process.join()
+        values = [
+            json.loads(path.read_text()) if (path := folder / f"value-{rank}").is_file() else None
+            for rank in range(count)
+        ]
+        errors = [(folder / f"stderr-{rank}").read_text() for rank in range(count)]
+    return Ended(codes, values, errors)
+
+
+def _rank(rank: int, count: int, port: int, folder: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    code = 1
+    with open(folder / f"stderr-{rank}", "w") as errors:
+        os.dup2(errors.fileno(), 2)
+        sys.stderr = errors
+        try:
+            torch.set_num_threads(1)
+            (folder / f"value-{rank}").write_text(json.dumps(work(*arguments)))
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        errors.flush()
+        # Not the end of the interpreter: what pytest has registered for it is not for this process.
+        os._exit(code)
