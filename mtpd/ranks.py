@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import logging
 import os
 import sys
 import threading
@@ -147,6 +148,10 @@ def joined(device: torch.device) -> Iterator[None]:
     _control = dist.new_group(backend="gloo", timeout=WAITING)
     listener = _Listener()
     listener.start()
+    talk = logging.getLogger("mtpd")
+    level = talk.level
+    if not is_main():
+        talk.setLevel(logging.ERROR)
     try:
         yield
         barrier()
@@ -162,6 +167,8 @@ def joined(device: torch.device) -> Iterator[None]:
             quiet.exit_code = error.exit_code
             raise quiet from error
         raise
+    finally:
+        talk.setLevel(level)
     listener.tell(DONE)
     listener.join()
     dist.destroy_process_group(listener.group)

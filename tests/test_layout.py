@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "ranks": {"errors"},
+    "launch": {"errors"},
     "recipe_text": BELOW,
     "recipe": BELOW | {"recipe_text"},
     "alignment": BELOW,
@@ -33,6 +34,7 @@ MAY_IMPORT = {
     | {"trunk", "alignment"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
+MAY_IMPORT["__main__"] = {"cli"}
 
 
 def part(module: str) -> str | None:
