@@ -23,8 +23,8 @@ from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, store_key
 from mtpd.distill.below import FinishedDepths
 from mtpd.distill.directory import RunDirectory
 from mtpd.distill.measuring import set_apart, spread
-from mtpd.distill.reopen import open_finished
 from mtpd.distill.outcome import measure
+from mtpd.distill.reopen import open_finished
 from mtpd.distill.run import (
     Session,
     fill_together,

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mtpd.checkpoints.importing import native_depth, native_heads
 from mtpd import ranks
+from mtpd.checkpoints.importing import native_depth, native_heads
 from mtpd.data import builtin_models
 from mtpd.data.models import load_model, resolve_device, trunk_fingerprint
 from mtpd.data.packing import PackedRows, Sample, collate, pack

@@ -1,0 +1,167 @@
+"""`mtpd distill` from two ranks under a launcher: the run of one process, and how it ends where something fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mtpd import launch
+from mtpd.cli import main
+from mtpd.errors import UserError
+from mtpd.evaluate.acceptance import Acceptance
+
+ROOT = Path(__file__).parents[1]
+WORDS = [
+    *("distill", "model=tiny", "dtype=float32", "device=cpu", "heads.depth=2", "data.limit=12", "data.row_length=64"),
+    *("data.max_new_tokens=12", "train.max_steps=4", "train.logging_steps=1", "train.learning_rate=1e-3"),
+    *("evaluation.prompts_limit=3", "evaluation.max_new_tokens=8", "evaluation.decode_prompts=1"),
+]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same run by one process, and by two of which each takes half of every step's rows."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert main([*WORDS, f"output={folder / 'one'}", "train.rows_per_step=2"]) == 0
+    words = [*WORDS, f"output={folder / 'two'}", "train.rows_per_step=1", "--launcher", "torchrun", "--processes", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mtpd", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=170,
+        env=environment(),
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done: ") == 1, "each rank speaks to the user"
+    assert done.stdout.count("held out") == 1
+    return folder / "one", folder / "two"
+
+
+def test_two_ranks_make_the_run_of_one(both: tuple[Path, Path]) -> None:
+    """Fault: ranks that answer other prompts, store other states, train on other rows, or write over each other."""
+    one, two = both
+    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    for name in ("responses.jsonl", "held-out.jsonl"):
+        assert sorted((one / name).read_text().splitlines()) == sorted((two / name).read_text().splitlines())
+    provenance = [json.loads((run / "provenance.json").read_text()) for run in both]
+    assert provenance[0]["rows"] == provenance[1]["rows"]
+    indices = [json.loads((run / "hidden-states" / "index.json").read_text()) for run in both]
+    assert indices[0]["key"] == indices[1]["key"]
+    rows = [row for shard in indices[1]["shards"].values() for row in shard["rows"]]
+    assert sorted(rows) == list(range(indices[1]["rows"])), "each row is stored once"
+    states = [
+        {
+            row: hidden
+            for name, shard in index["shards"].items()
+            for row, hidden in zip(shard["rows"], load_file(run / "hidden-states" / name)["hidden"], strict=True)
+        }
+        for run, index in zip(both, indices, strict=True)
+    ]
+    for row in states[0]:
+        torch.testing.assert_close(states[0][row], states[1][row], atol=1e-4, rtol=1e-4)
+    heads = [load_file(run / "heads" / "model.safetensors") for run in both]
+    before = load_file(one / "heads-before" / "model.safetensors")
+    for name, tensor in heads[0].items():
+        torch.testing.assert_close(heads[1][name], tensor, atol=1e-4, rtol=1e-4)
+    assert any(not torch.allclose(before[name], tensor, atol=1e-4) for name, tensor in heads[0].items())
+    accepted = [Acceptance.load(run / "acceptance.json").total().accepted for run in both]
+    assert accepted[0] == accepted[1]
+    assert (two / "metrics.jsonl").read_text().count('"loss"') == 4
+
+
+def test_the_run_of_two_is_finished_by_one(both: tuple[Path, Path], tmp_path: Path) -> None:
+    """Fault: what ranks wrote is not found, or is refused, by a process alone."""
+    run = tmp_path / "run"
+    shutil.copytree(both[1], run)
+    shutil.rmtree(run / "heads")
+    (run / "acceptance.json").unlink()
+    kept = {name: (run / name).stat().st_mtime_ns for name in ("responses.jsonl", "hidden-states/index.json")}
+    assert main([*WORDS, f"output={run}", "train.rows_per_step=1"]) == 0
+    assert {name: (run / name).stat().st_mtime_ns for name in kept} == kept
+    assert (run / "acceptance.json").is_file()
+
+
+def test_mistakes_are_one_line_and_end_all_ranks(tmp_path: Path) -> None:
+    """Fault: a user's mistake that each rank repeats, that loses its exit code, or after which ranks wait."""
+    (tmp_path / "file").write_text("no run")
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "mtpd", *WORDS, f"output={tmp_path}", "--launcher", "torchrun", "--processes", "2"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+        env=environment(),
+    )
+    assert time.monotonic() - began < 60
+    said = [line for line in done.stderr.splitlines() if line.startswith("mtpd: error")]
+    assert len(said) == 1, done.stderr
+    assert "exists and is no run directory" in said[0]
+    assert done.returncode in (1, 2)
+
+
+def test_command_lines_of_launchers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: a launcher is given words of mtpd's own, or ranks are not."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    words = ["distill", "r.yaml", "a=b"]
+    assert launch.torchrun_arguments(words, processes=4) == [
+        *("--standalone", "--nproc-per-node=4", "--module", "mtpd", *words)
+    ]
+    here = launch.deepspeed_here(words, processes=2, port=1234)
+    assert here[1:4] == ["-u", "-m", "deepspeed.launcher.launch"]
+    assert here[-4:] == ["mtpd", *words]
+    from deepspeed.launcher.runner import decode_world_info
+
+    assert decode_world_info(here[4].partition("=")[2]) == {"localhost": [0, 1]}
+    nodes = launch.deepspeed_on_nodes(words, processes=None, nodes=Path("hosts"))
+    assert nodes[2:] == [
+        *("deepspeed.launcher.runner", "--hostfile=hosts", "--module", "--no_local_rank", "--log_level=error"),
+        *("mtpd", *words),
+    ]
+    assert "--num_gpus=8" in launch.deepspeed_on_nodes(words, processes=8, nodes=Path("hosts"))
+
+
+def test_what_a_launcher_cannot_do_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: an option that nothing reads is taken, and the run is another one than was meant."""
+    for words, message in (
+        (["--processes", "2"], "--processes: 2 needs --launcher"),
+        (["--nodes", "hosts"], "--nodes: hosts needs --launcher"),
+        (["--launcher", "torchrun", "--nodes", "hosts"], "needs --launcher deepspeed"),
+        (["--launcher", "deepspeed", "--nodes", str(tmp_path / "hosts")], "no such file"),
+        (["--devices", "8"], "only for a plan"),
+    ):
+        assert main([*WORDS, f"output={tmp_path / 'run'}", *words]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="--processes: is missing"):
+        launch.launch("torchrun", [], processes=None, nodes=None)
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, 3])
+def test_a_launcher_passes_on_signals_and_codes(end: int, tmp_path: Path) -> None:
+    """Fault: ranks that go on after their launcher was told to end, or an exit code that gets lost."""
+    child = f"import sys, time; open({str(tmp_path / 'begun')!r}, 'w').close(); "
+    child += f"sys.exit({end})" if end == 3 else "time.sleep(60)"
+    driver = f"import sys; from mtpd import launch; sys.exit(launch._run([sys.executable, '-c', {child!r}]))"
+    process = subprocess.Popen([sys.executable, "-c", driver], env=environment())
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    if end == signal.SIGTERM:
+        process.send_signal(end)
+    assert process.wait(20) == (128 + end if end == signal.SIGTERM else 3)
