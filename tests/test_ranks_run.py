@@ -22,7 +22,7 @@ from mtpd.evaluate.acceptance import Acceptance
 
 ROOT = Path(__file__).parents[1]
 WORDS = [
-    *("distill", "model=tiny", "dtype=float32", "device=cpu", "heads.depth=2", "data.limit=12", "data.row_length=64"),
+    *("distill", "model=tiny", "dtype=float32", "device=cpu", "heads.depth=2", "data.limit=20", "data.row_length=384"),
     *("data.max_new_tokens=12", "train.max_steps=4", "train.logging_steps=1", "train.learning_rate=1e-3"),
     *("evaluation.prompts_limit=3", "evaluation.max_new_tokens=8", "evaluation.decode_prompts=1"),
 ]
