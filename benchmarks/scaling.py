@@ -71,8 +71,8 @@ def table(name: str, load: Load) -> str:
         "",
         f"{load.trunk / 1e9:.1f} billion parameters in the trunk, {load.heads / 1e9:.2f} billion in four heads.",
         "",
-        "| GPUs | zero2, GB | zero3, GB | zero3-cpu, GB (host) | step zero2, ms (stored) | step zero3, ms (stored) | first "
-        "that fits |",
+        "| GPUs | zero2, GB | zero3, GB | zero3-cpu, GB (host) | step zero2, ms (stored) | step zero3, ms (stored) "
+        "| first that fits |",
         "|---|---|---|---|---|---|---|",
     ]
     for ranks in RANKS:

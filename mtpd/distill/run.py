@@ -30,7 +30,7 @@ from mtpd.data.vocabulary import draft_vocabulary, load_vocabulary
 from mtpd.distill.directory import RunDirectory, open_run, write_provenance
 from mtpd.distill.measuring import set_apart, spread
 from mtpd.distill.outcome import decode, measure, show
-from mtpd.distill.trainer import TrainingRows
+from mtpd.distill.rows import TrainingRows
 from mtpd.distill.training import train_heads
 from mtpd.errors import UserError
 from mtpd.evaluate.contamination import write_signatures

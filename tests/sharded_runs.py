@@ -1,0 +1,161 @@
+"""Training runs on a tiny model, in one process or as a rank of several; the ranks write what tests look at.
+
+`python tests/sharded_runs.py FOLDER CASE...` is one rank, told by the environment which one, as launchers do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import architectures
+import torch
+from transformers import TrainerCallback
+
+from mtpd.alignment import IGNORED
+from mtpd.data.packing import PackedRows, Sample
+from mtpd.distill.directory import RunDirectory
+from mtpd.distill.run import Session
+from mtpd.distill.training import train_heads
+from mtpd.heads import Heads, save_heads
+from mtpd.recipe import parse_recipe
+from mtpd.trunk import Trunk
+
+LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run.
+
+    Attributes:
+        rows: of the data.
+        resume: a checkpoint of another run of the same folder, as "case/checkpoint-N", from which it goes on.
+        further: keys of the recipe.
+    """
+
+    deepspeed: str | None
+    rows: int = 16
+    rows_per_step: int = 2
+    accumulation: int = 1
+    steps: int = 20
+    resume: str | None = None
+    architecture: str = "llama"
+    further: dict[str, Any] = field(default_factory=dict)
+
+
+def rows_of(count: int) -> PackedRows:
+    """Rows of two documents, with more response tokens in some than in others."""
+    ids = architectures.random_tokens(count, LENGTH, seed=7)
+    places = torch.arange(LENGTH)
+    positions = torch.where(places < 6, places, places - 6).expand(count, LENGTH)
+    labels = torch.where((places >= 2) & (places < 6 + torch.arange(count)[:, None] % 9 + 1), ids, IGNORED)
+    return PackedRows(ids, labels, positions, documents=2 * count, cut=0, dropped=0)
+
+
+def new_heads(trunk: Trunk) -> Heads:
+    torch.manual_seed(0)
+    return architectures.random_heads(trunk, depth=2).train()
+
+
+def run_case(name: str, case: Case, folder: Path, callbacks: Sequence[TrainerCallback] = ()) -> None:
+    """Trains as `mtpd distill` does, into a folder of its own; the heads that come out are in `heads/`."""
+    run = folder / name
+    recipe = parse_recipe(
+        {
+            "model": "tiny",
+            "output": str(run),
+            "device": "cpu",
+            "dtype": "float32",
+            "heads": {"depth": 2},
+            "train": {
+                "deepspeed": case.deepspeed,
+                "rows_per_step": case.rows_per_step,
+                "gradient_accumulation": case.accumulation,
+                "max_steps": case.steps,
+                "learning_rate": 1e-3,
+                "logging_steps": 1,
+                "save_steps": 10,
+                "save_total_limit": 9,
+                **case.further.get("train", {}),
+            },
+            **{key: value for key, value in case.further.items() if key != "train"},
+        }
+    )
+    first = int(os.environ.get("RANK", "0")) == 0
+    if first:
+        run.mkdir(parents=True)
+        if case.resume is not None:
+            shutil.copytree(folder / case.resume, run / Path(case.resume).name)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    trunk = architectures.tiny_trunk(case.architecture)
+    session = Session(recipe, RunDirectory(run), trunk, None, "", [2], False)
+    heads = new_heads(trunk)
+    samples = [Sample.of("one", *architectures.greedy_text("llama", 5, 16))] if recipe.evaluation.steps else []
+    train_heads(session, heads, rows_of(case.rows), None, samples, callbacks=callbacks)
+    if first:
+        save_heads(heads, run / "heads")
+
+
+def in_ranks(cases: Sequence[str], folder: Path, *, ranks: int = 2, script: Path = Path(__file__)) -> None:
+    """Runs cases in several processes, one case after the other."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = os.pathsep.join(map(str, Path(__file__).resolve().parents[:2]))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    processes = []
+    for rank in range(ranks):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(script), str(folder), *cases],
+                env={**environment, **{key: str(value) for key, value in own.items()}},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-6000:]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics of the steps of a run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+CASES: dict[str, Case] = {
+    "ddp": Case(None),
+    "zero1": Case("zero1"),
+    "zero2": Case("zero2"),
+    "zero3": Case("zero3"),
+}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder, *names = sys.argv[1:]
+    for name in names:
+        run_case(name, CASES[name], Path(folder))
+
+
+if __name__ == "__main__":
+    main()
