@@ -18,8 +18,9 @@ from mtpd.distill.scaling import Load, Machine, Sharding, fits, host_memory, mem
 from mtpd.recipe import load_recipe
 
 GPU_MEMORY = 80e9
-H100 = Machine(flops=0.4 * 989e12, link=0.8 * 450e9, network=0.8 * 50e9)
-"""40% of the dense bfloat16 rate of an H100 SXM, 80% of one direction of NVLink 4, and of a 400 Gb/s port a GPU."""
+H100 = Machine(flops=0.4 * 989e12, link=0.8 * 450e9, network=0.8 * 8 * 50e9)
+"""40% of the dense bfloat16 rate of an H100 SXM; 80% of one direction of NVLink 4, and of the eight ports of 400 Gb/s of a
+machine, since what has come in through one of them is handed on inside."""
 RANKS = (8, 16, 32, 64, 128, 256, 512)
 SHARDED: tuple[Sharding, ...] = ("zero2", "zero3", "zero3-cpu")
 SETTINGS = ["heads.depth=4", "data.row_length=2048", "train.rows_per_step=2", "dtype=bfloat16", "device=cpu"]
@@ -47,15 +48,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072,
     },
     # All of its shape is what transformers takes for a configuration of this type that says nothing.
-    "DeepSeek-V3 (671B)": {"model_type": "deepseek_v3", "max_position_embeddings": 163840},
+    "DeepSeek-V3, 671B": {"model_type": "deepseek_v3", "max_position_embeddings": 163840},
 }
+FURTHER = {"DeepSeek-V3, 671B": ["heads.shared=true"]}
+"""A head is a layer with 256 experts there: one for all depths, as the model itself was trained."""
 
 
 def load_of(name: str) -> Load:
     """Counts parameters on the meta device, as a plan does."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(CONFIGS[name]))
-        return plan(load_recipe(None, [f"model={folder}", *SETTINGS])).load
+        return plan(load_recipe(None, [f"model={folder}", *SETTINGS, *FURTHER.get(name, [])])).load
 
 
 def amount(bytes_: float) -> str:
@@ -69,7 +72,8 @@ def table(name: str, load: Load) -> str:
     lines = [
         f"### {name}",
         "",
-        f"{load.trunk / 1e9:.1f} billion parameters in the trunk, {load.heads / 1e9:.2f} billion in four heads.",
+        f"{load.trunk / 1e9:.1f} billion parameters in the trunk, {load.largest_layer / 1e9:.2f} billion in its largest "
+        f"layer, {load.heads / 1e9:.2f} billion in the heads.",
         "",
         "| GPUs | zero2, GB | zero3, GB | zero3-cpu, GB (host) | step zero2, ms (stored) | step zero3, ms (stored) "
         "| first that fits |",

@@ -43,7 +43,10 @@ EXIT = 30
 SEEN = 60.0
 """Seconds after which a file that another rank has written is not waited for any more."""
 DONE = -1
-"""What a rank says to the one before it when all went well; otherwise it names the rank that failed."""
+"""What a rank says to the one before it when all went well; otherwise it names the rank that failed, and adds the
+number of ranks where that one tells the user why."""
+LAST = 1.0
+"""Seconds in which the rank that failed ends before the others do, so that its exit code is the first."""
 
 _control: dist.ProcessGroup | None = None
 
@@ -158,9 +161,10 @@ def joined(device: torch.device) -> Iterator[None]:
     except BaseException as error:
         # Where another rank has ended, what fails here is the connection to it.
         others = isinstance(error, Exception) and not isinstance(error, MtpdError) and listener.failed.wait(1.0)
-        listener.tell(rank())
+        listener.tell(rank() + count())
         faulthandler.dump_traceback_later(EXIT, exit=True)
         if others:
+            time.sleep(LAST)
             raise RankFailed(listener.words()) from error
         if isinstance(error, MtpdError) and not _first_with(str(error)):
             quiet = RankFailed()
@@ -219,7 +223,7 @@ class _Listener(threading.Thread):
             dist.send(torch.tensor([cause]), dst=(self._rank - 1) % self._count, group=self.group)
 
     def words(self) -> str:
-        """What the user is told; one rank says it, and the others say nothing."""
+        """What the user is told of a rank that has ended without a word; one rank says it, and the others nothing."""
         first = 1 if self.cause == 0 else 0
         return f"rank {self.cause} has failed or was ended, and all ranks end" if self._rank == first else ""
 

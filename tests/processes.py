@@ -1,4 +1,8 @@
-"""Ranks for tests: forked processes that a gloo group joins, as a launcher would start them."""
+"""Ranks for tests: forked processes that a gloo group joins, as a launcher would start them.
+
+`python tests/processes.py '[["distill", ...], ...]'` runs commands in two ranks, one after the other. They are forked
+from a process of its own, because autograd works in no process that is forked from one where it has.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import json
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -25,6 +30,8 @@ class Ended(NamedTuple):
     """What each gave back, as JSON takes it; None where it gave nothing."""
     errors: list[str]
     """What each wrote to stderr."""
+    outputs: list[str]
+    """And to stdout."""
 
 
 def free_port() -> int:
@@ -56,7 +63,29 @@ def in_ranks(work: Callable[..., Any], *arguments: Any, count: int = 2, seconds:
             for rank in range(count)
         ]
         errors = [(folder / f"stderr-{rank}").read_text() for rank in range(count)]
-    return Ended(codes, values, errors)
+        outputs = [(folder / f"stdout-{rank}").read_text() for rank in range(count)]
+    return Ended(codes, values, errors, outputs)
+
+
+def run_commands(lines: list[list[str]]) -> list[int]:
+    """Exit codes of commands that are called one after the other."""
+    from mtpd.cli import main
+
+    return [main(words) for words in lines]
+
+
+def commands_in_ranks(lines: list[list[str]], seconds: float) -> Ended:
+    """The same in two ranks; it can be called wherever autograd has been used."""
+    done = subprocess.run(
+        [sys.executable, __file__, json.dumps(lines)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=seconds,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return Ended(*json.loads(done.stdout))
 
 
 def _rank(rank: int, count: int, port: int, folder: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -70,9 +99,10 @@ def _rank(rank: int, count: int, port: int, folder: Path, work: Callable[..., An
         "OMP_NUM_THREADS": "1",
     }
     code = 1
-    with open(folder / f"stderr-{rank}", "w") as errors:
+    with open(folder / f"stderr-{rank}", "w") as errors, open(folder / f"stdout-{rank}", "w") as output:
         os.dup2(errors.fileno(), 2)
-        sys.stderr = errors
+        os.dup2(output.fileno(), 1)
+        sys.stderr, sys.stdout = errors, output
         try:
             torch.set_num_threads(1)
             (folder / f"value-{rank}").write_text(json.dumps(work(*arguments)))
@@ -82,5 +112,16 @@ def _rank(rank: int, count: int, port: int, folder: Path, work: Callable[..., An
         except BaseException:
             traceback.print_exc()
         errors.flush()
+        output.flush()
         # Not the end of the interpreter: what pytest has registered for it is not for this process.
         os._exit(code)
+
+
+if __name__ == "__main__":
+    import deepspeed  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+
+    import mtpd.distill.extend
+    import mtpd.distill.run  # noqa: F401
+
+    print(json.dumps(in_ranks(run_commands, json.loads(sys.argv[1]), seconds=240)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Ended, commands_in_ranks
 from safetensors.torch import load_file
 
 from mtpd import launch
@@ -28,29 +30,23 @@ WORDS = [
 ]
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The same run by one process, and by two of which each takes half of every step's rows."""
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
+    """A run by one process, the same by two of which each takes half of every step's rows, and a mistake of a user."""
     folder = tmp_path_factory.mktemp("runs")
     assert main([*WORDS, f"output={folder / 'one'}", "train.rows_per_step=2"]) == 0
-    words = [*WORDS, f"output={folder / 'two'}", "train.rows_per_step=1", "--launcher", "torchrun", "--processes", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "mtpd", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=170,
-        env=environment(),
-        cwd=folder,
+    (folder / "none").mkdir()
+    (folder / "none" / "file").write_text("no run")
+    ended = commands_in_ranks(
+        [[*WORDS, f"output={folder / 'two'}", "train.rows_per_step=1"], [*WORDS, f"output={folder / 'none'}"]], 170
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done: ") == 1, "each rank speaks to the user"
-    assert done.stdout.count("held out") == 1
-    return folder / "one", folder / "two"
+    return folder, ended
+
+
+@pytest.fixture
+def both(pair: tuple[Path, Ended]) -> tuple[Path, Path]:
+    """The run directories."""
+    return pair[0] / "one", pair[0] / "two"
 
 
 def test_two_ranks_make_the_run_of_one(both: tuple[Path, Path]) -> None:
@@ -97,23 +93,16 @@ def test_the_run_of_two_is_finished_by_one(both: tuple[Path, Path], tmp_path: Pa
     assert (run / "acceptance.json").is_file()
 
 
-def test_mistakes_are_one_line_and_end_all_ranks(tmp_path: Path) -> None:
-    """Fault: a user's mistake that each rank repeats, that loses its exit code, or after which ranks wait."""
-    (tmp_path / "file").write_text("no run")
-    began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "mtpd", *WORDS, f"output={tmp_path}", "--launcher", "torchrun", "--processes", "2"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-        env=environment(),
-    )
-    assert time.monotonic() - began < 60
-    said = [line for line in done.stderr.splitlines() if line.startswith("mtpd: error")]
-    assert len(said) == 1, done.stderr
+def test_one_rank_speaks_and_mistakes_are_one_line(pair: tuple[Path, Ended]) -> None:
+    """Fault: what each rank repeats, a mistake after which ranks wait for another, or one that loses its exit code."""
+    ended = pair[1]
+    assert ended.codes == [0, 0], ended.errors
+    assert ended.values == [[0, 2], [0, 1]]
+    assert [output.count("done: ") for output in ended.outputs] == [1, 0]
+    assert ended.outputs[1] == ""
+    said = [line for errors in ended.errors for line in errors.splitlines() if line.startswith("mtpd: error")]
+    assert len(said) == 1
     assert "exists and is no run directory" in said[0]
-    assert done.returncode in (1, 2)
 
 
 def test_command_lines_of_launchers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,9 +115,7 @@ def test_command_lines_of_launchers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     here = launch.deepspeed_here(words, processes=2, port=1234)
     assert here[1:4] == ["-u", "-m", "deepspeed.launcher.launch"]
     assert here[-4:] == ["mtpd", *words]
-    from deepspeed.launcher.runner import decode_world_info
-
-    assert decode_world_info(here[4].partition("=")[2]) == {"localhost": [0, 1]}
+    assert json.loads(base64.urlsafe_b64decode(here[4].partition("=")[2])) == {"localhost": [0, 1]}
     nodes = launch.deepspeed_on_nodes(words, processes=None, nodes=Path("hosts"))
     assert nodes[2:] == [
         *("deepspeed.launcher.runner", "--hostfile=hosts", "--module", "--no_local_rank", "--log_level=error"),
@@ -159,9 +146,26 @@ def test_a_launcher_passes_on_signals_and_codes(end: int, tmp_path: Path) -> Non
     child = f"import sys, time; open({str(tmp_path / 'begun')!r}, 'w').close(); "
     child += f"sys.exit({end})" if end == 3 else "time.sleep(60)"
     driver = f"import sys; from mtpd import launch; sys.exit(launch._run([sys.executable, '-c', {child!r}]))"
-    process = subprocess.Popen([sys.executable, "-c", driver], env=environment())
+    process = subprocess.Popen([sys.executable, "-c", driver], env=os.environ | {"PYTHONPATH": str(ROOT)})
     while not (tmp_path / "begun").exists():
         time.sleep(0.05)
     if end == signal.SIGTERM:
         process.send_signal(end)
     assert process.wait(20) == (128 + end if end == signal.SIGTERM else 3)
+
+
+def test_torchrun_gives_the_code_of_the_rank_that_failed(tmp_path: Path) -> None:
+    """Fault: ranks that are not told which they are, or all failures with the exit code of the launcher."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, pathlib, sys, time\n"
+        "rank = os.environ['RANK']\n"
+        f"pathlib.Path({str(tmp_path)!r}, rank).write_text(' '.join([os.environ['WORLD_SIZE'], *sys.argv[1:]]))\n"
+        "if sys.argv[1] == 'fail':\n"
+        "    time.sleep(60 if rank == '0' else 0)\n"
+        "    sys.exit(5)\n"
+    )
+    common = ["--standalone", "--nproc-per-node=2", str(script)]
+    assert launch._run_torchrun([*common, "a=b"]) == 0
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 a=b", "2 a=b"]
+    assert launch._run_torchrun([*common, "fail"]) == 5

@@ -97,10 +97,12 @@ def _check_options(
     dry_run: bool,
 ) -> None:
     """Raises UserError for an option that nothing would read."""
-    for name, value in (("--processes", processes), ("--nodes", nodes)):
+    launching: dict[str, object] = {"--processes": processes, "--nodes": nodes}
+    planning: dict[str, object] = {"--devices": devices, "--device-memory": device_memory}
+    for name, value in launching.items():
         if value is not None and launcher is None:
             raise UserError(f"{name}: {value} needs --launcher; accepted: deepspeed, torchrun")
-    for name, value in (("--devices", devices), ("--device-memory", device_memory)):
+    for name, value in planning.items():
         if value is not None and not dry_run:
             raise UserError(f"{name}: {value} is only for a plan; accepted: with --dry-run")
 

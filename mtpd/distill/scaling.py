@@ -126,7 +126,7 @@ class Machine:
     link: float
     """Bytes a second that a device receives from others in its machine."""
     network: float
-    """Bytes a second that a device receives from other machines, where all of its machine do."""
+    """Bytes a second that a machine receives from the others, which each of its devices gets."""
     devices: int = 8
     """In one machine."""
 

@@ -132,5 +132,7 @@ def accumulation(recipe: Recipe, checkpoint: Path | None, processes: int) -> int
             f"{checkpoint}: its steps have {before} rows, and {processes} processes have {micro} at a time "
             f"(train.rows_per_step: {train.rows_per_step}); accepted numbers of processes: {', '.join(map(str, counts))}"
         )
-    logger.warning("%s: steps of %d rows go on as %d micro batches in each process", checkpoint, before, before // micro)
+    logger.warning(
+        "%s: steps of %d rows go on as %d micro batches in each process", checkpoint, before, before // micro
+    )
     return before // micro
