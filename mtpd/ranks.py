@@ -132,7 +132,7 @@ def joined(device: torch.device) -> Iterator[None]:
     Raises:
         RankFailed: another rank has failed.
     """
-    from accelerate.state import PartialState  # takes a second to import
+    from accelerate.state import AcceleratorState, PartialState  # takes a second to import
 
     global _control
     if _control is not None:
@@ -140,12 +140,10 @@ def joined(device: torch.device) -> Iterator[None]:
         return
     alone = not _started()
     if alone:
-        before = bool(PartialState._shared_state)
+        # What an earlier command of this process left would not look for a launcher again.
+        AcceleratorState._reset_state(reset_partial_state=True)
         PartialState(cpu=device.type == "cpu", timeout=STEP)
-    if not _started():
-        if not before:
-            # It would not look for a launcher again.
-            PartialState._reset_state()
+    if count() == 1:
         yield
         return
     _control = dist.new_group(backend="gloo", timeout=WAITING)

@@ -1,11 +1,12 @@
 """Ranks for tests: forked processes that a gloo group joins, as a launcher would start them.
 
-`python tests/processes.py '[["distill", ...], ...]'` runs commands in two ranks, one after the other. They are forked
-from a process of its own, because autograd works in no process that is forked from one where it has.
+Autograd works in no process that is forked from one where it has been used: `in_fresh_ranks` forks from a new one, which
+`python tests/processes.py` is.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -74,18 +75,18 @@ def run_commands(lines: list[list[str]]) -> list[int]:
     return [main(words) for words in lines]
 
 
-def commands_in_ranks(lines: list[list[str]], seconds: float) -> Ended:
-    """The same in two ranks; it can be called wherever autograd has been used."""
+def in_fresh_ranks(module: str, function: str, *arguments: Any, count: int = 2, seconds: float = 170.0) -> Ended:
+    """Runs a function of a test file, where autograd may be used; arguments are what JSON can hold."""
     done = subprocess.run(
-        [sys.executable, __file__, json.dumps(lines)],
+        [sys.executable, __file__, json.dumps([module, function, arguments, count, seconds])],
         capture_output=True,
         text=True,
         check=False,
-        timeout=seconds,
+        timeout=seconds + 60,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    return Ended(*json.loads(done.stdout))
+    return Ended(*json.loads(done.stdout.splitlines()[-1]))
 
 
 def _rank(rank: int, count: int, port: int, folder: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -118,10 +119,12 @@ def _rank(rank: int, count: int, port: int, folder: Path, work: Callable[..., An
 
 
 if __name__ == "__main__":
+    # What takes long to import is imported once.
     import deepspeed  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
 
-    import mtpd.distill.extend
     import mtpd.distill.run  # noqa: F401
 
-    print(json.dumps(in_ranks(run_commands, json.loads(sys.argv[1]), seconds=240)))
+    module, function, arguments, count, seconds = json.loads(sys.argv[1])
+    work = getattr(importlib.import_module(module), function)
+    print(json.dumps(in_ranks(work, *arguments, count=count, seconds=seconds)))

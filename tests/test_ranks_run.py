@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import Ended, commands_in_ranks
+from processes import Ended, in_fresh_ranks
 from safetensors.torch import load_file
 
 from mtpd import launch
@@ -37,9 +37,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     assert main([*WORDS, f"output={folder / 'one'}", "train.rows_per_step=2"]) == 0
     (folder / "none").mkdir()
     (folder / "none" / "file").write_text("no run")
-    ended = commands_in_ranks(
-        [[*WORDS, f"output={folder / 'two'}", "train.rows_per_step=1"], [*WORDS, f"output={folder / 'none'}"]], 170
-    )
+    lines = [[*WORDS, f"output={folder / 'two'}", "train.rows_per_step=1"], [*WORDS, f"output={folder / 'none'}"]]
+    ended = in_fresh_ranks("processes", "run_commands", lines)
     return folder, ended
 
 
