@@ -65,7 +65,8 @@ def put_state(state: State, model: nn.Module, optimizer: Any, engine: Any = None
     by_element = {key for key, value in sample.items() if isinstance(value, Tensor) and value.ndim}
     for shard in shards:
         zero.optimizer.state[shard] = {
-            key: torch.zeros_like(shard) if key in by_element else _scalar(value, shard) for key, value in sample.items()
+            key: torch.zeros_like(shard) if key in by_element else _scalar(value, shard)
+            for key, value in sample.items()
         }
     _tie(engine)
     for name, each in trained.items():

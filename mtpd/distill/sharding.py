@@ -66,8 +66,12 @@ def _start(device: torch.device) -> None:
         # Else DeepSpeed and accelerate would each choose a GPU, where there is one.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+    import deepspeed
     from accelerate.state import AcceleratorState, PartialState
     from deepspeed.utils import logger
+
+    # Compiled at the start, for a minute or more, and used for inference.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     logger.setLevel(logging.ERROR)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -114,15 +118,15 @@ def partitioned(trunk: Trunk, config: dict[str, Any]) -> Iterator[None]:
 
 def _take_out(decoder: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     """Removes a module from a tree, and gives back the places that it had."""
-    places = [
+    places: list[tuple[nn.Module, str, nn.Module]] = [
         (parent, name, child)
         for parent in decoder.modules()
         for name, child in parent._modules.items()
         if child is module
     ]
-    for parent, name, child in places:
+    for parent, name, _ in places:
         parent._modules.pop(name)
-    return [(parent, name, child) for parent, name, child in places if child is not None]
+    return places
 
 
 def gathered(module: nn.Module) -> dict[str, Tensor]:
