@@ -21,8 +21,8 @@ from mtpd.trunk import Trunk
 class DistillModel(nn.Module):
     """Heads with a loss, beside their trunk; only what is trained is part of the module.
 
-    The trunk is not: wrappers of the module (DistributedDataParallel, a DeepSpeed engine) then broadcast, cast and shard
-    nothing but the parameters that are trained.
+    The trunk is not: wrappers of the module (DistributedDataParallel, a DeepSpeed engine) then broadcast, cast and
+    shard nothing but the parameters that are trained.
 
     Args:
         settings: weights and form of the loss.

@@ -116,7 +116,8 @@ def _by_element(value: Any, shard: Tensor) -> bool:
 
 
 def _scalar(value: Any, shard: Tensor) -> Any:
-    return value.to(shard.device) if isinstance(value, Tensor) else value
+    # Each shard counts its own steps.
+    return value.to(shard.device, copy=True) if isinstance(value, Tensor) else value
 
 
 def save_state(state: State, path: Path, *, step_rows: int) -> None:
@@ -151,7 +152,9 @@ def load_state(path: Path, model: nn.Module) -> State:
         state[name][key] = value
     for name, found in state.items():
         shapes = [value.shape for value in found.values() if isinstance(value, Tensor) and value.ndim]
-        if not found or any(shape != model.get_parameter(name).shape for shape in shapes):
+        parameter = model.get_parameter(name)
+        # One that is partitioned has no elements; DeepSpeed keeps its shape.
+        if not found or any(shape != getattr(parameter, "ds_shape", parameter.shape) for shape in shapes):
             raise MtpdError(f"{path}: the state of {name} is missing or of another shape; start over with --fresh")
     return state
 

@@ -30,6 +30,9 @@ TIMEOUT = timedelta(minutes=30)
 ENABLED = "ACCELERATE_USE_DEEPSPEED"
 """Set by accelerate while DeepSpeed is in use, and read by it later."""
 
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ""}
+"""What a launcher sets, for the only process."""
+
 
 @contextmanager
 def deepspeed_running(device: torch.device) -> Iterator[None]:
@@ -40,10 +43,9 @@ def deepspeed_running(device: torch.device) -> Iterator[None]:
     Raises:
         MtpdError: DeepSpeed cannot start here.
     """
+    before = dict(os.environ)
     try:
         _start(device)
-    except MtpdError:
-        raise
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise MtpdError(f"train.deepspeed: DeepSpeed cannot start here: {reason}; accepted then: null") from error
@@ -52,22 +54,28 @@ def deepspeed_running(device: torch.device) -> Iterator[None]:
     finally:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        os.environ.pop(ENABLED, None)
         unset_hf_deepspeed_config()
+        for name in (ENABLED, *ALONE):
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                os.environ.pop(name, None)
 
 
 def _start(device: torch.device) -> None:
     """Starts the process group, if nothing has yet, in such a way that accelerate knows its size on a CPU too."""
-    # What a launcher sets. Without one, this is the only process.
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ""}
     if "RANK" not in os.environ:
-        os.environ.update({**alone, "MASTER_PORT": str(_free_port())})
+        os.environ.update({**ALONE, "MASTER_PORT": str(_free_port())})
     if device.type == "cpu":
         # Else DeepSpeed and accelerate would each choose a GPU, where there is one.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+    import deepspeed
     from accelerate.state import AcceleratorState, PartialState
     from deepspeed.utils import logger
+
+    # Compiled at the start, for a minute or more, and used for inference.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     logger.setLevel(logging.ERROR)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -114,15 +122,15 @@ def partitioned(trunk: Trunk, config: dict[str, Any]) -> Iterator[None]:
 
 def _take_out(decoder: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     """Removes a module from a tree, and gives back the places that it had."""
-    places = [
+    places: list[tuple[nn.Module, str, nn.Module]] = [
         (parent, name, child)
         for parent in decoder.modules()
         for name, child in parent._modules.items()
         if child is module
     ]
-    for parent, name, child in places:
+    for parent, name, _ in places:
         parent._modules.pop(name)
-    return [(parent, name, child) for parent, name, child in places if child is not None]
+    return places
 
 
 def gathered(module: nn.Module) -> dict[str, Tensor]:

@@ -61,8 +61,8 @@ def train_heads(
         if settings is not None:
             if joint is not None and settings.stage == 3:
                 raise UserError(
-                    f"train.deepspeed: {settings.source} is of stage 3, and trunk.train: {recipe.trunk.train} needs the "
-                    "whole trunk; accepted: stage 1 or 2"
+                    f"train.deepspeed: {settings.source} is of stage 3, and trunk.train: {recipe.trunk.train} needs "
+                    "the whole trunk; accepted: stage 1 or 2"
                 )
             running.enter_context(deepspeed_running(trunk.device))
             options["deepspeed"] = settings.for_heads(
@@ -130,7 +130,8 @@ def accumulation(recipe: Recipe, checkpoint: Path | None, processes: int) -> int
         counts = [n for n in range(1, before // train.rows_per_step + 1) if before // train.rows_per_step % n == 0]
         raise UserError(
             f"{checkpoint}: its steps have {before} rows, and {processes} processes have {micro} at a time "
-            f"(train.rows_per_step: {train.rows_per_step}); accepted numbers of processes: {', '.join(map(str, counts))}"
+            f"(train.rows_per_step: {train.rows_per_step}); accepted numbers of processes: "
+            + ", ".join(map(str, counts))
         )
     logger.warning(
         "%s: steps of %d rows go on as %d micro batches in each process", checkpoint, before, before // micro

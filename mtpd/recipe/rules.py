@@ -38,8 +38,8 @@ OWNED_ARGUMENTS = {
 
 
 UNSERVED_ARGUMENTS = {
-    "parallelism_config": "null: rows are not split over processes (DeepSpeed's Ulysses hands each a part of a row, and "
-    "a head reads tokens and teacher rows of the next part); lower data.row_length, or set train.checkpoint_blocks",
+    "parallelism_config": "null: rows are not split over processes (DeepSpeed's Ulysses hands each a part of a row, "
+    "and a head reads tokens and teacher rows of the next part); lower data.row_length, or set train.checkpoint_blocks",
     "fsdp": "null, or the recipe key train.deepspeed",
     "fsdp_config": "null, or the recipe key train.deepspeed",
 }
@@ -172,8 +172,8 @@ def sharding_problems(train: TrainRecipe, trunk: TrunkRecipe, dtype: str) -> lis
         )
     if trunk.train != "frozen" and train.deepspeed.startswith("zero3"):
         problems.append(
-            f"train.deepspeed: {train.deepspeed} is not accepted with trunk.train: {trunk.train}, which needs the whole "
-            "trunk; accepted: null, zero1, zero2"
+            f"train.deepspeed: {train.deepspeed} is not accepted with trunk.train: {trunk.train}, which needs the "
+            "whole trunk; accepted: null, zero1, zero2"
         )
     return problems
 
