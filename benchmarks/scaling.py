@@ -19,8 +19,8 @@ from mtpd.recipe import load_recipe
 
 GPU_MEMORY = 80e9
 H100 = Machine(flops=0.4 * 989e12, link=0.8 * 450e9, network=0.8 * 8 * 50e9)
-"""40% of the dense bfloat16 rate of an H100 SXM; 80% of one direction of NVLink 4, and of the eight ports of 400 Gb/s of a
-machine, since what has come in through one of them is handed on inside."""
+"""40% of the dense bfloat16 rate of an H100 SXM; 80% of one direction of NVLink 4, and of the eight ports of 400 Gb/s
+of a machine: what has come in through one of them is handed on inside."""
 RANKS = (8, 16, 32, 64, 128, 256, 512)
 SHARDED: tuple[Sharding, ...] = ("zero2", "zero3", "zero3-cpu")
 SETTINGS = ["heads.depth=4", "data.row_length=2048", "train.rows_per_step=2", "dtype=bfloat16", "device=cpu"]
@@ -72,11 +72,11 @@ def table(name: str, load: Load) -> str:
     lines = [
         f"### {name}",
         "",
-        f"{load.trunk / 1e9:.1f} billion parameters in the trunk, {load.largest_layer / 1e9:.2f} billion in its largest "
-        f"layer, {load.heads / 1e9:.2f} billion in the heads.",
+        f"{load.trunk / 1e9:.1f} billion parameters in the trunk, {load.largest_layer / 1e9:.2f} billion in its "
+        f"largest layer, {load.heads / 1e9:.2f} billion in the heads.",
         "",
-        "| GPUs | zero2, GB | zero3, GB | zero3-cpu, GB (host) | step zero2, ms (stored) | step zero3, ms (stored) "
-        "| first that fits |",
+        "| GPUs | zero2, GB | zero3, GB | zero3-cpu, GB (host) | step zero2, ms (stored) "
+        "| step zero3, ms (stored) | first that fits |",
         "|---|---|---|---|---|---|---|",
     ]
     for ranks in RANKS:

@@ -89,6 +89,15 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(bytes(part[: int(length)].tolist())) for part, length in zip(parts, lengths, strict=True)]
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank."""
+    if count() == 1:
+        return flag
+    found = torch.tensor([flag], dtype=torch.uint8)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=_control)
+    return bool(found)
+
+
 def from_main(work: Callable[[], Any]) -> Any:
     """What `work` gives on the main rank, on all ranks, which wait for it. JSON can hold it."""
     return gather(work() if is_main() else None)[0]

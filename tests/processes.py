@@ -1,7 +1,7 @@
 """Ranks for tests: forked processes that a gloo group joins, as a launcher would start them.
 
-Autograd works in no process that is forked from one where it has been used: `in_fresh_ranks` forks from a new one, which
-`python tests/processes.py` is.
+Autograd works in no process that is forked from one where it has been used: `in_fresh_ranks` forks from a new one,
+which `python tests/processes.py` is.
 """
 
 from __future__ import annotations

@@ -37,7 +37,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     assert main([*WORDS, f"output={folder / 'one'}", "train.rows_per_step=2"]) == 0
     (folder / "none").mkdir()
     (folder / "none" / "file").write_text("no run")
-    lines = [[*WORDS, f"output={folder / 'two'}", "train.rows_per_step=1"], [*WORDS, f"output={folder / 'none'}"]]
+    half = [*WORDS, "train.rows_per_step=1"]
+    lines = [
+        [*half, f"output={folder / 'two'}"],
+        [*half, f"output={folder / 'apart'}", "train.deepspeed=zero3", "evaluation.decode_prompts=0"],
+        [*half, f"output={folder / 'none'}"],
+    ]
     ended = in_fresh_ranks("processes", "run_commands", lines)
     return folder, ended
 
@@ -48,10 +53,16 @@ def both(pair: tuple[Path, Ended]) -> tuple[Path, Path]:
     return pair[0] / "one", pair[0] / "two"
 
 
-def test_two_ranks_make_the_run_of_one(both: tuple[Path, Path]) -> None:
-    """Fault: ranks that answer other prompts, store other states, train on other rows, or write over each other."""
-    one, two = both
-    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+@pytest.mark.parametrize("name", ["two", "apart"])
+def test_two_ranks_make_the_run_of_one(pair: tuple[Path, Ended], name: str) -> None:
+    """Fault: ranks that answer other prompts, store other states, train on other rows, or write over each other.
+
+    Apart: the trunk's layers are shared out over the ranks, and neither ever has all of them.
+    """
+    both = one, two = pair[0] / "one", pair[0] / name
+    assert {path.name for path in one.iterdir() if name == "two" or "decoded" not in path.name} == {
+        path.name for path in two.iterdir()
+    }
     for name in ("responses.jsonl", "held-out.jsonl"):
         assert sorted((one / name).read_text().splitlines()) == sorted((two / name).read_text().splitlines())
     provenance = [json.loads((run / "provenance.json").read_text()) for run in both]
@@ -96,8 +107,8 @@ def test_one_rank_speaks_and_mistakes_are_one_line(pair: tuple[Path, Ended]) -> 
     """Fault: what each rank repeats, a mistake after which ranks wait for another, or one that loses its exit code."""
     ended = pair[1]
     assert ended.codes == [0, 0], ended.errors
-    assert ended.values == [[0, 2], [0, 1]]
-    assert [output.count("done: ") for output in ended.outputs] == [1, 0]
+    assert ended.values == [[0, 0, 2], [0, 0, 1]]
+    assert [output.count("done: ") for output in ended.outputs] == [2, 0]
     assert ended.outputs[1] == ""
     said = [line for errors in ended.errors for line in errors.splitlines() if line.startswith("mtpd: error")]
     assert len(said) == 1

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_trunk
-from processes import in_fresh_ranks, in_ranks
+from processes import in_fresh_ranks
 from sharded_runs import Case, new_heads, run_case
 from transformers import TrainerCallback
 
 from mtpd.cli import main
 from mtpd.distill.estimate import Sizes
 from mtpd.distill.plan import plan, training_load
-from mtpd.distill.scaling import Load, Machine, Sharding, fits, memory, step_seconds
+from mtpd.distill.scaling import SPARE, Load, Machine, Sharding, fits, host_memory, memory, step_seconds
 from mtpd.recipe import load_recipe
 
 SHARDINGS: tuple[Sharding, ...] = ("none", "zero1", "zero2", "zero3", "zero3-cpu")
@@ -33,7 +33,7 @@ def own(parameter: Any) -> torch.Tensor:
 
 
 class Count(TrainerCallback):
-    """Counts what a rank holds, where an optimizer step begins."""
+    """Counts what a rank holds for the heads, and of the trunk, in the first optimizer step."""
 
     def __init__(self) -> None:
         self.held: dict[str, int] = {}
@@ -42,46 +42,140 @@ class Count(TrainerCallback):
         zero = getattr(optimizer, "optimizer", optimizer)
         if not hasattr(zero, "optimizer"):
             return
-        real = zero.step
+        step, end_of_backward = zero.step, zero.independent_gradient_partition_epilogue
 
-        def step(*arguments: Any, **options: Any) -> Any:
-            self.count(model, zero, zero.optimizer)
-            return real(*arguments, **options)
+        def before_epilogue() -> Any:
+            # At stage 1 each rank has all gradients until here, and a share of them from here on.
+            self.held["gradients"] = sum(each.grad.nbytes for each in model.heads.parameters() if each.grad is not None)
+            return end_of_backward()
 
-        zero.step = step
+        def before_step(*arguments: Any, **options: Any) -> Any:
+            self.count(model, zero.optimizer)
+            master = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_partitioned_groups_flat
+            shares = [each for group in zero.averaged_gradients.values() for each in group or [] if each is not None]
+            self.held["master copy"] = size_of(master)
+            self.held["gradients"] = max(self.held["gradients"], sum(each.nbytes for each in shares))
+            return step(*arguments, **options)
+
+        zero.step, zero.independent_gradient_partition_epilogue = before_step, before_epilogue
 
     def on_pre_optimizer_step(self, *args: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
-        zero = getattr(optimizer, "optimizer", optimizer)
-        if not hasattr(zero, "optimizer"):
-            self.count(model, None, zero)
+        if not self.held:
+            self.count(model, optimizer)
+            self.held["gradients"] = sum(each.grad.nbytes for each in model.heads.parameters())
 
-    def count(self, model: Any, zero: Any, optimizer: Any) -> None:
-        heads = list(model.heads.parameters())
-        trunk = [own(each) for each in model.trunk.model.parameters()]
-        on_host = [each for each in trunk if each.device.type == "cpu" and False]
-        moments = [value for kept in optimizer.state.values() for value in kept.values() if value.ndim]
-        self.held = {
-            "trunk": size_of(trunk),
-            "heads": size_of(own(each) for each in heads),
-            "optimizer": size_of(moments),
-        }
-        if zero is None:
-            self.held["gradients"] = sum(each.grad.nbytes for each in heads)
-            return
-        master = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_partitioned_groups_flat
-        self.held["master copy"] = size_of(master)
-        averaged = getattr(zero, "averaged_gradients", {})
-        print(type(zero).__name__, {k: type(v) for k, v in averaged.items()}, on_host)
-        print([n for n in dir(zero) if "grad" in n])
-        lists = [each for group in averaged.values() if group for each in group if each is not None]
-        self.held["gradients"] = sum(each.nbytes for each in lists)
-        self.held["grad attributes"] = sum(each.grad.nbytes for each in heads if each.grad is not None)
+    def on_step_end(self, *args: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
+        # The moments are there after the first step.
+        inner = getattr(optimizer, "optimizer", optimizer)
+        self.held["optimizer"] = moments(getattr(inner, "optimizer", inner))
+
+    def count(self, model: Any, optimizer: Any) -> None:
+        self.held["trunk"] = size_of(own(each) for each in model.trunk.model.parameters())
+        self.held["heads"] = size_of(own(each) for each in model.heads.parameters())
+        self.held["optimizer"] = moments(optimizer)
 
 
-def held(folder: str, names: list[str]) -> dict[str, Any]:
+def moments(optimizer: Any) -> int:
+    return sum(value.nbytes for kept in optimizer.state.values() for value in kept.values() if value.ndim)
+
+
+def held(folder: str) -> dict[str, Any]:
+    """What this rank holds, by sharding."""
     found = {}
-    for name in names:
+    for name in SHARDINGS:
         count = Count()
-        run_case(name, Case(None if name == "none" else name, steps=2), Path(folder), callbacks=[count])
+        run_case(name, Case(None if name == "none" else name, steps=1), Path(folder), callbacks=[count])
         found[name] = count.held
     return found
+
+
+def load_of_the_case() -> Load:
+    """What the formula is given for the runs of `held`."""
+    trunk = tiny_trunk("llama")
+    heads = new_heads(trunk)
+    numbers = [sum(each.numel() for each in module.parameters()) for module in (trunk.model, heads)]
+    sizes = Sizes.of(trunk.config, frozen=numbers[0], trained=numbers[1], depth=2, columns=64, tokens=64, item=4)
+    return training_load(load_recipe(None, ["model=tiny", "heads.depth=2"]), trunk, heads, sizes, {})
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_formula_says_what_ranks_hold(count: int, tmp_path: Path) -> None:
+    """Fault: shares that are not those of DeepSpeed: a copy that is forgotten, or a part that is not sharded."""
+    ended = in_fresh_ranks("test_scaling", "held", str(tmp_path), count=count)
+    assert ended.codes == [0] * count, ended.errors
+    load = load_of_the_case()
+    for sharding in SHARDINGS:
+        expected = memory(load, sharding, count)
+        expected = {
+            name: expected[name]
+            for name in ("trunk", "heads", "gradients", "optimizer", "master copy")
+            if name in expected
+        }
+        if sharding == "zero3-cpu":
+            # Without an accelerator, what is on the host is on the device.
+            expected["trunk"] += host_memory(load, sharding, count)
+        for value in ended.values:
+            # Shares are rounded up to what can be exchanged.
+            assert value[sharding] == pytest.approx(expected, rel=0.02), sharding
+
+
+def test_a_plan_names_the_first_way_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: a preset that does not fit is recommended, or one that exchanges more than is needed."""
+    words = ["distill", "model=tiny", "device=cpu", "--dry-run", "--devices", "8"]
+    needed = {fit.sharding: fit.total for fit in plan(load_recipe(None, words[1:3]), devices=8).shardings}
+    assert list(needed) == ["none", "zero1", "zero2", "zero3", "zero3-cpu", "zero3-nvme"]
+    assert needed["none"] > needed["zero1"] > needed["zero2"]
+    for fitting, said in (("none", "null is the first that fits"), ("zero2", "zero2 is the first that fits")):
+        assert main([*words, "--device-memory", str(1.001 * needed[fitting] / SPARE / 1e9)]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert said in shown
+        assert "8 with" in shown
+        assert re.search(r"null [\d.,]+ [kM]B( \(too much\))?, zero1", shown)
+    assert main([*words, "--device-memory", "0.001"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "none fits" in shown
+    assert main(words[:4]) == 0
+    assert "of this machine" in capsys.readouterr().out
+
+
+LARGE = Load(
+    trunk=70_000_000_000,
+    layers=68_000_000_000,
+    largest_layer=850_000_000,
+    heads=4_000_000_000,
+    largest_head=1_000_000_000,
+    hidden=8192,
+    item=2,
+    beside={"loss": 10**9},
+    tokens=4096,
+    active=68_000_000_000,
+    active_heads=4_000_000_000,
+    depth=4,
+    vocabulary=128_000,
+)
+MACHINE = Machine(flops=4e14, link=4e11, network=3e11)
+
+
+def test_more_devices_hold_less_each() -> None:
+    """Fault: a part that is sharded and does not shrink, or one that is not and does."""
+    for sharding in SHARDINGS[1:]:
+        totals = [sum(memory(LARGE, sharding, ranks).values()) for ranks in (1, 8, 64)]
+        assert totals == sorted(totals, reverse=True)
+    assert memory(LARGE, "none", 8) == memory(LARGE, "none", 64)
+    assert memory(LARGE, "zero3", 512)["trunk"] == 2 * 2_000_000_000 + 2 * 68_000_000_000 // 512
+    assert memory(LARGE, "zero2", 512)["trunk"] == 140e9
+    assert next(fit.sharding for fit in fits(LARGE, 64, 80e9) if fit.fits) == "zero3"
+    assert [fit.sharding for fit in fits(LARGE, 1, 80e9)] == ["none", "zero3-cpu", "zero3-nvme"]
+
+
+def test_a_step_takes_the_longer_of_work_and_messages() -> None:
+    """Fault: messages of the trunk where its states are stored, or time that goes down on a slower network."""
+    stored = step_seconds(LARGE, "zero3", 16, MACHINE, stored=True)
+    slow = Machine(flops=4e14, link=4e11, network=1e9)
+    assert stored < step_seconds(LARGE, "zero3", 16, MACHINE, stored=False)
+    assert step_seconds(LARGE, "zero3", 16, slow, stored=False) > 68e9 * 2 * 15 / 16 / 1e9
+    assert step_seconds(LARGE, "zero3", 8, slow, stored=False) == step_seconds(LARGE, "zero3", 8, MACHINE, stored=False)
+    trunk = 2 * 68e9 * 4096 / 4e14
+    assert step_seconds(LARGE, "none", 1, MACHINE, stored=False) - step_seconds(
+        LARGE, "none", 1, MACHINE, stored=True
+    ) == pytest.approx(trunk)

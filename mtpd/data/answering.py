@@ -12,11 +12,28 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from mtpd import ranks
 from mtpd.data.prompts import Prompt
 from mtpd.decode.choice import Choice
 from mtpd.decode.engine import Engine, Request
 from mtpd.files import fingerprint
 from mtpd.trunk import Trunk
+
+
+class InStep:
+    """Lets the ranks run a partitioned trunk equally often, whatever each has to answer: called before each pass."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        self.trunk = trunk
+
+    def __call__(self) -> None:
+        ranks.any_rank(True)
+
+    def rest(self) -> None:
+        """Passes over a token, as long as another rank has one to make."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.trunk.device)
+        while ranks.any_rank(False):
+            self.trunk.hidden(token, position_ids=token)
 
 
 @dataclass(frozen=True)
@@ -40,12 +57,15 @@ def answers(
     """Each task with its response, as they end.
 
     On a CPU each core decodes a share of the prompts on its own, which is faster than all cores at one matrix.
-    Which share a prompt is in follows from the whole list.
+    Which share a prompt is in follows from the whole list. Ranks that share a partitioned trunk keep step.
     """
     # Longest first: what does not fit into memory fails at once, and prompts that are read together are alike.
     order = sorted(tasks, key=lambda task: -len(task.ids))
     threads = torch.get_num_threads()
     workers = max(1, min(threads if trunk.device.type == "cpu" else 1, len(order), slots))
+    step = InStep(trunk) if trunk.partitioned else None
+    if step is not None:
+        workers = 1
     results: queue.SimpleQueue[tuple[Task, list[int]] | None] = queue.SimpleQueue()
     stop = threading.Event()
 
@@ -60,11 +80,14 @@ def answers(
                     choice=choice,
                     end_tokens=ends,
                     on_tokens=lambda text, new: stop.is_set(),
+                    before_pass=step,
                 )
                 for text in engine.run(requests):
                     if stop.is_set():
                         return
                     results.put((group[text.number], text.tokens))
+            if step is not None:
+                step.rest()
         finally:
             results.put(None)
 

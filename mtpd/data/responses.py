@@ -112,6 +112,11 @@ def generate_responses(
     total, known = (len(missing), 0) if shared else (len(tasks), len(done))
     with tqdm(total=total, initial=known, desc=share, unit="prompt", disable=not progress) as bar:
         frozen = Trunk(model)
+        if frozen.recurrent and frozen.partitioned:
+            raise UserError(
+                f"train.deepspeed: stage 3 is not accepted for {frozen.name}, whose responses come from transformers, "
+                "which does not keep ranks in step; accepted: null, zero1, zero2"
+            )
         if frozen.recurrent:
             # Their states have no slots: one prompt at a time, by transformers.
             warped = (temperature, top_p) if temperature > 0 else None

@@ -288,7 +288,10 @@ def fill(store: HiddenStates, trunk: Trunk, rows: PackedRows, *, batch_rows: int
     """
     missing = [row for row in range(len(rows)) if row not in store]
     joint = store if isinstance(store, DiskStore) and store.shared else None
+    passes = -(-len(missing) // batch_rows)
     if joint is not None:
+        # The first rank has the largest share.
+        passes = -(-len(missing[:: ranks.count()]) // batch_rows)
         missing = ranks.share(missing)
     bar = tqdm(
         total=len(missing) * rows.row_length,
@@ -302,6 +305,8 @@ def fill(store: HiddenStates, trunk: Trunk, rows: PackedRows, *, batch_rows: int
             batch = [{**rows[row], "row": torch.tensor(row)} for row in missing[first : first + batch_rows]]
             with_hidden(collate(batch), trunk, store)
             bar.update(len(batch) * rows.row_length)
+        for _ in range(passes - -(-len(missing) // batch_rows) if trunk.partitioned else 0):
+            trunk.hidden(torch.zeros(1, 1, dtype=torch.long, device=trunk.device))
     if joint is None:
         store.flush()
     else:

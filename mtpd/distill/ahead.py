@@ -8,6 +8,7 @@ from mtpd import ranks
 from mtpd.data.models import resolve_device
 from mtpd.data.store import DiskStore, fill
 from mtpd.data.vocabulary import coverage, save_vocabulary
+from mtpd.distill.apart import trunk_apart
 from mtpd.distill.run import (
     hidden_states,
     open_together,
@@ -36,11 +37,13 @@ def store_hidden_states(recipe: Recipe, *, progress: bool = True) -> Path:
         raise UserError(f"data.hidden_states: {recipe.data.hidden_states} stores nothing on the disk; accepted: disk")
     with ranks.joined(resolve_device(recipe.device)):
         session = start(recipe, open_together(recipe, fresh=False), progress=progress and ranks.is_main())
-        prompts = split_prompts(recipe).train
-        rows = training_rows(session, prompts)
-        store = hidden_states(session, rows, prompts)
-        assert isinstance(store, DiskStore)
-        fill(store, session.trunk, rows, batch_rows=recipe.train.rows_per_step, progress=session.progress)
+        device = resolve_device(recipe.device)
+        with trunk_apart(session.trunk, recipe, device=device, folder=session.run.offload):
+            prompts = split_prompts(recipe).train
+            rows = training_rows(session, prompts)
+            store = hidden_states(session, rows, prompts)
+            assert isinstance(store, DiskStore)
+            fill(store, session.trunk, rows, batch_rows=recipe.train.rows_per_step, progress=session.progress)
     return store.directory
 
 
@@ -58,7 +61,9 @@ def count_vocabulary(recipe: Recipe, path: Path, *, progress: bool = True) -> tu
         raise UserError(f"heads.vocabulary: {size} leaves nothing to count; accepted: how many tokens are kept")
     with ranks.joined(resolve_device(recipe.device)):
         session = start(recipe, open_together(recipe, fresh=False), progress=progress and ranks.is_main())
-        rows = training_rows(session, split_prompts(recipe).train)
+        device = resolve_device(recipe.device)
+        with trunk_apart(session.trunk, recipe, device=device, folder=session.run.offload):
+            rows = training_rows(session, split_prompts(recipe).train)
         vocabulary = vocabulary_of(session, rows)
         tokens = real_tokens(session.trunk.model, session.tokenizer)
         if vocabulary is None:

@@ -20,6 +20,7 @@ from mtpd import ranks
 from mtpd.data.models import resolve_device
 from mtpd.data.packing import PackedRows, Sample
 from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, store_key
+from mtpd.distill.apart import trunk_apart
 from mtpd.distill.below import FinishedDepths
 from mtpd.distill.directory import RunDirectory
 from mtpd.distill.measuring import set_apart, spread
@@ -87,6 +88,12 @@ def _extend(
         raise UserError(f"{path}: is a stage of an extension; give the run directory that it is in")
     recipe = _with_section(recipe, given)
     session = start(recipe, run, progress=progress)
+    with trunk_apart(session.trunk, recipe, device=resolve_device(recipe.device), folder=run.offload):
+        return _extend_run(session, console, fresh=fresh)
+
+
+def _extend_run(session: Session, console: Console, *, fresh: bool) -> Path:
+    recipe, run = session.recipe, session.run
     heads = chain_of(load_heads(run.heads, session.trunk, fingerprint=session.fingerprint), what="mtpd extend")
     prompts = split_prompts(recipe)
     samples, apart = measured_samples(session, prompts.held_out)
@@ -179,10 +186,9 @@ def _run_stage(material: Material, stage: RunDirectory, old: ChainHeads, depth: 
     settings, trunk = session.recipe.extend, session.trunk
     if not ranks.from_main((stage.heads / WEIGHTS).is_file):
         heads = extended(old, trunk, depth=depth, form=settings.form, rank=settings.rank, seed=session.recipe.seed)
-        with ranks.main_first():
-            if not (stage.heads_before / WEIGHTS).is_file():
-                save_heads(heads, stage.heads_before)
-            measure(session, heads, material.samples, stage.heads_before, stage.acceptance_before)
+        if ranks.is_main() and not (stage.heads_before / WEIGHTS).is_file():
+            save_heads(heads, stage.heads_before)
+        measure(session, heads, material.samples, stage.heads_before, stage.acceptance_before)
         if settings.steps != 0:
             rows, store = material.rows()
             fill_together(session, rows, store)
@@ -195,8 +201,7 @@ def _run_stage(material: Material, stage: RunDirectory, old: ChainHeads, depth: 
             save_heads(heads, stage.heads)
         ranks.barrier()
     trained = chain_of(load_heads(stage.heads, trunk, fingerprint=session.fingerprint), what="mtpd extend")
-    with ranks.main_first():
-        measure(session, trained, material.samples, stage.heads, stage.acceptance)
+    measure(session, trained, material.samples, stage.heads, stage.acceptance)
     return trained
 
 

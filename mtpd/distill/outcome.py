@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from rich.console import Console
 
+from mtpd import ranks
 from mtpd.data.models import load_model, resolve_dtype
 from mtpd.data.packing import Sample
 from mtpd.distill.directory import RunDirectory
@@ -26,9 +27,21 @@ if TYPE_CHECKING:
 
 
 def measure(session: Session, heads: Heads, samples: Sequence[Sample], folder: Path, path: Path) -> None:
-    """Offline acceptance of the heads of a folder, written to `path` unless it is there."""
-    if path.is_file():
+    """Offline acceptance of the heads of a folder, written to `path` unless it is there. All ranks call it.
+
+    The main rank measures; where the trunk is partitioned, all do, on the same texts.
+    """
+    if ranks.from_main(path.is_file):
         return
+    if ranks.is_main() or session.trunk.partitioned:
+        suites = _measured(session, heads, samples)
+        if ranks.is_main():
+            acceptance_of(session, session.trunk, heads, folder, "offline", suites).save(path)
+    ranks.barrier()
+
+
+def _measured(session: Session, heads: Heads, samples: Sequence[Sample]) -> dict[str, SuiteCounts]:
+    """Of a copy in the trunk's number format."""
     with torch.no_grad():
         trained = heads.training
         heads.eval()
@@ -36,8 +49,7 @@ def measure(session: Session, heads: Heads, samples: Sequence[Sample], folder: P
         copy.load_state_dict(heads.state_dict())
         copy.to(session.trunk.dtype).eval()
         heads.train(trained)
-    suites = measure_offline(session.trunk, copy, samples, end_tokens=session.ends, progress=session.progress)
-    acceptance_of(session, session.trunk, copy, folder, "offline", suites).save(path)
+    return measure_offline(session.trunk, copy, samples, end_tokens=session.ends, progress=session.progress)
 
 
 def acceptance_of(

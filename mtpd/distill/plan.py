@@ -136,6 +136,9 @@ class Plan:
             text = f"{_value(chosen)} is the first that fits: {SHARDED_BY_DEEPSPEED[chosen.sharding]}"
             if host := host_memory(self.load, chosen.sharding, self.devices):
                 text += f" ({size(host)})"
+        own = self.recipe.train.deepspeed or "null"
+        if chosen is None or own != _value(chosen):
+            text += f"; the recipe has {own}"
         return [*lines, ("", text)]
 
     def _extension(self) -> list[tuple[str, str]]:

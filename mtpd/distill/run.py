@@ -3,7 +3,8 @@
 recipe -> trunk -> prompts -> responses -> packed rows -> hidden states -> heads -> acceptance
 
 Several ranks take the same steps. Responses, hidden states and training they share; the main rank alone starts heads,
-measures and writes what is written once, and the others wait for its files.
+measures and writes what is written once, and the others wait for its files. Where the trunk's layers are shared out
+over the ranks, they do that together too, and the main rank writes.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from rich.console import Console
 from mtpd import ranks
 from mtpd.checkpoints.importing import native_depth, native_heads
 from mtpd.data import builtin_models
-from mtpd.data.models import load_model, resolve_device, trunk_fingerprint
+from mtpd.data.models import load_model, resolve_device, resolve_dtype, trunk_fingerprint
 from mtpd.data.packing import PackedRows, Sample, collate, pack
 from mtpd.data.prompts import Prompt, given_sample, load_prompts, split_held_out
 from mtpd.data.responses import end_tokens, generate_responses
 from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, fill, store_key, with_hidden
 from mtpd.data.vocabulary import draft_vocabulary, load_vocabulary
+from mtpd.distill.apart import is_apart, trunk_apart
 from mtpd.distill.directory import RunDirectory, open_run, write_provenance
 from mtpd.distill.measuring import set_apart, spread
 from mtpd.distill.outcome import decode, measure, show
@@ -73,12 +75,18 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
 
 
 def _distill(recipe: Recipe, *, fresh: bool, progress: bool) -> Path:
-    from mtpd.distill.trained_trunk import train_jointly, with_trained_trunk  # which is made of the steps here
-
     # Wide enough for the tables where the output is a file.
     console = Console(quiet=not progress, width=None if sys.stdout.isatty() else 132)
     run = open_together(recipe, fresh=fresh)
     session = start(recipe, run, progress=progress)
+    with trunk_apart(session.trunk, recipe, device=resolve_device(recipe.device), folder=run.offload):
+        return _take_steps(session, console)
+
+
+def _take_steps(session: Session, console: Console) -> Path:
+    from mtpd.distill.trained_trunk import train_jointly, with_trained_trunk  # which is made of the steps here
+
+    recipe, run = session.recipe, session.run
     prompts = split_prompts(recipe)
     console.print(
         f"{recipe.model}: {session.trunk.name}, {session.trunk.depth} layers, {session.trunk.dtype}; "
@@ -100,9 +108,8 @@ def _distill(recipe: Recipe, *, fresh: bool, progress: bool) -> Path:
     samples, chosen_by = set_apart(recipe, samples, apart)
     if not ranks.from_main((run.heads / WEIGHTS).is_file):
         fill_together(session, rows, store)
-        with ranks.main_first():
-            heads = new_heads(session, rows, store)
-            measure(session, heads, samples, run.heads_before, run.acceptance_before)
+        heads = new_heads(session, rows, store)
+        measure(session, heads, samples, run.heads_before, run.acceptance_before)
         if recipe.trunk.train == "frozen":
             train_heads(session, heads, rows, store, chosen_by)
         else:
@@ -114,12 +121,12 @@ def _distill(recipe: Recipe, *, fresh: bool, progress: bool) -> Path:
         session = with_trained_trunk(session, console)
         samples, chosen_by = set_apart(recipe, *measured_samples(session, prompts.held_out))
     heads = load_heads(run.heads, session.trunk, fingerprint=session.fingerprint)
-    with ranks.main_first():
-        measure(session, heads, samples, run.heads, run.acceptance)
+    measure(session, heads, samples, run.heads, run.acceptance)
+    if ranks.is_main():
         if recipe.evaluation.decode_prompts and recipe.trunk.train == "frozen":
             decode(session, samples)
-        if ranks.is_main():
-            show(run, console, apart)
+        show(run, console, apart)
+    ranks.barrier()
     if recipe.extend.to is None and not recipe.extend.auto:
         return run.path
     from mtpd.distill.extend import Material, extend_heads  # which is made of the steps here
@@ -165,18 +172,26 @@ def start(recipe: Recipe, run: RunDirectory, *, progress: bool) -> Session:
     with ranks.main_first():
         if recipe.model == "demo":
             builtin_models.demo_directory()
+    apart = is_apart(recipe)
+    dtype = resolve_dtype(recipe.dtype, resolve_device(recipe.device))
     model, tokenizer = load_model(
-        recipe.model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
+        recipe.model,
+        dtype=str(dtype).removeprefix("torch."),
+        device="cpu" if apart else recipe.device,
+        trust_remote_code=recipe.trust_remote_code,
+        empty=apart and not ranks.is_main(),
     )
     trunk = Trunk(model, tokens=real_tokens(model, tokenizer))
-    trunk.check()
+    if ranks.is_main() or not apart:
+        trunk.check()
     check_row_length(recipe, trunk)
     if trunk.recurrent and recipe.evaluation.decode_prompts:
         raise UserError(
             f"evaluation.decode_prompts: {recipe.evaluation.decode_prompts} is not accepted for {trunk.name}, whose "
             "linear attention cannot take rejected drafts back in mtpd's decoding; accepted: 0"
         )
-    return Session(recipe, run, trunk, tokenizer, trunk_fingerprint(model), end_tokens(model, tokenizer), progress)
+    fingerprint = ranks.from_main(lambda: trunk_fingerprint(model))
+    return Session(recipe, run, trunk, tokenizer, fingerprint, end_tokens(model, tokenizer), progress)
 
 
 def check_row_length(recipe: Recipe, trunk: Trunk) -> None:
@@ -312,12 +327,21 @@ def measured_samples(session: Session, held_out: Sequence[Prompt]) -> tuple[list
 
 def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) -> Heads:
     """Heads with their first weights, kept in `heads-before/`."""
-    run, trunk, recipe = session.run, session.trunk, session.recipe
-    if (run.heads_before / WEIGHTS).is_file():
-        return load_heads(run.heads_before, trunk, fingerprint=session.fingerprint)
+    run, trunk = session.run, session.trunk
+    if not ranks.from_main((run.heads_before / WEIGHTS).is_file):
+        if ranks.is_main() or trunk.partitioned:
+            heads = _started(session, rows, store)
+            if ranks.is_main():
+                save_heads(heads, run.heads_before)
+        ranks.barrier()
+    return load_heads(run.heads_before, trunk, fingerprint=session.fingerprint)
+
+
+def _started(session: Session, rows: PackedRows, store: HiddenStates | None) -> Heads:
+    trunk, recipe = session.trunk, session.recipe
     vocabulary = vocabulary_of(session, rows)
     if recipe.heads.init == "native":
-        heads = native_heads(
+        return native_heads(
             recipe.model,
             trunk,
             depth=recipe.heads.depth,
@@ -325,8 +349,6 @@ def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) ->
             vocabulary=vocabulary,
             fingerprint=session.fingerprint,
         )
-        save_heads(heads, run.heads_before)
-        return heads
     size = 0 if vocabulary is None else len(vocabulary)
     heads = build_heads(
         trunk,
@@ -345,7 +367,6 @@ def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) ->
         seed=recipe.seed,
         source=source,
     )
-    save_heads(heads, run.heads_before)
     return heads
 
 
