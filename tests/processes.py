@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,10 +75,16 @@ def run_commands(lines: list[list[str]]) -> list[int]:
     return [main(words) for words in lines]
 
 
-def in_fresh_ranks(module: str, function: str, *arguments: Any, count: int = 2, seconds: float = 170.0) -> Ended:
-    """Runs a function of a test file, where autograd may be used; arguments are what JSON can hold."""
+def in_fresh_ranks(
+    module: str, function: str, *arguments: Any, counts: Sequence[int] = (2,), seconds: float = 170.0
+) -> list[Ended]:
+    """Runs a function of a test file, where autograd may be used; arguments are what JSON can hold.
+
+    Args:
+        counts: numbers of ranks; it is run in so many, one time after the other.
+    """
     done = subprocess.run(
-        [sys.executable, __file__, json.dumps([module, function, arguments, count, seconds])],
+        [sys.executable, __file__, json.dumps([module, function, arguments, counts, seconds])],
         capture_output=True,
         text=True,
         check=False,
@@ -86,7 +92,7 @@ def in_fresh_ranks(module: str, function: str, *arguments: Any, count: int = 2, 
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    return Ended(*json.loads(done.stdout.splitlines()[-1]))
+    return [Ended(*each) for each in json.loads(done.stdout.splitlines()[-1])]
 
 
 def _rank(rank: int, count: int, port: int, folder: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -125,6 +131,6 @@ if __name__ == "__main__":
 
     import mtpd.distill.run  # noqa: F401
 
-    module, function, arguments, count, seconds = json.loads(sys.argv[1])
+    module, function, arguments, counts, seconds = json.loads(sys.argv[1])
     work = getattr(importlib.import_module(module), function)
-    print(json.dumps(in_ranks(work, *arguments, count=count, seconds=seconds)))
+    print(json.dumps([in_ranks(work, *arguments, count=count, seconds=seconds) for count in counts]))

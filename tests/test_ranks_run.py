@@ -43,8 +43,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
         [*half, f"output={folder / 'apart'}", "train.deepspeed=zero3", "evaluation.decode_prompts=0"],
         [*half, f"output={folder / 'none'}"],
     ]
-    ended = in_fresh_ranks("processes", "run_commands", lines)
-    return folder, ended
+    return folder, in_fresh_ranks("processes", "run_commands", lines)[0]
 
 
 @pytest.fixture
