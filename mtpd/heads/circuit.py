@@ -23,9 +23,9 @@ Shape legend: N windows, n places, r components, Z sum weights of a window.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +53,9 @@ class Circuit(Protocol):
             evidence: [N, n, r].
             weights: before the softmax, [N, Z].
         """
+
+    def follow(self, weights: Tensor) -> Generator[Tensor, Tensor, Any]:
+        """`prefix`, place by place: gives [N, r] for a place, and is sent the evidence [N, r] of the token there."""
 
     def log_marginal(self, evidence: Tensor, weights: Tensor) -> Tensor:
         """log p of the tokens that are known. [N]"""
@@ -109,6 +112,12 @@ class Mixture:
         before = evidence.cumsum(1) - evidence
         return (self._first(weights)[:, None] + before).log_softmax(-1)
 
+    def follow(self, weights: Tensor) -> Generator[Tensor, Tensor, Any]:
+        state = self._first(weights)
+        for _ in range(self.places):
+            evidence = yield state
+            state = (state + evidence).log_softmax(-1)
+
     def log_marginal(self, evidence: Tensor, weights: Tensor) -> Tensor:
         return (self._first(weights) + evidence.sum(1)).logsumexp(-1)
 
@@ -133,16 +142,20 @@ class Chain:
         return weights[:, :r], weights[:, r:].unflatten(1, (self.places - 1, r, r))
 
     def prefix(self, evidence: Tensor, weights: Tensor) -> Tensor:
+        # Step by step: as an associative scan, the products of r x r matrices would cost r times as much.
+        states = self.follow(weights)
+        found = [next(states)]
+        found += [states.send(evidence[:, place]) for place in range(self.places - 1)]
+        return torch.stack(found, dim=1)
+
+    def follow(self, weights: Tensor) -> Generator[Tensor, Tensor, Any]:
         first, steps = self._split(weights)
         transition = steps.softmax(-1)
         state = first.log_softmax(-1)
-        states = [state]
-        # Step by step: as an associative scan, the products of r x r matrices would cost r times as much.
         for place in range(self.places - 1):
-            seen = (state + evidence[:, place]).log_softmax(-1)
-            state = _forward(seen, transition[:, place])
-            states.append(state)
-        return torch.stack(states, dim=1)
+            evidence = yield state
+            state = _forward((state + evidence).log_softmax(-1), transition[:, place])
+        yield state
 
     def log_marginal(self, evidence: Tensor, weights: Tensor) -> Tensor:
         first, steps = self._split(weights)
@@ -211,6 +224,31 @@ class Tree:
             if size:
                 down = _forward(down, tied[size - 1])
         return down
+
+    def follow(self, weights: Tensor) -> Generator[Tensor, Tensor, Any]:
+        first, inner = self._split(weights)
+        tied = [each.softmax(-1) for each in inner]
+        yield from self._region(len(self.regions) - 1, 0, first.log_softmax(-1), tied)
+
+    def _region(
+        self, size: int, number: int, down: Tensor, tied: Sequence[Tensor]
+    ) -> Generator[Tensor, Tensor, Tensor]:
+        """The places of a region from left to right; at the end, what it makes of their tokens.
+
+        Args:
+            size: the index of its size in `regions`; -1 is a single place.
+            down: log p(its output | tokens left of it) [N, r]; of the root, and of a place, of its component.
+        """
+        if size < 0:
+            evidence = yield down
+            return evidence
+        tie = tied[size][:, number] if size < len(tied) else None
+        down = down if tie is None else _forward(down, tie)
+        units = yield from self._region(size - 1, 2 * number, down, tied)
+        if 2 * number + 1 < (self.regions[size - 1] if size else self.places):
+            right = (down + units).log_softmax(-1)
+            units = units + (yield from self._region(size - 1, 2 * number + 1, right, tied))
+        return units if tie is None else _backward(units, tie)
 
     def log_marginal(self, evidence: Tensor, weights: Tensor) -> Tensor:
         first, inner = self._split(weights)
