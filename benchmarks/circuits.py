@@ -32,7 +32,7 @@ from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.data.packing import Sample
 from mtpd.data.streams import stream_rows
 from mtpd.decode.engine import Engine, Request
-from mtpd.decode.sampling import SampledDrafts
+from mtpd.decode.sampling import SampledDrafts, Sampling
 from mtpd.evaluate.offline import measure_offline
 from mtpd.heads import Batch, Heads, Readout, build_heads, configure_heads, load_heads, start_heads
 from mtpd.heads.base import Pick
@@ -149,18 +149,26 @@ def along(trunk: Trunk, heads: Heads, rows: Tensor) -> dict[str, Any]:
     return {"accepted": sum(counts.car), "tau": counts.tau, "car": counts.car, "expected": counts.expected_acceptance}
 
 
-def wall_clock(trunk: Trunk, heads: Heads, prompts: list[list[int]], *, tokens: int, runs: int) -> dict[str, float]:
+def wall_clock(
+    trunk: Trunk, heads: Heads, prompts: list[list[int]], *, sampled: bool, tokens: int, runs: int
+) -> dict[str, float]:
     """Speed at batch 1, against the engine without heads and transformers' generate."""
 
     def engine(each: Heads | None) -> Callable[[], None]:
         def run() -> None:
-            decoder = Engine(trunk, each, slots=1, capacity=len(prompts[0]) + tokens)
-            list(decoder.run(Request(prompt, tokens) for prompt in prompts))
+            drafts = SampledDrafts() if each is not None else Sampling()
+            decoder = Engine(
+                trunk, each, slots=1, capacity=len(prompts[0]) + tokens, choice=drafts if sampled else None
+            )
+            list(decoder.run(Request(prompt, tokens, seed) for seed, prompt in enumerate(prompts)))
 
         return run
 
     def plain() -> None:
-        config = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        torch.manual_seed(0)
+        config = GenerationConfig(
+            max_new_tokens=tokens, min_new_tokens=tokens, do_sample=sampled, top_k=0, pad_token_id=0
+        )
         for prompt in prompts:
             ids = torch.tensor([prompt])
             trunk.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
@@ -188,15 +196,8 @@ def learn(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> 
     exact_model, _ = load_model(str(args.run / "model"), dtype="float32")
     exact = Trunk(exact_model, tokens=len(tokenizer))
     prompts = [row[:64].tolist() for row in held_out]
-    parallel = load_heads(args.run / "heads", exact).eval()
-    joint = {"name": "parallel heads trained jointly", "seed": 0}
-    for way in (False, True):
-        found = decode(exact, parallel, prompts, sampled=way, tokens=args.tokens)
-        write({**joint, "mode": "sampled" if way else "greedy", **found})
-    write({**joint, "mode": "greedy, along held-out text", **along(exact, parallel, held_out)})
-    write(
-        {**joint, "mode": "wall clock", **wall_clock(exact, parallel, prompts[:3], tokens=args.tokens, runs=args.runs)}
-    )
+    if args.joint:
+        _joint(args, exact, prompts, held_out, write)
     for seed in args.seeds:
         for structure in args.structures:
             heads = new(
@@ -221,9 +222,31 @@ def learn(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> 
                 write({**known, "mode": f"{way}, along held-out text", **along(exact, heads, held_out)})
                 if args.decode:
                     write({**known, "mode": way, **decode(exact, heads, prompts, sampled=False, tokens=args.tokens)})
-                if seed == args.seeds[0]:
-                    rates = wall_clock(exact, heads, prompts[:3], tokens=args.tokens, runs=args.runs)
+                if args.speed:
+                    rates = wall_clock(exact, heads, prompts[:2], sampled=False, tokens=args.tokens, runs=args.runs)
                     write({**known, "mode": f"wall clock, {way}", **rates})
+            if args.speed:
+                rates = wall_clock(exact, heads, prompts[:2], sampled=True, tokens=args.tokens, runs=args.runs)
+                write({**known, "mode": "wall clock, sampled", **rates})
+
+
+def _joint(
+    args: argparse.Namespace,
+    exact: Trunk,
+    prompts: list[list[int]],
+    held_out: Tensor,
+    write: Callable[[dict[str, Any]], None],
+) -> None:
+    """The linear heads that were pretrained beside the model."""
+    parallel = load_heads(args.run / "heads", exact).eval()
+    joint = {"name": "parallel heads trained jointly", "seed": 0}
+    for way in (False, True):
+        found = decode(exact, parallel, prompts, sampled=way, tokens=args.tokens)
+        write({**joint, "mode": "sampled" if way else "greedy", **found})
+    write({**joint, "mode": "greedy, along held-out text", **along(exact, parallel, held_out)})
+    for way in (False, True):
+        rates = wall_clock(exact, parallel, prompts[:2], sampled=way, tokens=args.tokens, runs=args.runs)
+        write({**joint, "mode": f"wall clock, {'sampled' if way else 'greedy'}", **rates})
 
 
 def small_trunk(dtype: torch.dtype) -> Trunk:
@@ -317,6 +340,8 @@ def main() -> None:
     parser.add_argument("--leaves", choices=FORMS, default="full", help="what learns")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="leaves that are timed")
     parser.add_argument("--shared-layers", type=int, default=0, help="layers of the trunk that learn adapters")
+    parser.add_argument("--joint", action="store_true", help="the parallel heads of the run, too")
+    parser.add_argument("--speed", action="store_true", help="the clock, too")
     parser.add_argument("--decode", action="store_true", help="greedy texts too, which repeat themselves")
     parser.add_argument("--rows", type=int, default=2400, help="rows of 128 bytes to learn from")
     parser.add_argument("--steps", type=int, default=300)

@@ -51,7 +51,7 @@ class Circuit(Protocol):
 
         Args:
             evidence: [N, n, r].
-            weights: before the softmax, [N, Z].
+            weights: before the softmax, [N, Z], in any number format.
         """
 
     def follow(self, weights: Tensor) -> Generator[Tensor, Tensor, Any]:
@@ -106,7 +106,7 @@ class Mixture:
         return torch.zeros(self.sums)
 
     def _first(self, weights: Tensor) -> Tensor:
-        return weights.log_softmax(-1) if self.sums else weights.new_zeros(len(weights), 1)
+        return log_softmax(weights) if self.sums else weights.new_zeros(len(weights), 1)
 
     def prefix(self, evidence: Tensor, weights: Tensor) -> Tensor:
         before = evidence.cumsum(1) - evidence
@@ -145,28 +145,28 @@ class Chain:
         # Step by step: as an associative scan, the products of r x r matrices would cost r times as much.
         states = self.follow(weights)
         found = [next(states)]
-        found += [states.send(evidence[:, place]) for place in range(self.places - 1)]
+        found += [states.send(each) for each in evidence[:, :-1].unbind(1)]
         return torch.stack(found, dim=1)
 
     def follow(self, weights: Tensor) -> Generator[Tensor, Tensor, Any]:
         first, steps = self._split(weights)
-        transition = steps.softmax(-1)
-        state = first.log_softmax(-1)
-        for place in range(self.places - 1):
+        state = log_softmax(first)
+        # Unbound: the gradient of a slice would be as large as all steps.
+        for transition in softmax(steps).unbind(1):
             evidence = yield state
-            state = _forward((state + evidence).log_softmax(-1), transition[:, place])
+            state = _forward((state + evidence).log_softmax(-1), transition)
         yield state
 
     def log_marginal(self, evidence: Tensor, weights: Tensor) -> Tensor:
         first, steps = self._split(weights)
-        below = self._up(evidence, steps.log_softmax(-1), lambda scores: scores.logsumexp(-1))
-        return (first.log_softmax(-1) + below[0]).logsumexp(-1)
+        below = self._up(evidence, log_softmax(steps), lambda scores: scores.logsumexp(-1))
+        return (log_softmax(first) + below[0]).logsumexp(-1)
 
     def latents(self, evidence: Tensor, weights: Tensor, way: Way) -> Tensor:
         first, steps = self._split(weights)
-        transition = steps.log_softmax(-1)
+        transition = log_softmax(steps)
         below = self._up(evidence, transition, way.reduce)
-        chosen = [way.choose(first.log_softmax(-1) + below[0])]
+        chosen = [way.choose(log_softmax(first) + below[0])]
         rows = torch.arange(len(evidence), device=evidence.device)
         for place in range(1, self.places):
             chosen.append(way.choose(transition[rows, place - 1, chosen[-1]] + below[place]))
@@ -206,7 +206,7 @@ class Tree:
 
     def prefix(self, evidence: Tensor, weights: Tensor) -> Tensor:
         first, inner = self._split(weights)
-        tied = [each.softmax(-1) for each in inner]
+        tied = [softmax(each) for each in inner]
         # Up: what each region makes of its tokens.
         units = evidence
         lefts = []
@@ -216,7 +216,7 @@ class Tree:
             if size < len(tied):
                 units = _backward(pairs.sum(2), tied[size])
         # Down: which component, after the tokens left of the region.
-        down = first.log_softmax(-1)[:, None]
+        down = log_softmax(first)[:, None]
         for size in range(len(self.regions) - 1, -1, -1):
             right = (down + lefts[size]).log_softmax(-1)
             width = self.regions[size - 1] if size else self.places
@@ -227,8 +227,8 @@ class Tree:
 
     def follow(self, weights: Tensor) -> Generator[Tensor, Tensor, Any]:
         first, inner = self._split(weights)
-        tied = [each.softmax(-1) for each in inner]
-        yield from self._region(len(self.regions) - 1, 0, first.log_softmax(-1), tied)
+        tied = [softmax(each) for each in inner]
+        yield from self._region(len(self.regions) - 1, 0, log_softmax(first), tied)
 
     def _region(
         self, size: int, number: int, down: Tensor, tied: Sequence[Tensor]
@@ -252,14 +252,14 @@ class Tree:
 
     def log_marginal(self, evidence: Tensor, weights: Tensor) -> Tensor:
         first, inner = self._split(weights)
-        products = self._up(evidence, [each.log_softmax(-1) for each in inner], lambda scores: scores.logsumexp(-1))
-        return (first.log_softmax(-1) + products[-1][:, 0]).logsumexp(-1)
+        products = self._up(evidence, [log_softmax(each) for each in inner], lambda scores: scores.logsumexp(-1))
+        return (log_softmax(first) + products[-1][:, 0]).logsumexp(-1)
 
     def latents(self, evidence: Tensor, weights: Tensor, way: Way) -> Tensor:
         first, inner = self._split(weights)
-        tied = [each.log_softmax(-1) for each in inner]
+        tied = [log_softmax(each) for each in inner]
         products = self._up(evidence, tied, way.reduce)
-        chosen = way.choose(first.log_softmax(-1) + products[-1][:, 0])[:, None]
+        chosen = way.choose(log_softmax(first) + products[-1][:, 0])[:, None]
         for size in range(len(self.regions) - 2, -1, -1):
             # A region's output is the component of the region around it.
             output = chosen.repeat_interleave(2, dim=1)[:, : self.regions[size]]
@@ -276,6 +276,16 @@ class Tree:
             if size < len(tied):
                 units = reduce(tied[size] + products[-1][:, :, None])
         return products
+
+
+def softmax(values: Tensor) -> Tensor:
+    """Over the last dimension, in float32 or better."""
+    return values.softmax(-1, dtype=torch.promote_types(values.dtype, torch.float32))
+
+
+def log_softmax(values: Tensor) -> Tensor:
+    """Over the last dimension, in float32 or better."""
+    return values.log_softmax(-1, dtype=torch.promote_types(values.dtype, torch.float32))
 
 
 def _near_identity(components: int) -> Tensor:

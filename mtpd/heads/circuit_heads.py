@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from mtpd.errors import UserError
-from mtpd.heads.base import Batch, Drafter, Heads, Readout, exact
+from mtpd.fast import faster
+from mtpd.heads.base import Batch, Drafter, Heads, Readout
 from mtpd.heads.circuit import MAXIMUM, drawing, new_circuit
 from mtpd.heads.circuit_leaves import TINY, FullLeaves, Leaves, SharedLeaves, TiltedLeaves
 from mtpd.heads.config import CircuitShape, HeadsConfig
@@ -75,8 +76,10 @@ class CircuitHeads(LogitHeads):
     def weights(self, hidden: Tensor) -> Tensor:
         """Sum weights [C, Z] before their softmax, linear in the states."""
         if self.sums is None:
-            return exact(hidden[:, :0])
-        return exact(self.sums(hidden.to(self.sums.weight.dtype)))
+            return hidden[:, :0]
+        # Of the few rows of decoding.
+        sums = faster(self.sums) if torch.is_inference_mode_enabled() else self.sums
+        return sums(hidden.to(self.sums.weight.dtype))
 
     def leaf_logits(self, hidden: Tensor, *, first: int = 0, last: int | None = None) -> Tensor:
         """[C, n, r, M], or those of some places."""
@@ -94,8 +97,8 @@ class CircuitHeads(LogitHeads):
 
     def at(self, depth: int, hidden: Tensor, columns: Tensor, seen: Tensor) -> Tensor:
         """Logits [C, M] of place `depth` after the tokens before it: they are log-probabilities."""
-        leaf = exact(self.leaf_logits(hidden, first=depth, last=depth + 1)[:, 0]).log_softmax(-1)
-        return (seen[:, depth, :, None] + leaf).logsumexp(1)
+        leaf = self.leaves.probabilities(hidden, self._main, first=depth, last=depth + 1)[:, 0]
+        return _mixed(seen[:, depth], leaf)
 
     def known(self, hidden: Tensor, columns: Tensor) -> Tensor:
         evidence = self.evidence(hidden, columns)
@@ -109,38 +112,31 @@ class CircuitHeads(LogitHeads):
     def best(self, hidden: Tensor, columns: Tensor) -> Tensor:
         """Max-product, given place 0."""
         leaf, evidence = self._after_first(hidden, columns)
-        top = leaf.max(-1)
-        evidence[:, 1:] = top.values[:, 1:]
+        evidence[:, 1:] = leaf[:, 1:].amax(-1).clamp_min(TINY).log()
         latents = self.circuit.latents(evidence, self.weights(hidden), MAXIMUM)
-        return top.indices.gather(2, latents[..., None]).squeeze(-1)[:, 1 : 1 + self.depth]
+        return _chosen(leaf, latents).argmax(-1)[:, 1 : 1 + self.depth]
 
     def sample(self, hidden: Tensor, columns: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Ancestral sampling: columns [C, K] of places 1..K, given place 0 (`columns` [C, 1])."""
         way = drawing(generator)
         leaf, evidence = self._after_first(hidden, columns)
         latents = self.circuit.latents(evidence, self.weights(hidden), way)
-        at = latents[:, :, None, None].expand(-1, -1, 1, leaf.shape[-1])
-        return way.choose(leaf.gather(2, at).squeeze(2))[:, 1 : 1 + self.depth]
+        return way.choose(_chosen(leaf, latents).log())[:, 1 : 1 + self.depth]
 
     def _after_first(self, hidden: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of all leaves [C, n, r, M], and the evidence of place 0 alone [C, n, r]."""
-        leaf = exact(self.leaf_logits(hidden)).log_softmax(-1)
+        """Probabilities of all leaves [C, n, r, M], and the evidence of place 0 alone [C, n, r]."""
+        leaf = self.leaves.probabilities(hidden, self._main)
         evidence = leaf.new_zeros(leaf.shape[:3])
-        first = columns[:, :1, None].expand(-1, leaf.shape[2], -1)
-        known = leaf[:, 0].gather(2, first.clamp_min(0)).squeeze(-1)
-        evidence[:, 0] = torch.where(columns[:, :1] >= 0, known, 0.0)
+        evidence[:, 0] = _known(leaf[:, 0], columns[:, 0])
         return leaf, evidence
 
     def stepwise(self, hidden: Tensor, first: Tensor) -> Callable[[int, Tensor], Tensor]:
-        leaf = exact(self.leaf_logits(hidden, last=self.depth + 1)).softmax(-1)
+        leaf = self.leaves.probabilities(hidden, self._main, last=self.depth + 1)
         places = self.circuit.follow(self.weights(hidden))
         next(places)
-        rows = torch.arange(len(hidden), device=hidden.device)
 
         def step(index: int, before: Tensor) -> Tensor:
-            known = leaf[rows, index, :, before.clamp_min(0)].clamp_min(TINY).log()
-            mixed = places.send(torch.where(before[:, None] >= 0, known, 0.0))
-            return (mixed.exp()[:, None] @ leaf[:, index + 1]).squeeze(1).clamp_min(TINY).log()
+            return _mixed(places.send(_known(leaf[:, index], before)), leaf[:, index + 1])
 
         return step
 
@@ -162,6 +158,23 @@ class CircuitHeads(LogitHeads):
         """Later places are not drafted; max-product still takes them in."""
         assert 1 <= depth <= self.depth, "heads can only become fewer"
         self.drafted = depth
+
+
+def _mixed(log_p: Tensor, leaf: Tensor) -> Tensor:
+    """Log-probabilities [C, M] of a mixture of leaves [C, r, M]."""
+    with torch.autocast(leaf.device.type, enabled=False):
+        return (log_p.exp()[:, None] @ leaf).squeeze(1).clamp_min(TINY).log()
+
+
+def _known(leaf: Tensor, columns: Tensor) -> Tensor:
+    """Evidence [C, r] of a place's token, from its leaves [C, r, M]; 0 where it has no column."""
+    at = columns.clamp_min(0)[:, None, None].expand(-1, leaf.shape[1], -1)
+    return torch.where(columns[:, None] >= 0, leaf.gather(2, at).squeeze(2).clamp_min(TINY).log(), 0.0)
+
+
+def _chosen(leaf: Tensor, latents: Tensor) -> Tensor:
+    """The leaf of one component of each place, [C, n, M]."""
+    return leaf.gather(2, latents[:, :, None, None].expand(-1, -1, 1, leaf.shape[-1])).squeeze(2)
 
 
 def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, Any]:

@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtpd.fast import stamp
 from mtpd.heads.base import exact
+from mtpd.heads.circuit import softmax
 from mtpd.trunk import Unembedding
 
 TINY = 1e-37
@@ -45,6 +47,12 @@ class Leaves(nn.Module):
         targets = columns[:, :, None].expand(logits.shape[:-1])
         ce = nn.functional.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=-1, reduction="none")
         return -ce.view(targets.shape)
+
+    def probabilities(
+        self, hidden: Tensor, main: Unembedding | None, *, first: int = 0, last: int | None = None
+    ) -> Tensor:
+        """φ_ij of the places `first` to `last`, [C, n, r, M]."""
+        return softmax(self.logits(hidden, main, first=first, last=last))
 
     def start(self, maps: list[Tensor], main: Unembedding, random: torch.Generator) -> None:
         """All components of a place start as the main head behind this place's map [D, D]."""
@@ -136,29 +144,49 @@ class TiltedLeaves(Leaves):
         # as fast as a logit does.
         self.scale = size**0.5
         self.shift = nn.Parameter(torch.empty(places, columns, components))
+        self._held: tuple[Any, Tensor] | None = None
 
     def logits(self, hidden: Tensor, main: Unembedding | None, *, first: int = 0, last: int | None = None) -> Tensor:
-        base, shift = self._base(hidden, first, last), exact(self.shift[first:last]) * self.scale
-        return base[:, :, None] + shift.transpose(1, 2)
+        shift = exact(self.shift[first:last]) * self.scale
+        return exact(self._base(hidden, first, last))[:, :, None] + shift.transpose(1, 2)
 
     def evidence(self, hidden: Tensor, columns: Tensor, main: Unembedding | None) -> Tensor:
         places = columns.shape[1]
-        base = self._base(hidden, 0, places).log_softmax(-1)
-        shift = exact(self.shift[:places]) * self.scale
-        # The highest one counts 1, so that no exponential is too large.
-        shift = shift - shift.detach().amax(1, keepdim=True)
+        p, shift = softmax(self._base(hidden, 0, places)), self._shifts()[:places]
         with torch.autocast(hidden.device.type, enabled=False):
-            total = torch.einsum("cnm,nmr->cnr", base.exp(), shift.exp()).clamp_min(TINY).log()
+            total = torch.einsum("cnm,nmr->cnr", p, shift.exp())
         known = columns.clamp_min(0)
         of_place = known + torch.arange(places, device=known.device) * shift.shape[1]
         shifted = nn.functional.embedding(of_place, shift.flatten(0, 1))
-        found = base.gather(-1, known[..., None]) + shifted - total
+        found = p.gather(-1, known[..., None]).clamp_min(TINY).log() + shifted - total.clamp_min(TINY).log()
         return torch.where((columns >= 0)[..., None], found, 0.0)
+
+    def probabilities(
+        self, hidden: Tensor, main: Unembedding | None, *, first: int = 0, last: int | None = None
+    ) -> Tensor:
+        p, factors = softmax(self._base(hidden, first, last)), self._factors()[first:last]
+        with torch.autocast(hidden.device.type, enabled=False):
+            total = torch.einsum("cnm,nmr->cnr", p, factors).clamp_min(TINY)
+        return p[:, :, None] * factors.transpose(1, 2) / total[..., None]
+
+    def _factors(self) -> Tensor:
+        """exp(b), [n, M, r]; held while it does not change, for decoding."""
+        if torch.is_grad_enabled():
+            return self._shifts().exp()
+        state = stamp(self.shift)
+        if self._held is None or self._held[0] != state:
+            self._held = state, self._shifts().exp()
+        return self._held[1]
+
+    def _shifts(self) -> Tensor:
+        """b, [n, M, r]; the highest of a component is 0, so that no exponential is too large."""
+        shift = exact(self.shift) * self.scale
+        return shift - shift.detach().amax(1, keepdim=True)
 
     def _base(self, hidden: Tensor, first: int, last: int | None) -> Tensor:
         weight = self.weight[first:last]
         flat = nn.functional.linear(hidden.to(weight.dtype), weight.flatten(0, 1))
-        return exact(flat.unflatten(-1, weight.shape[:2]))
+        return flat.unflatten(-1, weight.shape[:2])
 
     @torch.no_grad()
     def start(self, maps: list[Tensor], main: Unembedding, random: torch.Generator) -> None:
