@@ -228,6 +228,7 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
         ({"train": {"deepspeed": "zero2", "arguments": {"optim": "adafactor"}}}, "train.arguments.optim: adafactor"),
         ({"train": {"deepspeed": "zero2"}, "dtype": "float16"}, "dtype: float16"),
         ({"train": {"deepspeed": "zero3"}, "trunk": {"train": "lora"}}, "accepted: null, zero1, zero2"),
+        ({"train": {"deepspeed": "zero3-cpu"}, "heads": {"shared_layers": 1}}, "accepted: null, zero1, zero2"),
         ({"train": {"arguments": {"deepspeed": "mine.json"}}}, "the recipe key train.deepspeed"),
         ({"train": {"arguments": {"parallelism_config": {"sp_size": 2}}}}, "DeepSpeed's Ulysses"),
         ({"train": {"arguments": {"fsdp": True}}}, "train.arguments.fsdp"),

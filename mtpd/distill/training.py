@@ -59,10 +59,11 @@ def train_heads(
     with ExitStack() as running:
         options: dict[str, Any] = {"accumulation": accumulation(recipe, last_checkpoint(session.run.path), processes())}
         if settings is not None:
-            if joint is not None and settings.stage == 3:
+            if settings.stage == 3 and (joint is not None or heads.shared_layers):
+                key = "heads.shared_layers" if joint is None else "trunk.train"
                 raise UserError(
-                    f"train.deepspeed: {settings.source} is of stage 3, and trunk.train: {recipe.trunk.train} needs "
-                    "the whole trunk; accepted: stage 1 or 2"
+                    f"train.deepspeed: {settings.source} is of stage 3, and {key} needs the whole trunk; accepted: "
+                    "stage 1 or 2"
                 )
             running.enter_context(deepspeed_running(trunk.device))
             options["deepspeed"] = settings.for_heads(

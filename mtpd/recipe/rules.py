@@ -155,7 +155,7 @@ def trunk_problems(trunk: TrunkRecipe, heads: HeadsRecipe, data: DataRecipe, ext
     return problems
 
 
-def sharding_problems(train: TrainRecipe, trunk: TrunkRecipe, dtype: str) -> list[str]:
+def sharding_problems(train: TrainRecipe, trunk: TrunkRecipe, heads: HeadsRecipe, dtype: str) -> list[str]:
     if train.deepspeed is None:
         return []
     problems = []
@@ -179,6 +179,11 @@ def sharding_problems(train: TrainRecipe, trunk: TrunkRecipe, dtype: str) -> lis
         problems.append(
             f"train.deepspeed: {train.deepspeed} is not accepted with trunk.train: {trunk.train}, which needs the "
             "whole trunk; accepted: null, zero1, zero2"
+        )
+    if heads.shared_layers and train.deepspeed.startswith("zero3"):
+        problems.append(
+            f"train.deepspeed: {train.deepspeed} is not accepted with heads.shared_layers: {heads.shared_layers}, whose "
+            "gradient passes through layers of the trunk; accepted: null, zero1, zero2"
         )
     return problems
 
