@@ -182,8 +182,8 @@ def sharding_problems(train: TrainRecipe, trunk: TrunkRecipe, heads: HeadsRecipe
         )
     if heads.shared_layers and train.deepspeed.startswith("zero3"):
         problems.append(
-            f"train.deepspeed: {train.deepspeed} is not accepted with heads.shared_layers: {heads.shared_layers}, whose "
-            "gradient passes through layers of the trunk; accepted: null, zero1, zero2"
+            f"train.deepspeed: {train.deepspeed} is not accepted with heads.shared_layers: {heads.shared_layers}, "
+            "whose gradient passes through layers of the trunk; accepted: null, zero1, zero2"
         )
     return problems
 
