@@ -43,7 +43,14 @@ def store_hidden_states(recipe: Recipe, *, progress: bool = True) -> Path:
             rows = training_rows(session, prompts)
             store = hidden_states(session, rows, prompts)
             assert isinstance(store, DiskStore)
-            fill(store, session.trunk, rows, batch_rows=recipe.train.rows_per_step, progress=session.progress)
+            fill(
+                store,
+                session.trunk,
+                rows,
+                batch_rows=recipe.train.rows_per_step,
+                before_last=recipe.heads.shared_layers,
+                progress=session.progress,
+            )
     return store.directory
 
 

@@ -56,11 +56,11 @@ def put_state(state: State, model: nn.Module, optimizer: Any, engine: Any = None
         names = {id(each): name for name, each in trained.items()}
         order = [names[id(each)] for group in optimizer.param_groups for each in group["params"]]
         content = optimizer.state_dict()
-        content["state"] = {place: dict(state[name]) for place, name in enumerate(order)}
+        content["state"] = {place: dict(state[name]) for place, name in enumerate(order) if state[name]}
         optimizer.load_state_dict(content)
         return
     zero, shards = engine.optimizer, _shards(engine)
-    sample = next(iter(state.values()))
+    sample = next(values for values in state.values() if values)
     # Whether a value has one entry for each element of its parameter, or one for all.
     by_element = {key for key, value in sample.items() if isinstance(value, Tensor) and value.ndim}
     for shard in shards:
@@ -70,7 +70,7 @@ def put_state(state: State, model: nn.Module, optimizer: Any, engine: Any = None
         }
     _tie(engine)
     for name, each in trained.items():
-        for key in by_element:
+        for key in by_element & state[name].keys():
             _put_shard(each, state[name][key], key)
 
 
@@ -135,7 +135,7 @@ def save_state(state: State, path: Path, *, step_rows: int) -> None:
 
 
 def load_state(path: Path, model: nn.Module) -> State:
-    """What `save_state` wrote.
+    """What `save_state` wrote. Parameters that no loss reached have nothing in it.
 
     Raises:
         MtpdError: the file is missing or damaged, or belongs to other parameters.
@@ -154,8 +154,10 @@ def load_state(path: Path, model: nn.Module) -> State:
         shapes = [value.shape for value in found.values() if isinstance(value, Tensor) and value.ndim]
         parameter = model.get_parameter(name)
         # One that is partitioned has no elements; DeepSpeed keeps its shape.
-        if not found or any(shape != getattr(parameter, "ds_shape", parameter.shape) for shape in shapes):
-            raise MtpdError(f"{path}: the state of {name} is missing or of another shape; start over with --fresh")
+        if any(shape != getattr(parameter, "ds_shape", parameter.shape) for shape in shapes):
+            raise MtpdError(f"{path}: the state of {name} is of another shape; start over with --fresh")
+    if not any(state.values()):
+        raise MtpdError(f"{path}: has no state; start over with --fresh")
     return state
 
 

@@ -277,13 +277,19 @@ def respond(
 
 
 def hidden_states(session: Session, rows: PackedRows, prompts: Sequence[Prompt]) -> HiddenStates | None:
-    """What keeps h_t of the rows, if the recipe keeps them; it may have none of them yet."""
+    """What keeps the states that heads read, if the recipe keeps them; it may have none of them yet."""
     data = session.recipe.data
     if data.hidden_states == "recompute":
         return None
     if data.hidden_states == "memory":
         return MemoryStore(session.trunk, rows)
-    key = store_key(session.fingerprint, session.tokenizer, [prompt.fingerprint for prompt in prompts], rows)
+    key = store_key(
+        session.fingerprint,
+        session.tokenizer,
+        [prompt.fingerprint for prompt in prompts],
+        rows,
+        before_last=session.recipe.heads.shared_layers,
+    )
     return DiskStore(data.store or session.run.hidden_states, session.trunk, rows, key=key, together=True)
 
 
@@ -293,8 +299,14 @@ def fill_together(session: Session, rows: PackedRows, store: HiddenStates | None
     In training a rank meets rows that another one has computed, and would compute them again.
     """
     if isinstance(store, DiskStore) and store.shared:
-        batch = session.recipe.train.rows_per_step
-        fill(store, session.trunk, rows, batch_rows=batch, progress=session.progress)
+        fill(
+            store,
+            session.trunk,
+            rows,
+            batch_rows=session.recipe.train.rows_per_step,
+            before_last=session.recipe.heads.shared_layers,
+            progress=session.progress,
+        )
 
 
 def vocabulary_of(session: Session, rows: PackedRows) -> torch.Tensor | None:
@@ -379,4 +391,5 @@ def fitting_batches(
     batches = [
         collate([training[index] for index in chosen[first : first + size]]) for first in range(0, len(chosen), size)
     ]
-    return [with_hidden(batch, session.trunk, store) for batch in batches]
+    before_last = session.recipe.heads.shared_layers
+    return [with_hidden(batch, session.trunk, store, before_last=before_last) for batch in batches]

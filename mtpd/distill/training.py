@@ -22,7 +22,7 @@ from mtpd.distill.joint import JointTrunk
 from mtpd.distill.model import DistillModel
 from mtpd.distill.optimizer_state import rows_of_a_step
 from mtpd.distill.sharding import deepspeed_running, partitioned
-from mtpd.distill.trainer import Metrics, last_checkpoint, train
+from mtpd.distill.trainer import Metrics, train
 from mtpd.errors import UserError
 from mtpd.heads import Heads
 from mtpd.heads.base import StateHeads
@@ -57,12 +57,13 @@ def train_heads(
     settings = load_settings(recipe.train.deepspeed)
     after = 0 if below is None else below.depth
     with ExitStack() as running:
-        options: dict[str, Any] = {"accumulation": accumulation(recipe, last_checkpoint(session.run.path), processes())}
+        options: dict[str, Any] = {"accumulation": accumulation(recipe, session.run.path, processes())}
         if settings is not None:
-            if joint is not None and settings.stage == 3:
+            if settings.stage == 3 and (joint is not None or heads.shared_layers):
+                key = "heads.shared_layers" if joint is None else "trunk.train"
                 raise UserError(
-                    f"train.deepspeed: {settings.source} is of stage 3, and trunk.train: {recipe.trunk.train} needs "
-                    "the whole trunk; accepted: stage 1 or 2"
+                    f"train.deepspeed: {settings.source} is of stage 3, and {key} needs the whole trunk; accepted: "
+                    "stage 1 or 2"
                 )
             running.enter_context(deepspeed_running(trunk.device))
             options["deepspeed"] = settings.for_heads(
@@ -113,27 +114,29 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def accumulation(recipe: Recipe, checkpoint: Path | None, processes: int) -> int:
+def accumulation(recipe: Recipe, directory: Path, processes: int) -> int:
     """Micro batches of an optimizer step in each process.
 
     A run that goes on with another number of processes keeps the rows of its steps: they decide what a step is.
+
+    Args:
+        directory: of the run; its checkpoints say how many rows their steps have.
 
     Raises:
         UserError: these processes cannot have as many rows in a step.
     """
     train = recipe.train
-    before = None if checkpoint is None else rows_of_a_step(checkpoint)
-    if checkpoint is None or before is None or before == train.rows_per_step * train.gradient_accumulation * processes:
+    found = (rows_of_a_step(checkpoint) for checkpoint in sorted(directory.glob("checkpoint-*")))
+    before = next((rows for rows in found if rows), None)
+    if before is None or before == train.rows_per_step * train.gradient_accumulation * processes:
         return train.gradient_accumulation
     micro = train.rows_per_step * processes
     if before % micro:
         counts = [n for n in range(1, before // train.rows_per_step + 1) if before // train.rows_per_step % n == 0]
         raise UserError(
-            f"{checkpoint}: its steps have {before} rows, and {processes} processes have {micro} at a time "
+            f"{directory}: its steps have {before} rows, and {processes} processes have {micro} at a time "
             f"(train.rows_per_step: {train.rows_per_step}); accepted numbers of processes: "
             + ", ".join(map(str, counts))
         )
-    logger.warning(
-        "%s: steps of %d rows go on as %d micro batches in each process", checkpoint, before, before // micro
-    )
+    logger.warning("%s: steps of %d rows go on as %d micro batches in each process", directory, before, before // micro)
     return before // micro

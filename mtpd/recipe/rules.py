@@ -145,12 +145,17 @@ def trunk_problems(trunk: TrunkRecipe, heads: HeadsRecipe, data: DataRecipe, ext
         )
     if heads.kind not in ("chain", "parallel"):
         problems.append(f"trunk.train: lora is not accepted with heads.kind: {heads.kind}; accepted: chain, parallel")
+    if heads.shared_layers:
+        problems.append(
+            f"heads.shared_layers: {heads.shared_layers} is not accepted with trunk.train: lora, which changes those "
+            "layers; accepted: 0"
+        )
     if extend.to is not None or extend.auto:
         problems.append("trunk.train: lora is not accepted with extend.to or extend.auto; accepted: frozen")
     return problems
 
 
-def sharding_problems(train: TrainRecipe, trunk: TrunkRecipe, dtype: str) -> list[str]:
+def sharding_problems(train: TrainRecipe, trunk: TrunkRecipe, heads: HeadsRecipe, dtype: str) -> list[str]:
     if train.deepspeed is None:
         return []
     problems = []
@@ -174,6 +179,11 @@ def sharding_problems(train: TrainRecipe, trunk: TrunkRecipe, dtype: str) -> lis
         problems.append(
             f"train.deepspeed: {train.deepspeed} is not accepted with trunk.train: {trunk.train}, which needs the "
             "whole trunk; accepted: null, zero1, zero2"
+        )
+    if heads.shared_layers and train.deepspeed.startswith("zero3"):
+        problems.append(
+            f"train.deepspeed: {train.deepspeed} is not accepted with heads.shared_layers: {heads.shared_layers}, "
+            "whose gradient passes through layers of the trunk; accepted: null, zero1, zero2"
         )
     return problems
 
