@@ -9,6 +9,7 @@ from mtpd.data.models import resolve_device
 from mtpd.data.store import DiskStore, fill
 from mtpd.data.vocabulary import coverage, save_vocabulary
 from mtpd.distill.apart import trunk_apart
+from mtpd.distill.first_heads import vocabulary_of
 from mtpd.distill.run import (
     hidden_states,
     open_together,
@@ -16,7 +17,6 @@ from mtpd.distill.run import (
     split_prompts,
     start,
     training_rows,
-    vocabulary_of,
 )
 from mtpd.errors import UserError
 from mtpd.recipe import Recipe
