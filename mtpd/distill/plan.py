@@ -115,6 +115,8 @@ class Plan:
         beyond = " and what is not known yet" if None in self.disk.values() else ""
         lines += [("disk", f"{size(known)}{beyond}: {_parts(self.disk)}"), ("", "")]
         notes = ["memory and disk are estimates; what libraries take for themselves is not in them", *text.notes]
+        if recipe.train.deepspeed is not None:
+            notes.append("memory by phase is that of a process that shards nothing")
         if recipe.trunk.train != "frozen":
             notes.append("memory for training the trunk itself (trunk.train) is not in them")
         return lines + [("assumed" if not index else "", note) for index, note in enumerate(notes)]
