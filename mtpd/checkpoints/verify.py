@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
 
-from mtpd.checkpoints.directory import Checkpoint, link_others
+from mtpd.checkpoints.directory import Checkpoint
 from mtpd.checkpoints.engines import with_transformers, with_vllm
 from mtpd.checkpoints.engines.result import Served
 from mtpd.checkpoints.exports.card import SAYS, read_says
 from mtpd.checkpoints.exports.export import FAMILIES_OF
 from mtpd.checkpoints.importing import open_checkpoint
 from mtpd.checkpoints.native import find_heads
-from mtpd.checkpoints.tensors import chunks, stored
+from mtpd.checkpoints.perturbed import accepts_less, perturbed
 from mtpd.data.models import load_model
 from mtpd.data.prompts import load_prompts, render
 from mtpd.data.responses import plain_generation
@@ -69,10 +66,8 @@ class Verified:
 
     @property
     def perturbation_ok(self) -> bool | None:
-        """Whether perturbed heads accept less; None where nothing was accepted before, or it was not tried."""
-        if self.perturbed is None or not self.served.accepted[0]:
-            return None
-        return self.perturbed.car[0] < self.served.car[0]
+        """Whether perturbed heads accept less; None where hardly anything was accepted before, or it was not tried."""
+        return None if self.perturbed is None else accepts_less(self.served.car[0], self.perturbed.car[0])
 
     @property
     def ok(self) -> bool:
@@ -158,8 +153,9 @@ def verify(
     )
     worse = None
     if perturb:
-        with perturbed(folder, layout) as copy:
-            worse = _serve(engine, copy, says, texts[:2], max_new_tokens, depth, environment)
+        checkpoint = Checkpoint(folder)
+        with perturbed(find_heads(checkpoint, family=FAMILIES_OF.get(layout), base=checkpoint)) as copy:
+            worse = _serve(engine, copy.folder, says, texts[:2], max_new_tokens, depth, environment)
     return Verified(layout, served, plain, counts, ties, worse)
 
 
@@ -196,32 +192,6 @@ def _serve(
     return with_vllm.serve(
         python, model, prompts, max_new_tokens=max_new_tokens, speculative=speculative, overrides=overrides
     )
-
-
-@contextmanager
-def perturbed(folder: Path, layout: str) -> Iterator[Path]:
-    """A copy of an export whose heads mix their inputs at random; all other tensors are linked."""
-    checkpoint = Checkpoint(folder)
-    native = find_heads(checkpoint, family=FAMILIES_OF.get(layout), base=checkpoint)
-    inside = ("project.weight", "unembed.weight")
-    names = {theirs for ours, theirs in native.names.items() if ours.endswith(inside)}
-    files = {checkpoint.file_of[name] for name in names}
-    generator = torch.Generator().manual_seed(0)
-    with tempfile.TemporaryDirectory(dir=folder.resolve().parent, prefix=".perturbed-") as beside:
-        copy = Path(beside) / folder.name
-        copy.mkdir()
-        link_others(folder, copy, without=files)
-        for file in files:
-            shutil.copyfile(folder / file, copy / file)
-        for name in sorted(names):
-            tensor = native.raw[name]
-            assert tensor.where is not None, "a tensor of a checkpoint lies in a file"
-            noise = torch.randn(tensor.shape, generator=generator) * tensor.load().float().std()
-            with (copy / checkpoint.file_of[name]).open("r+b") as opened:
-                opened.seek(tensor.where[1])
-                for piece in chunks(stored(noise.to(tensor.dtype))):
-                    opened.write(piece)
-        yield copy
 
 
 def interval(accepted: int, drafted: int) -> tuple[float, float]:

@@ -52,7 +52,8 @@ def environment(path: Path | None = None) -> Path:
         raise UserError(f"--environment: {folder} is no virtual environment; accepted: one with vLLM, or a new folder")
     _run([sys.executable, "-m", "venv", str(folder)], "making an environment")
     for packages in GPU if gpu else CPU:
-        _run([str(python), "-m", "pip", "install", "-q", *packages], f"installing {' '.join(packages)}")
+        # Compiling all of these packages takes minutes; what is imported is compiled then.
+        _run([str(python), "-m", "pip", "install", "-q", "--no-compile", *packages], f"installing {' '.join(packages)}")
     if not gpu:
         _run([str(python), "-m", "pip", "uninstall", "-q", "-y", *BREAKING], "removing what the CPU build breaks on")
     done.touch()
