@@ -9,6 +9,7 @@ from typing import Any
 import architectures
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_checkpoints_export import finished_run
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -101,8 +102,6 @@ def test_uneven_gains_are_refused_because_they_compute_something_else(tmp_path: 
     run = finished_run(tmp_path / "even", trunk, with_gains(heads, ones, None))
     export(run, tmp_path / "even" / "out", to="glm4moe", perturb=False)
     shard = tmp_path / "even" / "out" / "model.safetensors"
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(shard)
     tensors["model.layers.3.shared_head.norm.weight"] = gain(heads.layers[0].get_submodule("block.norm"))
     save_file(tensors, shard, metadata={"format": "pt"})

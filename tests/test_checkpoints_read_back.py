@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import learn
 from test_checkpoints_export import finished_run
+from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import MtpModel
 
 from mtpd.checkpoints.directory import Checkpoint
@@ -115,8 +116,6 @@ def test_heads_in_memory_are_those_of_the_export(name: str, tmp_path: Path) -> N
     model: Any = learned.trunk.model
     with mtp_in_transformers(learned.trunk, learned.half):
         held = MtpModel.from_pretrained(model).state_dict()
-    from transformers import AutoModelForCausalLM
-
     read = mtp_model(
         AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
         tmp_path / "out",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,17 +147,15 @@ def verify(
         _, found = generate(trunk, heads.float(), ids, max_new_tokens=max_new_tokens, end_tokens=[])
         counts.drafted = [a + b for a, b in zip(counts.drafted, found.drafted, strict=True)]
         counts.accepted = [a + b for a, b in zip(counts.accepted, found.accepted, strict=True)]
-    served = _serve(engine, folder, says, texts, max_new_tokens, depth, environment)
+    native = find_heads(Checkpoint(folder), family=FAMILIES_OF.get(layout), base=Checkpoint(folder))
+    with perturbed(native) if perturb else nullcontext() as copy:
+        asked = [(folder, texts), *([(copy.folder, texts[:2])] if copy is not None else [])]
+        served, *others = _serve(engine, asked, says, max_new_tokens, depth, environment)
     ties = sum(
         theirs != ours and parted_at_tie(trunk, torch.tensor(prompt), ours, theirs)
         for prompt, theirs, ours in zip(texts, served.texts, plain, strict=True)
     )
-    worse = None
-    if perturb:
-        checkpoint = Checkpoint(folder)
-        with perturbed(find_heads(checkpoint, family=FAMILIES_OF.get(layout), base=checkpoint)) as copy:
-            worse = _serve(engine, copy.folder, says, texts[:2], max_new_tokens, depth, environment)
-    return Verified(layout, served, plain, counts, ties, worse)
+    return Verified(layout, served, plain, counts, ties, others[0] if others else None)
 
 
 def plain_text(trunk: Trunk, prompt: torch.Tensor, max_new_tokens: int) -> list[int]:
@@ -171,27 +170,28 @@ def plain_text(trunk: Trunk, prompt: torch.Tensor, max_new_tokens: int) -> list[
 
 def _serve(
     engine: str,
-    folder: Path,
+    asked: Sequence[tuple[Path, Sequence[Sequence[int]]]],
     says: dict[str, object],
-    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     depth: int,
     environment: Path | None,
-) -> Served:
+) -> list[Served]:
+    """Serves prompts with one directory after the other."""
     if engine == "transformers":
-        return with_transformers.serve(folder, prompts, max_new_tokens=max_new_tokens)
-    python = with_vllm.environment(environment)
+        return [with_transformers.serve(folder, each, max_new_tokens=max_new_tokens) for folder, each in asked]
+    models = [_for_vllm(folder.resolve(), prompts, says, depth) for folder, prompts in asked]
+    return with_vllm.serve(with_vllm.environment(environment), models, max_new_tokens=max_new_tokens)
+
+
+def _for_vllm(folder: Path, prompts: Sequence[Sequence[int]], says: dict[str, object], depth: int) -> with_vllm.Asked:
     speculative: dict[str, object] = {"method": "mtp", "num_speculative_tokens": depth}
-    model, overrides = folder.resolve(), {}
-    if says["layout"] in ("mimo-draft", "medusa"):
-        # The base is served as it is; vLLM looks for heads where its config names some.
-        overrides = {"num_nextn_predict_layers": 1} if says["layout"] == "mimo-draft" else {}
-        method = "mtp" if says["layout"] == "mimo-draft" else "medusa"
-        speculative = {"method": method, "model": str(model), "num_speculative_tokens": depth}
-        model = open_checkpoint(str(says["base"])).path.resolve()
-    return with_vllm.serve(
-        python, model, prompts, max_new_tokens=max_new_tokens, speculative=speculative, overrides=overrides
-    )
+    if says["layout"] not in ("mimo-draft", "medusa"):
+        return with_vllm.Asked(folder, prompts, speculative, {})
+    # The base is served as it is; vLLM looks for heads where its config names some.
+    overrides = {"num_nextn_predict_layers": 1} if says["layout"] == "mimo-draft" else {}
+    speculative["method"] = "mtp" if says["layout"] == "mimo-draft" else "medusa"
+    speculative["model"] = str(folder)
+    return with_vllm.Asked(open_checkpoint(str(says["base"])).path.resolve(), prompts, speculative, overrides)
 
 
 def interval(accepted: int, drafted: int) -> tuple[float, float]:

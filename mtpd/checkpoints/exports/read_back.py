@@ -36,9 +36,6 @@ from mtpd.heads.config import HeadsConfig
 from mtpd.trunk import Trunk
 
 TEXTS, TOKENS = 4, 24
-SECONDS = 2.0
-"""Before a progress bar is shown."""
-
 CHOOSES_ONLY = "e_score_correction_bias"
 """Decides which experts are asked, and may leave their choice as it is."""
 
@@ -75,19 +72,24 @@ def read_back(run: Run, folder: Path, *, layout: str, family: str | None) -> str
     native = find_heads(written, family=family, base=run.base if apart else written)
     where = run.base.path if apart else folder
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where, dtype="auto", trust_remote_code=run.recipe.trust_remote_code
-        )
-        trunk = Trunk(loaded.eval())
-        texts = _texts(trunk)
-        name, reader = _reader(run, native, trunk, texts)
-        with torch.inference_mode(), perturbed(native) as copy:
-            unread, before, after = _compare(reader, trunk, texts, copy)
+        # Loading the base is the longest part of it where the base is large.
+        with tqdm(desc="reading back", total=1, leave=False) as bar:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                where, dtype="auto", trust_remote_code=run.recipe.trust_remote_code
+            )
+            trunk = Trunk(loaded.eval())
+            bar.update()
+            texts = _texts(trunk)
+            name, reader = _reader(run, native, trunk, texts)
+            with torch.inference_mode(), perturbed(native) as copy:
+                unread, before, after = _compare(reader, trunk, texts, copy, bar)
     except MtpdError:
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise MtpdError(f"export {layout}: what was written cannot be read back: {reason}") from error
+        raise MtpdError(
+            f"export {layout}: what was written cannot be read back: {reason}; --no-perturb leaves this check out"
+        ) from error
     if unread:
         more = f" and {len(unread) - 1} more" * (len(unread) > 1)
         raise MtpdError(f"export {layout}: {name} does not read {unread[0]}{more}: noise in its place changes nothing")
@@ -100,25 +102,24 @@ def read_back(run: Run, folder: Path, *, layout: str, family: str | None) -> str
     return f"read back by {name}: CAR_1 {before / count:.3f}, with noise for heads {after / count:.3f}, {count} places"
 
 
-def _compare(reader: Reader, trunk: Trunk, texts: Texts, copy: Perturbed) -> tuple[list[str], int, int]:
+def _compare(reader: Reader, trunk: Trunk, texts: Texts, copy: Perturbed, bar: tqdm[Any]) -> tuple[list[str], int, int]:
     """Tensors that were not read, and accepted drafts of depth 1 as written and with noise."""
     native = copy.native
-    steps = ["written", "noise", *(kind for kind in copy.kinds if CHOOSES_ONLY not in kind)]
-    bar = tqdm(steps, desc="reading back", delay=SECONDS, leave=False)
+    kinds = [kind for kind in copy.kinds if CHOOSES_ONLY not in kind]
+    bar.total = 2 + len(kinds)
+    written, noise = reader(native.checkpoint.path), reader(copy.folder)
+    bar.update()
     unread: list[str] = []
-    written = noise = reader(native.checkpoint.path)
-    for step in bar:
-        if step == "noise":
-            noise = reader(copy.folder)
-        elif step in copy.kinds:
-            copy.give_back(step)
-            outputs = reader(copy.folder)
-            copy.spoil(step)
-            deaf = [index for index in range(native.count) if torch.equal(outputs[index], noise[index])]
-            names = [name for name in copy.kinds[step] for index in deaf if name.startswith(f"layers.{index}.")]
-            # Layouts have biases of zero for bases whose layers have none.
-            theirs = [native.names[name] for name in names]
-            unread += [name for name in theirs if not (name.endswith(".bias") and is_zero(native.raw[name]))]
+    for kind in kinds:
+        copy.give_back(kind)
+        outputs = reader(copy.folder)
+        copy.spoil(kind)
+        bar.update()
+        deaf = [index for index in range(native.count) if torch.equal(outputs[index], noise[index])]
+        names = [name for name in copy.kinds[kind] for index in deaf if name.startswith(f"layers.{index}.")]
+        # Layouts have biases of zero for bases whose layers have none.
+        theirs = [native.names[name] for name in names]
+        unread += [name for name in theirs if not (name.endswith(".bias") and is_zero(native.raw[name]))]
     logits = [
         outputs[0] if native.family.kind == "medusa" else trunk.unembedding(outputs[0]) for outputs in (written, noise)
     ]
