@@ -72,7 +72,7 @@ class DistillModel(nn.Module):
 
         Args:
             input_ids, labels, position_ids: packed rows [B, T]; labels are -100 outside of responses.
-            hidden: the frozen trunk's states [B, T, D], if they were kept; the trunk runs otherwise.
+            hidden: the frozen trunk's states [B, T, D] that heads read, if they were kept; the trunk runs otherwise.
             below: states [B, T, D] of depth `after`, where that is not 0.
             num_items_in_batch: response tokens of the whole optimizer step; those of this batch by default.
         """
@@ -84,7 +84,8 @@ class DistillModel(nn.Module):
             main = self._main_head_loss(states, input_ids, labels, position_ids)
             hidden = states
         elif hidden is None:
-            hidden = self.trunk.hidden(input_ids, position_ids=position_ids)
+            before_last = self.heads.shared_layers
+            hidden = self.trunk.hidden(input_ids, position_ids=position_ids, before_last=before_last)
         batch = Batch(input_ids, labels, position_ids, hidden, teacher=teacher, below=below, after=self.after)
         total, self.sums = self.heads.loss(self.trunk, batch, self.readout, self.settings, compiled=self.compiled)
         if main is not None:

@@ -103,7 +103,8 @@ class HeadTrainer(Trainer):
         if joint is not None:
             with joint.disabled():
                 return with_hidden(batch, self.distill_model.trunk, self.store)
-        batch = with_hidden(batch, self.distill_model.trunk, self.store)
+        before_last = self.distill_model.heads.shared_layers
+        batch = with_hidden(batch, self.distill_model.trunk, self.store, before_last=before_last)
         if self.below is not None:
             batch["below"] = self.below({**batch, "row": rows})
         return batch

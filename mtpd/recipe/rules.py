@@ -131,6 +131,11 @@ def trunk_problems(trunk: TrunkRecipe, heads: HeadsRecipe, data: DataRecipe, ext
         )
     if heads.kind not in ("chain", "parallel"):
         problems.append(f"trunk.train: lora is not accepted with heads.kind: {heads.kind}; accepted: chain, parallel")
+    if heads.shared_layers:
+        problems.append(
+            f"heads.shared_layers: {heads.shared_layers} is not accepted with trunk.train: lora, which changes those "
+            "layers; accepted: 0"
+        )
     if extend.to is not None or extend.auto:
         problems.append("trunk.train: lora is not accepted with extend.to or extend.auto; accepted: frozen")
     return problems
