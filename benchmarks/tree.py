@@ -30,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run directory of mtpd pretrain")
     parser.add_argument("--trees", type=int, nargs="+", default=[0, 8, 16, 32], help="nodes; 0 is the chain")
+    parser.add_argument("--texts", nargs="+", choices=("greedy", "drawn"), default=["greedy", "drawn"])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=96)
@@ -41,7 +42,8 @@ def main() -> None:
     heads = load_heads(args.run / "heads", trunk).to(trunk.dtype)
     rows = stream_rows(tokenizer, "stdlib-held-out", row_length=128, limit=args.prompts)
     requests = [Request(row[:64].tolist(), args.tokens, seed) for seed, row in enumerate(rows)]
-    for drawn in (False, True):
+    for kind in args.texts:
+        drawn = kind == "drawn"
         seconds: dict[str, list[float]] = {}
         passes: dict[str, int] = {}
         texts: dict[str, list[list[int]]] = {}
@@ -74,7 +76,7 @@ def main() -> None:
             }
             row = {
                 "name": name,
-                "text": "drawn" if drawn else "greedy",
+                "text": kind,
                 "tau": round(written / passes[name], 3),
                 "tokens/s": round(written / statistics.median(seconds[name]), 1),
                 **{f"times {other}": round(ratio, 3) for other, ratio in against.items()},

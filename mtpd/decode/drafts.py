@@ -9,6 +9,7 @@ Shape legend: N rows, Q = 1 + S columns of a pass, S nodes, K depths, m candidat
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +23,6 @@ from mtpd.heads.base import Pick
 if TYPE_CHECKING:
     from mtpd.decode.choice import Choice
     from mtpd.decode.engine import Text
-
-STEP = 1e-6
-"""A child is less likely than its parent by at least this, in nats: of two that are as likely, the parent is kept."""
-IMPOSSIBLE = -100.0
-"""Log-probabilities are no lower."""
 
 
 @dataclass
@@ -79,33 +75,35 @@ def grow(candidates: Sequence[tuple[Tensor, Tensor]], nodes: int) -> tuple[Tenso
     accuracies that its heads have on the average; here each row of each round has its own.)
 
     Args:
-        candidates: of each depth, the log-probabilities of its likeliest tokens and their columns, [N, m] each.
+        candidates: of each depth, the log-probabilities of its likeliest tokens, best first, and their columns,
+            [N, m] each.
         nodes: how many at most.
 
     Returns:
-        Columns of the heads, parents and depths of the nodes, [N, S] each; S is smaller than `nodes` only where there
-        are no more paths.
+        Columns of the heads, parents and depths of the nodes, [N, S] each, the likeliest first; S is smaller than
+        `nodes` only where there are no more paths.
     """
-    rows, device = len(candidates[0][0]), candidates[0][0].device
-    weight = torch.zeros(rows, 1, dtype=torch.float64, device=device)
-    weights, columns, parents, depths = [], [], [], []
-    before, base = 1, 0
-    for depth, (chances, at) in enumerate(candidates, start=1):
-        each = at.shape[1]
-        paths = (weight[:, :, None] + chances.double().clamp_min(IMPOSSIBLE)[:, None] - STEP).flatten(1)
-        weight, chosen = paths.topk(min(nodes, paths.shape[1]), dim=1)
-        weights.append(weight)
-        columns.append(at.gather(1, chosen % each))
-        parents.append(base + chosen // each)
-        depths.append(torch.full_like(chosen, depth))
-        before, base = chosen.shape[1], base + before
-    everything = torch.cat(weights, dim=1)
-    # In the order of their depths, so that parents come first.
-    kept = everything.topk(min(nodes, everything.shape[1]), dim=1).indices.sort(dim=1).values
-    places = torch.zeros(rows, 1 + everything.shape[1], dtype=torch.long, device=device)
-    places.scatter_(1, 1 + kept, torch.arange(1, 1 + kept.shape[1], device=device).expand_as(kept))
-    found = [torch.cat(parts, dim=1).gather(1, kept) for parts in (columns, parents, depths)]
-    return found[0], places.gather(1, found[1]), found[2]
+    chances, columns = (torch.stack(parts, dim=1) for parts in zip(*candidates, strict=True))
+    trees = [_likeliest(*row, nodes) for row in zip(chances.tolist(), columns.tolist(), strict=True)]
+    found: tuple[Tensor, Tensor, Tensor] = torch.tensor(trees, device=columns.device).unbind(1)
+    return found
+
+
+def _likeliest(chances: list[list[float]], columns: list[list[int]], nodes: int) -> tuple[list[int], ...]:
+    """Best first, of one row. On lists: a tree is too small for a device."""
+    taken: tuple[list[int], ...] = ([], [], [])
+    # What may come next, the likeliest on top: -log p, the column that it comes after, depth (from 0), rank among the
+    # candidates of the depth, and -log p of the path before.
+    heap = [(-chances[0][0], 0, 0, 0, 0.0)]
+    while heap and len(taken[0]) < nodes:
+        weight, parent, depth, rank, before = heapq.heappop(heap)
+        for values, value in zip(taken, (columns[depth][rank], parent, depth + 1), strict=True):
+            values.append(value)
+        if rank + 1 < len(chances[depth]):
+            heapq.heappush(heap, (before - chances[depth][rank + 1], parent, depth, rank + 1, before))
+        if depth + 1 < len(chances):
+            heapq.heappush(heap, (weight - chances[depth + 1][0], len(taken[0]), depth + 1, 0, weight))
+    return taken
 
 
 class Offer:
