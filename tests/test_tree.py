@@ -220,7 +220,7 @@ def test_trees_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert main(["generate", str(run), "--raw", "--prompt", "hello", "--max-new-tokens", "24", *further]) == 0
         shown.append(capsys.readouterr())
     assert shown[0].out == shown[1].out
-    limits = ["--prompts", "1", "--max-new-tokens", "8", "--runs", "1"]
+    limits = ["--prompts", "1", "--max-new-tokens", "3", "--runs", "1"]
     assert main(["bench", str(run), *limits, "--tune"]) == 0
     assert "tree 32" in capsys.readouterr().out
     (run / "heads" / "decoding.json").write_text('{"depth": 3, "tree": 9}')

@@ -85,8 +85,8 @@ def grow(candidates: Sequence[tuple[Tensor, Tensor]], nodes: int) -> tuple[Tenso
     """
     chances, columns = (torch.stack(parts, dim=1) for parts in zip(*candidates, strict=True))
     trees = [_likeliest(*row, nodes) for row in zip(chances.tolist(), columns.tolist(), strict=True)]
-    found: tuple[Tensor, Tensor, Tensor] = torch.tensor(trees, device=columns.device).unbind(1)
-    return found
+    of_heads, parents, depths = torch.tensor(trees, device=columns.device).unbind(1)
+    return of_heads, parents, depths
 
 
 def _likeliest(chances: list[list[float]], columns: list[list[int]], nodes: int) -> tuple[list[int], ...]:
