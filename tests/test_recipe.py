@@ -115,8 +115,8 @@ def test_a_dump_keeps_values_that_yaml_could_misread(tmp_path: Path) -> None:
     [
         ("heads.dept=4", "did you mean heads.depth?"),
         ("head.depth=4", "did you mean heads?"),
-        ("learning_rate=1", "did you mean train.learning_rate or extend.learning_rate?"),
-        ("learning_rat=1", "did you mean train.learning_rate or extend.learning_rate?"),
+        ("learning_rate=1", "did you mean trunk.learning_rate or train.learning_rate or extend.learning_rate?"),
+        ("learning_rat=1", "did you mean trunk.learning_rate or train.learning_rate or extend.learning_rate?"),
         ("temperature=1", "did you mean data.temperature?"),
         ("warmup=1", "did you mean train.warmup_ratio?"),
         (
