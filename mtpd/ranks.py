@@ -231,8 +231,9 @@ class _Listener(threading.Thread):
 
     def words(self) -> str:
         """What the user is told of a rank that has ended without a word; one rank says it, and the others nothing."""
-        first = 1 if self.cause == 0 else 0
-        return f"rank {self.cause} has failed or was ended, and all ranks end" if self._rank == first else ""
+        if self.cause >= self._count or self._rank != (1 if self.cause == 0 else 0):
+            return ""
+        return f"rank {self.cause} was ended, or has failed without a word; all ranks end"
 
 
 def _first_with(words: str) -> bool:

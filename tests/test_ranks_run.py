@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,6 +132,25 @@ def test_command_lines_of_launchers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         *("mtpd", *words),
     ]
     assert "--num_gpus=8" in launch.deepspeed_on_nodes(words, processes=8, nodes=Path("hosts"))
+
+
+def test_ranks_are_given_the_words_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: an override or --fresh that the ranks do not get, or ranks that start launchers themselves."""
+    given: list[Any] = []
+
+    def note(*words: Any, **options: Any) -> int:
+        given.extend([*words, options])
+        return 7
+
+    monkeypatch.setattr("mtpd.cli.distill.launch", note)
+    words = ["distill", "model=tiny", "--launcher", "deepspeed", "heads.depth=2", "--fresh", "--nodes", "hosts"]
+    assert main([*words, "--processes=4"]) == 7
+    launcher, passed_on, options = given
+    assert launcher == "deepspeed"
+    assert options == {"processes": 4, "nodes": Path("hosts")}
+    assert passed_on[:3] == ["distill", "model=tiny", "heads.depth=2"]
+    assert "--fresh" in passed_on
+    assert not [word for word in passed_on if "launcher" in word or "processes" in word or "nodes" in word]
 
 
 def test_what_a_launcher_cannot_do_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
