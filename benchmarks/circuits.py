@@ -222,7 +222,7 @@ def learn(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> 
                 write({**known, "mode": f"{way}, along held-out text", **along(exact, heads, held_out)})
                 if args.decode:
                     write({**known, "mode": way, **decode(exact, heads, prompts, sampled=False, tokens=args.tokens)})
-                if args.speed:
+                if args.speed and not circuit.joint:
                     rates = wall_clock(exact, heads, prompts[:2], sampled=False, tokens=args.tokens, runs=args.runs)
                     write({**known, "mode": f"wall clock, {way}", **rates})
             if args.speed:

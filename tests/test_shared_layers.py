@@ -208,6 +208,13 @@ def test_bad_values(change: dict[str, Any], message: str) -> None:
         configure_heads(chosen, deep(), vocabulary=0, fingerprint="")
 
 
+def test_a_trunk_that_changes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: adapters on layers that are trained themselves, whose states no store holds."""
+    words = ["heads.kind=parallel", "heads.shared_layers=1", "trunk.train=lora"]
+    assert main(["recipe", "check", "recipes/smoke.yaml", *words]) == 2
+    assert "heads.shared_layers: 1 is not accepted with trunk.train: lora" in capsys.readouterr().err
+
+
 def test_starts_are_fitted_to_the_trunks_states() -> None:
     """Fault: a regression on the states below the shared layers, which heads never read."""
     trunk = deep()
