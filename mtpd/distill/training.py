@@ -51,7 +51,8 @@ def train_heads(
         after=after,
         joint=joint,
     )
-    arguments = training_arguments(recipe, dtype=session.trunk.dtype, device=session.trunk.device)
+    dtype = session.trunk.dtype if joint is None else joint.dtype
+    arguments = training_arguments(recipe, dtype=dtype, device=session.trunk.device)
     if arguments.world_size > 1 and store is not None and not all(row in store for row in range(len(rows))):
         logger.warning(
             "data.hidden_states: several processes do not fill a store, the trunk runs in each epoch; "
