@@ -122,7 +122,8 @@ def test_decoding_and_offline_counts(form: str, layers: int) -> None:
     heads = taught(trunk, shared(trunk, form, layers), *texts[1], steps=20)
     # Texts end at different times, and others move into their slots.
     requests = [Request(prompt, LIMIT - 5 * (number % 2)) for number, (prompt, _) in enumerate(texts)]
-    for text in Engine(trunk, heads, slots=2, capacity=64, siblings=2).run(requests):
+    further = {"tree": 6} if heads.independent else {"siblings": 2}
+    for text in Engine(trunk, heads, slots=2, capacity=64, **further).run(requests):
         assert text.tokens == texts[text.number][1][: requests[text.number].max_new_tokens]
     samples = [Sample.of(str(number), *text) for number, text in enumerate(texts)]
     offline, decoded = both(trunk, heads, samples, [], LIMIT)
