@@ -49,6 +49,7 @@ LAST = 1.0
 """Seconds in which the rank that failed ends before the others do, so that its exit code is the first."""
 
 _control: dist.ProcessGroup | None = None
+_speaks = True
 
 
 def rank() -> int:
@@ -64,6 +65,11 @@ def count() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes files and speaks to the user."""
     return rank() == 0
+
+
+def speaks() -> bool:
+    """Whether this process tells the user how a command ended, after `joined`: a process alone, or the main rank."""
+    return _speaks
 
 
 def share(items: Sequence[Item]) -> list[Item]:
@@ -143,7 +149,7 @@ def joined(device: torch.device) -> Iterator[None]:
     """
     from accelerate.state import AcceleratorState, PartialState  # takes a second to import
 
-    global _control
+    global _control, _speaks
     if _control is not None:
         yield
         return
@@ -152,6 +158,7 @@ def joined(device: torch.device) -> Iterator[None]:
         # What an earlier command of this process left would not look for a launcher again.
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState(cpu=device.type == "cpu", timeout=STEP)
+    _speaks = is_main()
     if count() == 1:
         yield
         return

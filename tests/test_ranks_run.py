@@ -42,6 +42,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     lines = [
         [*half, f"output={folder / 'two'}"],
         [*half, f"output={folder / 'apart'}", "train.deepspeed=zero3", "evaluation.decode_prompts=0"],
+        ["extend", str(folder / "two"), "--to", "4", "--steps", "2"],
         [*half, f"output={folder / 'none'}"],
     ]
     return folder, in_fresh_ranks("processes", "run_commands", lines)[0]
@@ -61,7 +62,7 @@ def test_two_ranks_make_the_run_of_one(pair: tuple[Path, Ended], name: str) -> N
     """
     both = one, two = pair[0] / "one", pair[0] / name
     assert {path.name for path in one.iterdir() if name == "two" or "decoded" not in path.name} == {
-        path.name for path in two.iterdir()
+        path.name for path in two.iterdir() if path.name != "extended"
     }
     for name in ("responses.jsonl", "held-out.jsonl"):
         assert sorted((one / name).read_text().splitlines()) == sorted((two / name).read_text().splitlines())
@@ -91,6 +92,16 @@ def test_two_ranks_make_the_run_of_one(pair: tuple[Path, Ended], name: str) -> N
     assert (two / "metrics.jsonl").read_text().count('"loss"') == 4
 
 
+def test_two_ranks_extend_heads(both: tuple[Path, Path]) -> None:
+    """Fault: a stage that each rank begins anew, or new depths that are not trained."""
+    stage = both[1] / "extended" / "copies-4"
+    before, after = (load_file(stage / name / "model.safetensors") for name in ("heads-before", "heads"))
+    assert torch.equal(before["layers.0.project.weight"], after["layers.0.project.weight"])
+    assert not torch.equal(before["layers.3.project.weight"], after["layers.3.project.weight"])
+    assert len(Acceptance.load(stage / "acceptance.json").total().accepted) == 4
+    assert (stage / "depths.json").is_file()
+
+
 def test_the_run_of_two_is_finished_by_one(both: tuple[Path, Path], tmp_path: Path) -> None:
     """Fault: what ranks wrote is not found, or is refused, by a process alone."""
     run = tmp_path / "run"
@@ -107,8 +118,8 @@ def test_one_rank_speaks_and_mistakes_are_one_line(pair: tuple[Path, Ended]) -> 
     """Fault: what each rank repeats, a mistake after which ranks wait for another, or one that loses its exit code."""
     ended = pair[1]
     assert ended.codes == [0, 0], ended.errors
-    assert ended.values == [[0, 0, 2], [0, 0, 1]]
-    assert [output.count("done: ") for output in ended.outputs] == [2, 0]
+    assert ended.values == [[0, 0, 0, 2], [0, 0, 0, 1]]
+    assert [output.count("done: ") for output in ended.outputs] == [3, 0]
     assert ended.outputs[1] == ""
     said = [line for errors in ended.errors for line in errors.splitlines() if line.startswith("mtpd: error")]
     assert len(said) == 1
