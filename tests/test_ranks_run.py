@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import Ended, in_fresh_ranks
+from processes import Ended, free_port, in_fresh_ranks
 from safetensors.torch import load_file
 
 from mtpd import launch
@@ -41,11 +41,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     half = [*WORDS, "train.rows_per_step=1"]
     lines = [
         [*half, f"output={folder / 'two'}"],
-        [*half, f"output={folder / 'apart'}", "train.deepspeed=zero3", "evaluation.decode_prompts=0"],
         ["extend", str(folder / "two"), "--to", "4", "--steps", "2"],
+        [*half, f"output={folder / 'apart'}", "train.deepspeed=zero3", "evaluation.decode_prompts=0"],
         [*half, f"output={folder / 'none'}"],
     ]
-    return folder, in_fresh_ranks("processes", "run_commands", lines)[0]
+    return folder, in_fresh_ranks("processes", "run_commands", lines, [free_port() for _ in lines])[0]
 
 
 @pytest.fixture
