@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from mtpd.data.models import load_model, resolve_device, resolve_dtype
 from mtpd.data.vocabulary import draft_size
@@ -40,6 +41,8 @@ class Plan:
     """Parameters of the trunk, its output head included."""
     trained: int
     """Parameters of all heads."""
+    of_trunk: int
+    """Parameters that `trunk.train` trains."""
     text: TextEstimate
     memory: dict[str, dict[str, int]]
     """By phase (generating, training, decoding) and purpose."""
@@ -76,7 +79,11 @@ class Plan:
                 f"{self.architecture}: {self.layers} layers, width {self.hidden_size:,}, {name} on {self.device}",
             ),
             ("vocabulary", f"{self.vocabulary:,} tokens; {draft}"),
-            ("frozen", f"{self.frozen:,} parameters, {size(self.frozen * self.dtype.itemsize)}"),
+            (
+                "trunk" if self.of_trunk else "frozen",
+                f"{self.frozen:,} parameters, {size(self.frozen * self.dtype.itemsize)}"
+                + (f"; {self.of_trunk:,} trained" if self.of_trunk else ""),
+            ),
             ("trained", f"{self.trained:,} parameters in {heads}, {size(4 * self.trained)} in float32"),
             *self._extension(),
             ("", ""),
@@ -92,8 +99,6 @@ class Plan:
         beyond = " and what is not known yet" if None in self.disk.values() else ""
         lines += [("disk", f"{size(known)}{beyond}: {_parts(self.disk)}"), ("", "")]
         notes = ["memory and disk are estimates; what libraries take for themselves is not in them", *text.notes]
-        if recipe.trunk.train != "frozen":
-            notes.append("memory for training the trunk itself (trunk.train) is not in them")
         return lines + [("assumed" if not index else "", note) for index, note in enumerate(notes)]
 
     def _extension(self) -> list[tuple[str, str]]:
@@ -168,6 +173,15 @@ def plan(recipe: Recipe) -> Plan:
         tokens=rows,
         item=dtype.itemsize,
     )
+    of_trunk = {
+        "frozen": 0,
+        "lora": sum(
+            recipe.trunk.rank * (module.in_features + module.out_features)
+            for module in trunk.decoder.layers.modules()
+            if type(module) is nn.Linear
+        ),
+        "full": frozen,
+    }[recipe.trunk.train]
     text = estimate_text(recipe, tokenizer)
     wanted = recipe.evaluation.dtype
     decoding = dtype if wanted == "trunk" else resolve_dtype(wanted, device)
@@ -183,9 +197,12 @@ def plan(recipe: Recipe) -> Plan:
         device=device,
         frozen=frozen,
         trained=trained,
+        of_trunk=of_trunk,
         text=text,
-        memory=estimate_memory(recipe, sizes, text, decoding_item=decoding.itemsize, own_logits=heads.piece_bytes()),
-        disk=estimate_disk(recipe, sizes, text),
+        memory=estimate_memory(
+            recipe, sizes, text, decoding_item=decoding.itemsize, own_logits=heads.piece_bytes(), of_trunk=of_trunk
+        ),
+        disk=estimate_disk(recipe, sizes, text, of_trunk=of_trunk),
     )
 
 

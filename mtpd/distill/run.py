@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from mtpd.checkpoints.importing import native_depth, native_heads
+from mtpd.checkpoints.importing import native_form, native_heads
 from mtpd.data.models import load_model, resolve_dtype, trunk_fingerprint
 from mtpd.data.packing import PackedRows, Sample, collate, pack
 from mtpd.data.prompts import Prompt, given_sample, load_prompts, split_held_out
@@ -117,15 +117,23 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
 
 
 def with_native_depth(recipe: Recipe) -> Recipe:
-    """The recipe with the depth of the model's own heads, where those are what it starts from and it sets none."""
-    if recipe.heads.init == "native" and recipe.heads.kind != "chain":
-        raise UserError(f"heads.init: native is not accepted for {recipe.heads.kind} heads; accepted: heads.kind=chain")
-    if recipe.heads.init == "native" and recipe.heads.adapters:
-        raise UserError(f"heads.adapters: {recipe.heads.adapters} is not accepted with native heads; accepted: 0")
-    if recipe.heads.init != "native" or "depth" in recipe.heads.model_fields_set:
+    """The recipe with kind and depth of the model's own heads, where those are what it starts from and it sets none."""
+    heads = recipe.heads
+    if heads.init != "native":
         return recipe
+    if heads.kind not in ("chain", "parallel"):
+        raise UserError(f"heads.init: native is not accepted for {heads.kind} heads; accepted: chain, parallel")
+    if heads.adapters:
+        raise UserError(f"heads.adapters: {heads.adapters} is not accepted with native heads; accepted: 0")
+    if heads.kind == "chain" and {"kind", "depth"} <= heads.model_fields_set:
+        return recipe
+    form = native_form(recipe.model)
+    if "kind" in heads.model_fields_set and heads.kind != form["kind"]:
+        raise UserError(f"heads.kind: {heads.kind} is not what {recipe.model} has; accepted: {form['kind']}")
     values = recipe.model_dump(mode="json")
-    values["heads"]["depth"] = native_depth(recipe.model)
+    if "depth" in heads.model_fields_set:
+        del form["depth"]
+    values["heads"] |= form
     return parse_recipe(values)
 
 
