@@ -138,7 +138,7 @@ def in_ranks(cases: Sequence[str], folder: Path, *, ranks: int = 2, script: Path
             )
         )
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        outputs = [process.communicate(timeout=1200)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
