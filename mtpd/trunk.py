@@ -234,7 +234,8 @@ class Trunk(nn.Module):
         block.embed_tokens = None
         # Adapters on the trunk are no part of what is repeated.
         wanted = {
-            name.replace(".base_layer", ""): parameter.shape
+            # A parameter that is partitioned over processes has no elements; DeepSpeed keeps what it had.
+            name.replace(".base_layer", ""): getattr(parameter, "ds_shape", parameter.shape)
             for name, parameter in self.decoder.layers[source_layer].named_parameters()
             if "lora_" not in name
         }

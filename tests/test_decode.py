@@ -36,6 +36,8 @@ class Scripted:
 
     depth = DEPTH
 
+    shared_layers = 0
+
     def __init__(self, texts: Sequence[tuple[list[int], list[int]]], right: Sequence[int]) -> None:
         self.texts = [prompt + text + [0] * DEPTH for prompt, text in texts]
         self.right = right

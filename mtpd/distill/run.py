@@ -24,7 +24,7 @@ from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, store_key, wit
 from mtpd.data.vocabulary import draft_vocabulary, load_vocabulary
 from mtpd.distill.directory import RunDirectory, open_run, write_provenance
 from mtpd.distill.measuring import set_apart, spread
-from mtpd.distill.trainer import TrainingRows
+from mtpd.distill.rows import TrainingRows
 from mtpd.distill.training import train_heads
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
