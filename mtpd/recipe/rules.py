@@ -137,8 +137,8 @@ def trunk_problems(
         )
     if heads.shared_layers:
         problems.append(
-            f"heads.shared_layers: {heads.shared_layers} is not accepted with trunk.train: {trunk.train}, which changes "
-            "those layers; accepted: 0"
+            f"heads.shared_layers: {heads.shared_layers} is not accepted with trunk.train: {trunk.train}, which "
+            "changes those layers; accepted: 0"
         )
     if extend.to is not None or extend.auto:
         problems.append(f"trunk.train: {trunk.train} is not accepted with extend.to or extend.auto; accepted: frozen")
