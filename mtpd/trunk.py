@@ -131,6 +131,11 @@ class Trunk(nn.Module):
         return any(kind not in ATTENDING for kind in kinds)
 
     @property
+    def partitioned(self) -> bool:
+        """Whether each process holds a share of every layer: then all have to run the trunk equally often."""
+        return any(hasattr(parameter, "ds_id") for parameter in self.decoder.layers.parameters())
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
@@ -232,7 +237,8 @@ class Trunk(nn.Module):
         block.embed_tokens = None
         # Adapters on the trunk are no part of what is repeated.
         wanted = {
-            name.replace(".base_layer", ""): parameter.shape
+            # A parameter that is partitioned over processes has no elements; DeepSpeed keeps what it had.
+            name.replace(".base_layer", ""): getattr(parameter, "ds_shape", parameter.shape)
             for name, parameter in self.decoder.layers[source_layer].named_parameters()
             if "lora_" not in name
         }

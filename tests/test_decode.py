@@ -37,6 +37,8 @@ class Scripted:
     depth = DEPTH
     shared_layers = 0
 
+    shared_layers = 0
+
     def __init__(self, texts: Sequence[tuple[list[int], list[int]]], right: Sequence[int]) -> None:
         self.texts = [prompt + text + [0] * DEPTH for prompt, text in texts]
         self.right = right

@@ -20,8 +20,9 @@ from mtpd.recipe import Recipe, dump, load_recipe
 RECIPE = "recipe.yaml"
 LATER = ("heads.", "train.", "evaluation.")
 """Keys that decide nothing before there are heads."""
-AFTERWARDS = "extend."
-"""Keys that decide nothing about the run itself: each stage of an extension has a directory of its own."""
+AFTERWARDS = ("extend.", "train.deepspeed")
+"""Keys that decide nothing about the run itself: each stage of an extension has a directory of its own, and a run can
+go on sharded in another way."""
 
 
 class RunDirectory:
@@ -51,6 +52,7 @@ class RunDirectory:
         self.perplexity = path / "perplexity.json"
         self.held_out_after = path / "held-out-after.jsonl"
         self.depths = path / "depths.json"
+        self.offload = path / "offload"
         self.stage = path / "stage.json"
         self.extended = path / "extended"
 

@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from mtpd.errors import UserError
 from mtpd.files import write_whole
@@ -172,11 +173,16 @@ def chain_of(heads: Heads, *, what: str) -> ChainHeads:
     return heads
 
 
-def save_heads(heads: Heads, directory: str | Path) -> None:
-    """Writes `config.json` and `model.safetensors` (float32 masters as they are) into a directory."""
+def save_heads(heads: Heads, directory: str | Path, *, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Writes `config.json` and `model.safetensors` (float32 masters as they are) into a directory.
+
+    Args:
+        tensors: the state of the heads, where theirs has no elements because it is partitioned.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.state_dict().items()}
+    state = heads.state_dict() if tensors is None else tensors
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     # Weights last: where they are, the heads are whole.
     write_whole(directory / CONFIG, heads.config.model_dump_json(indent=2) + "\n")
     write_whole(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))

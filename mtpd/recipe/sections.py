@@ -197,6 +197,10 @@ class TrainRecipe(Section):
     """Rows in one micro batch of one process."""
     gradient_accumulation: Count = 1
     """Micro batches in one optimizer step."""
+    deepspeed: Text | None = Field(default=None, examples=["zero2", "zero3", "my-deepspeed.json"])
+    """Shards training over processes through DeepSpeed. zero1, zero2: the heads' optimizer state, and their gradients
+    too; zero3: the layers of the trunk as well; zero3-cpu, zero3-nvme: those in host memory or on a disk. Or the path
+    of a DeepSpeed JSON. null: each process holds everything."""
     save_steps: int = Field(default=0, ge=0)
     """Steps from one checkpoint to the next; 0 for one after each epoch."""
     save_total_limit: Count = 2
