@@ -37,8 +37,6 @@ class Scripted:
     depth = DEPTH
     shared_layers = 0
 
-    shared_layers = 0
-
     def __init__(self, texts: Sequence[tuple[list[int], list[int]]], right: Sequence[int]) -> None:
         self.texts = [prompt + text + [0] * DEPTH for prompt, text in texts]
         self.right = right
