@@ -15,3 +15,7 @@ class UserError(MtpdError, ValueError):
 
 class UnsupportedModel(UserError):
     """An architecture that heads cannot be built for, with the reason."""
+
+
+class RankFailed(MtpdError):
+    """Another process of the run has failed. The message is empty where another rank tells the user."""

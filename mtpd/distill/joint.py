@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mtpd import ranks
 from mtpd.data.packing import Sample
 from mtpd.errors import MtpdError
 from mtpd.evaluate.trunk_quality import TrunkQuality, negative_log_likelihood
@@ -87,14 +88,19 @@ class JointTrunk:
                 parameter.copy_(found[name])
 
     def write(self, folder: Path, tokenizer: Any) -> None:
-        """Finishes the model, and writes it as a checkpoint that appears whole or not at all."""
+        """Finishes the model, and writes it as a checkpoint that appears whole or not at all.
+
+        The main rank writes, and the others wait for it.
+        """
         self._finish()
-        beside = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(beside, ignore_errors=True)
-        self.trunk.model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+        if ranks.is_main():
+            beside = folder.with_name(f".{folder.name}.partial")
+            shutil.rmtree(beside, ignore_errors=True)
+            self.trunk.model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.rename(folder)
+        ranks.barrier()
 
     def _finish(self) -> None:
         raise NotImplementedError
@@ -202,8 +208,9 @@ class PerplexityLimit(TrainerCallback):
         Raises:
             MtpdError: it has risen by more than the recipe allows.
         """
-        now = main_head_quality(self.trunk, self.samples).perplexity
-        write_whole(self.path, json.dumps({"step": step, "before": self.before, "after": now}) + "\n")
+        now = float(ranks.from_main(lambda: main_head_quality(self.trunk, self.samples).perplexity))
+        if ranks.is_main():
+            write_whole(self.path, json.dumps({"step": step, "before": self.before, "after": now}) + "\n")
         if not now <= self.before * (1.0 + self.max_rise):
             raise MtpdError(
                 f"the main head's perplexity rose from {self.before:.4f} to {now:.4f} by step {step}, more than "

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from mtpd import ranks
 from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.data.packing import PackedRows, Sample
 from mtpd.data.store import HiddenStates
@@ -51,7 +52,8 @@ def train_jointly(
         joint = AdaptedTrunk(trunk, rank=settings.rank, seed=recipe.seed, **common)
     checked = spread(list(samples), PERPLEXITY_PROMPTS)
     # Before any step, and in the number format of the measurements to come.
-    limit = PerplexityLimit(trunk, checked, recipe, main_head_quality(trunk, checked).perplexity, run.perplexity)
+    before = float(ranks.from_main(lambda: main_head_quality(trunk, checked).perplexity))
+    limit = PerplexityLimit(trunk, checked, recipe, before, run.perplexity)
     train_heads(session, heads, rows, store, chosen_by, joint=joint, callbacks=[limit])
     joint.write(run.trunk, session.tokenizer)
     model, _ = load_model(str(run.trunk), dtype=recipe.dtype, device=recipe.device)

@@ -101,7 +101,7 @@ def train_heads(
             callbacks=[Metrics(session.run.metrics), *stopping(recipe), *callbacks],
             progress=session.progress,
         )
-        if settings is not None and settings.stage == 3:
+        if settings is not None and settings.stage == 3 and not trunk.partitioned:
             layers = trunk.decoder.layers
             folder = session.run.path / "offload"
             running.enter_context(
