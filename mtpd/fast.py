@@ -56,6 +56,16 @@ def faster(module: Module) -> Module:
         return twin
 
 
+def forget(module: nn.Module) -> None:
+    """Drops the twins of a module and of its parts.
+
+    Fused optimizers change parameters without a sign that `faster` could see.
+    """
+    with _lock:
+        for part in module.modules():
+            _twins.pop(part, None)
+
+
 def faster_logits(owner: nn.Module, unembedding: Unembedding, rows: Tensor | None = None) -> Logits:
     """An unembedding, or the part of it that `rows` select; made once for each owner."""
     with _lock:

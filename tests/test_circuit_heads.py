@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -79,6 +80,35 @@ def test_evidence_is_the_log_of_the_leaves(form: str) -> None:
     found = heads.evidence(hidden, columns)
     assert expected.min() < -10
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["hmm-tilted", "cp-shared"])
+def test_drafts_after_more_training(form: str) -> None:
+    """Fault: what was computed for decoding is used after a step of a fused optimizer, which leaves no sign of it."""
+    trunk, _ = small_world()
+    heads = random_kind(trunk, form, depth=2, std=0.8)
+    ids = torch.tensor([[1, 4, 2, 3]])
+    positions = torch.arange(4)[None]
+    hidden = trunk.hidden(ids)
+    found = []
+    for _ in range(2):
+        with torch.inference_mode():
+            along = heads.along(trunk, hidden, ids, position_ids_BT=positions)
+            found.append(along.logits(2, torch.arange(4)))
+        optimizer = torch.optim.AdamW(heads.train().parameters(), lr=0.3, fused=True)
+        for parameter in heads.parameters():
+            parameter.grad = torch.ones_like(parameter)
+            parameter.grad.flatten()[::2] = -1.0
+        optimizer.step()
+        heads.eval()
+    again = copy.deepcopy(heads)
+    with torch.inference_mode():
+        for each in (heads, again):
+            along = each.along(trunk, hidden, ids, position_ids_BT=positions)
+            found.append(along.logits(2, torch.arange(4)))
+    assert (found[1] - found[0]).abs().max() > 1e-2
+    assert (found[2] - found[1]).abs().max() > 1e-2
+    torch.testing.assert_close(found[2], found[3])
 
 
 def after_two_tokens(target: Tensor, draft: Tensor, *, drops: bool) -> Tensor:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from mtpd import alignment
+from mtpd.fast import forget
 from mtpd.heads.config import HeadsConfig
 from mtpd.losses.fused import multi_depth_loss
 from mtpd.losses.settings import LossSettings, LossSums
@@ -178,6 +179,11 @@ class Heads(nn.Module):
         """Token ids of the draft vocabulary, or None when the heads draft over the whole of it."""
         vocabulary: Any = self.vocabulary
         return vocabulary if vocabulary.numel() else None
+
+    def train(self, mode: bool = True) -> Self:
+        """As modules do. What was made for decoding is made anew after training."""
+        forget(self)
+        return super().train(mode)
 
     def blocks(self) -> Iterable[nn.Module]:
         """Modules whose insides may be computed a second time in the backward pass instead of being kept."""

@@ -67,8 +67,9 @@ class CircuitHeads(LogitHeads):
         return self.drafted
 
     def attach(self, trunk: Trunk) -> None:
-        """Takes the trunk's unembedding, which shared leaves stand before; `loss`, `along` and `drafter` do so."""
+        """Takes the trunk's unembedding, which shared leaves stand before; `along` and `drafter` do so."""
         self._main = trunk.unembedding.select(self.rows())
+        self.leaves.hold()
 
     def logits_of_a_window(self) -> int:
         softmaxes = 1 if isinstance(self.leaves, TiltedLeaves) else self.circuit.components

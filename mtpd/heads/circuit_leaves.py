@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtpd.fast import stamp
 from mtpd.heads.base import exact
 from mtpd.heads.circuit import softmax
 from mtpd.trunk import Unembedding
@@ -53,6 +52,9 @@ class Leaves(nn.Module):
     ) -> Tensor:
         """φ_ij of the places `first` to `last`, [C, n, r, M]."""
         return softmax(self.logits(hidden, main, first=first, last=last))
+
+    def hold(self) -> None:
+        """Computes what does not depend on states, for inference from now on; nothing says later that it is old."""
 
     def start(self, maps: list[Tensor], main: Unembedding, random: torch.Generator) -> None:
         """All components of a place start as the main head behind this place's map [D, D]."""
@@ -144,7 +146,7 @@ class TiltedLeaves(Leaves):
         # as fast as a logit does.
         self.scale = size**0.5
         self.shift = nn.Parameter(torch.empty(places, columns, components))
-        self._held: tuple[Any, Tensor] | None = None
+        self._held: Tensor | None = None
 
     def logits(self, hidden: Tensor, main: Unembedding | None, *, first: int = 0, last: int | None = None) -> Tensor:
         shift = exact(self.shift[first:last]) * self.scale
@@ -170,13 +172,14 @@ class TiltedLeaves(Leaves):
         return p[:, :, None] * factors.transpose(1, 2) / total[..., None]
 
     def _factors(self) -> Tensor:
-        """exp(b), [n, M, r]; held while it does not change, for decoding."""
-        if torch.is_grad_enabled():
-            return self._shifts().exp()
-        state = stamp(self.shift)
-        if self._held is None or self._held[0] != state:
-            self._held = state, self._shifts().exp()
-        return self._held[1]
+        """exp(b), [n, M, r]."""
+        if self._held is not None and torch.is_inference_mode_enabled():
+            return self._held
+        return self._shifts().exp()
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        self._held = self._shifts().exp()
 
     def _shifts(self) -> Tensor:
         """b, [n, M, r]; the highest of a component is 0, so that no exponential is too large."""

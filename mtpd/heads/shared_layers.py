@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,11 @@ class SharedLayerHeads(Heads):
     @property
     def depth(self) -> int:
         return self.inner.depth
+
+    def train(self, mode: bool = True) -> Self:
+        # Optimizers may change parameters in ways that these do not show.
+        self._bound.merged = None
+        return super().train(mode)
 
     def rows(self) -> Tensor | None:
         return self.inner.rows()
