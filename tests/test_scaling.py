@@ -99,7 +99,7 @@ def held(folder: str) -> dict[str, Any]:
 def load_of_the_case() -> Load:
     """What the formula is given for the runs of `held`."""
     trunk = tiny_trunk("llama")
-    heads = new_heads(trunk)
+    heads = new_heads(trunk, None)
     numbers = [sum(each.numel() for each in module.parameters()) for module in (trunk.model, heads)]
     sizes = Sizes.of(trunk.config, frozen=numbers[0], trained=numbers[1], depth=2, columns=64, tokens=64, item=4)
     return training_load(load_recipe(None, ["model=tiny", "heads.depth=2"]), trunk, heads, sizes, {})
