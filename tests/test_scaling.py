@@ -47,10 +47,12 @@ class Count(TrainerCallback):
         step, end_of_backward = zero.step, zero.independent_gradient_partition_epilogue
 
         def before_epilogue() -> Any:
-            # At stage 1 each rank has all gradients until here, and a share of them from here on. At the others they
-            # lie in the buckets until then.
+            # At stage 1 each rank has all gradients until here, some of them as views of the buckets, and a share of
+            # them from here on. At the others they lie in the buckets until then.
             whole = [each.grad for each in model.heads.parameters() if each.grad is not None]
-            self.held["gradients"] = 0 if getattr(zero, "partition_gradients", True) else size_of(whole)
+            self.held["gradients"] = (
+                0 if getattr(zero, "partition_gradients", True) else sum(each.nbytes for each in whole)
+            )
             return end_of_backward()
 
         def before_step(*arguments: Any, **options: Any) -> Any:
