@@ -1,4 +1,8 @@
-"""Files that appear whole or not at all, and fingerprints of what is in them."""
+"""Files that appear whole or not at all, and fingerprints of what is in them.
+
+JSON files of a run are sealed: beside their content they have its SHA-256, so that a damaged one is told from a
+whole one by itself, without a second file that would have to change together with it.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,15 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mtpd.errors import MtpdError
+from mtpd.errors import MtpdError, UserError
+
+SEAL = "sha256"
+"""The key of a JSON object under which the SHA-256 of the rest of it stands."""
 
 
 @contextmanager
@@ -46,6 +53,44 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
             Path(beside).unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with the SHA-256 of its content under `sha256`, as the last key."""
+    return {**content, SEAL: fingerprint_json(content)}
+
+
+def intact(content: Mapping[str, Any]) -> bool:
+    """Whether a JSON object is the one that was sealed; one without a seal counts as intact."""
+    return SEAL not in content or content[SEAL] == fingerprint_json(_unsealed(content))
+
+
+def read_sealed(path: str | Path, *, what: str) -> dict[str, Any]:
+    """The content of a sealed JSON file. Files without a seal, such as those of other programs, are read too.
+
+    Args:
+        what: names the kind of file in messages.
+
+    Raises:
+        UserError: it is missing, no JSON object, or damaged.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: cannot be read as {what}: {reason}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: cannot be read as {what}: it holds no JSON object")
+    if not intact(content):
+        raise UserError(
+            f"{path}: is damaged or was edited: its SHA-256 is not that of its content; restore it, or delete it and "
+            f"make it anew (edited on purpose: take the key {SEAL} out)"
+        )
+    return _unsealed(content)
+
+
+def _unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key != SEAL}
 
 
 def sync_folder(folder: str | Path) -> None:

@@ -95,8 +95,3 @@ class MeasuringTrainer(HeadTrainer):
             copy.load_state_dict(model.heads.state_dict())
             copy.to(model.trunk.dtype).eval()
         return measure_offline(model.trunk, copy, self.samples, end_tokens=self.end_tokens, progress=False)["all"]
-
-    def _load_best_model(self) -> None:
-        # A checkpoint has the heads alone; transformers would look for the names of the whole model in it.
-        assert self.state.best_model_checkpoint is not None
-        self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -12,20 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mtpd.data.packing import PackedRows, collate
 from mtpd.data.store import HiddenStates, with_hidden
 from mtpd.distill.below import FinishedDepths
 from mtpd.distill.model import DistillModel
-from mtpd.errors import MtpdError
+from mtpd.distill.safe_trainer import SafeTrainer
 from mtpd.files import write_whole, writing
 from mtpd.heads import load_heads, save_heads
 from mtpd.losses.settings import LossSettings
-
-COMPLETE = "complete.json"
-"""Written last into a checkpoint: one without it was interrupted and is not resumed from."""
 
 
 class TrainingRows(Dataset[dict[str, Tensor]]):
@@ -41,7 +38,7 @@ class TrainingRows(Dataset[dict[str, Tensor]]):
         return {**self.rows[index], "row": torch.tensor(index)}
 
 
-class HeadTrainer(Trainer):
+class HeadTrainer(SafeTrainer):
     """Trains the heads of a `DistillModel`.
 
     The trunk's states come from the store; those that it lacks, all of them without one, from the trunk.
@@ -60,13 +57,15 @@ class HeadTrainer(Trainer):
         below: FinishedDepths | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         progress: bool = True,
+        skip_bad_batches: int = 0,
     ) -> None:
         super().__init__(
             model=model,
             args=args,
             train_dataset=TrainingRows(rows),
             data_collator=collate,
-            callbacks=[Finished(), *callbacks],
+            callbacks=list(callbacks),
+            skip_bad_batches=skip_bad_batches,
         )
         assert (below.depth if below is not None else 0) == model.after, "the depths without a loss"
         self.store = store
@@ -93,6 +92,18 @@ class HeadTrainer(Trainer):
         self._totals = step if self._totals is None else self._totals + step
         self._tokens += tokens
         return result
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        before = self._totals, self._tokens
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.skipping:
+            self._totals, self._tokens = before
+        return loss
+
+    def suspects(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The states of what is not trained."""
+        found = self.with_states(inputs)
+        return {name: found[name] for name in ("hidden", "below") if name in found}
 
     def with_states(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch with the states of what is not trained: the trunk, and finished depths."""
@@ -153,17 +164,6 @@ def _name(settings: LossSettings) -> str:
     return "tv" if settings.divergence == "end_to_end_tv" else settings.divergence
 
 
-class Finished(TrainerCallback):
-    """Marks a checkpoint as whole, after all its files are there."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            names = sorted(path.name for path in folder.iterdir() if path.is_file())
-            with writing(folder / COMPLETE):
-                (folder / COMPLETE).write_text(json.dumps({"step": state.global_step, "files": names}) + "\n")
-
-
 class Metrics(TrainerCallback):
     """Appends what is logged to `metrics.jsonl`."""
 
@@ -175,7 +175,7 @@ class Metrics(TrainerCallback):
     ) -> None:
         """Drops what an interrupted run logged after the checkpoint: those steps come again."""
         if state.is_world_process_zero and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             write_whole(self.path, "".join(line for line in lines if _is_before(line, state.global_step)))
 
     def on_log(
@@ -248,30 +248,17 @@ def _depth_of(key: str) -> int:
     return int(tail) if tail.isdigit() else 0
 
 
-def last_checkpoint(directory: Path) -> Path | None:
-    """The newest whole checkpoint of a run directory, or None."""
-    found = [path for path in directory.glob("checkpoint-*") if (path / COMPLETE).is_file()]
-    found = [path for path in found if path.name.rpartition("-")[2].isdigit()]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def train(trainer: HeadTrainer, directory: Path) -> None:
-    """Trains, from the newest whole checkpoint of `directory` if there is one.
+def train(trainer: HeadTrainer, resume: str = "auto") -> None:
+    """`SafeTrainer.train_safely`, with the states that were kept made durable and the bar closed.
 
     Raises:
-        MtpdError: the loss is not a number any more.
+        UserError, MtpdError: as that does.
     """
-    checkpoint = last_checkpoint(directory)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train_safely(resume)
         trainer.flush()
     finally:
         # A bar left open draws itself once more, below the error that ended the training.
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Progress):
                 callback.close()
-    if any(not torch.isfinite(parameter).all() for parameter in trainer.distill_model.heads.parameters()):
-        raise MtpdError(
-            "training diverged: the heads hold NaN or infinite weights; lower train.learning_rate, "
-            "then run again with --fresh"
-        )

@@ -16,6 +16,7 @@ from mtpd.distill.callbacks import MeasuringTrainer, stopping
 from mtpd.distill.joint import JointTrunk
 from mtpd.distill.model import DistillModel
 from mtpd.distill.trainer import Metrics, train
+from mtpd.errors import enough_memory
 from mtpd.heads import Heads
 
 if TYPE_CHECKING:
@@ -70,5 +71,11 @@ def train_heads(
         end_tokens=session.ends,
         callbacks=[Metrics(session.run.metrics), *stopping(recipe), *callbacks],
         progress=session.progress,
+        skip_bad_batches=recipe.train.skip_bad_batches,
     )
-    train(trainer, session.run.path)
+    advice = (
+        f"lower train.rows_per_step ({recipe.train.rows_per_step} now; train.gradient_accumulation makes up for it) or "
+        f"data.row_length ({recipe.data.row_length} now), or set train.checkpoint_blocks=true"
+    )
+    with enough_memory("training", advice):
+        train(trainer, session.resume)
