@@ -6,10 +6,12 @@ whole one by itself, without a second file that would have to change together wi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,10 @@ from typing import Any
 
 from mtpd.errors import MtpdError, UserError
 
+PARTIAL = ".partial"
+"""End of the names of files that are being written."""
+OLD = 60.0
+"""Seconds after which a file that is being written counts as left behind."""
 SEAL = "sha256"
 """The key of a JSON object under which the SHA-256 of the rest of it stands."""
 
@@ -40,7 +46,7 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
     data = content.encode() if isinstance(content, str) else content
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
@@ -53,6 +59,19 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
             Path(beside).unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def is_empty(folder: str | Path) -> bool:
+    """Whether a folder is missing, or holds nothing but what a killed process left half-written."""
+    return not Path(folder).is_dir() or all(path.name.endswith(PARTIAL) for path in Path(folder).iterdir())
+
+
+def sweep(folder: str | Path) -> None:
+    """Deletes what processes that were killed left behind half-written, in a folder and those in it."""
+    for left in Path(folder).rglob(f".*{PARTIAL}"):
+        # Another process may be writing right now.
+        if left.is_file() and time.time() - left.stat().st_mtime > OLD:
+            left.unlink(missing_ok=True)
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,15 +113,20 @@ def _unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Makes renames in a folder durable. Nothing happens on systems that cannot open a folder."""
+    """Makes renames in a folder durable. Nothing happens on systems that cannot do that with a folder.
+
+    Raises:
+        OSError: the disk fails.
+    """
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
         return
     try:
         os.fsync(handle)
-    except OSError:
-        pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
     finally:
         os.close(handle)
 

@@ -43,8 +43,8 @@ def complete(folder: Path, step: int) -> None:
                 os.fsync(opened.fileno())
             sums[file.relative_to(folder).as_posix()] = fingerprint_file(file)
             sync_folder(file.parent)
+        sync_folder(folder.parent)
     write_whole(folder / COMPLETE, json.dumps(sealed({"step": step, "files": sums}), indent=1) + "\n")
-    sync_folder(folder.parent)
 
 
 def damage(folder: Path) -> str | None:

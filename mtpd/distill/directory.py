@@ -17,7 +17,7 @@ from mtpd.distill.checkpointing import named_checkpoint
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.versions import library_versions
-from mtpd.files import fingerprint_file, read_sealed, sealed, write_whole, writing
+from mtpd.files import fingerprint_file, is_empty, read_sealed, sealed, sweep, write_whole, writing
 from mtpd.heads import WEIGHTS
 from mtpd.recipe import Recipe, dump, load_recipe
 
@@ -73,7 +73,7 @@ def open_run(recipe: Recipe, *, fresh: bool, resume: str = "auto") -> RunDirecto
     """
     run = RunDirectory(recipe.output)
     holds_run = run.recipe.is_file()
-    if run.path.is_file() or (run.path.is_dir() and any(run.path.iterdir()) and not holds_run):
+    if run.path.is_file() or (not holds_run and not is_empty(run.path)):
         raise UserError(f"output: {run.path} exists and is no run directory; choose another output")
     if run.stage.is_file():
         raise UserError(
@@ -109,6 +109,7 @@ def open_run(recipe: Recipe, *, fresh: bool, resume: str = "auto") -> RunDirecto
             )
     with writing(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
+        sweep(run.path)
     if not begun or changed:
         write_whole(run.recipe, dump(recipe))
     return run

@@ -24,7 +24,7 @@ from mtpd.data.streams import stream_rows
 from mtpd.distill.safe_trainer import SafeTrainer
 from mtpd.distill.trainer import Metrics, Progress
 from mtpd.errors import UserError
-from mtpd.files import write_whole
+from mtpd.files import is_empty, write_whole
 from mtpd.heads import Heads, build_heads, configure_heads, save_heads, start_heads
 from mtpd.losses.pieces import in_pieces
 from mtpd.recipe import HeadsRecipe, PretrainRecipe, dump
@@ -129,7 +129,7 @@ def pretrain(recipe: PretrainRecipe, *, progress: bool = True) -> Path:
             raise UserError(
                 f"output: {run} holds a run of another recipe; accepted: another directory, or the same recipe"
             )
-    elif run.is_dir() and any(run.iterdir()):
+    elif not is_empty(run):
         raise UserError(f"output: {run} holds something else than a run; accepted: a new or empty directory")
     device = resolve_device(recipe.device)
     dtype = resolve_dtype(recipe.dtype, device)
