@@ -84,26 +84,27 @@ def intact(content: Mapping[str, Any]) -> bool:
     return SEAL not in content or content[SEAL] == fingerprint_json(_unsealed(content))
 
 
-def read_sealed(path: str | Path, *, what: str) -> dict[str, Any]:
+def read_sealed(path: str | Path, *, refusal: str) -> dict[str, Any]:
     """The content of a sealed JSON file. Files without a seal, such as those of other programs, are read too.
 
     Args:
-        what: names the kind of file in messages.
+        refusal: what messages say of a file that is none, such as "not an acceptance file".
 
     Raises:
         UserError: it is missing, no JSON object, or damaged.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{path}: cannot be read as {what}: {reason}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}): {refusal}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {refusal}: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: cannot be read as {what}: it holds no JSON object")
+        raise UserError(f"{path}: {refusal}: it holds no JSON object")
     if not intact(content):
         raise UserError(
-            f"{path}: is damaged or was edited: its SHA-256 is not that of its content; restore it, or delete it and "
-            f"make it anew (edited on purpose: take the key {SEAL} out)"
+            f"{path}: {refusal}: it is damaged or was edited, its SHA-256 is not that of its content; restore it, or "
+            f"delete it and make it anew (edited on purpose: take the key {SEAL} out)"
         )
     return _unsealed(content)
 
@@ -129,6 +130,16 @@ def sync_folder(folder: str | Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def escapes(value: str, folder: Path) -> bool:
+    """Whether a text that is taken as a path from a folder leads out of it, by itself or through links, or is a URL."""
+    path = Path(value)
+    if "://" in value or "\0" in value or value.startswith("~") or path.is_absolute() or ".." in path.parts:
+        return True
+    root, here = folder.resolve(), folder / path
+    reached = [here, *(here.rglob("*") if here.is_dir() and here.resolve() != root else [])]
+    return any(not each.resolve().is_relative_to(root) for each in reached)
 
 
 def fingerprint(content: bytes | str) -> str:

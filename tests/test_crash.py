@@ -19,7 +19,7 @@ KILLS = 30
 
 
 def words(folder: Path, output: Path, *further: str) -> list[str]:
-    """A run that writes something most of the time: answers, shards, a checkpoint and a measurement every other step."""
+    """A run that writes something most of the time: answers, shards, a checkpoint after every other step."""
     return [
         "distill",
         "model=tiny",

@@ -238,12 +238,11 @@ def test_a_loss_that_is_no_number(folder: Path, capsys: pytest.CaptureFixture[st
     assert all(torch.isfinite(weight).all() for weight in weights.values() if weight.is_floating_point())
 
 
-def test_memory_that_is_full(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_memory_that_is_full(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Fault: the allocator's own words, and nothing about what to make smaller."""
-    with pytest.raises(OutOfMemory, match=r"out of memory while loading .*; take less"), enough_memory(
-        "loading", "take less"
+    with (
+        pytest.raises(OutOfMemory, match=r"out of memory while loading .*; take less"),
+        enough_memory("loading", "take less"),
     ):
         torch.empty(2**59)
     with pytest.raises(RuntimeError, match="size"), enough_memory("loading", "take less"):

@@ -73,7 +73,7 @@ def serve(said: str) -> None:
     import mtpd.data.store
     import mtpd.distill.extend
     import mtpd.distill.run
-    import mtpd.distill.trained_trunk  # noqa: F401
+    import mtpd.distill.trained_trunk
 
     torch.set_num_threads(1)
     # Many small writes, so that something is being written most of the time.
@@ -183,7 +183,9 @@ def _with_faults(operation: str, number: int, name: str) -> dict[str, int]:
     def failing_save(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
         if due("torch"):
             Path(path).write_bytes(b"PK half")
-            raise RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/1")
+            raise RuntimeError(
+                "[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/1"
+            )
         save(value, path, *args, **kwargs)
 
     os.fsync, os.replace, torch.save = failing_fsync, failing_replace, failing_save  # type: ignore[assignment]

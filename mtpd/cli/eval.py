@@ -59,6 +59,10 @@ def evaluate(
     ] = False,
     markdown: MarkdownFile = None,
     junit: JunitFile = None,
+    untrusted: Annotated[
+        bool,
+        typer.Option("--untrusted", help="The folder of suites is somebody else's: paths in it stay inside."),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Measure how many drafts of a run's heads are accepted.
@@ -93,6 +97,7 @@ def evaluate(
             check_trunk=check_trunk,
             markdown=markdown,
             junit=junit,
+            untrusted=untrusted,
         )
         code = evaluate_run(request)
     if code:

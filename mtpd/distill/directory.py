@@ -149,7 +149,7 @@ def write_provenance(run: RunDirectory, *, trunk: str, rows: str, prompts: Seque
     started = datetime.now(UTC).isoformat(timespec="seconds")
     if run.provenance.is_file():
         try:
-            started = read_sealed(run.provenance, what="a provenance").get("started", started)
+            started = read_sealed(run.provenance, refusal="not a provenance").get("started", started)
         except UserError as error:
             logger.warning("%s; written anew", error)
     content = {
@@ -167,7 +167,7 @@ def write_provenance(run: RunDirectory, *, trunk: str, rows: str, prompts: Seque
 
 def finish_provenance(run: RunDirectory) -> None:
     """Adds the SHA-256 of the files of a finished run that have no seal of their own."""
-    content = read_sealed(run.provenance, what="a provenance")
+    content = read_sealed(run.provenance, refusal="not a provenance")
     content["files"] = {path.name: fingerprint_file(path) for path in (run.recipe, run.metrics) if path.is_file()}
     write_whole(run.provenance, json.dumps(sealed(content), indent=2) + "\n")
 
@@ -181,7 +181,7 @@ def warn_of_changes(run: RunDirectory) -> None:
     # A stage of an extension has the provenance of the run that it is in, and a recipe of its own.
     if not run.provenance.is_file() or run.stage.is_file():
         return
-    for name, digest in read_sealed(run.provenance, what="a provenance").get("files", {}).items():
+    for name, digest in read_sealed(run.provenance, refusal="not a provenance").get("files", {}).items():
         if fingerprint_file(run.path / name) != digest if (run.path / name).is_file() else True:
             logger.warning(
                 "%s: is missing, damaged or was edited: its SHA-256 is not the one in %s",

@@ -48,6 +48,7 @@ class Request:
     check_trunk: bool
     markdown: Path | None
     junit: Path | None
+    untrusted: bool = False
 
 
 def evaluate_run(request: Request, *, progress: bool = True) -> int:
@@ -133,7 +134,9 @@ def _suites(request: Request, baseline: Acceptance | None) -> Suites:
         # What the command does not say is as the baseline had it.
         limit = request.limit or _setting(baseline, name, "limit")
         max_new_tokens = request.max_new_tokens or _setting(baseline, name, "max_new_tokens")
-        suite = load_suite(name, request.suite_dir, limit=limit, max_new_tokens=max_new_tokens)
+        suite = load_suite(
+            name, request.suite_dir, limit=limit, max_new_tokens=max_new_tokens, untrusted=request.untrusted
+        )
         suites[name] = (suite, questions(name, suite))
     return suites
 

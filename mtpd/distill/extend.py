@@ -142,7 +142,7 @@ def _begin(
         **settings.model_dump(include={"form", "rank", "steps", "learning_rate"}),
     }
     if stage.stage.is_file() and not fresh:
-        found = read_sealed(stage.stage, what="a stage of an extension")
+        found = read_sealed(stage.stage, refusal="not a stage of an extension")
         other = [key for key, value in content.items() if found.get(key) != value]
         if other:
             raise UserError(
@@ -200,7 +200,7 @@ def _store_of_states(session: Session, rows: PackedRows, old: ChainHeads) -> Hid
     if data.hidden_states == "memory":
         return MemoryStore(session.trunk, rows)
     key = store_key(session.fingerprint, session.tokenizer, [], rows)
-    key["heads"] = read_sealed(session.run.stage, what="a stage of an extension")["heads"]
+    key["heads"] = read_sealed(session.run.stage, refusal="not a stage of an extension")["heads"]
     return DiskStore(session.run.hidden_states, session.trunk, rows, key=key)
 
 

@@ -94,7 +94,7 @@ def trained_prompts(run: RunDirectory) -> TrainedPrompts:
     try:
         prompts = []
         if run.provenance.is_file():
-            prompts = [str(prompt) for prompt in read_sealed(run.provenance, what="a provenance")["prompts"]]
+            prompts = [str(prompt) for prompt in read_sealed(run.provenance, refusal="not a provenance")["prompts"]]
     except (KeyError, TypeError) as error:
         raise UserError(f"{run.provenance}: cannot be read as a provenance: no {error}") from error
     return read_trained(prompts, run.trained_prompts)

@@ -110,7 +110,7 @@ def _metrics(path: Path) -> list[Mapping[str, Any]]:
 def _provenance(run: RunDirectory) -> dict[str, Any]:
     if not run.provenance.is_file():
         return {}
-    content = read_sealed(run.provenance, what="a provenance")
+    content = read_sealed(run.provenance, refusal="not a provenance")
     prompts = content.pop("prompts", [])
     more = f"and {len(prompts) - SHOWN_PROMPTS} more" if len(prompts) > SHOWN_PROMPTS else ""
     return {**content, "prompts": [*prompts[:SHOWN_PROMPTS], *([more] if more else [])]}

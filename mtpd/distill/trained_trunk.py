@@ -56,7 +56,7 @@ def train_jointly(
 def with_trained_trunk(session: Session, console: Console) -> Session:
     """The session with the trunk that the run trained, which writes responses of its own to the held-out prompts."""
     recipe, run = session.recipe, session.run
-    found = read_sealed(run.perplexity, what="perplexities of the main head")
+    found = read_sealed(run.perplexity, refusal="not perplexities of the main head")
     console.print(f"main head: perplexity {found['before']:.4f} before, {found['after']:.4f} after")
     model, _ = load_model(
         str(run.trunk), dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code

@@ -246,7 +246,7 @@ class Acceptance(BaseModel):
             UserError: it is missing, no JSON, holds no suite, or its counts are impossible.
         """
         try:
-            found = cls.model_validate(read_sealed(path, what="an acceptance file"))
+            found = cls.model_validate(read_sealed(path, refusal="not an acceptance file"))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))

@@ -75,7 +75,7 @@ class Depths(BaseModel):
     def load(cls, path: Path) -> Depths:
         """Raises UserError: the file cannot be read."""
         try:
-            return cls.model_validate(read_sealed(path, what="a measurement of depths"))
+            return cls.model_validate(read_sealed(path, refusal="not a measurement of depths"))
         except ValidationError as error:
             raise UserError(f"{path}: cannot be read as a measurement of depths; delete it") from error
 

@@ -188,7 +188,7 @@ def read_config(directory: str | Path) -> HeadsConfig:
     """
     path = Path(directory) / CONFIG
     try:
-        return HeadsConfig.model_validate(read_sealed(path, what="the config of heads"))
+        return HeadsConfig.model_validate(read_sealed(path, refusal="no readable heads here"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ": ".join(["", *map(str, first["loc"])])
@@ -200,8 +200,8 @@ def check_weights(directory: str | Path, config: HeadsConfig) -> None:
     path = Path(directory) / WEIGHTS
     if config.weights and path.is_file() and fingerprint_file(path) != config.weights:
         raise UserError(
-            f"{path}: is damaged: its SHA-256 is not the one in {CONFIG}; restore it, or delete {path.parent} and "
-            "repeat the command that made it"
+            f"{path}: no readable heads here: it is damaged, its SHA-256 is not the one in {CONFIG}; restore it, or "
+            f"delete {path.parent} and repeat the command that made it"
         )
 
 

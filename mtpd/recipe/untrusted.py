@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mtpd.errors import UserError
+from mtpd.files import escapes
 
 PATHS = (
     "model",
@@ -57,22 +58,9 @@ def refuse_untrusted(values: Mapping[str, Any], *, source: str) -> None:
             name = key.removeprefix("train.arguments.")
             if name not in PLAIN_ARGUMENTS or not isinstance(value, bool | int | float):
                 raise _refused(key, value, f"numbers for {', '.join(PLAIN_ARGUMENTS)}", source)
-        if isinstance(value, str) and any(_matches(key, pattern) for pattern in PATHS):
-            refuse_escape(value, key=key, source=source, inside=Path.cwd())
-
-
-def refuse_escape(value: str, *, key: str, source: str, inside: Path) -> None:
-    """Raises UserError if a text names something outside of a folder, directly or through links, or is a URL."""
-    accepted = f"a name, or a path inside {inside} without links that lead out of it"
-    path = Path(value)
-    if "://" in value or "\0" in value or value.startswith("~") or path.is_absolute() or ".." in path.parts:
-        raise _refused(key, value, accepted, source)
-    root = inside.resolve()
-    here = inside / path
-    reached = [here, *(here.rglob("*") if here.is_dir() and here.resolve() != root else [])]
-    for each in reached:
-        if not each.resolve().is_relative_to(root):
-            raise _refused(key, value, accepted, source)
+        path = isinstance(value, str) and any(_matches(key, pattern) for pattern in PATHS)
+        if path and escapes(value, Path.cwd()):
+            raise _refused(key, value, "a name, or a path in this folder without links that lead out of it", source)
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
