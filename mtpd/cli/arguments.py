@@ -24,6 +24,15 @@ Debug = Annotated[
     typer.Option("--debug", help="Show the full traceback of an error.", show_default=False),
 ]
 
+Untrusted = Annotated[
+    bool,
+    typer.Option(
+        "--untrusted",
+        help="The recipe file is somebody else's: paths in it stay inside this folder, and nothing in it runs code or "
+        "sends data away. What the command line says is yours.",
+    ),
+]
+
 
 def split_arguments(arguments: list[str] | None) -> tuple[Path | None, list[str]]:
     """The recipe file, if the first word is one, and the overrides.

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli.arguments import Debug, RecipeArguments, split_arguments
+from mtpd.cli.arguments import Debug, RecipeArguments, Untrusted, split_arguments
 from mtpd.cli.errors import disk_full, unexpected
 from mtpd.cli.terminal import quiet_libraries
-from mtpd.errors import MtpdError
+from mtpd.errors import MtpdError, UserError
 from mtpd.recipe import Recipe, load_recipe
 
 
@@ -24,11 +24,22 @@ def distill(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over: what an earlier run left in the run directory is deleted.")
     ] = False,
+    resume: Annotated[
+        str,
+        typer.Option(
+            "--resume",
+            metavar="auto | CHECKPOINT",
+            help="What training goes on from: the newest whole checkpoint, or the one of that name (checkpoint-200); "
+            "later ones are deleted then.",
+        ),
+    ] = "auto",
+    untrusted: Untrusted = False,
     debug: Debug = False,
 ) -> None:
     """Train MTP heads for a model by self-distillation, and measure what they gain.
 
-    The same command resumes an interrupted run from its run directory.
+    The same command resumes an interrupted run from its run directory. Ctrl-C and SIGTERM save a checkpoint after the
+    step and exit with 130 and 143; a second one exits at once.
 
     Examples:
 
@@ -39,12 +50,14 @@ def distill(
         mtpd distill model=Qwen/Qwen3-0.6B output=runs/qwen --dry-run
     """
     path, overrides = split_arguments(arguments)
-    recipe = load_recipe(path, overrides)
+    if fresh and resume != "auto":
+        raise UserError(f"--resume: {resume} does nothing with --fresh, which starts over; accepted: one of them")
+    recipe = load_recipe(path, overrides, untrusted=untrusted)
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
         if dry_run:
             typer.echo(_plan(recipe))
         else:
-            typer.echo(f"done: {_run(recipe, fresh=fresh)}")
+            typer.echo(f"done: {_run(recipe, fresh=fresh, resume=resume)}")
 
 
 def _plan(recipe: Recipe) -> str:
@@ -53,11 +66,11 @@ def _plan(recipe: Recipe) -> str:
     return plan(recipe).table()
 
 
-def _run(recipe: Recipe, *, fresh: bool) -> Path:
+def _run(recipe: Recipe, *, fresh: bool, resume: str) -> Path:
     from mtpd.distill.run import distill as run  # brings in torch
 
     try:
-        return run(recipe, fresh=fresh)
+        return run(recipe, fresh=fresh, resume=resume)
     except Exception as error:
         if full := disk_full(error, recipe.output):
             raise full from error

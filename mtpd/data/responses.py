@@ -31,7 +31,7 @@ from mtpd.decode.choice import Choice, Greedy
 from mtpd.decode.engine import Engine, Request
 from mtpd.decode.sampling import Sampling, temperature_and_top_p
 from mtpd.errors import MtpdError, UserError
-from mtpd.files import fingerprint, fingerprint_json, write_whole, writing
+from mtpd.files import fingerprint, fingerprint_json, intact, sealed, write_whole, writing
 from mtpd.trunk import Trunk
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def generate_responses(
             for task, response in together:
                 done[task.prompt.id] = response
                 line = {"id": task.prompt.id, "prompt_ids": task.ids, "response_ids": response}
-                lines.append(json.dumps(line) + "\n")
+                lines.append(json.dumps(sealed(line)) + "\n")
                 written += len(response)
             _append(path, "".join(lines))
             bar.update(len(together))
@@ -312,7 +312,7 @@ def _append(path: Path, lines: str) -> None:
 
 
 def _read(path: Path, settings: dict[str, Any]) -> dict[str, list[int]]:
-    """Response tokens by prompt id. A line that a kill tore is dropped from the file.
+    """Response tokens by prompt id. Lines that a kill tore, or that are damaged, are dropped from the file.
 
     Raises:
         UserError: the file is none of ours, or its settings are other ones.
@@ -321,10 +321,10 @@ def _read(path: Path, settings: dict[str, Any]) -> dict[str, list[int]]:
         return {}
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
+    first, *lines = whole.split(b"\n")[:-1] or [json.dumps({"settings": settings}).encode()]
     try:
-        head, *lines = [json.loads(line) for line in whole.splitlines()] or [{"settings": settings}]
-        found = head["settings"]
-        done = {line["id"]: line["response_ids"] for line in lines}
+        head = json.loads(first)
+        found = dict(head["settings"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a file of responses; move it away, or choose another output directory") from error
     for key in settings:
@@ -333,9 +333,27 @@ def _read(path: Path, settings: dict[str, Any]) -> dict[str, list[int]]:
                 f"{path}: it was made with another {key} ({_brief(found.get(key))}, now {_brief(settings[key])}); "
                 "delete it to generate anew, or choose another output directory"
             )
-    if len(whole) < len(content):
-        write_whole(path, whole)
+    done: dict[str, list[int]] = {}
+    kept = [first]
+    for number, line in enumerate(lines, start=2):
+        response = _response(line)
+        if response is None:
+            logger.warning("%s:%d: damaged; that prompt is answered again", path, number)
+        elif response[0] not in done:
+            done[response[0]] = response[1]
+            kept.append(line)
+    if len(kept) <= len(lines) or len(whole) < len(content):
+        write_whole(path, b"".join(line + b"\n" for line in kept))
     return done
+
+
+def _response(line: bytes) -> tuple[str, list[int]] | None:
+    """Prompt id and tokens of a line, or None if it is damaged."""
+    try:
+        found = json.loads(line)
+        return (str(found["id"]), found["response_ids"]) if intact(found) else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _brief(value: Any) -> str:

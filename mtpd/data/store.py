@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from mtpd.data.packing import PackedRows, collate
 from mtpd.errors import MtpdError
-from mtpd.files import fingerprint, fingerprint_file, fingerprint_json, write_whole
+from mtpd.files import fingerprint, fingerprint_file, fingerprint_json, intact, sealed, write_whole
 from mtpd.trunk import Trunk
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class DiskStore:
         content = save({"hidden": torch.stack(list(self._pending.values()))})
         write_whole(self.directory / name, content)
         shards[name] = {"sha256": fingerprint(content), "rows": list(self._pending)}
-        write_whole(self.directory / INDEX, json.dumps(self.index))
+        write_whole(self.directory / INDEX, json.dumps(sealed(self.index)))
         self._places |= {row: (name, place) for place, row in enumerate(self._pending)}
         self._pending.clear()
 
@@ -256,10 +256,14 @@ def fill(
         disable=not (progress and missing),
     )
     with bar:
-        for first in range(0, len(missing), batch_rows):
-            batch = [{**rows[row], "row": torch.tensor(row)} for row in missing[first : first + batch_rows]]
-            with_hidden(collate(batch), trunk, store, before_last=before_last)
-            bar.update(len(batch) * rows.row_length)
+        try:
+            for first in range(0, len(missing), batch_rows):
+                batch = [{**rows[row], "row": torch.tensor(row)} for row in missing[first : first + batch_rows]]
+                with_hidden(collate(batch), trunk, store, before_last=before_last)
+                bar.update(len(batch) * rows.row_length)
+        except (KeyboardInterrupt, SystemExit):
+            store.flush()
+            raise
     store.flush()
 
 
@@ -285,7 +289,8 @@ def _read_index(directory: Path) -> dict[str, Any] | None:
         index = json.loads((directory / INDEX).read_text())
     except (FileNotFoundError, ValueError):
         return None
-    return index if isinstance(index, dict) and index.get("schema") == SCHEMA else None
+    whole = isinstance(index, dict) and index.get("schema") == SCHEMA and intact(index)
+    return index if whole else None
 
 
 def _check_room(directory: Path, needed: int) -> None:

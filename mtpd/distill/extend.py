@@ -36,7 +36,7 @@ from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.depths import Depths, depths_pay_table, measure_depths
 from mtpd.evaluate.report import plot_car
-from mtpd.files import fingerprint_file, write_whole
+from mtpd.files import fingerprint_file, read_sealed, sealed, write_whole
 from mtpd.heads import WEIGHTS, build_heads, chain_of, load_heads, save_heads
 from mtpd.heads.chain import ChainHeads
 from mtpd.heads.looped import extended
@@ -142,7 +142,7 @@ def _begin(
         **settings.model_dump(include={"form", "rank", "steps", "learning_rate"}),
     }
     if stage.stage.is_file() and not fresh:
-        found = json.loads(stage.stage.read_text(encoding="utf-8"))
+        found = read_sealed(stage.stage, what="a stage of an extension")
         other = [key for key, value in content.items() if found.get(key) != value]
         if other:
             raise UserError(
@@ -157,7 +157,7 @@ def _begin(
     for name in (session.run.provenance, session.run.trained_prompts):
         if name.is_file():
             shutil.copy2(name, stage.path / name.name)
-    write_whole(stage.stage, json.dumps(content, indent=1) + "\n")
+    write_whole(stage.stage, json.dumps(sealed(content), indent=1) + "\n")
 
 
 def _run_stage(material: Material, stage: RunDirectory, old: ChainHeads, depth: int) -> ChainHeads:
@@ -200,7 +200,7 @@ def _store_of_states(session: Session, rows: PackedRows, old: ChainHeads) -> Hid
     if data.hidden_states == "memory":
         return MemoryStore(session.trunk, rows)
     key = store_key(session.fingerprint, session.tokenizer, [], rows)
-    key["heads"] = json.loads(session.run.stage.read_text(encoding="utf-8"))["heads"]
+    key["heads"] = read_sealed(session.run.stage, what="a stage of an extension")["heads"]
     return DiskStore(session.run.hidden_states, session.trunk, rows, key=key)
 
 

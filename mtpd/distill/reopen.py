@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mtpd.data.models import load_model, resolve_dtype, trunk_fingerprint
 from mtpd.data.responses import end_tokens
-from mtpd.distill.directory import RunDirectory
+from mtpd.distill.directory import RunDirectory, warn_of_changes
 from mtpd.distill.run import real_tokens
 from mtpd.errors import UserError
 from mtpd.evaluate.contamination import TrainedPrompts, read_trained
+from mtpd.files import read_sealed
 from mtpd.heads import WEIGHTS, Heads, load_heads
 from mtpd.recipe import Recipe, load_recipe
 from mtpd.trunk import Trunk
@@ -58,6 +58,7 @@ def open_finished(path: Path, *, heads: str = "heads") -> tuple[Recipe, RunDirec
         raise UserError(f"{path}: holds no run (no {run.recipe.name}); give the output directory of mtpd distill")
     if not (path / heads / WEIGHTS).is_file():
         raise UserError(f"{path / heads}: holds no heads; finish the run with mtpd distill {run.recipe}")
+    warn_of_changes(run)
     return load_recipe(run.recipe), run
 
 
@@ -91,12 +92,11 @@ def trained_prompts(run: RunDirectory) -> TrainedPrompts:
         UserError: the provenance cannot be read.
     """
     try:
-        content = json.loads(run.provenance.read_text(encoding="utf-8"))
-        prompts = [str(prompt) for prompt in content["prompts"]]
-    except FileNotFoundError:
         prompts = []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run.provenance}: cannot be read as a provenance: {error}") from error
+        if run.provenance.is_file():
+            prompts = [str(prompt) for prompt in read_sealed(run.provenance, what="a provenance")["prompts"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run.provenance}: cannot be read as a provenance: no {error}") from error
     return read_trained(prompts, run.trained_prompts)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +22,11 @@ from mtpd.data.prompts import Prompt, given_sample, load_prompts, split_held_out
 from mtpd.data.responses import end_tokens, generate_responses
 from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, store_key, with_hidden
 from mtpd.data.vocabulary import draft_vocabulary, load_vocabulary
-from mtpd.distill.directory import RunDirectory, open_run, write_provenance
+from mtpd.distill.directory import RunDirectory, finish_provenance, measured, open_run, write_provenance
 from mtpd.distill.measuring import set_apart, spread
 from mtpd.distill.rows import TrainingRows
 from mtpd.distill.training import train_heads
-from mtpd.errors import UserError
+from mtpd.errors import UserError, enough_memory
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.contamination import write_signatures
 from mtpd.evaluate.decoded import measure_decoded
@@ -51,14 +51,18 @@ class Session:
     fingerprint: str
     ends: list[int]
     progress: bool
+    resume: str = "auto"
+    """What training goes on from: `auto` for the newest whole checkpoint, or one of the run by name."""
 
 
-def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Path:
+def distill(recipe: Recipe, *, fresh: bool = False, resume: str = "auto", progress: bool = True) -> Path:
     """Trains heads as the recipe says, and measures them before and after.
 
     Args:
         recipe: from `mtpd.recipe.load_recipe`.
         fresh: deletes an earlier run in the same directory instead of going on with it.
+        resume: what training goes on from: `auto` for the newest whole checkpoint of the run, or one of them by name,
+            after which the later ones are deleted.
         progress: shows bars and tables.
 
     Returns:
@@ -72,8 +76,8 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
     # Wide enough for the tables where the output is a file.
     console = Console(quiet=not progress, width=None if sys.stdout.isatty() else 132)
     recipe = with_native_depth(recipe)
-    run = open_run(recipe, fresh=fresh)
-    session = start(recipe, run, progress=progress)
+    run = open_run(recipe, fresh=fresh, resume=resume)
+    session = replace(start(recipe, run, progress=progress), resume=resume)
     prompts = split_prompts(recipe)
     console.print(
         f"{recipe.model}: {session.trunk.name}, {session.trunk.depth} layers, {session.trunk.dtype}; "
@@ -108,6 +112,7 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
     if recipe.evaluation.decode_prompts and recipe.trunk.train == "frozen":
         decode(session, samples)
     show(run, console, apart)
+    finish_provenance(run)
     if recipe.extend.to is None and not recipe.extend.auto:
         return run.path
     from mtpd.distill.extend import Material, extend_heads  # which is made of the steps here
@@ -210,20 +215,22 @@ def respond(
     top_p: float = 1.0,
 ) -> list[Sample]:
     """Answers of the trunk; greedy unless a temperature says otherwise."""
-    return generate_responses(
-        session.trunk.model,
-        session.tokenizer,
-        prompts,
-        path,
-        trunk=session.fingerprint,
-        temperature=temperature,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        batch=session.recipe.data.generation_batch,
-        seed=session.recipe.seed,
-        max_length=session.trunk.context,
-        progress=session.progress,
-    )
+    batch = session.recipe.data.generation_batch
+    with enough_memory("generating responses", f"lower data.generation_batch ({batch} now)"):
+        return generate_responses(
+            session.trunk.model,
+            session.tokenizer,
+            prompts,
+            path,
+            trunk=session.fingerprint,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            batch=batch,
+            seed=session.recipe.seed,
+            max_length=session.trunk.context,
+            progress=session.progress,
+        )
 
 
 def hidden_states(session: Session, rows: PackedRows, prompts: Sequence[Prompt]) -> HiddenStates | None:
@@ -306,6 +313,9 @@ def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) ->
         seed=recipe.seed,
         source=source,
     )
+    if store is not None:
+        # The states that the start was fitted to are those that training reads, also after an interruption.
+        store.flush()
     save_heads(heads, run.heads_before)
     return heads
 
@@ -325,7 +335,7 @@ def fitting_batches(
 
 def measure(session: Session, heads: Heads, samples: Sequence[Sample], folder: Path, path: Path) -> None:
     """Offline acceptance of the heads of a folder, written to `path` unless it is there."""
-    if path.is_file():
+    if measured(path, folder):
         return
     with torch.no_grad():
         trained = heads.training
@@ -363,7 +373,7 @@ def acceptance_of(
 def decode(session: Session, samples: Sequence[Sample]) -> None:
     """Decodes with the heads before and after training, beside plain `generate`; writes both acceptance files."""
     run, evaluation = session.run, session.recipe.evaluation
-    if run.decoded.is_file():
+    if measured(run.decoded_before, run.heads_before) and measured(run.decoded, run.heads):
         return
     trunk = session.trunk
     wanted = trunk.dtype if evaluation.dtype == "trunk" else resolve_dtype(evaluation.dtype, trunk.device)

@@ -22,8 +22,8 @@ from mtpd.distill.joint import JointTrunk
 from mtpd.distill.model import DistillModel
 from mtpd.distill.optimizer_state import rows_of_a_step
 from mtpd.distill.sharding import deepspeed_running, partitioned
-from mtpd.distill.trainer import Metrics, last_checkpoint, train
-from mtpd.errors import UserError
+from mtpd.distill.trainer import Metrics, train
+from mtpd.errors import UserError, enough_memory
 from mtpd.heads import Heads
 from mtpd.heads.base import StateHeads
 from mtpd.recipe import Recipe
@@ -57,7 +57,7 @@ def train_heads(
     settings = load_settings(recipe.train.deepspeed)
     after = 0 if below is None else below.depth
     with ExitStack() as running:
-        options: dict[str, Any] = {"accumulation": accumulation(recipe, last_checkpoint(session.run.path), processes())}
+        options: dict[str, Any] = {"accumulation": accumulation(recipe, session.run.path, processes())}
         if settings is not None:
             if settings.stage == 3 and (joint is not None or heads.shared_layers):
                 key = "heads.shared_layers" if joint is None else "trunk.train"
@@ -99,6 +99,7 @@ def train_heads(
             end_tokens=session.ends,
             callbacks=[Metrics(session.run.metrics), *stopping(recipe), *callbacks],
             progress=session.progress,
+            skip_bad_batches=recipe.train.skip_bad_batches,
         )
         if settings is not None and settings.stage == 3:
             layers = trunk.decoder.layers
@@ -106,7 +107,12 @@ def train_heads(
             running.enter_context(
                 partitioned(trunk, settings.for_trunk(layers, hidden_size=trunk.hidden_size, folder=folder))
             )
-        train(trainer, session.run.path)
+        advice = (
+            f"lower train.rows_per_step ({recipe.train.rows_per_step} now; train.gradient_accumulation makes up for "
+            f"it) or data.row_length ({recipe.data.row_length} now), or set train.checkpoint_blocks=true"
+        )
+        with enough_memory("training", advice):
+            train(trainer, session.resume)
 
 
 def processes() -> int:
@@ -114,27 +120,29 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def accumulation(recipe: Recipe, checkpoint: Path | None, processes: int) -> int:
+def accumulation(recipe: Recipe, directory: Path, processes: int) -> int:
     """Micro batches of an optimizer step in each process.
 
     A run that goes on with another number of processes keeps the rows of its steps: they decide what a step is.
+
+    Args:
+        directory: of the run; its checkpoints say how many rows their steps have.
 
     Raises:
         UserError: these processes cannot have as many rows in a step.
     """
     train = recipe.train
-    before = None if checkpoint is None else rows_of_a_step(checkpoint)
-    if checkpoint is None or before is None or before == train.rows_per_step * train.gradient_accumulation * processes:
+    found = (rows_of_a_step(checkpoint) for checkpoint in sorted(directory.glob("checkpoint-*")))
+    before = next((rows for rows in found if rows), None)
+    if before is None or before == train.rows_per_step * train.gradient_accumulation * processes:
         return train.gradient_accumulation
     micro = train.rows_per_step * processes
     if before % micro:
         counts = [n for n in range(1, before // train.rows_per_step + 1) if before // train.rows_per_step % n == 0]
         raise UserError(
-            f"{checkpoint}: its steps have {before} rows, and {processes} processes have {micro} at a time "
+            f"{directory}: its steps have {before} rows, and {processes} processes have {micro} at a time "
             f"(train.rows_per_step: {train.rows_per_step}); accepted numbers of processes: "
             + ", ".join(map(str, counts))
         )
-    logger.warning(
-        "%s: steps of %d rows go on as %d micro batches in each process", checkpoint, before, before // micro
-    )
+    logger.warning("%s: steps of %d rows go on as %d micro batches in each process", directory, before, before // micro)
     return before // micro
