@@ -1,26 +1,30 @@
 """Circuit heads beside independent ones, on the byte model of `recipes/bytes-code.yaml`.
 
     python benchmarks/circuits.py runs/bytes-code --part learn --json circuits.jsonl
-    python benchmarks/circuits.py runs/bytes-code --part cost --json cost.jsonl
+    python benchmarks/circuits.py runs/bytes-code --part learn --shared-layers 2 --structures btree --json layers.jsonl
+    python benchmarks/circuits.py runs/bytes-code --part steps --json steps.jsonl
+    python benchmarks/circuits.py runs/bytes-code --part drafts --json drafts.jsonl
 
 learn: each circuit starts from the linear heads that were pretrained beside the model, learns on the same windows of
 the standard library, and drafts for held-out modules. Accepted tokens are drafts a round, tau is those and one more.
-cost: a training step, and the drafts of a window beside a pass of the trunk over one token; medians of alternating
-runs. Each row is written as soon as it is known.
+steps: a training step beside that of ff, with the trunk's pass in it and with states from a store.
+drafts: the drafts of a window beside a pass of the trunk over one token.
+Times are medians of alternating runs, of the clock and of the processor (one thread): other work on the machine
+disturbs the second less. Each row is written as soon as it is known.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lab import machine
-from measure import alternate
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -28,48 +32,76 @@ from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.data.packing import Sample
 from mtpd.data.streams import stream_rows
 from mtpd.decode.engine import Engine, Request
-from mtpd.decode.sampling import SampledDrafts
+from mtpd.decode.sampling import SampledDrafts, Sampling
 from mtpd.evaluate.offline import measure_offline
 from mtpd.heads import Batch, Heads, Readout, build_heads, configure_heads, load_heads, start_heads
 from mtpd.heads.base import Pick
 from mtpd.heads.circuit_heads import CircuitHeads
+from mtpd.heads.shared_layers import SharedLayerHeads
 from mtpd.losses.settings import LossSettings
+from mtpd.recipe.sections import CircuitRecipe, HeadsRecipe
 from mtpd.slots import Span
 from mtpd.trunk import Trunk
 
 STRUCTURES = ("ff", "cp", "hmm", "btree")
+FORMS = ("full", "shared", "tilted")
 GAMMA = 0.9
 DEPTH = 7
 
 
-def settings_of(structure: str, components: int, leaves: str, rank: int = 16) -> dict[str, Any]:
-    """The `heads` section of a recipe."""
-    circuit: dict[str, Any] = {"structure": structure, "components": 1 if structure == "ff" else components}
-    circuit |= {"leaves": leaves, "rank": rank if leaves == "shared" else None}
-    common = {"kind": "circuit", "depth": DEPTH, "init": None, "shared": False, "source": None, "parallel": {}}
-    return {**common, "circuit": circuit}
-
-
-def new(trunk: Trunk, structure: str, components: int, leaves: str, *, source: Heads | None, seed: int) -> Heads:
-    """Heads with their first weights."""
-    config = configure_heads(settings_of(structure, components, leaves), trunk, vocabulary=0, fingerprint="")
-    heads = build_heads(trunk, config)
+def new(
+    trunk: Trunk,
+    structure: str,
+    components: int,
+    leaves: Any,
+    *,
+    source: Heads | None = None,
+    seed: int = 0,
+    shared_layers: int = 0,
+) -> Heads:
+    """Heads with their first weights; of `components`, ff has one."""
+    circuit = CircuitRecipe.model_validate(
+        {"structure": structure, "components": 1 if structure == "ff" else components, "leaves": leaves}
+    )
+    recipe = HeadsRecipe(kind="circuit", depth=DEPTH, circuit=circuit, shared_layers=shared_layers)
+    heads = build_heads(trunk, configure_heads(recipe.model_dump(), trunk, vocabulary=0, fingerprint=""))
     start_heads(heads, trunk, "identity", lambda: (), seed=seed, source=source)
     return heads
 
 
-def batch_of(trunk: Trunk, ids: Tensor) -> Batch:
+def circuit_of(heads: Heads) -> CircuitHeads:
+    """The circuit, behind shared layers or not."""
+    inner = heads.inner if isinstance(heads, SharedLayerHeads) else heads
+    assert isinstance(inner, CircuitHeads)
+    return inner
+
+
+def alternate(functions: Mapping[str, Callable[[], Any]], *, runs: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of each function by the clock and of the processor, all of them called in turn."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    for _ in range(runs):
+        for name, function in functions.items():
+            clock, processor = time.perf_counter(), time.process_time()
+            function()
+            times[name].append((time.perf_counter() - clock, time.process_time() - processor))
+    clocks = {name: statistics.median(clock for clock, _ in found) for name, found in times.items()}
+    return clocks, {name: statistics.median(processor for _, processor in found) for name, found in times.items()}
+
+
+def batch_of(trunk: Trunk, ids: Tensor, heads: Heads) -> Batch:
     """Rows in which every token counts."""
     ids = ids.long()
     positions = torch.arange(ids.shape[1]).expand_as(ids)
-    return Batch(ids, ids, positions, trunk.hidden(ids, position_ids=positions))
+    return Batch(ids, ids, positions, trunk.hidden(ids, position_ids=positions, before_last=heads.shared_layers))
 
 
 def train(trunk: Trunk, heads: Heads, rows: Tensor, *, steps: int, rate: float, seed: int) -> float:
     """AdamW on the discounted conditional NLL; seconds."""
     readout = Readout.of(trunk, None)
     settings = LossSettings(tuple(GAMMA**k for k in range(DEPTH)), (0.0,) * DEPTH)
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     size = max(1, len(order) // steps)
     began = time.perf_counter()
@@ -77,7 +109,7 @@ def train(trunk: Trunk, heads: Heads, rows: Tensor, *, steps: int, rate: float, 
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 20) * (1.0 - step / steps)
-        batch = batch_of(trunk, rows[order[step * size : (step + 1) * size]])
+        batch = batch_of(trunk, rows[order[step * size : (step + 1) * size]], heads)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss, _ = heads.loss(trunk, batch, readout, settings)
         (loss / batch.input_ids.numel()).backward()
@@ -91,7 +123,8 @@ def train(trunk: Trunk, heads: Heads, rows: Tensor, *, steps: int, rate: float, 
 def likelihood(trunk: Trunk, heads: Heads, rows: Tensor) -> list[float]:
     """Mean log p of the token of each depth after those before it, in nats."""
     readout = Readout.of(trunk, None)
-    _, sums = heads.loss(trunk, batch_of(trunk, rows), readout, LossSettings((1.0,) * DEPTH, (0.0,) * DEPTH))
+    settings = LossSettings((1.0,) * DEPTH, (0.0,) * DEPTH)
+    _, sums = heads.loss(trunk, batch_of(trunk, rows, heads), readout, settings)
     return (-sums.cross_entropy / sums.rows).tolist()
 
 
@@ -116,27 +149,39 @@ def along(trunk: Trunk, heads: Heads, rows: Tensor) -> dict[str, Any]:
     return {"accepted": sum(counts.car), "tau": counts.tau, "car": counts.car, "expected": counts.expected_acceptance}
 
 
-def wall_clock(trunk: Trunk, heads: Heads, prompts: list[list[int]], *, tokens: int, runs: int) -> dict[str, float]:
-    """Bytes a second at batch 1: with the heads, without them, and of transformers' generate."""
+def wall_clock(
+    trunk: Trunk, heads: Heads, prompts: list[list[int]], *, sampled: bool, tokens: int, runs: int
+) -> dict[str, float]:
+    """Speed at batch 1, against the engine without heads and transformers' generate."""
 
     def engine(each: Heads | None) -> Callable[[], None]:
         def run() -> None:
-            decoder = Engine(trunk, each, slots=1, capacity=len(prompts[0]) + tokens)
-            list(decoder.run(Request(prompt, tokens) for prompt in prompts))
+            drafts = SampledDrafts() if each is not None else Sampling()
+            decoder = Engine(
+                trunk, each, slots=1, capacity=len(prompts[0]) + tokens, choice=drafts if sampled else None
+            )
+            list(decoder.run(Request(prompt, tokens, seed) for seed, prompt in enumerate(prompts)))
 
         return run
 
     def plain() -> None:
-        config = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        torch.manual_seed(0)
+        config = GenerationConfig(
+            max_new_tokens=tokens, min_new_tokens=tokens, do_sample=sampled, top_k=0, pad_token_id=0
+        )
         for prompt in prompts:
             ids = torch.tensor([prompt])
             trunk.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
 
-    ways = {"heads": engine(heads), "engine without heads": engine(None), "transformers": plain}
-    for way in ways.values():
-        way()
-    found = alternate(ways, runs=runs)
-    return {name: len(prompts) * tokens / seconds for name, seconds in found.items()}
+    clock, processor = alternate(
+        {"heads": engine(heads), "engine without heads": engine(None), "transformers": plain}, runs=runs
+    )
+    return {
+        **{f"{name}, bytes/s": len(prompts) * tokens / seconds for name, seconds in clock.items()},
+        "speed-up": clock["transformers"] / clock["heads"],
+        "speed-up, processor": processor["transformers"] / processor["heads"],
+        "over the engine, processor": processor["engine without heads"] / processor["heads"],
+    }
 
 
 def learn(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> None:
@@ -151,67 +196,94 @@ def learn(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> 
     exact_model, _ = load_model(str(args.run / "model"), dtype="float32")
     exact = Trunk(exact_model, tokens=len(tokenizer))
     prompts = [row[:64].tolist() for row in held_out]
+    if args.joint:
+        _joint(args, exact, prompts, held_out, write)
+    for seed in args.seeds:
+        for structure in args.structures:
+            heads = new(
+                trunk,
+                structure,
+                args.components,
+                args.leaves,
+                source=source,
+                seed=seed,
+                shared_layers=args.shared_layers,
+            )
+            spent = train(trunk, heads, rows, steps=args.steps, rate=args.rate, seed=seed)
+            known = {"name": structure, "r": args.components, "leaves": args.leaves, "m": args.shared_layers}
+            known |= {"seed": seed, "steps": args.steps}
+            heads = heads.float().eval()
+            logs = likelihood(exact, heads, held_out)
+            write({**known, "mode": "held-out log p by depth", "seconds of training": spent, "log p": logs})
+            write({**known, "mode": "sampled", **decode(exact, heads, prompts, sampled=True, tokens=args.tokens)})
+            circuit = circuit_of(heads)
+            for circuit.joint in (False, True) if structure != "ff" else (False,):
+                way = "greedy, max-product" if circuit.joint else "greedy, conditionals"
+                write({**known, "mode": f"{way}, along held-out text", **along(exact, heads, held_out)})
+                if args.decode:
+                    write({**known, "mode": way, **decode(exact, heads, prompts, sampled=False, tokens=args.tokens)})
+                if args.speed:
+                    rates = wall_clock(exact, heads, prompts[:2], sampled=False, tokens=args.tokens, runs=args.runs)
+                    write({**known, "mode": f"wall clock, {way}", **rates})
+            if args.speed:
+                rates = wall_clock(exact, heads, prompts[:2], sampled=True, tokens=args.tokens, runs=args.runs)
+                write({**known, "mode": "wall clock, sampled", **rates})
+
+
+def _joint(
+    args: argparse.Namespace,
+    exact: Trunk,
+    prompts: list[list[int]],
+    held_out: Tensor,
+    write: Callable[[dict[str, Any]], None],
+) -> None:
+    """The linear heads that were pretrained beside the model."""
     parallel = load_heads(args.run / "heads", exact).eval()
     joint = {"name": "parallel heads trained jointly", "seed": 0}
     for way in (False, True):
         found = decode(exact, parallel, prompts, sampled=way, tokens=args.tokens)
         write({**joint, "mode": "sampled" if way else "greedy", **found})
     write({**joint, "mode": "greedy, along held-out text", **along(exact, parallel, held_out)})
-    write(
-        {**joint, "mode": "wall clock", **wall_clock(exact, parallel, prompts[:3], tokens=args.tokens, runs=args.runs)}
-    )
-    for seed in args.seeds:
-        for structure in args.structures:
-            heads = new(trunk, structure, args.components, "full", source=source, seed=seed)
-            spent = train(trunk, heads, rows, steps=args.steps, rate=args.rate, seed=seed)
-            known = {"name": structure, "r": args.components, "seed": seed}
-            heads = heads.float().eval()
-            logs = likelihood(exact, heads, held_out)
-            write({**known, "mode": "held-out log p by depth", "seconds of training": spent, "log p": logs})
-            assert isinstance(heads, CircuitHeads)
-            write({**known, "mode": "sampled", **decode(exact, heads, prompts, sampled=True, tokens=args.tokens)})
-            for heads.joint in (False, True) if structure != "ff" else (True,):
-                way = "greedy, max-product" if heads.joint else "greedy, conditionals"
-                write({**known, "mode": f"{way}, along held-out text", **along(exact, heads, held_out)})
-                write({**known, "mode": way, **decode(exact, heads, prompts, sampled=False, tokens=args.tokens)})
-                if seed == args.seeds[0]:
-                    rates = wall_clock(exact, heads, prompts[:3], tokens=args.tokens, runs=args.runs)
-                    write({**known, "mode": f"wall clock, {way}", **rates})
+    for way in (False, True):
+        rates = wall_clock(exact, parallel, prompts[:2], sampled=way, tokens=args.tokens, runs=args.runs)
+        write({**joint, "mode": f"wall clock, {'sampled' if way else 'greedy'}", **rates})
 
 
-def cost(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> None:
-    """A training step relative to ff, and drafts relative to a pass of the trunk."""
+def small_trunk(dtype: torch.dtype) -> Trunk:
+    """The model of `recipes/bytes-code.yaml`, with random weights."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
     config = LlamaConfig(vocab_size=320, max_position_embeddings=1024, **sizes)
-    trunk = Trunk(LlamaForCausalLM(config).eval().to(torch.bfloat16))
+    return Trunk(LlamaForCausalLM(config).eval().to(dtype))
+
+
+def steps(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> None:
+    """A training step relative to ff."""
+    trunk = small_trunk(torch.bfloat16)
     ids = torch.randint(320, (4, 256))
-    settings = LossSettings(tuple(GAMMA**k for k in range(DEPTH)), (0.0,) * DEPTH)
-    readout = Readout.of(trunk, None)
-    for components, leaves in ((8, "full"), (32, "full"), (32, "shared")):
-        steps: dict[str, Callable[[], Any]] = {}
-        for structure in STRUCTURES:
-            steps[structure] = _step(trunk, structure, components, leaves, ids, settings, readout)
-        for run in steps.values():
-            run()
-        found = alternate(steps, runs=args.runs)
-        for structure, seconds in found.items():
-            ratio = seconds / found["ff"]
-            write({"name": f"step {structure}", "r": components, "leaves": leaves, "seconds": seconds, "to ff": ratio})
-    for dtype in (torch.float32, torch.bfloat16):
-        trunk = Trunk(LlamaForCausalLM(config).eval().to(dtype))
-        for components, leaves in ((8, "full"), (32, "full"), (8, "shared"), (32, "shared")):
-            _drafts(trunk, components, leaves, args.runs, write)
+    for leaves in args.forms:
+        ways: dict[str, Callable[[], Any]] = {}
+        for structure in args.structures:
+            for stored in (False, True):
+                name = f"{structure}, {'stored states' if stored else 'with the trunk'}"
+                ways[name] = _step(trunk, structure, args.components, leaves, ids, stored=stored)
+        _, found = alternate(ways, runs=args.runs)
+        for name, seconds in found.items():
+            ratio = seconds / found[f"ff,{name.partition(',')[2]}"]
+            write({"name": f"step {name}", "r": args.components, "leaves": leaves, "ms": 1e3 * seconds, "to ff": ratio})
 
 
 def _step(
-    trunk: Trunk, structure: str, components: int, leaves: str, ids: Tensor, settings: LossSettings, readout: Readout
+    trunk: Trunk, structure: str, components: int, leaves: str, ids: Tensor, *, stored: bool
 ) -> Callable[[], None]:
-    heads = new(trunk, structure, components, leaves, source=None, seed=0)
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-4)
+    heads = new(trunk, structure, components, "full" if structure == "ff" else leaves)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-4, fused=True)
+    settings = LossSettings(tuple(GAMMA**k for k in range(DEPTH)), (0.0,) * DEPTH)
+    readout = Readout.of(trunk, None)
+    kept = batch_of(trunk, ids, heads) if stored else None
 
     def run() -> None:
-        batch = batch_of(trunk, ids)
+        batch = kept or batch_of(trunk, ids, heads)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss, _ = heads.loss(trunk, batch, readout, settings)
         loss.backward()
@@ -221,7 +293,18 @@ def _step(
     return run
 
 
-def _drafts(trunk: Trunk, components: int, leaves: str, runs: int, write: Callable[[dict[str, Any]], None]) -> None:
+def drafts(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> None:
+    """The drafts of a window relative to a pass of the trunk."""
+    for dtype in (torch.float32, torch.bfloat16):
+        trunk = small_trunk(dtype)
+        for leaves in args.forms:
+            for components in (8, 32):
+                _drafts(trunk, components, leaves, args, write)
+
+
+def _drafts(
+    trunk: Trunk, components: int, leaves: str, args: argparse.Namespace, write: Callable[[dict[str, Any]], None]
+) -> None:
     tokens = torch.randint(3, 250, (1, 128))
     ways: dict[str, Callable[[], Any]] = {}
     pick = {"max_product": Pick(lambda logits, _: logits.argmax(-1), joint=True)}
@@ -234,28 +317,32 @@ def _drafts(trunk: Trunk, components: int, leaves: str, runs: int, write: Callab
         engine.unembedding(engine._pass(span.read(engine.tokens), span, engine.cache.go_on(span)))
 
     ways["trunk"] = torch.inference_mode()(trunk_pass)
-    for structure in STRUCTURES:
-        heads = new(trunk, structure, components, leaves, source=None, seed=0).to(trunk.dtype).eval()
+    for structure in args.structures:
+        heads = new(trunk, structure, components, leaves).to(trunk.dtype).eval()
         drafter = heads.drafter(trunk, slots=1, capacity=128)
         for name, each in pick.items():
             ways[f"{structure} {name}"] = torch.inference_mode()(
                 lambda drafter=drafter, each=each: drafter.draft(tokens, [64], DEPTH, each)
             )
-    for way in ways.values():
-        way()
-    found = alternate(ways, runs=5 * runs)
+    _, found = alternate(ways, runs=10 * args.runs)
     base = found.pop("trunk")
     for name, seconds in found.items():
         known = {"r": components, "leaves": leaves, "dtype": str(trunk.dtype).removeprefix("torch.")}
-        write({"name": f"drafts {name}", **known, "milliseconds": 1e3 * seconds, "to a trunk pass": seconds / base})
+        write({"name": f"drafts {name}", **known, "ms": 1e3 * seconds, "to a trunk pass": seconds / base})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run directory of mtpd pretrain")
-    parser.add_argument("--part", choices=("learn", "cost"), default="learn")
+    parser.add_argument("--part", choices=("learn", "steps", "drafts"), default="learn")
     parser.add_argument("--structures", nargs="+", choices=STRUCTURES, default=STRUCTURES)
     parser.add_argument("--components", type=int, default=8)
+    parser.add_argument("--leaves", choices=FORMS, default="full", help="what learns")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="leaves that are timed")
+    parser.add_argument("--shared-layers", type=int, default=0, help="layers of the trunk that learn adapters")
+    parser.add_argument("--joint", action="store_true", help="the parallel heads of the run, too")
+    parser.add_argument("--speed", action="store_true", help="the clock, too")
+    parser.add_argument("--decode", action="store_true", help="greedy texts too, which repeat themselves")
     parser.add_argument("--rows", type=int, default=2400, help="rows of 128 bytes to learn from")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rate", type=float, default=1e-3)
@@ -272,7 +359,7 @@ def main() -> None:
         with open(args.json, "a", encoding="utf-8") as file:
             file.write(json.dumps({**row, "machine": machine()}) + "\n")
 
-    {"learn": learn, "cost": cost}[args.part](args, write)
+    {"learn": learn, "steps": steps, "drafts": drafts}[args.part](args, write)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from mtpd.data.store import HiddenStates, MemoryStore, with_hidden
 from mtpd.distill.arguments import loss_settings
 from mtpd.distill.below import FinishedDepths
 from mtpd.distill.model import DistillModel
-from mtpd.distill.trainer import TrainingRows
+from mtpd.distill.rows import TrainingRows
 from mtpd.evaluate.depths import measure_depths
 from mtpd.heads import Heads, load_heads, save_heads
 from mtpd.heads.initialise import initialise

@@ -26,7 +26,8 @@ from mtpd.data.vocabulary import draft_vocabulary
 from mtpd.distill.arguments import loss_settings, training_arguments
 from mtpd.distill.below import FinishedDepths
 from mtpd.distill.model import DistillModel
-from mtpd.distill.trainer import HeadTrainer, TrainingRows
+from mtpd.distill.rows import TrainingRows
+from mtpd.distill.trainer import HeadTrainer
 from mtpd.errors import MtpdError
 from mtpd.evaluate.acceptance import SuiteCounts
 from mtpd.evaluate.offline import measure_offline

@@ -6,7 +6,8 @@ One row of tokens through trunk, heads, loss, backward pass and optimizer, in to
 random weights and the shape of SmolLM2-135M, because that is a kind which `speculators` has. `first epoch` runs the
 trunk, `second epoch` reads its states from a store on the disk. Against `speculators` (0.9): cross-entropy, one
 shared block, the same width, tokens and depth, the trunk run in both or in neither; that part is left out where the
-package is not installed. It needs an environment of its own, being made for an older transformers.
+package is not installed. It needs an environment of its own, being made for an older transformers. `roofline` is the
+time that the products of a step, counted while it runs, would take at the rate measured for one large product.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 
 import torch
 from lab import machine, write_rows
-from measure import alternate, peak_bytes
+from measure import alternate, peak_bytes, product_rate
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from mtpd.data.packing import PackedRows
@@ -197,6 +199,30 @@ def epochs(ours: Ours, rows: PackedRows, batch: dict[str, torch.Tensor], name: s
     report(f"{name}, second epoch", tokens / times["second"], tokens / times["first"], "first epoch", "tokens/s")
 
 
+def roofline(ours: Ours, batch: dict[str, torch.Tensor], name: str, runs: int, report: Report) -> None:
+    """A step with the trunk, and one from its states, beside what their products alone would take."""
+    trunk, (_, tokens) = ours.trunk, batch["input_ids"].shape
+    kept = Kept(trunk.hidden(batch["input_ids"], position_ids=batch["position_ids"]))
+    rows = trunk.unembedding.weight.shape[0]
+    for suffix, store in (("", None), (" from states", kept)):
+
+        def step(store: HiddenStates | None = store) -> None:
+            ours.step(batch, store)
+
+        with FlopCounterMode(display=False) as counted:
+            step()
+        times = alternate({"step": step}, runs=runs)
+        rate = product_rate(tokens, trunk.hidden_size, rows, trunk.dtype)
+        least = counted.get_total_flops() / rate
+        report(
+            f"{name}{suffix}, {counted.get_total_flops() / tokens / 1e6:.0f} MFLOP a token at {rate / 1e9:.0f} GFLOP/s",
+            times["step"],
+            least,
+            "roofline",
+            "seconds",
+        )
+
+
 def option(plain: Ours, other: Ours, batch: dict[str, torch.Tensor], name: str, runs: int, report: Report) -> None:
     """The same step with an option and without it."""
     steps = {"with": lambda: other.step(batch, None), "without": lambda: plain.step(batch, None)}
@@ -217,7 +243,7 @@ def main() -> None:
     parser.add_argument("--draft", type=int, default=8192, help="tokens of the draft vocabulary")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--parts", nargs="*", default=["speculators", "epochs", "checkpoint", "compile"])
+    parser.add_argument("--parts", nargs="*", default=["speculators", "epochs", "roofline", "checkpoint", "compile"])
     options = parser.parse_args()
     table: list[dict[str, Any]] = []
     print(machine(), flush=True)
@@ -240,6 +266,8 @@ def main() -> None:
         if "epochs" in options.parts:
             epochs(draft, rows, batch, f"KL, {options.draft} columns", options.runs, report)
             epochs(Ours(trunk, loss, shared=False), rows, batch, "KL, all columns", options.runs, report)
+        if "roofline" in options.parts:
+            roofline(draft, batch, f"KL, {options.draft} columns", options.runs, report)
         for part, key in (("checkpoint", "checkpoint_blocks"), ("compile", "compiled")):
             if part in options.parts:
                 other = Ours(trunk, loss, shared=False, vocabulary=options.draft, **{key: True})

@@ -59,7 +59,7 @@ def faster(module: Module) -> Module:
 def faster_logits(owner: nn.Module, unembedding: Unembedding, rows: Tensor | None = None) -> Logits:
     """An unembedding, or the part of it that `rows` select; made once for each owner."""
     with _lock:
-        state = [_stamp(tensor) for tensor in (unembedding.weight, rows) if tensor is not None]
+        state = [stamp(tensor) for tensor in (unembedding.weight, rows) if tensor is not None]
         held = _logits.get(owner)
         if held is None or held[0] != state:
             part = unembedding if rows is None else unembedding.select(rows)
@@ -135,10 +135,11 @@ class _PackedLinear(nn.Linear):
 
 def _state(module: nn.Module) -> Any:
     """Changes when parameters do."""
-    return [_stamp(parameter) for parameter in module.parameters()]
+    return [stamp(parameter) for parameter in module.parameters()]
 
 
-def _stamp(tensor: Tensor) -> tuple[int, int, torch.dtype, int]:
+def stamp(tensor: Tensor) -> tuple[int, int, torch.dtype, int]:
+    """Changes when the tensor does."""
     return tensor.data_ptr(), tensor.numel(), tensor.dtype, 0 if tensor.is_inference() else tensor._version
 
 

@@ -155,19 +155,54 @@ class Trunk(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | dict[str, Tensor] | None = None,
         cache: Cache | None = None,
+        before_last: int = 0,
     ) -> Tensor:
-        """Hidden states [B, T, D] after the final norm.
+        """Hidden states [B, T, D] after the final norm, or those that the last `before_last` layers begin with.
 
         Several documents may share a row: `position_ids` that start again at 0 mark the borders
         and attention stays inside them. A mask is [B, T] or, ready made, what `mtpd.slots` gives.
         """
-        return self.decoder(
+        decoder = self._part(0, self.depth - before_last) if before_last else self.decoder
+        return decoder(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
+
+    @torch.no_grad()
+    def states(
+        self, input_ids: Tensor, *, position_ids: Tensor | None = None, before_last: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states after the final norm, and those that the last `before_last` layers begin with; one pass."""
+        below = self.hidden(input_ids, position_ids=position_ids, before_last=before_last)
+        if not before_last:
+            return below, below
+        top = self.top(before_last)
+        return top(inputs_embeds=below, position_ids=position_ids, use_cache=False).last_hidden_state, below
+
+    def top(self, layers: int) -> nn.Module:
+        """The last layers and the final norm as a decoder of their own, around the trunk's parameters.
+
+        Called with `inputs_embeds` [B, T, D], what `hidden(before_last=layers)` gives, it gives states after the norm.
+        Its layers keep their numbers: a cache for it has as many as one for the trunk.
+        """
+        part = self._part(self.depth - layers, self.depth)
+        if hasattr(part, "embedding_multiplier"):
+            # What it is given has been through it.
+            part.embedding_multiplier = 1.0
+        return part
+
+    def _part(self, first: int, end: int) -> Any:
+        """Layers `first` to `end` around the same parameters, with what stands before or behind them at either side."""
+        part = copy.copy(self.decoder)
+        modules = dict(part._modules) | {"layers": nn.ModuleList(self.decoder.layers[first:end])}
+        if end < self.depth:
+            modules["norm"] = nn.Identity()
+        part.__dict__["_modules"] = modules
+        part.config = _layers_of(self.config, first, end, depth=self.depth)
+        return part
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -194,7 +229,8 @@ class Trunk(nn.Module):
         block.embed_tokens = None
         # Adapters on the trunk are no part of what is repeated.
         wanted = {
-            name.replace(".base_layer", ""): parameter.shape
+            # A parameter that is partitioned over processes has no elements; DeepSpeed keeps what it had.
+            name.replace(".base_layer", ""): getattr(parameter, "ds_shape", parameter.shape)
             for name, parameter in self.decoder.layers[source_layer].named_parameters()
             if "lora_" not in name
         }
@@ -208,11 +244,7 @@ class Trunk(nn.Module):
         return block.float().requires_grad_(True)
 
     def _block_config(self, source_layer: int) -> PretrainedConfig:
-        config = copy.deepcopy(self.config)
-        for key, value in list(config.to_dict().items()):
-            # Per-layer settings (layer types, layers without rotary positions, ...) follow the source layer.
-            if isinstance(value, list) and len(value) == self.depth:
-                setattr(config, key, [value[source_layer]])
+        config = _layers_of(self.config, source_layer, source_layer + 1, depth=self.depth)
         if isinstance(getattr(config, "first_k_dense_replace", None), int):
             # Counts the dense layers before those with experts; the block's only layer has the source layer's side.
             config.first_k_dense_replace = max(0, config.first_k_dense_replace - source_layer)
@@ -268,6 +300,40 @@ class Trunk(nn.Module):
                     f"{self.name}: cannot build heads for it: its {piece} cannot be repeated outside the model "
                     f"(relative difference {error:.1e})"
                 )
+
+
+def _layers_of(config: PretrainedConfig, first: int, end: int, *, depth: int) -> PretrainedConfig:
+    """A copy in which settings by layer (layer types, layers without rotary positions, ...) are those of some."""
+    part = copy.deepcopy(config)
+    for key, value in list(part.to_dict().items()):
+        if isinstance(value, list) and len(value) == depth:
+            setattr(part, key, value[first:end])
+    return part
+
+
+class Tap:
+    """A decoder around the same parameters that keeps what its layer `layer` began with in its last pass.
+
+    Attributes:
+        decoder: to be called in place of the given one.
+        seen: [B, T, D].
+    """
+
+    seen: Tensor
+
+    def __init__(self, decoder: Any, layer: int) -> None:
+        layers = list(decoder.layers)
+        tapped = copy.copy(layers[layer])
+        inside = tapped.forward
+
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.seen = hidden_states
+            return inside(hidden_states, *args, **kwargs)
+
+        tapped.__dict__["forward"] = forward
+        layers[layer] = tapped
+        self.decoder = copy.copy(decoder)
+        self.decoder.__dict__["_modules"] = dict(decoder._modules) | {"layers": nn.ModuleList(layers)}
 
 
 def crop(cache: Cache, length: int) -> None:

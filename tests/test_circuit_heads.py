@@ -64,6 +64,23 @@ def test_ancestral_windows_follow_the_conditionals() -> None:
     assert chi_square(found.float(), expected) < 4.5
 
 
+@pytest.mark.parametrize("form", ["cp", "cp-shared", "hmm-tilted"])
+def test_evidence_is_the_log_of_the_leaves(form: str) -> None:
+    """Fault: a leaf that does not sum to 1; an exponential too large; a token without a column that counts."""
+    trunk, _ = small_world()
+    heads = random_kind(trunk, form, depth=2, std=4.0 if form == "hmm-tilted" else 0.8)
+    assert isinstance(heads, CircuitHeads)
+    heads.attach(trunk)
+    hidden = trunk.hidden(torch.tensor([[1, 4, 2]])).flatten(0, 1)
+    columns = torch.tensor([[0, 1, 2], [4, -1, 3], [2, 2, -1]])
+    leaf = heads.leaf_logits(hidden).log_softmax(-1)
+    at = columns.clamp_min(0)[:, :, None, None].expand(-1, -1, 3, 1)
+    expected = leaf.gather(-1, at).squeeze(-1).where((columns >= 0)[..., None], 0.0)
+    found = heads.evidence(hidden, columns)
+    assert expected.min() < -10
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+
+
 def after_two_tokens(target: Tensor, draft: Tensor, *, drops: bool) -> Tensor:
     """Exact distribution [V, V] of the first two tokens that self-speculation writes.
 

@@ -90,7 +90,7 @@ def test_texts_in_slots(llama: Trunk, form: str) -> None:
             assert text.tokens == prompts[text.number][1][: requests[text.number].max_new_tokens]
 
 
-@pytest.mark.parametrize("form", ["medusa", "cp", "cp-shared", "hmm"])
+@pytest.mark.parametrize("form", ["medusa", "cp", "cp-shared", "hmm", "hmm-tilted"])
 @pytest.mark.parametrize("loss", ["ce", "mtp_d", "tv", "lk", "end_to_end_tv", "jsd"])
 def test_loss_in_pieces(llama: Trunk, form: str, loss: str) -> None:
     """Fault: a term or a gradient lost between pieces; a teacher row or a mask of another position."""

@@ -58,15 +58,19 @@ class HiddenStates(Protocol):
         """Makes what was kept durable."""
 
 
-def store_key(trunk: str, tokenizer: Any, prompts: Sequence[str], rows: PackedRows) -> dict[str, str]:
+def store_key(
+    trunk: str, tokenizer: Any, prompts: Sequence[str], rows: PackedRows, *, before_last: int = 0
+) -> dict[str, str]:
     """Fingerprints of all that the hidden states of packed rows depend on, by name.
 
     Args:
         trunk: fingerprint of the trunk.
         prompts: fingerprints of the prompts.
+        before_last: how many layers stand above the states.
     """
     words = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer.chat_template]
     return {
+        **({"layers above (heads.shared_layers)": str(before_last)} if before_last else {}),
         "trunk": trunk,
         "tokenizer": fingerprint_json(words),
         "prompts": fingerprint_json(sorted(prompts)),
@@ -183,14 +187,19 @@ class DiskStore:
         self._pending.clear()
 
 
-def with_hidden(batch: dict[str, Tensor], trunk: Trunk, store: HiddenStates | None) -> dict[str, Tensor]:
+def with_hidden(
+    batch: dict[str, Tensor], trunk: Trunk, store: HiddenStates | None, *, before_last: int = 0
+) -> dict[str, Tensor]:
     """A batch with the trunk's states "hidden" [B, T, D] in place of the numbers of its rows, "row" [B].
 
     The trunk runs over the rows that the store lacks, and the store keeps them.
+
+    Args:
+        before_last: how many layers stand above the states (`Trunk.hidden`); those of a store have to be of the same.
     """
 
     def hidden(missing: dict[str, Tensor]) -> Tensor:
-        return trunk.hidden(missing["input_ids"], position_ids=missing["position_ids"])
+        return trunk.hidden(missing["input_ids"], position_ids=missing["position_ids"], before_last=before_last)
 
     batch = {**batch, "hidden": stored_states(batch, store, hidden, device=trunk.device)}
     del batch["row"]
@@ -223,11 +232,20 @@ def stored_states(
     )
 
 
-def fill(store: HiddenStates, trunk: Trunk, rows: PackedRows, *, batch_rows: int = 8, progress: bool = True) -> None:
+def fill(
+    store: HiddenStates,
+    trunk: Trunk,
+    rows: PackedRows,
+    *,
+    batch_rows: int = 8,
+    before_last: int = 0,
+    progress: bool = True,
+) -> None:
     """Runs the trunk over all rows that the store lacks.
 
     Args:
         batch_rows: rows a forward pass of the trunk.
+        before_last: how many layers stand above the states.
     """
     missing = [row for row in range(len(rows)) if row not in store]
     bar = tqdm(
@@ -241,7 +259,7 @@ def fill(store: HiddenStates, trunk: Trunk, rows: PackedRows, *, batch_rows: int
         try:
             for first in range(0, len(missing), batch_rows):
                 batch = [{**rows[row], "row": torch.tensor(row)} for row in missing[first : first + batch_rows]]
-                with_hidden(collate(batch), trunk, store)
+                with_hidden(collate(batch), trunk, store, before_last=before_last)
                 bar.update(len(batch) * rows.row_length)
         except (KeyboardInterrupt, SystemExit):
             store.flush()
@@ -255,7 +273,8 @@ def _refuse_stale(directory: Path, found: dict[str, Any] | None, wanted: Mapping
         if any(directory.glob("hidden-*.safetensors")) and (directory / INDEX).exists():
             raise MtpdError(f"{directory / INDEX}: not readable as the index of hidden states; {way_out}")
         return
-    other = [name for name, value in wanted["key"].items() if found["key"].get(name) != value]
+    names = dict.fromkeys([*wanted["key"], *found["key"]])
+    other = [name for name in names if found["key"].get(name) != wanted["key"].get(name)]
     other += [name for name in ("row_length", "hidden_size", "dtype") if found.get(name) != wanted[name]]
     if other:
         raise MtpdError(f"{directory}: these hidden states are of another run: other {', '.join(other)}; {way_out}")

@@ -29,7 +29,7 @@ from mtpd.fast import faster, faster_logits
 from mtpd.heads import Heads
 from mtpd.heads.base import Drafter, Pick
 from mtpd.slots import SlotCache, Span
-from mtpd.trunk import Trunk
+from mtpd.trunk import Tap, Trunk
 
 PREFILL_TOKENS = 2048
 """Prompts are read together up to about this many tokens a pass, padding included."""
@@ -127,6 +127,10 @@ class Engine:
         self.siblings = siblings
         self.device = trunk.device
         self.decoder: Any = faster(trunk.decoder)
+        self.tap: Tap | None = None
+        if heads is not None and heads.shared_layers:
+            self.tap = Tap(self.decoder, trunk.depth - heads.shared_layers)
+            self.decoder = self.tap.decoder
         self.slots = slots
         self.capacity = capacity
         self.choice = choice or Greedy()
@@ -190,7 +194,7 @@ class Engine:
         for text, tokens in zip(group, new, strict=True):
             self._write(text, tokens)
         if self.drafter is not None:
-            self.drafter.begin(span, hidden, self.tokens, [length + 1 for length in lengths])
+            self.drafter.begin(span, self._read_by_heads(hidden), self.tokens, [length + 1 for length in lengths])
 
     def _round(self) -> None:
         """Drafts, verifies, and writes the accepted tokens of all active rows."""
@@ -210,6 +214,7 @@ class Engine:
             mask = self.cache.go_on(wide, positions=positions, seen=seen)
             hidden = self._pass(torch.cat([read, drafts.siblings], dim=1), wide, mask, positions)
         new = self.choice.choose(self.unembedding(hidden), self.active, drafts)
+        hidden = self._read_by_heads(hidden)
         if drafts is not None and drafts.siblings is not None:
             self._move_siblings(newest, new, drafts.taken, depth, hidden)
         if self.drafter is not None:
@@ -285,6 +290,10 @@ class Engine:
             use_cache=True,
         ).last_hidden_state
         return hidden
+
+    def _read_by_heads(self, hidden: Tensor) -> Tensor:
+        """States [N, Q, D] of the last pass that heads read: after the final norm, or before their shared layers."""
+        return hidden if self.tap is None else self.tap.seen
 
     def _write(self, text: Text, new: list[int]) -> None:
         """Appends tokens, up to the first that ends the text."""

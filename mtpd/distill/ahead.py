@@ -31,7 +31,14 @@ def store_hidden_states(recipe: Recipe, *, progress: bool = True) -> Path:
     rows = training_rows(session, prompts)
     store = hidden_states(session, rows, prompts)
     assert isinstance(store, DiskStore)
-    fill(store, session.trunk, rows, batch_rows=recipe.train.rows_per_step, progress=progress)
+    fill(
+        store,
+        session.trunk,
+        rows,
+        batch_rows=recipe.train.rows_per_step,
+        before_last=recipe.heads.shared_layers,
+        progress=progress,
+    )
     return store.directory
 
 

@@ -43,10 +43,21 @@ def loss_settings(recipe: Recipe, *, depth: int | None = None, after: int = 0) -
     )
 
 
-def training_arguments(recipe: Recipe, *, dtype: torch.dtype, device: torch.device) -> TrainingArguments:
+def training_arguments(
+    recipe: Recipe,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    deepspeed: dict[str, Any] | None = None,
+    accumulation: int | None = None,
+) -> TrainingArguments:
     """Arguments of the trainer.
 
     Heads are trained in float32 and computed in `dtype` (autocast), the number format of the trunk.
+
+    Args:
+        deepspeed: DeepSpeed's configuration (`DeepSpeedSettings.for_heads`), inside of `deepspeed_running`.
+        accumulation: micro batches in an optimizer step, where they are others than the recipe says.
 
     Raises:
         UserError: transformers refuses an entry of `train.arguments`.
@@ -65,7 +76,7 @@ def training_arguments(recipe: Recipe, *, dtype: torch.dtype, device: torch.devi
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
         "per_device_train_batch_size": train.rows_per_step,
-        "gradient_accumulation_steps": train.gradient_accumulation,
+        "gradient_accumulation_steps": accumulation or train.gradient_accumulation,
         "save_strategy": "steps" if train.save_steps else "epoch",
         "save_steps": train.save_steps or 500,
         "save_total_limit": train.save_total_limit,
@@ -81,7 +92,17 @@ def training_arguments(recipe: Recipe, *, dtype: torch.dtype, device: torch.devi
         "log_level": "error",
         **measuring_arguments(recipe),
     }
+    arguments |= train.arguments
+    if deepspeed is not None:
+        # An engine in bfloat16 would train heads in it: they are computed in it by autocast (`DistillModel`).
+        arguments |= {"deepspeed": deepspeed, "bf16": False, "use_cpu": False}
+        # The process group is there already; transformers would not see one on a CPU.
+        arguments["accelerator_config"] = {**arguments.get("accelerator_config", {}), "use_configured_state": True}
     try:
-        return TrainingArguments(**{**arguments, **train.arguments})
+        found = TrainingArguments(**arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"train.arguments: {str(error).splitlines()[0]}") from error
+    if found.n_gpu > 1:
+        # Without a launcher there is one process, which trains on one device.
+        found._n_gpu = 1
+    return found

@@ -10,11 +10,13 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from mtpd.data.packing import PackedRows, Sample
 from mtpd.distill.model import DistillModel
+from mtpd.distill.sharding import gathered
 from mtpd.distill.trainer import HeadTrainer
 from mtpd.evaluate.acceptance import SuiteCounts
 from mtpd.evaluate.offline import measure_offline
@@ -92,6 +94,9 @@ class MeasuringTrainer(HeadTrainer):
         model = self.distill_model
         with torch.no_grad():
             copy = build_heads(model.trunk, model.heads.config)
-            copy.load_state_dict(model.heads.state_dict())
+            copy.load_state_dict(gathered(model.heads))
             copy.to(model.trunk.dtype).eval()
-        return measure_offline(model.trunk, copy, self.samples, end_tokens=self.end_tokens, progress=False)["all"]
+        found = [measure_offline(model.trunk, copy, self.samples, end_tokens=self.end_tokens, progress=False)["all"]]
+        # All processes measure, since a partitioned trunk needs them all; what the first one finds decides for all.
+        broadcast_object_list(found)
+        return found[0]

@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 RECIPE = "recipe.yaml"
 LATER = ("heads.", "train.", "evaluation.")
 """Keys that decide nothing before there are heads."""
-AFTERWARDS = "extend."
-"""Keys that decide nothing about the run itself: each stage of an extension has a directory of its own."""
+AFTERWARDS = ("extend.", "train.deepspeed")
+"""Keys that decide nothing about the run itself: each stage of an extension has a directory of its own, and a run can
+go on sharded in another way."""
 
 
 class RunDirectory:

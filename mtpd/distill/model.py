@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ from mtpd.trunk import Trunk
 
 
 class DistillModel(nn.Module):
-    """Trunk and heads as one module with a loss; only the heads have gradients.
+    """Heads with a loss, beside their trunk; only what is trained is part of the module.
+
+    The trunk is not: wrappers of the module (DistributedDataParallel, a DeepSpeed engine) then broadcast, cast and
+    shard nothing but the parameters that are trained.
 
     Args:
         settings: weights and form of the loss.
@@ -26,6 +30,7 @@ class DistillModel(nn.Module):
         checkpoint_blocks: computes what is inside of each head a second time in the backward pass.
         after: depths up to this one are finished: they are given as states, and have no loss.
         joint: trains the trunk too.
+        autocast: number format in which the heads are computed, where the trainer does not see to it.
     """
 
     accepts_loss_kwargs = True
@@ -40,8 +45,10 @@ class DistillModel(nn.Module):
         checkpoint_blocks: bool = False,
         after: int = 0,
         joint: JointTrunk | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.autocast = autocast
         self.compiled = compiled
         self.after = after
         self.joint = joint
@@ -53,11 +60,17 @@ class DistillModel(nn.Module):
                 )
             for head in blocks:
                 _checkpoint(head)
-        self.trunk = trunk
+        self._trunk = (trunk,)
         self.heads = heads
+        # Of the trunk, the adapters alone are trained.
+        self.adapters = nn.ParameterList([] if joint is None else joint.parameters.values())
         self.settings = settings
         self.sums: LossSums | None = None
         self.readout = Readout.of(trunk, heads.rows())
+
+    @property
+    def trunk(self) -> Trunk:
+        return self._trunk[0]
 
     def forward(
         self,
@@ -72,10 +85,21 @@ class DistillModel(nn.Module):
 
         Args:
             input_ids, labels, position_ids: packed rows [B, T]; labels are -100 outside of responses.
-            hidden: the frozen trunk's states [B, T, D], if they were kept; the trunk runs otherwise.
+            hidden: the frozen trunk's states [B, T, D] that heads read, if they were kept; the trunk runs otherwise.
             below: states [B, T, D] of depth `after`, where that is not 0.
             num_items_in_batch: response tokens of the whole optimizer step; those of this batch by default.
         """
+        # Only where it is asked for: autocast that is not enabled would switch off that of the trainer.
+        with torch.autocast(input_ids.device.type, self.autocast) if self.autocast is not None else nullcontext():
+            total = self._sum(input_ids, labels, position_ids, hidden, below)
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels != alignment.IGNORED).sum()
+        return {"loss": total / num_items_in_batch}
+
+    def _sum(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, hidden: Tensor | None, below: Tensor | None
+    ) -> Tensor:
+        """The loss summed over tokens, and over depths."""
         main: Tensor | None = None
         teacher: Tensor | None = None
         if self.joint is not None:
@@ -84,14 +108,11 @@ class DistillModel(nn.Module):
             main = self._main_head_loss(states, input_ids, labels, position_ids)
             hidden = states
         elif hidden is None:
-            hidden = self.trunk.hidden(input_ids, position_ids=position_ids)
+            before_last = self.heads.shared_layers
+            hidden = self.trunk.hidden(input_ids, position_ids=position_ids, before_last=before_last)
         batch = Batch(input_ids, labels, position_ids, hidden, teacher=teacher, below=below, after=self.after)
         total, self.sums = self.heads.loss(self.trunk, batch, self.readout, self.settings, compiled=self.compiled)
-        if main is not None:
-            total = total + main
-        if num_items_in_batch is None:
-            num_items_in_batch = (labels != alignment.IGNORED).sum()
-        return {"loss": total / num_items_in_batch}
+        return total if main is None else total + main
 
     def _main_head_loss(self, states_BTD: Tensor, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
         """The main head's weighted cross-entropy on the tokens of responses: that of depth 0."""

@@ -24,7 +24,7 @@ from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, store_key, wit
 from mtpd.data.vocabulary import draft_vocabulary, load_vocabulary
 from mtpd.distill.directory import RunDirectory, finish_provenance, measured, open_run, write_provenance
 from mtpd.distill.measuring import set_apart, spread
-from mtpd.distill.trainer import TrainingRows
+from mtpd.distill.rows import TrainingRows
 from mtpd.distill.training import train_heads
 from mtpd.errors import UserError, enough_memory
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
@@ -234,13 +234,19 @@ def respond(
 
 
 def hidden_states(session: Session, rows: PackedRows, prompts: Sequence[Prompt]) -> HiddenStates | None:
-    """What keeps h_t of the rows, if the recipe keeps them; it may have none of them yet."""
+    """What keeps the states that heads read, if the recipe keeps them; it may have none of them yet."""
     data = session.recipe.data
     if data.hidden_states == "recompute":
         return None
     if data.hidden_states == "memory":
         return MemoryStore(session.trunk, rows)
-    key = store_key(session.fingerprint, session.tokenizer, [prompt.fingerprint for prompt in prompts], rows)
+    key = store_key(
+        session.fingerprint,
+        session.tokenizer,
+        [prompt.fingerprint for prompt in prompts],
+        rows,
+        before_last=session.recipe.heads.shared_layers,
+    )
     return DiskStore(data.store or session.run.hidden_states, session.trunk, rows, key=key)
 
 
@@ -323,7 +329,8 @@ def fitting_batches(
     batches = [
         collate([training[index] for index in chosen[first : first + size]]) for first in range(0, len(chosen), size)
     ]
-    return [with_hidden(batch, session.trunk, store) for batch in batches]
+    before_last = session.recipe.heads.shared_layers
+    return [with_hidden(batch, session.trunk, store, before_last=before_last) for batch in batches]
 
 
 def measure(session: Session, heads: Heads, samples: Sequence[Sample], folder: Path, path: Path) -> None:

@@ -147,7 +147,8 @@ class SafeTrainer(Trainer):
     def _refuse_lost_weights(self, when: str) -> None:
         """Raises MtpdError if what is trained is NaN or infinite somewhere."""
         trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
-        if any(not torch.isfinite(parameter).all() for parameter in trained):
+        # Of a parameter that is partitioned, the part of this process.
+        if any(not torch.isfinite(getattr(parameter, "ds_tensor", parameter)).all() for parameter in trained):
             raise MtpdError(
                 f"training diverged: at {when} the heads hold NaN or infinite weights; lower train.learning_rate "
                 "and start over (--fresh)"

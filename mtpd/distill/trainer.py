@@ -1,4 +1,4 @@
-"""The trainer: transformers' own, with checkpoints that hold the heads and not the trunk."""
+"""The trainer: transformers' own, with checkpoints that hold the heads and not the trunk, for one process or many."""
 
 from __future__ import annotations
 
@@ -10,32 +10,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from mtpd.alignment import IGNORED
 from mtpd.data.packing import PackedRows, collate
 from mtpd.data.store import HiddenStates, with_hidden
+from mtpd.distill import checkpointing
 from mtpd.distill.below import FinishedDepths
 from mtpd.distill.model import DistillModel
+from mtpd.distill.optimizer_state import OPTIMIZER, load_state, put_state, save_state, state_of
+from mtpd.distill.rows import RowOrder, TrainingRows
 from mtpd.distill.safe_trainer import SafeTrainer
+from mtpd.distill.sharding import gathered, make_whole
 from mtpd.files import write_whole, writing
 from mtpd.heads import load_heads, save_heads
 from mtpd.losses.settings import LossSettings
-
-
-class TrainingRows(Dataset[dict[str, Tensor]]):
-    """Packed rows, each with its number "row", by which its hidden states are kept."""
-
-    def __init__(self, rows: PackedRows) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {**self.rows[index], "row": torch.tensor(index)}
 
 
 class HeadTrainer(SafeTrainer):
@@ -43,8 +36,8 @@ class HeadTrainer(SafeTrainer):
 
     The trunk's states come from the store; those that it lacks, all of them without one, from the trunk.
     Callbacks, schedulers, `report_to`, accumulation and resuming are transformers'. Different are:
-    checkpoints (heads and optimizer only), and the logs, which have CE, divergence and the teacher-forced
-    share of accepted drafts for each depth.
+    checkpoints (heads and optimizer only, both whole, whichever way they are sharded), the order of rows, and the
+    logs, which have CE, divergence and the teacher-forced share of accepted drafts for each depth, of all processes.
     """
 
     def __init__(
@@ -62,7 +55,7 @@ class HeadTrainer(SafeTrainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=TrainingRows(rows),
+            train_dataset=TrainingRows(rows, multiple=_round(args)),
             data_collator=collate,
             callbacks=list(callbacks),
             skip_bad_batches=skip_bad_batches,
@@ -75,33 +68,48 @@ class HeadTrainer(SafeTrainer):
         if progress:
             self.add_callback(Progress())
         self._totals: Tensor | None = None
-        self._tokens = 0
         self._began = time.monotonic()
+        self._order: RowOrder | None = None
+        self._chosen: str | None = None
 
     @property
     def distill_model(self) -> DistillModel:
         return self.accelerator.unwrap_model(self.model)
 
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's, while it trains; None without DeepSpeed."""
+        return self.model_wrapped if self.is_deepspeed_enabled else None
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of an optimizer step, of all processes."""
+        args = self.args
+        return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        tokens = inputs["input_ids"].numel()
+        # Rows that only fill a round are not counted.
+        tokens = (inputs["labels"] != IGNORED).any(1).sum() * inputs["labels"].shape[1]
         inputs = self.with_states(inputs)
         result = super().compute_loss(model, inputs, *args, **kwargs)
         sums = self.distill_model.sums
         assert sums is not None
         step = torch.stack([sums.rows, sums.cross_entropy, sums.divergence, sums.accepted]).detach()
+        step = torch.cat([step, tokens.to(step).expand(1, step.shape[1])])
         self._totals = step if self._totals is None else self._totals + step
-        self._tokens += tokens
         return result
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        before = self._totals, self._tokens
+        before = self._totals
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.skipping:
-            self._totals, self._tokens = before
+            self._totals = before
         return loss
 
     def suspects(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """The states of what is not trained."""
+        """The states of what is not trained; a trunk that is partitioned cannot give them to one process."""
+        if any(hasattr(parameter, "ds_id") for parameter in self.distill_model.trunk.decoder.layers.parameters()):
+            return {}
         found = self.with_states(inputs)
         return {name: found[name] for name in ("hidden", "below") if name in found}
 
@@ -114,7 +122,8 @@ class HeadTrainer(SafeTrainer):
         if joint is not None:
             with joint.disabled():
                 return with_hidden(batch, self.distill_model.trunk, self.store)
-        batch = with_hidden(batch, self.distill_model.trunk, self.store)
+        before_last = self.distill_model.heads.shared_layers
+        batch = with_hidden(batch, self.distill_model.trunk, self.store, before_last=before_last)
         if self.below is not None:
             batch["below"] = self.below({**batch, "row": rows})
         return batch
@@ -127,7 +136,7 @@ class HeadTrainer(SafeTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._totals is not None and "loss" in logs:
-            rows, cross_entropy, divergence, accepted = self._totals.cpu()
+            rows, cross_entropy, divergence, accepted, tokens = self.accelerator.reduce(self._totals).cpu()
             now = time.monotonic()
             settings = self.distill_model.settings
             after = self.distill_model.after
@@ -141,22 +150,99 @@ class HeadTrainer(SafeTrainer):
                 # nothing says whether its drafts would have been accepted.
                 if not after:
                     logs[f"train_car_{depth}"] = accepted[k].item() / max(1.0, rows[0].item())
-            logs["tokens_per_second"] = self._tokens / max(1e-9, now - self._began)
-            self._totals, self._tokens, self._began = None, 0, now
+            logs["tokens_per_second"] = tokens[0].item() / max(1e-9, now - self._began)
+            self._totals, self._began = None, now
         super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().train(*args, **kwargs)
+        self._release()
+        return result
+
+    def _release(self) -> None:
+        """Heads that stage 3 partitioned are whole again, and those that were chosen are loaded."""
+        if self.engine is None:
+            return
+        heads = self.distill_model.heads
+        parts = {name: each for name, each in heads.named_parameters() if hasattr(each, "ds_id")}
+        if parts:
+            tensors = gathered(heads)
+            self.engine.destroy()
+            make_whole(heads, {id(each): tensors[name].to(each.device) for name, each in parts.items()})
+        if self._chosen is not None:
+            checkpointing.check(Path(self._chosen))
+            self._load_from_checkpoint(self._chosen)
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(rows)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._order = RowOrder(rows, seed=seed)
+        return self._order
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # The loader that goes on in the middle of an epoch does not say which one it is to a sampler that is split.
+        if self._order is not None:
+            self._order.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # The engine takes the heads as they are; of its own checkpoints there are none.
+        if resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._save(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        save_heads(self.distill_model.heads, folder)
-        if self.distill_model.joint is not None:
-            self.distill_model.joint.save(folder)
+        heads = self.distill_model.heads
+        tensors = gathered(heads)
+        if self.args.should_save:
+            save_heads(heads, folder, tensors=tensors)
+            if self.distill_model.joint is not None:
+                self.distill_model.joint.save(folder)
         self.flush()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = state_of(self.distill_model, self.optimizer, self.engine)
+        if self.args.should_save:
+            save_state(state, Path(output_dir) / OPTIMIZER, step_rows=self.step_rows)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state = load_state(Path(checkpoint) / OPTIMIZER, self.distill_model)
+        put_state(state, self.distill_model, self.optimizer, self.engine)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         heads = self.distill_model.heads
         heads.load_state_dict(load_heads(resume_from_checkpoint, self.distill_model.trunk).state_dict())
         if self.distill_model.joint is not None:
             self.distill_model.joint.load(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.engine is None:
+            super()._load_best_model()
+        else:
+            self._chosen = self.state.best_model_checkpoint
+
+
+def _round(args: TrainingArguments) -> int:
+    """Rows of one micro batch of all processes: what a sampler that is split has to give a multiple of."""
+    if args.world_size == 1 or args.dataloader_drop_last:
+        return 1
+    return int(args.train_batch_size * args.world_size)
 
 
 def _name(settings: LossSettings) -> str:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerCallback
 
 from mtpd.data.packing import PackedRows, Sample
@@ -13,11 +17,16 @@ from mtpd.data.store import HiddenStates
 from mtpd.distill.arguments import loss_settings, training_arguments
 from mtpd.distill.below import FinishedDepths
 from mtpd.distill.callbacks import MeasuringTrainer, stopping
+from mtpd.distill.deepspeed_config import load_settings
 from mtpd.distill.joint import JointTrunk
 from mtpd.distill.model import DistillModel
+from mtpd.distill.optimizer_state import rows_of_a_step
+from mtpd.distill.sharding import deepspeed_running, partitioned
 from mtpd.distill.trainer import Metrics, train
-from mtpd.errors import enough_memory
+from mtpd.errors import UserError, enough_memory
 from mtpd.heads import Heads
+from mtpd.heads.base import StateHeads
+from mtpd.recipe import Recipe
 
 if TYPE_CHECKING:
     from mtpd.distill.run import Session
@@ -40,42 +49,100 @@ def train_heads(
     Args:
         below: the first depths of the heads, where those are not trained.
         joint: the trunk, where it is trained too.
+
+    Raises:
+        UserError, MtpdError: DeepSpeed's configuration is wrong or does not start; the training diverged.
     """
-    recipe = session.recipe
+    recipe, trunk = session.recipe, session.trunk
+    settings = load_settings(recipe.train.deepspeed)
     after = 0 if below is None else below.depth
-    model = DistillModel(
-        session.trunk,
-        heads,
-        loss_settings(recipe, depth=heads.depth, after=after),
-        compiled=recipe.train.compile,
-        checkpoint_blocks=recipe.train.checkpoint_blocks,
-        after=after,
-        joint=joint,
-    )
-    arguments = training_arguments(recipe, dtype=session.trunk.dtype, device=session.trunk.device)
-    if arguments.world_size > 1 and store is not None and not all(row in store for row in range(len(rows))):
-        logger.warning(
-            "data.hidden_states: several processes do not fill a store, the trunk runs in each epoch; "
-            "`mtpd data store` fills it ahead of training"
+    with ExitStack() as running:
+        options: dict[str, Any] = {"accumulation": accumulation(recipe, session.run.path, processes())}
+        if settings is not None:
+            if settings.stage == 3 and (joint is not None or heads.shared_layers):
+                key = "heads.shared_layers" if joint is None else "trunk.train"
+                raise UserError(
+                    f"train.deepspeed: {settings.source} is of stage 3, and {key} needs the whole trunk; accepted: "
+                    "stage 1 or 2"
+                )
+            running.enter_context(deepspeed_running(trunk.device))
+            options["deepspeed"] = settings.for_heads(
+                heads, hidden_size=trunk.hidden_size, own_logits=not isinstance(heads, StateHeads)
+            )
+        arguments = training_arguments(recipe, dtype=trunk.dtype, device=trunk.device, **options)
+        trunk.to(arguments.device)
+        if arguments.world_size > 1 and store is not None and not all(row in store for row in range(len(rows))):
+            logger.warning(
+                "data.hidden_states: several processes do not fill a store, the trunk runs in each epoch; "
+                "`mtpd data store` fills it ahead of training"
+            )
+            store = None
+        if arguments.world_size > 1 and below is not None:
+            below.store = None
+        model = DistillModel(
+            trunk,
+            heads,
+            loss_settings(recipe, depth=heads.depth, after=after),
+            compiled=recipe.train.compile,
+            checkpoint_blocks=recipe.train.checkpoint_blocks,
+            after=after,
+            joint=joint,
+            autocast=trunk.dtype if settings is not None and trunk.dtype != torch.float32 else None,
         )
-        store = None
-    if arguments.world_size > 1 and below is not None:
-        below.store = None
-    trainer = MeasuringTrainer(
-        model,
-        arguments,
-        rows,
-        store=store,
-        below=below,
-        samples=samples,
-        end_tokens=session.ends,
-        callbacks=[Metrics(session.run.metrics), *stopping(recipe), *callbacks],
-        progress=session.progress,
-        skip_bad_batches=recipe.train.skip_bad_batches,
-    )
-    advice = (
-        f"lower train.rows_per_step ({recipe.train.rows_per_step} now; train.gradient_accumulation makes up for it) or "
-        f"data.row_length ({recipe.data.row_length} now), or set train.checkpoint_blocks=true"
-    )
-    with enough_memory("training", advice):
-        train(trainer, session.resume)
+        trainer = MeasuringTrainer(
+            model,
+            arguments,
+            rows,
+            store=store,
+            below=below,
+            samples=samples,
+            end_tokens=session.ends,
+            callbacks=[Metrics(session.run.metrics), *stopping(recipe), *callbacks],
+            progress=session.progress,
+            skip_bad_batches=recipe.train.skip_bad_batches,
+        )
+        if settings is not None and settings.stage == 3:
+            layers = trunk.decoder.layers
+            folder = session.run.path / "offload"
+            running.enter_context(
+                partitioned(trunk, settings.for_trunk(layers, hidden_size=trunk.hidden_size, folder=folder))
+            )
+        advice = (
+            f"lower train.rows_per_step ({recipe.train.rows_per_step} now; train.gradient_accumulation makes up for "
+            f"it) or data.row_length ({recipe.data.row_length} now), or set train.checkpoint_blocks=true"
+        )
+        with enough_memory("training", advice):
+            train(trainer, session.resume)
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def accumulation(recipe: Recipe, directory: Path, processes: int) -> int:
+    """Micro batches of an optimizer step in each process.
+
+    A run that goes on with another number of processes keeps the rows of its steps: they decide what a step is.
+
+    Args:
+        directory: of the run; its checkpoints say how many rows their steps have.
+
+    Raises:
+        UserError: these processes cannot have as many rows in a step.
+    """
+    train = recipe.train
+    found = (rows_of_a_step(checkpoint) for checkpoint in sorted(directory.glob("checkpoint-*")))
+    before = next((rows for rows in found if rows), None)
+    if before is None or before == train.rows_per_step * train.gradient_accumulation * processes:
+        return train.gradient_accumulation
+    micro = train.rows_per_step * processes
+    if before % micro:
+        counts = [n for n in range(1, before // train.rows_per_step + 1) if before // train.rows_per_step % n == 0]
+        raise UserError(
+            f"{directory}: its steps have {before} rows, and {processes} processes have {micro} at a time "
+            f"(train.rows_per_step: {train.rows_per_step}); accepted numbers of processes: "
+            + ", ".join(map(str, counts))
+        )
+    logger.warning("%s: steps of %d rows go on as %d micro batches in each process", directory, before, before // micro)
+    return before // micro

@@ -169,8 +169,8 @@ def _compare(
         ids_BT[row, : len(ids)] = torch.tensor(ids)
     ids_BT = ids_BT.to(device)
     positions_BT = torch.arange(width, device=device).expand_as(ids_BT)
-    hidden_BTD = trunk.hidden(ids_BT, position_ids=positions_BT)
-    along = heads.along(trunk, hidden_BTD, ids_BT, position_ids_BT=positions_BT)
+    hidden_BTD, read_BTD = trunk.states(ids_BT, position_ids=positions_BT, before_last=heads.shared_layers)
+    along = heads.along(trunk, read_BTD, ids_BT, position_ids_BT=positions_BT)
     hidden_PD = hidden_BTD.flatten(0, 1)
 
     subset = heads.rows()

@@ -12,15 +12,17 @@ import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from mtpd.errors import UserError
 from mtpd.files import fingerprint as sha256
 from mtpd.files import fingerprint_file, read_sealed, sealed, write_whole
-from mtpd.heads import circuit_heads, medusa, parallel
+from mtpd.heads import circuit_heads, medusa, parallel, shared_layers
 from mtpd.heads import initialise as chain_start
 from mtpd.heads.base import Batch, Heads, Readout
 from mtpd.heads.chain import ChainHeads
 from mtpd.heads.config import CircuitShape, HeadsConfig, ParallelShape
+from mtpd.heads.shared_layers import SharedLayerHeads
 from mtpd.trunk import Trunk
 
 __all__ = [
@@ -84,7 +86,8 @@ def build_heads(trunk: Trunk, config: HeadsConfig) -> Heads:
     leave them without elements.
     """
     with torch.device(trunk.device):
-        return KINDS[config.kind].heads(trunk, config)
+        heads = KINDS[config.kind].heads(trunk, config)
+        return SharedLayerHeads(trunk, config, heads) if config.shared_layers else heads
 
 
 def configure_heads(settings: Mapping[str, Any], trunk: Trunk, *, vocabulary: int, fingerprint: str) -> HeadsConfig:
@@ -116,6 +119,7 @@ def configure_heads(settings: Mapping[str, Any], trunk: Trunk, *, vocabulary: in
             f"heads.init: {settings['init']} does nothing with heads.source, which says how heads start; accepted: null"
         )
     common = {"kind": kind, "depth": settings["depth"], "hidden_size": trunk.hidden_size}
+    common |= shared_layers.configure(settings, trunk)
     tokens = trunk.tokens or trunk.unembedding.weight.shape[0]
     own = KINDS[kind].configure({**settings, "columns": vocabulary or tokens}, trunk)
     return HeadsConfig(**common, **own, vocabulary_size=vocabulary, trunk=fingerprint)
@@ -134,7 +138,8 @@ def start_heads(
 
     Args:
         start: `heads.init` of a recipe; None is what the kind prefers.
-        batches: gives rows with `hidden`, for starts that are fitted; called for those alone.
+        batches: gives rows with `hidden`, the states that the heads read, for starts that are fitted; called for those
+            alone.
         seed: of the random parts.
         source: other heads of the trunk to start from, instead.
 
@@ -142,6 +147,10 @@ def start_heads(
         UserError: the source is none that this kind can start from.
     """
     kind = KINDS[heads.config.kind]
+    if isinstance(heads, SharedLayerHeads):
+        heads.start(seed)
+        whole, below = heads, batches
+        heads, batches = whole.inner, lambda: list(whole.above(trunk, below()))
     if source is not None:
         if kind.adopt is None:
             accepted = ", ".join(name for name, each in KINDS.items() if each.adopt is not None)
@@ -168,11 +177,16 @@ def chain_of(heads: Heads, *, what: str) -> ChainHeads:
     return heads
 
 
-def save_heads(heads: Heads, directory: str | Path) -> None:
-    """Writes `config.json` and `model.safetensors` (float32 masters as they are) into a directory."""
+def save_heads(heads: Heads, directory: str | Path, *, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Writes `config.json` and `model.safetensors` (float32 masters as they are) into a directory.
+
+    Args:
+        tensors: the state of the heads, where theirs has no elements because it is partitioned.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.state_dict().items()}
+    state = heads.state_dict() if tensors is None else tensors
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     weights = save(tensors, metadata={"format": "pt"})
     config = {**heads.config.model_dump(mode="json"), "weights": sha256(weights)}
     # Weights last: where they are, the heads are whole.
@@ -238,6 +252,11 @@ def load_heads(directory: str | Path, trunk: Trunk, *, fingerprint: str | None =
         raise UserError(
             f"{directory / CONFIG}: source_layers: {config.source_layers}; accepted: 0 to {trunk.depth - 1}, "
             "the layers of the trunk"
+        )
+    if config.shared_layers > trunk.depth:
+        raise UserError(
+            f"{directory / CONFIG}: shared_layers: {config.shared_layers}; accepted: 0 to {trunk.depth}, the layers of "
+            "the trunk"
         )
     # It is of the file: what is trained on from here has other weights.
     heads = build_heads(trunk, config.model_copy(update={"weights": ""}))

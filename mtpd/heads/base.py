@@ -26,7 +26,10 @@ from mtpd.trunk import Trunk, Unembedding
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows with the trunk's states: ids, labels and positions [B, T], states [B, T, D]."""
+    """Packed rows with the trunk's states: ids, labels and positions [B, T], states [B, T, D].
+
+    The states are those that heads read: after the final norm, or before their shared layers.
+    """
 
     input_ids: Tensor
     labels: Tensor
@@ -148,6 +151,14 @@ class Heads(nn.Module):
     @property
     def depth(self) -> int:
         return self.config.depth
+
+    @property
+    def shared_layers(self) -> int:
+        """How many of the trunk's last layers the states that these heads read have yet to go through.
+
+        0: none, and they have been through the final norm.
+        """
+        return self.config.shared_layers
 
     def rows(self) -> Tensor | None:
         """Token ids of the draft vocabulary, or None when the heads draft over the whole of it."""

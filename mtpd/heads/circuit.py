@@ -23,9 +23,9 @@ Shape legend: N windows, n places, r components, Z sum weights of a window.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,8 +51,11 @@ class Circuit(Protocol):
 
         Args:
             evidence: [N, n, r].
-            weights: before the softmax, [N, Z].
+            weights: before the softmax, [N, Z], in any number format.
         """
+
+    def follow(self, weights: Tensor) -> Generator[Tensor, Tensor, Any]:
+        """`prefix`, place by place: gives [N, r] for a place, and is sent the evidence [N, r] of the token there."""
 
     def log_marginal(self, evidence: Tensor, weights: Tensor) -> Tensor:
         """log p of the tokens that are known. [N]"""
@@ -103,11 +106,17 @@ class Mixture:
         return torch.zeros(self.sums)
 
     def _first(self, weights: Tensor) -> Tensor:
-        return weights.log_softmax(-1) if self.sums else weights.new_zeros(len(weights), 1)
+        return log_softmax(weights) if self.sums else weights.new_zeros(len(weights), 1)
 
     def prefix(self, evidence: Tensor, weights: Tensor) -> Tensor:
         before = evidence.cumsum(1) - evidence
         return (self._first(weights)[:, None] + before).log_softmax(-1)
+
+    def follow(self, weights: Tensor) -> Generator[Tensor, Tensor, Any]:
+        state = self._first(weights)
+        for _ in range(self.places):
+            evidence = yield state
+            state = (state + evidence).log_softmax(-1)
 
     def log_marginal(self, evidence: Tensor, weights: Tensor) -> Tensor:
         return (self._first(weights) + evidence.sum(1)).logsumexp(-1)
@@ -133,27 +142,31 @@ class Chain:
         return weights[:, :r], weights[:, r:].unflatten(1, (self.places - 1, r, r))
 
     def prefix(self, evidence: Tensor, weights: Tensor) -> Tensor:
-        first, steps = self._split(weights)
-        transition = steps.softmax(-1)
-        state = first.log_softmax(-1)
-        states = [state]
         # Step by step: as an associative scan, the products of r x r matrices would cost r times as much.
-        for place in range(self.places - 1):
-            seen = (state + evidence[:, place]).log_softmax(-1)
-            state = _forward(seen, transition[:, place])
-            states.append(state)
-        return torch.stack(states, dim=1)
+        states = self.follow(weights)
+        found = [next(states)]
+        found += [states.send(each) for each in evidence[:, :-1].unbind(1)]
+        return torch.stack(found, dim=1)
+
+    def follow(self, weights: Tensor) -> Generator[Tensor, Tensor, Any]:
+        first, steps = self._split(weights)
+        state = log_softmax(first)
+        # Unbound: the gradient of a slice would be as large as all steps.
+        for transition in softmax(steps).unbind(1):
+            evidence = yield state
+            state = _forward((state + evidence).log_softmax(-1), transition)
+        yield state
 
     def log_marginal(self, evidence: Tensor, weights: Tensor) -> Tensor:
         first, steps = self._split(weights)
-        below = self._up(evidence, steps.log_softmax(-1), lambda scores: scores.logsumexp(-1))
-        return (first.log_softmax(-1) + below[0]).logsumexp(-1)
+        below = self._up(evidence, log_softmax(steps), lambda scores: scores.logsumexp(-1))
+        return (log_softmax(first) + below[0]).logsumexp(-1)
 
     def latents(self, evidence: Tensor, weights: Tensor, way: Way) -> Tensor:
         first, steps = self._split(weights)
-        transition = steps.log_softmax(-1)
+        transition = log_softmax(steps)
         below = self._up(evidence, transition, way.reduce)
-        chosen = [way.choose(first.log_softmax(-1) + below[0])]
+        chosen = [way.choose(log_softmax(first) + below[0])]
         rows = torch.arange(len(evidence), device=evidence.device)
         for place in range(1, self.places):
             chosen.append(way.choose(transition[rows, place - 1, chosen[-1]] + below[place]))
@@ -193,7 +206,7 @@ class Tree:
 
     def prefix(self, evidence: Tensor, weights: Tensor) -> Tensor:
         first, inner = self._split(weights)
-        tied = [each.softmax(-1) for each in inner]
+        tied = [softmax(each) for each in inner]
         # Up: what each region makes of its tokens.
         units = evidence
         lefts = []
@@ -203,7 +216,7 @@ class Tree:
             if size < len(tied):
                 units = _backward(pairs.sum(2), tied[size])
         # Down: which component, after the tokens left of the region.
-        down = first.log_softmax(-1)[:, None]
+        down = log_softmax(first)[:, None]
         for size in range(len(self.regions) - 1, -1, -1):
             right = (down + lefts[size]).log_softmax(-1)
             width = self.regions[size - 1] if size else self.places
@@ -212,16 +225,41 @@ class Tree:
                 down = _forward(down, tied[size - 1])
         return down
 
+    def follow(self, weights: Tensor) -> Generator[Tensor, Tensor, Any]:
+        first, inner = self._split(weights)
+        tied = [softmax(each) for each in inner]
+        yield from self._region(len(self.regions) - 1, 0, log_softmax(first), tied)
+
+    def _region(
+        self, size: int, number: int, down: Tensor, tied: Sequence[Tensor]
+    ) -> Generator[Tensor, Tensor, Tensor]:
+        """The places of a region from left to right; at the end, what it makes of their tokens.
+
+        Args:
+            size: the index of its size in `regions`; -1 is a single place.
+            down: log p(its output | tokens left of it) [N, r]; of the root, and of a place, of its component.
+        """
+        if size < 0:
+            evidence = yield down
+            return evidence
+        tie = tied[size][:, number] if size < len(tied) else None
+        down = down if tie is None else _forward(down, tie)
+        units = yield from self._region(size - 1, 2 * number, down, tied)
+        if 2 * number + 1 < (self.regions[size - 1] if size else self.places):
+            right = (down + units).log_softmax(-1)
+            units = units + (yield from self._region(size - 1, 2 * number + 1, right, tied))
+        return units if tie is None else _backward(units, tie)
+
     def log_marginal(self, evidence: Tensor, weights: Tensor) -> Tensor:
         first, inner = self._split(weights)
-        products = self._up(evidence, [each.log_softmax(-1) for each in inner], lambda scores: scores.logsumexp(-1))
-        return (first.log_softmax(-1) + products[-1][:, 0]).logsumexp(-1)
+        products = self._up(evidence, [log_softmax(each) for each in inner], lambda scores: scores.logsumexp(-1))
+        return (log_softmax(first) + products[-1][:, 0]).logsumexp(-1)
 
     def latents(self, evidence: Tensor, weights: Tensor, way: Way) -> Tensor:
         first, inner = self._split(weights)
-        tied = [each.log_softmax(-1) for each in inner]
+        tied = [log_softmax(each) for each in inner]
         products = self._up(evidence, tied, way.reduce)
-        chosen = way.choose(first.log_softmax(-1) + products[-1][:, 0])[:, None]
+        chosen = way.choose(log_softmax(first) + products[-1][:, 0])[:, None]
         for size in range(len(self.regions) - 2, -1, -1):
             # A region's output is the component of the region around it.
             output = chosen.repeat_interleave(2, dim=1)[:, : self.regions[size]]
@@ -238,6 +276,16 @@ class Tree:
             if size < len(tied):
                 units = reduce(tied[size] + products[-1][:, :, None])
         return products
+
+
+def softmax(values: Tensor) -> Tensor:
+    """Over the last dimension, in float32 or better."""
+    return values.softmax(-1, dtype=torch.promote_types(values.dtype, torch.float32))
+
+
+def log_softmax(values: Tensor) -> Tensor:
+    """Over the last dimension, in float32 or better."""
+    return values.log_softmax(-1, dtype=torch.promote_types(values.dtype, torch.float32))
 
 
 def _near_identity(components: int) -> Tensor:

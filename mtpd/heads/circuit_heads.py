@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from mtpd.errors import UserError
-from mtpd.heads.base import Batch, Drafter, Heads, Readout, exact
+from mtpd.fast import faster
+from mtpd.heads.base import Batch, Drafter, Heads, Readout
 from mtpd.heads.circuit import MAXIMUM, drawing, new_circuit
-from mtpd.heads.circuit_leaves import FullLeaves, SharedLeaves
+from mtpd.heads.circuit_leaves import TINY, FullLeaves, Leaves, SharedLeaves, TiltedLeaves
 from mtpd.heads.config import CircuitShape, HeadsConfig
 from mtpd.heads.logit_heads import LogitHeads
 from mtpd.heads.parallel import matching
@@ -34,6 +35,8 @@ from mtpd.trunk import Trunk, Unembedding
 STARTS = ("regression", "identity")
 TRAINING_COPIES = 4
 """Of each weight, in float32: itself, its gradient, and the two moments of Adam."""
+KNOWN_ROWS = 1024
+"""Positions of a piece, where leaves are not held: weights are read, and their gradients summed, once a piece."""
 
 
 class CircuitHeads(LogitHeads):
@@ -45,16 +48,18 @@ class CircuitHeads(LogitHeads):
         assert shape is not None
         places, size = config.depth + 1, config.hidden_size
         self.circuit = new_circuit(shape.structure, places, shape.components)
-        self.leaves: FullLeaves | SharedLeaves
-        if shape.leaves == "full":
-            self.leaves = FullLeaves(places, shape.components, config.columns, size)
-        else:
+        self.leaves: Leaves
+        if shape.leaves == "shared":
             self.leaves = SharedLeaves(places, shape.components, size, shape.rank)
+        else:
+            kind = FullLeaves if shape.leaves == "full" else TiltedLeaves
+            self.leaves = kind(places, shape.components, config.columns, size)
+            self.known_rows = KNOWN_ROWS
         self.sums = nn.Linear(size, self.circuit.sums) if self.circuit.sums else None
         self.joint = shape.greedy == "max_product"
         self.drafted = config.depth
         # The trunk's own, and frozen: no part of these heads.
-        self._main: list[Unembedding] = []
+        self._main: Unembedding | None = None
 
     @property
     def depth(self) -> int:
@@ -62,32 +67,27 @@ class CircuitHeads(LogitHeads):
 
     def attach(self, trunk: Trunk) -> None:
         """Takes the trunk's unembedding, which shared leaves stand before; `loss`, `along` and `drafter` do so."""
-        self._main = [trunk.unembedding.select(self.rows())]
+        self._main = trunk.unembedding.select(self.rows())
 
     def logits_of_a_window(self) -> int:
-        return self.circuit.places * self.circuit.components * self.config.columns
+        softmaxes = 1 if isinstance(self.leaves, TiltedLeaves) else self.circuit.components
+        return self.circuit.places * softmaxes * self.config.columns
 
     def weights(self, hidden: Tensor) -> Tensor:
         """Sum weights [C, Z] before their softmax, linear in the states."""
         if self.sums is None:
-            return exact(hidden[:, :0])
-        return exact(self.sums(hidden.to(self.sums.weight.dtype)))
+            return hidden[:, :0]
+        # Of the few rows of decoding.
+        sums = faster(self.sums) if torch.is_inference_mode_enabled() else self.sums
+        return sums(hidden.to(self.sums.weight.dtype))
 
     def leaf_logits(self, hidden: Tensor, *, first: int = 0, last: int | None = None) -> Tensor:
         """[C, n, r, M], or those of some places."""
-        if isinstance(self.leaves, FullLeaves):
-            return self.leaves.logits(hidden, first=first, last=last)
-        return self._main[0](self.leaves.states(hidden, first=first, last=last))
+        return self.leaves.logits(hidden, self._main, first=first, last=last)
 
     def evidence(self, hidden: Tensor, columns: Tensor) -> Tensor:
         """log φ_ij of the window's first tokens [C, p] in float32, [C, n, r]; 0 for those without a column."""
-        if isinstance(self.leaves, FullLeaves):
-            found = self.leaves.evidence(hidden, columns)
-        else:
-            logits = exact(self.leaf_logits(hidden, last=columns.shape[1]))
-            targets = columns[:, :, None].expand(logits.shape[:-1])
-            ce = nn.functional.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=-1, reduction="none")
-            found = -ce.view(targets.shape)
+        found = self.leaves.evidence(hidden, columns, self._main)
         # Places behind the last that is drafted are summed out.
         return nn.functional.pad(found, (0, 0, 0, self.circuit.places - columns.shape[1]))
 
@@ -97,8 +97,8 @@ class CircuitHeads(LogitHeads):
 
     def at(self, depth: int, hidden: Tensor, columns: Tensor, seen: Tensor) -> Tensor:
         """Logits [C, M] of place `depth` after the tokens before it: they are log-probabilities."""
-        leaf = exact(self.leaf_logits(hidden, first=depth, last=depth + 1)[:, 0]).log_softmax(-1)
-        return (seen[:, depth, :, None] + leaf).logsumexp(1)
+        leaf = self.leaves.probabilities(hidden, self._main, first=depth, last=depth + 1)[:, 0]
+        return _mixed(seen[:, depth], leaf)
 
     def known(self, hidden: Tensor, columns: Tensor) -> Tensor:
         evidence = self.evidence(hidden, columns)
@@ -112,45 +112,38 @@ class CircuitHeads(LogitHeads):
     def best(self, hidden: Tensor, columns: Tensor) -> Tensor:
         """Max-product, given place 0."""
         leaf, evidence = self._after_first(hidden, columns)
-        top = leaf.max(-1)
-        evidence[:, 1:] = top.values[:, 1:]
+        evidence[:, 1:] = leaf[:, 1:].amax(-1).clamp_min(TINY).log()
         latents = self.circuit.latents(evidence, self.weights(hidden), MAXIMUM)
-        return top.indices.gather(2, latents[..., None]).squeeze(-1)[:, 1 : 1 + self.depth]
+        return _chosen(leaf, latents).argmax(-1)[:, 1 : 1 + self.depth]
 
     def sample(self, hidden: Tensor, columns: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Ancestral sampling: columns [C, K] of places 1..K, given place 0 (`columns` [C, 1])."""
         way = drawing(generator)
         leaf, evidence = self._after_first(hidden, columns)
         latents = self.circuit.latents(evidence, self.weights(hidden), way)
-        at = latents[:, :, None, None].expand(-1, -1, 1, leaf.shape[-1])
-        return way.choose(leaf.gather(2, at).squeeze(2))[:, 1 : 1 + self.depth]
+        return way.choose(_chosen(leaf, latents).log())[:, 1 : 1 + self.depth]
 
     def _after_first(self, hidden: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of all leaves [C, n, r, M], and the evidence of place 0 alone [C, n, r]."""
-        leaf = exact(self.leaf_logits(hidden)).log_softmax(-1)
+        """Probabilities of all leaves [C, n, r, M], and the evidence of place 0 alone [C, n, r]."""
+        leaf = self.leaves.probabilities(hidden, self._main)
         evidence = leaf.new_zeros(leaf.shape[:3])
-        first = columns[:, :1, None].expand(-1, leaf.shape[2], -1)
-        known = leaf[:, 0].gather(2, first.clamp_min(0)).squeeze(-1)
-        evidence[:, 0] = torch.where(columns[:, :1] >= 0, known, 0.0)
+        evidence[:, 0] = _known(leaf[:, 0], columns[:, 0])
         return leaf, evidence
 
     def stepwise(self, hidden: Tensor, first: Tensor) -> Callable[[int, Tensor], Tensor]:
-        leaf, evidence = self._after_first(hidden, first)
-        weights = self.weights(hidden)
-        rows = torch.arange(len(hidden), device=hidden.device)
+        leaf = self.leaves.probabilities(hidden, self._main, last=self.depth + 1)
+        places = self.circuit.follow(self.weights(hidden))
+        next(places)
 
         def step(index: int, before: Tensor) -> Tensor:
-            if index:
-                evidence[:, index] = leaf[rows, index, :, before]
-            mixed = self.circuit.prefix(evidence, weights)[:, index + 1]
-            return (mixed[:, :, None] + leaf[:, index + 1]).logsumexp(1)
+            return _mixed(places.send(_known(leaf[:, index], before)), leaf[:, index + 1])
 
         return step
 
     def loss(
         self, trunk: Trunk, batch: Batch, readout: Readout, settings: LossSettings, *, compiled: bool = False
     ) -> tuple[Tensor, LossSums]:
-        self._main = [readout.draft]
+        self._main = readout.draft
         return super().loss(trunk, batch, readout, settings, compiled=compiled)
 
     def along(self, trunk: Trunk, hidden_BTD: Tensor, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Any:
@@ -167,6 +160,23 @@ class CircuitHeads(LogitHeads):
         self.drafted = depth
 
 
+def _mixed(log_p: Tensor, leaf: Tensor) -> Tensor:
+    """Log-probabilities [C, M] of a mixture of leaves [C, r, M]."""
+    with torch.autocast(leaf.device.type, enabled=False):
+        return (log_p.exp()[:, None] @ leaf).squeeze(1).clamp_min(TINY).log()
+
+
+def _known(leaf: Tensor, columns: Tensor) -> Tensor:
+    """Evidence [C, r] of a place's token, from its leaves [C, r, M]; 0 where it has no column."""
+    at = columns.clamp_min(0)[:, None, None].expand(-1, leaf.shape[1], -1)
+    return torch.where(columns[:, None] >= 0, leaf.gather(2, at).squeeze(2).clamp_min(TINY).log(), 0.0)
+
+
+def _chosen(leaf: Tensor, latents: Tensor) -> Tensor:
+    """The leaf of one component of each place, [C, n, M]."""
+    return leaf.gather(2, latents[:, :, None, None].expand(-1, -1, 1, leaf.shape[-1])).squeeze(2)
+
+
 def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, Any]:
     """The part of `HeadsConfig` that is circuit heads' own, from the `heads` section of a recipe.
 
@@ -178,9 +188,10 @@ def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, Any]:
         raise UserError(
             f"heads.circuit.components: {given['components']} is not accepted for structure: ff; accepted: 1, or null"
         )
-    if given.get("leaves") == "full" and "rank" in given:
+    if given.get("leaves", "shared") != "shared" and "rank" in given:
         raise UserError(
-            f"heads.circuit.rank: {given['rank']} does nothing with leaves: full; accepted: null, or leaves: shared"
+            f"heads.circuit.rank: {given['rank']} does nothing with leaves: {given['leaves']}; accepted: null, or "
+            "leaves: shared"
         )
     shape = CircuitShape.model_validate(given)
     if settings["init"] not in (None, *STARTS):
@@ -188,7 +199,7 @@ def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, Any]:
             f"heads.init: {settings['init']} is not accepted for circuit heads; accepted: {', '.join(STARTS)}"
         )
     places, columns = settings["depth"] + 1, settings["columns"]
-    if shape.leaves == "shared":
+    if shape.leaves != "full":
         return {"circuit": shape, "columns": columns}
     needed = 4 * TRAINING_COPIES * places * shape.components * columns * trunk.hidden_size
     room = psutil.virtual_memory().available
@@ -196,7 +207,7 @@ def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, Any]:
         raise UserError(
             f"heads.circuit.leaves: full needs {needed / 1e9:,.1f} GB for {places} x {shape.components} unembeddings "
             f"of {columns:,} x {trunk.hidden_size:,} with gradients and optimizer, and {room / 1e9:,.1f} GB are free; "
-            "accepted: shared, or fewer components, or a draft vocabulary (heads.vocabulary)"
+            "accepted: shared, tilted, or fewer components, or a draft vocabulary (heads.vocabulary)"
         )
     return {"circuit": shape, "columns": columns}
 

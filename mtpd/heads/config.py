@@ -26,8 +26,9 @@ class CircuitShape(BaseModel):
     structure: Literal["ff", "cp", "hmm", "btree"] = "cp"
     components: int = Field(default=8, ge=1, le=MOST_COMPONENTS)
     """r, the values of each latent variable."""
-    leaves: Literal["full", "shared"] = "shared"
-    """full: an unembedding for each place and component. shared: one unembedding, the trunk's, after expanders."""
+    leaves: Literal["full", "shared", "tilted"] = "shared"
+    """full: an unembedding for each place and component. shared: one unembedding, the trunk's, after expanders. tilted:
+    an unembedding for each place, and shifts of its logits for each component."""
     rank: int = Field(default=16, ge=1)
     """Of what tells the expanders of one place apart, where leaves are shared."""
     greedy: Literal["max_product", "conditionals"] = "max_product"
@@ -59,6 +60,11 @@ class HeadsConfig(BaseModel):
     """Per depth, the rank of a LoRA adapter of its own on its block, 0 for none; empty: none at any depth."""
     parallel: ParallelShape | None = None
     circuit: CircuitShape | None = None
+    shared_layers: int = Field(default=0, ge=0)
+    """How many of the trunk's last layers run a second time, with adapters, before the heads; 0: heads read the
+    trunk's states."""
+    adapter_rank: int = Field(default=0, ge=0)
+    """Rank of those adapters; 0 where there are none."""
     vocabulary_size: int = Field(default=0, ge=0)
     """Tokens of the draft vocabulary; 0 where heads draft over the whole vocabulary."""
     columns: int = Field(default=0, ge=0)
@@ -84,6 +90,8 @@ class HeadsConfig(BaseModel):
             raise ValueError(f"blocks: {self.blocks} does not say the block of each of {self.depth} depths")
         if self.adapters and len(self.adapters) != self.depth:
             raise ValueError(f"adapters: {len(self.adapters)} ranks for {self.depth} depths")
+        if bool(self.shared_layers) != bool(self.adapter_rank):
+            raise ValueError(f"adapter_rank: {self.adapter_rank} for {self.shared_layers} shared layers")
         blocks = {
             "chain": max(self.block_of) + 1,
             "parallel": self.depth if self.parallel is not None and self.parallel.block == "decoder" else 0,

@@ -26,7 +26,7 @@ from mtpd.slots import Span
 from mtpd.trunk import Trunk
 
 PIECE = 512
-"""Positions of a piece."""
+"""Positions of a piece, where logits of all of them are held."""
 LOGGED_ROWS = 32
 """Rows of a batch at most, from which the share of accepted drafts that is logged is estimated."""
 
@@ -40,6 +40,8 @@ class LogitHeads(Heads):
 
     joint = False
     """Whether `best` chooses the drafts of a window together."""
+    known_rows = PIECE
+    """Positions of a piece of a loss that needs `known` alone."""
 
     def at(self, depth: int, hidden: Tensor, columns: Tensor, seen: Any) -> Tensor:
         """Logits [C, M] of a depth, after the true tokens before it.
@@ -99,8 +101,8 @@ class LogitHeads(Heads):
         masks_PK = torch.stack([batch.counted(k) for k in range(1, self.depth + 1)], dim=1)
         columns_Pn = torch.stack([readout.columns[batch.tokens(k)] for k in range(self.depth + 1)], dim=1)
         at = masks_PK[:, 0].nonzero().squeeze(1)
-        pieces = at.split(PIECE) if len(at) else [at]
         only_ce = not any(settings.beta)
+        pieces = at.split(self.known_rows if only_ce else PIECE) if len(at) else [at]
 
         def piece(number: int, state: Tensor) -> tuple[Tensor, Tensor]:
             rows = pieces[number]

@@ -16,7 +16,14 @@ from pydantic import Field, ValidationError, model_validator
 
 from mtpd.errors import UserError
 from mtpd.recipe.pretrain import PretrainRecipe
-from mtpd.recipe.rules import data_problems, evaluation_problems, extend_problems, train_problems, trunk_problems
+from mtpd.recipe.rules import (
+    data_problems,
+    evaluation_problems,
+    extend_problems,
+    sharding_problems,
+    train_problems,
+    trunk_problems,
+)
 from mtpd.recipe.sections import (
     DataRecipe,
     EvaluationRecipe,
@@ -68,6 +75,7 @@ class Recipe(Section):
         problems += evaluation_problems(self.evaluation, self.train)
         problems += trunk_problems(self.trunk, self.heads, self.data, self.extend)
         problems += extend_problems(self.extend, self.heads, self.evaluation)
+        problems += sharding_problems(self.train, self.trunk, self.heads, self.dtype)
         for problem in problems:
             raise ValueError(problem)
         return self

@@ -32,8 +32,22 @@ OWNED_ARGUMENTS = {
     "report_to": "train.report_to",
     "torch_compile": "train.compile",
     "gradient_checkpointing": "train.checkpoint_blocks",
+    "deepspeed": "train.deepspeed",
 }
 """transformers.TrainingArguments that have a recipe key: there is one way to say each of them."""
+
+
+UNSERVED_ARGUMENTS = {
+    "parallelism_config": "null: rows are not split over processes (DeepSpeed's Ulysses hands each a part of a row, "
+    "and a head reads tokens and teacher rows of the next part); lower data.row_length, or set train.checkpoint_blocks",
+    "fsdp": "null, or the recipe key train.deepspeed",
+    "fsdp_config": "null, or the recipe key train.deepspeed",
+}
+"""transformers.TrainingArguments that would train something else, or nothing, and what is accepted."""
+
+
+DEEPSPEED_PRESETS = ("zero1", "zero2", "zero3", "zero3-cpu", "zero3-nvme")
+"""Values of `train.deepspeed` that are files in recipes/deepspeed."""
 
 
 DEEPEST = 64
@@ -131,8 +145,51 @@ def trunk_problems(trunk: TrunkRecipe, heads: HeadsRecipe, data: DataRecipe, ext
         )
     if heads.kind not in ("chain", "parallel"):
         problems.append(f"trunk.train: lora is not accepted with heads.kind: {heads.kind}; accepted: chain, parallel")
+    if heads.shared_layers:
+        problems.append(
+            f"heads.shared_layers: {heads.shared_layers} is not accepted with trunk.train: lora, which changes those "
+            "layers; accepted: 0"
+        )
     if extend.to is not None or extend.auto:
         problems.append("trunk.train: lora is not accepted with extend.to or extend.auto; accepted: frozen")
+    return problems
+
+
+def sharding_problems(train: TrainRecipe, trunk: TrunkRecipe, heads: HeadsRecipe, dtype: str) -> list[str]:
+    if train.deepspeed is None:
+        return []
+    problems = []
+    if train.deepspeed not in DEEPSPEED_PRESETS and not train.deepspeed.endswith(".json"):
+        problems.append(
+            f"train.deepspeed: {train.deepspeed} is not accepted; accepted: null, {', '.join(DEEPSPEED_PRESETS)}, "
+            "or the path of a .json file"
+        )
+    optimizer = str(train.arguments.get("optim", "adamw_torch"))
+    if not optimizer.startswith("adamw_torch"):
+        problems.append(
+            f"train.arguments.optim: {optimizer} is not accepted with train.deepspeed, which shards the state of "
+            "torch's AdamW; accepted: adamw_torch, adamw_torch_fused"
+        )
+    if dtype == "float16":
+        problems.append(
+            "dtype: float16 is not accepted with train.deepspeed, under which the loss is not scaled; accepted: auto, "
+            "bfloat16, float32"
+        )
+    if train.skip_bad_batches:
+        problems.append(
+            f"train.skip_bad_batches: {train.skip_bad_batches} is not accepted with train.deepspeed, which steps "
+            "before its loss is looked at; accepted: 0"
+        )
+    if trunk.train != "frozen" and train.deepspeed.startswith("zero3"):
+        problems.append(
+            f"train.deepspeed: {train.deepspeed} is not accepted with trunk.train: {trunk.train}, which needs the "
+            "whole trunk; accepted: null, zero1, zero2"
+        )
+    if heads.shared_layers and train.deepspeed.startswith("zero3"):
+        problems.append(
+            f"train.deepspeed: {train.deepspeed} is not accepted with heads.shared_layers: {heads.shared_layers}, "
+            "whose gradient passes through layers of the trunk; accepted: null, zero1, zero2"
+        )
     return problems
 
 
@@ -218,6 +275,11 @@ def _argument_problems(arguments: Mapping[str, Any]) -> list[str]:
         f"train.arguments.{name}: is not accepted here; accepted: the recipe key {OWNED_ARGUMENTS[name]}"
         for name in arguments
         if name in OWNED_ARGUMENTS
+    ]
+    problems += [
+        f"train.arguments.{name}: is not accepted; accepted: {UNSERVED_ARGUMENTS[name]}"
+        for name, value in arguments.items()
+        if value and name in UNSERVED_ARGUMENTS
     ]
     problems += [
         f"train.arguments.{name}: {value} is not accepted; accepted: a finite number"

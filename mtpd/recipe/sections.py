@@ -49,9 +49,10 @@ class CircuitRecipe(Section):
     variables; btree: a binary tree of them."""
     components: int | None = Field(default=None, ge=1, le=256)
     """r, the values of each latent variable; null: 8, or 1 for ff, which has no more."""
-    leaves: Literal["full", "shared"] = "shared"
+    leaves: Literal["full", "shared", "tilted"] = "shared"
     """full: an unembedding for each place of the window and component, for small vocabularies such as bytes.
-    shared: the trunk's unembedding, behind an expander for each."""
+    shared: the trunk's unembedding, behind an expander for each. tilted: an unembedding for each place, whose logits a
+    component shifts, also for small vocabularies: one softmax a place in place of one for each component."""
     rank: int | None = Field(default=None, ge=1)
     """Rank of what tells the expanders of one place apart, where leaves are shared; null: 16."""
     greedy: Literal["max_product", "conditionals"] = "max_product"
@@ -73,6 +74,11 @@ class HeadsRecipe(Section):
     adapters: int = Field(default=0, ge=0)
     """Rank of LoRA adapters of a chain, one for each depth, that are trained in place of the blocks, which stay as they
     start; 0 trains the blocks."""
+    shared_layers: int = Field(default=0, ge=0)
+    """m: heads that are no chain read the trunk's last m layers, computed a second time with LoRA adapters that are
+    trained with the heads. 0: they read the trunk's own states. The layers below run once for both."""
+    adapter_rank: Count | None = None
+    """Rank of those adapters; null: 16."""
     init: Literal["identity", "copy_last", "copy_last_k", "random", "regression", "native"] | None = None
     """How the heads start. identity: the block passes the trunk's state on; copy_last: all blocks copy the
     trunk's last layer; copy_last_k: block k copies the k-th of the last K layers; random: as transformers
@@ -190,6 +196,10 @@ class TrainRecipe(Section):
     """Rows in one micro batch of one process."""
     gradient_accumulation: Count = 1
     """Micro batches in one optimizer step."""
+    deepspeed: Text | None = Field(default=None, examples=["zero2", "zero3", "my-deepspeed.json"])
+    """Shards training over processes through DeepSpeed. zero1, zero2: the heads' optimizer state, and their gradients
+    too; zero3: the layers of the trunk as well; zero3-cpu, zero3-nvme: those in host memory or on a disk. Or the path
+    of a DeepSpeed JSON. null: each process holds everything."""
     save_steps: int = Field(default=0, ge=0)
     """Steps from one checkpoint to the next; 0 for one after each epoch."""
     save_total_limit: Count = 2

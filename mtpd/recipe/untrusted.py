@@ -13,6 +13,7 @@ from typing import Any
 
 from mtpd.errors import UserError
 from mtpd.files import escapes
+from mtpd.recipe.rules import DEEPSPEED_PRESETS
 
 PATHS = (
     "model",
@@ -52,7 +53,7 @@ def refuse_untrusted(values: Mapping[str, Any], *, source: str) -> None:
             raise _refused(key, value, "false", source)
         if key.startswith("train.report_to"):
             raise _refused(key, value, "[]", source)
-        if key == "train.deepspeed" and value is not None and not (isinstance(value, str) and value.isidentifier()):
+        if key == "train.deepspeed" and value is not None and value not in DEEPSPEED_PRESETS:
             raise _refused(key, value, "the name of a preset", source)
         if key.startswith("train.arguments."):
             name = key.removeprefix("train.arguments.")

@@ -100,6 +100,11 @@ def unfit(run: Run, layout: Layout) -> str | None:
         fitting = [name for name, each in LAYOUTS.items() if each.kind == run.config.kind]
         accepted = ", ".join(fitting) or "mtpd's own decoding (`mtpd generate`)"
         return f"the layout is for {layout.kind} heads, and these are {run.config.kind} heads; accepted: {accepted}"
+    if run.config.shared_layers:
+        return (
+            f"the heads read {run.config.shared_layers} adapted layers of the trunk (heads.shared_layers), for which "
+            "it has no place; accepted: mtpd's own decoding (`mtpd generate`)"
+        )
     return layout.refused(run)
 
 

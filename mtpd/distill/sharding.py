@@ -1,0 +1,182 @@
+"""A frozen trunk that is partitioned over processes, and heads that are trained by a DeepSpeed engine of their own.
+
+The two are apart, because they are used apart. The trunk's layers are under DeepSpeed's inference engine of ZeRO stage
+3: each process holds its share of every layer, and a layer is whole while it computes, in the forward pass and never
+in a backward pass, which ends at the heads. Embedding and unembedding stay whole on each process: each step reads all
+of both, so that partitioning them would save nothing where memory is at its peak. Heads are ordinary modules
+until the trainer wraps them, so that whatever builds or loads them meets tensors that have elements.
+
+Partitioned layers are collective: all processes have to run the trunk equally often.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtpd.errors import MtpdError, UserError
+from mtpd.trunk import Trunk
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for the others, which may be writing a checkpoint."""
+ENABLED = "ACCELERATE_USE_DEEPSPEED"
+"""Set by accelerate while DeepSpeed is in use, and read by it later."""
+
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ""}
+"""What a launcher sets, for the only process."""
+
+
+@contextmanager
+def deepspeed_running(device: torch.device) -> Iterator[None]:
+    """Within it, transformers' TrainingArguments with `deepspeed` train on `device`; a single process works too.
+
+    Afterwards nothing of it is left that would change how other models of this Python process are made.
+
+    Raises:
+        MtpdError: DeepSpeed cannot start here.
+    """
+    before = dict(os.environ)
+    try:
+        _start(device)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise MtpdError(f"train.deepspeed: DeepSpeed cannot start here: {reason}; accepted then: null") from error
+    try:
+        yield
+    finally:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+        for name in (ENABLED, *ALONE):
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                os.environ.pop(name, None)
+
+
+def _start(device: torch.device) -> None:
+    """Starts the process group, if nothing has yet, in such a way that accelerate knows its size on a CPU too."""
+    if "RANK" not in os.environ:
+        os.environ.update({**ALONE, "MASTER_PORT": str(_free_port())})
+    if device.type == "cpu":
+        # Else DeepSpeed and accelerate would each choose a GPU, where there is one.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+    import deepspeed
+    from accelerate.state import AcceleratorState, PartialState
+    from deepspeed.utils import logger
+
+    # Compiled at the start, for a minute or more, and used for inference.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+    logger.setLevel(logging.ERROR)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ[ENABLED] = "true"
+    PartialState(cpu=False, backend="gloo" if device.type == "cpu" else None, timeout=TIMEOUT)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def partitioned(trunk: Trunk, config: dict[str, Any]) -> Iterator[None]:
+    """Within it, each process holds its share of the trunk's layers. Afterwards the trunk is whole again.
+
+    After an error it is left as it is: to put it together takes all processes, and the others may be gone.
+
+    Args:
+        config: of DeepSpeed, with stage 3 (`DeepSpeedSettings.for_trunk`).
+
+    Raises:
+        UserError: it offloads to NVMe, and DeepSpeed cannot do that here.
+    """
+    import deepspeed
+
+    if ((config["zero_optimization"].get("offload_param") or {}).get("device")) == "nvme":
+        _check_nvme()
+    decoder = trunk.decoder
+    kept = _take_out(decoder, trunk.model.get_input_embeddings())
+    try:
+        deepspeed.zero.Init(module=decoder, config_dict_or_path=config, dtype=trunk.dtype)
+        engine, *_ = deepspeed.initialize(model=decoder, config=config)
+    finally:
+        for parent, name, module in kept:
+            parent._modules[name] = module
+    yield
+    shares = [each for each in decoder.parameters() if hasattr(each, "ds_id")]
+    whole = {id(each): _whole(each).to(trunk.device) for each in shares}
+    engine.destroy()
+    make_whole(decoder, whole)
+
+
+def _take_out(decoder: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Removes a module from a tree, and gives back the places that it had."""
+    places: list[tuple[nn.Module, str, nn.Module]] = [
+        (parent, name, child)
+        for parent in decoder.modules()
+        for name, child in parent._modules.items()
+        if child is module
+    ]
+    for parent, name, _ in places:
+        parent._modules.pop(name)
+    return places
+
+
+def gathered(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module with partitioned parameters put together, on the CPU. All processes call it.
+
+    One parameter at a time is whole on the device. Modules that are not partitioned are just copied.
+    """
+    return {
+        name: _whole(value) if hasattr(value, "ds_id") else value.detach().to("cpu", copy=True)
+        for name, value in module.state_dict(keep_vars=True).items()
+    }
+
+
+def _whole(parameter: Any) -> Tensor:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().to("cpu", copy=True)
+
+
+def make_whole(module: nn.Module, tensors: dict[int, Tensor]) -> None:
+    """Replaces partitioned parameters by ordinary ones; shared parameters stay shared.
+
+    Args:
+        tensors: by the id of the parameter.
+    """
+    new: dict[int, nn.Parameter] = {}
+    for each in module.modules():
+        # DeepSpeed put dictionaries of its own here, which gather what is read from them.
+        parameters = dict(each._parameters.items())
+        for name, parameter in parameters.items():
+            if parameter is not None and id(parameter) in tensors:
+                if id(parameter) not in new:
+                    tensor = tensors[id(parameter)]
+                    new[id(parameter)] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+                parameters[name] = new[id(parameter)]
+        each.__dict__["_parameters"] = parameters
+        for left in ("_original_parameters", "pre_bwd_fn", "post_bwd_fn"):
+            each.__dict__.pop(left, None)
+
+
+def _check_nvme() -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(
+            "train.deepspeed: offloading to nvme needs DeepSpeed's async_io, which cannot be built here (libaio is "
+            "missing?); accepted then: zero3, zero3-cpu"
+        )
