@@ -60,3 +60,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in said for words in WORDS_OF_FULL_MEMORY)
     )
+
+
+class RankFailed(MtpdError):
+    """Another process of the run has failed. The message is empty where another rank tells the user."""

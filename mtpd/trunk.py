@@ -131,6 +131,11 @@ class Trunk(nn.Module):
         return any(kind not in ATTENDING for kind in kinds)
 
     @property
+    def partitioned(self) -> bool:
+        """Whether each process holds a share of every layer: then all have to run the trunk equally often."""
+        return any(hasattr(parameter, "ds_id") for parameter in self.decoder.layers.parameters())
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 

@@ -15,6 +15,8 @@ MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "interrupts": set(),
+    "ranks": {"errors"},
+    "launch": {"errors"},
     "recipe_text": BELOW,
     "recipe": BELOW | {"recipe_text"},
     "alignment": BELOW,
@@ -24,14 +26,16 @@ MAY_IMPORT = {
     "heads": BELOW | {"losses", "trunk", "fast", "slots", "alignment"},
     "losses": BELOW | {"trunk", "alignment"},
     "decode": BELOW | {"heads", "losses", "fast", "slots", "trunk", "alignment"},
-    "data": BELOW | {"decode", "heads", "losses", "trunk", "alignment"},
+    "data": BELOW | {"ranks", "decode", "heads", "losses", "trunk", "alignment"},
     "loading": BELOW | {"recipe", "data", "decode", "heads", "trunk"},
     "checkpoints": BELOW | {"recipe_text", "recipe", "evaluate", "decode", "data", "heads", "trunk", "alignment"},
     "evaluate": BELOW | {"recipe_text", "decode", "data", "heads", "losses", "trunk", "alignment"},
     "distill": BELOW
-    | {"recipe_text", "recipe", "checkpoints", "evaluate", "decode", "data", "heads", "losses", "trunk", "alignment"},
+    | {"ranks", "recipe_text", "recipe", "checkpoints", "evaluate", "decode", "data", "heads", "losses"}
+    | {"trunk", "alignment"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
+MAY_IMPORT["__main__"] = {"cli"}
 
 
 def part(module: str) -> str | None:

@@ -21,9 +21,9 @@ from mtpd.checkpoints.exports.export import FAMILIES_OF
 from mtpd.checkpoints.importing import open_checkpoint
 from mtpd.checkpoints.native import find_heads
 from mtpd.checkpoints.tensors import chunks, stored
+from mtpd.data.answering import plain_generation
 from mtpd.data.models import load_model
 from mtpd.data.prompts import load_prompts, render
-from mtpd.data.responses import plain_generation
 from mtpd.decode import Counts, generate
 from mtpd.errors import UserError
 from mtpd.evaluate.decoded import parted_at_tie

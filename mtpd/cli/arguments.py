@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -32,6 +33,53 @@ Untrusted = Annotated[
         "sends data away. What the command line says is yours.",
     ),
 ]
+
+LauncherOption = Annotated[
+    Literal["deepspeed", "torchrun"] | None,
+    typer.Option("--launcher", help="Start several processes of this command, and wait for them.", show_default=False),
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        min=1,
+        help="With --launcher: processes on each machine; else one for each accelerator.",
+        show_default=False,
+    ),
+]
+Nodes = Annotated[
+    Path | None,
+    typer.Option(
+        "--nodes",
+        metavar="HOSTFILE",
+        help="With --launcher deepspeed: the machines, a line `NAME slots=COUNT` each. They share a file system.",
+        show_default=False,
+    ),
+]
+LAUNCH_OPTIONS = frozenset({"launcher", "processes", "nodes"})
+DRY_RUN_OPTIONS = frozenset({"dry_run", "devices", "device_memory"})
+"""Names of parameters, as a command has them."""
+
+
+def given_words(context: typer.Context, *, without: Collection[str]) -> list[str]:
+    """The words of a command as it was called, for another process: its name, arguments and options.
+
+    Args:
+        without: parameters that are left out.
+    """
+    arguments: list[str] = []
+    options: list[str] = []
+    for parameter in context.command.params:
+        value = context.params.get(str(parameter.name))
+        if parameter.name in without or value is None or value is False:
+            continue
+        if parameter.param_type_name == "argument":
+            arguments += value if isinstance(value, list | tuple) else [str(value)]
+        elif value is True:
+            options.append(parameter.opts[0])
+        else:
+            options.append(f"{parameter.opts[0]}={value}")
+    return [str(context.command.name), *arguments, *options]
 
 
 def split_arguments(arguments: list[str] | None) -> tuple[Path | None, list[str]]:

@@ -7,10 +7,22 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli.arguments import Debug, RecipeArguments, Untrusted, split_arguments
+from mtpd.cli.arguments import (
+    DRY_RUN_OPTIONS,
+    LAUNCH_OPTIONS,
+    Debug,
+    LauncherOption,
+    Nodes,
+    Processes,
+    RecipeArguments,
+    Untrusted,
+    given_words,
+    split_arguments,
+)
 from mtpd.cli.errors import disk_full, unexpected
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.errors import MtpdError, UserError
+from mtpd.launch import launch
 from mtpd.recipe import Recipe, load_recipe
 
 
@@ -34,12 +46,33 @@ def distill(
         ),
     ] = "auto",
     untrusted: Untrusted = False,
+    launcher: LauncherOption = None,
+    processes: Processes = None,
+    nodes: Nodes = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            "--devices",
+            min=1,
+            help="With --dry-run: how many devices to plan for; else those of this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    device_memory: Annotated[
+        float | None,
+        typer.Option(
+            "--device-memory",
+            min=0.001,
+            help="With --dry-run: GB of memory of each device to plan for; else that of this machine.",
+            show_default=False,
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Train MTP heads for a model by self-distillation, and measure what they gain.
 
-    The same command resumes an interrupted run from its run directory. Ctrl-C and SIGTERM save a checkpoint after the
-    step and exit with 130 and 143; a second one exits at once.
+    The same command resumes an interrupted run from its run directory, also with another number of processes. Ctrl-C
+    and SIGTERM save a checkpoint after the step and exit with 130 and 143; a second one exits at once.
 
     Examples:
 
@@ -48,29 +81,62 @@ def distill(
         mtpd distill recipes/demo.yaml model=./my-checkpoint heads.depth=4
 
         mtpd distill model=Qwen/Qwen3-0.6B output=runs/qwen --dry-run
+
+        mtpd distill recipes/llama-3.1-8b.yaml --dry-run --devices 8 --device-memory 80
+
+        mtpd distill recipes/llama-3.1-8b.yaml train.deepspeed=zero2 --launcher deepspeed --processes 8
     """
     path, overrides = split_arguments(arguments)
     if fresh and resume != "auto":
         raise UserError(f"--resume: {resume} does nothing with --fresh, which starts over; accepted: one of them")
     recipe = load_recipe(path, overrides, untrusted=untrusted)
+    _check_options(launcher, processes, nodes, devices, device_memory, dry_run=dry_run)
+    if launcher is not None and not dry_run:
+        words = given_words(context, without=LAUNCH_OPTIONS | DRY_RUN_OPTIONS)
+        raise typer.Exit(launch(launcher, words, processes=processes, nodes=nodes))
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
         if dry_run:
-            typer.echo(_plan(recipe))
+            typer.echo(_plan(recipe, devices=devices or processes, memory=device_memory))
         else:
-            typer.echo(f"done: {_run(recipe, fresh=fresh, resume=resume)}")
+            _run(recipe, fresh=fresh, resume=resume)
 
 
-def _plan(recipe: Recipe) -> str:
+def _check_options(
+    launcher: str | None,
+    processes: int | None,
+    nodes: Path | None,
+    devices: int | None,
+    device_memory: float | None,
+    *,
+    dry_run: bool,
+) -> None:
+    """Raises UserError for an option that nothing would read."""
+    launching: dict[str, object] = {"--processes": processes, "--nodes": nodes}
+    planning: dict[str, object] = {"--devices": devices, "--device-memory": device_memory}
+    for name, value in launching.items():
+        if value is not None and launcher is None:
+            raise UserError(f"{name}: {value} needs --launcher; accepted: deepspeed, torchrun")
+    for name, value in planning.items():
+        if value is not None and not dry_run:
+            raise UserError(f"{name}: {value} is only for a plan; accepted: with --dry-run")
+
+
+def _plan(recipe: Recipe, *, devices: int | None, memory: float | None) -> str:
     from mtpd.distill.plan import plan  # brings in torch
 
-    return plan(recipe).table()
+    return plan(recipe, devices=devices, device_memory=memory).table()
 
 
-def _run(recipe: Recipe, *, fresh: bool, resume: str) -> Path:
-    from mtpd.distill.run import distill as run  # brings in torch
+def _run(recipe: Recipe, *, fresh: bool, resume: str) -> None:
+    from mtpd import ranks  # brings in torch
+    from mtpd.data.models import resolve_device
+    from mtpd.distill.run import distill as run
 
     try:
-        return run(recipe, fresh=fresh, resume=resume)
+        with ranks.joined(resolve_device(recipe.device)):
+            path = run(recipe, fresh=fresh, resume=resume)
+            if ranks.is_main():
+                typer.echo(f"done: {path}")
     except Exception as error:
         if full := disk_full(error, recipe.output):
             raise full from error

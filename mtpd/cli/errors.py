@@ -50,7 +50,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def report(error: BaseException) -> int:
     """Prints one line about an error to stderr; gives back the exit code that it means."""
     if isinstance(error, MtpdError):
-        say(f"error: {error}")
+        if str(error):
+            say(f"error: {error}")
         return error.exit_code
     if hasattr(error, "format_message"):  # An unknown command or option. Typer prints help where there is no message.
         context = getattr(error, "ctx", None)

@@ -36,6 +36,7 @@ def load_model(
     device: str = "auto",
     trust_remote_code: bool = False,
     config_only: Literal[False] = False,
+    empty: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]: ...
 @overload
 def load_model(
@@ -53,6 +54,7 @@ def load_model(
     device: str = "auto",
     trust_remote_code: bool = False,
     config_only: bool = False,
+    empty: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Loads a causal LM, in eval mode, and its tokenizer.
 
@@ -65,6 +67,7 @@ def load_model(
         trust_remote_code: whether code that comes with the model may run.
         config_only: builds the model on the meta device, without weights; the tokenizer is then
             None where there is none (a config alone is enough to plan a run).
+        empty: leaves the weights as the memory was; another process has them.
 
     Raises:
         UserError: the model is missing, cannot be read, is no causal LM, lacks weights, needs remote
@@ -91,6 +94,8 @@ def load_model(
             if config_only:
                 config = AutoConfig.from_pretrained(place, **options)
                 model = _on_meta(config, number, trust_remote_code)
+            elif empty:
+                model = _without_weights(place, options, number, where)
             else:
                 model = _with_weights(place, options, shown, number, where)
             tokenizer = _tokenizer(place, options, shown, needed=not config_only)
@@ -205,6 +210,19 @@ def _with_weights(
         raise UserError(f"model {name}: its files lack {len(missing)} weights, among them {missing[0]}")
     # Weights from a GGUF file come in float32 whatever is asked for.
     return model.to(device=device, dtype=dtype)
+
+
+def _without_weights(place: str, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    from transformers.initialization import no_init_weights
+
+    config = AutoConfig.from_pretrained(place, **options)
+    # Memory that is not written to is not taken.
+    with no_init_weights(), torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=bool(options["trust_remote_code"])
+        )
+    model.tie_weights()
+    return model
 
 
 def _tokenizer(place: str, options: dict[str, Any], name: str, *, needed: bool) -> PreTrainedTokenizerBase | None:

@@ -10,6 +10,10 @@ On disk a store is a directory: `hidden-00000.safetensors`, ... with a tensor `h
 rows, in the order in which they came. The index is written after each shard, so that what is interrupted goes on
 from the last whole one.
 
+Several ranks fill a store together, each with shards (`hidden-00000.rank-1.safetensors`) and an index
+(`index.rank-1.json`) of its own. The main rank takes the shards into the one index when all are done, or when the
+store is opened next, with however many ranks.
+
 Legend: N rows, B rows of a batch, T positions, D hidden size.
 """
 
@@ -29,6 +33,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mtpd import ranks
 from mtpd.data.packing import PackedRows, collate
 from mtpd.errors import MtpdError
 from mtpd.files import fingerprint, fingerprint_file, fingerprint_json, intact, sealed, write_whole
@@ -122,15 +127,26 @@ class DiskStore:
 
     Args:
         key: what the states belong to, by name (`store_key`).
+        together: all ranks open it; each reads its share of the shards to compare them, and writes shards of its own.
 
     Raises:
         MtpdError: the directory has states that belong to something else, or the disk has no room for the rows
             that are missing; the message says how much is needed.
     """
 
-    def __init__(self, directory: str | Path, trunk: Trunk, rows: PackedRows, *, key: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        trunk: Trunk,
+        rows: PackedRows,
+        *,
+        key: Mapping[str, str],
+        together: bool = False,
+    ) -> None:
         self.directory = Path(directory)
         self._dtype = trunk.dtype
+        self.shared = together and ranks.count() > 1
+        """Whether several ranks have opened it together."""
         wanted: dict[str, Any] = {
             "schema": SCHEMA,
             "key": dict(key),
@@ -139,18 +155,16 @@ class DiskStore:
             "hidden_size": trunk.hidden_size,
             "dtype": str(trunk.dtype).removeprefix("torch."),
         }
-        found = _read_index(self.directory)
+        self._merge(wanted)
+        found = _read_index(self.directory / INDEX)
         _refuse_stale(self.directory, found, wanted)
         self.index = {**wanted, "shards": {} if found is None else found["shards"]}
+        self._own: dict[str, Any] = {} if self.shared else self.index["shards"]
         self._shards: dict[str, Any] = {}
         self._pending: dict[int, Tensor] = {}
         self._places: dict[int, tuple[str, int]] = {}
-        for name, shard in list(self.index["shards"].items()):
-            if not _intact(self.directory / name, shard["sha256"]):
-                logger.warning("%s: damaged (its SHA-256 is not that of the index); computed again", name)
-                del self.index["shards"][name]
-                continue
-            self._places |= {row: (name, place) for place, row in enumerate(shard["rows"])}
+        self._drop_damaged()
+        self._find_places()
         self._shard_rows = max(1, SHARD_BYTES // bytes_needed(1, rows.row_length, trunk))
         _check_room(self.directory, bytes_needed(len(rows) - len(self._places), rows.row_length, trunk))
 
@@ -176,15 +190,58 @@ class DiskStore:
         """Writes the rows that are not on the disk yet as one more shard."""
         if not self._pending:
             return
-        shards = self.index["shards"]
-        taken = [int(name.removesuffix(".safetensors").rpartition("-")[2]) for name in shards]
-        name = f"hidden-{max(taken, default=-1) + 1:05d}.safetensors"
+        taken = [int(name.split(".")[0].removeprefix("hidden-")) for name in (*self.index["shards"], *self._own)]
+        own = f".rank-{ranks.rank()}" if self.shared else ""
+        name = f"hidden-{max(taken, default=-1) + 1:05d}{own}.safetensors"
         content = save({"hidden": torch.stack(list(self._pending.values()))})
         write_whole(self.directory / name, content)
-        shards[name] = {"sha256": fingerprint(content), "rows": list(self._pending)}
-        write_whole(self.directory / INDEX, json.dumps(sealed(self.index)))
+        self._own[name] = {"sha256": fingerprint(content), "rows": list(self._pending)}
+        index = Path(INDEX).with_stem(f"{Path(INDEX).stem}{own}")
+        write_whole(self.directory / index, json.dumps(sealed({**self.index, "shards": self._own})))
         self._places |= {row: (name, place) for place, row in enumerate(self._pending)}
         self._pending.clear()
+
+    def join(self) -> None:
+        """Makes what each rank has written known to all. All ranks that share the store call it."""
+        self.flush()
+        if self.shared:
+            ranks.barrier()
+            self._merge(self.index)
+            found = _read_index(self.directory / INDEX)
+            if found is not None:
+                self.index["shards"] = found["shards"]
+            self._own = {}
+            self._find_places()
+
+    def _merge(self, wanted: Mapping[str, Any]) -> None:
+        """Takes the indices of ranks into the one; the main rank does, and the others wait."""
+        if not self.shared or ranks.is_main():
+            _merge_indices(self.directory, wanted)
+        if self.shared:
+            ranks.barrier()
+
+    def _drop_damaged(self) -> None:
+        shards = self.index["shards"]
+        names = sorted(shards)
+        damaged = [
+            name
+            for name in (ranks.share(names) if self.shared else names)
+            if not _intact(self.directory / name, shards[name]["sha256"])
+        ]
+        if self.shared:
+            damaged = [name for part in ranks.gather(damaged) for name in part]
+        for name in damaged:
+            logger.warning("%s: damaged (its SHA-256 is not that of the index); computed again", name)
+            del shards[name]
+        if damaged and (not self.shared or ranks.is_main()):
+            write_whole(self.directory / INDEX, json.dumps(sealed(self.index)))
+
+    def _find_places(self) -> None:
+        self._places |= {
+            row: (name, place)
+            for name, shard in self.index["shards"].items()
+            for place, row in enumerate(shard["rows"])
+        }
 
 
 def with_hidden(
@@ -241,13 +298,19 @@ def fill(
     before_last: int = 0,
     progress: bool = True,
 ) -> None:
-    """Runs the trunk over all rows that the store lacks.
+    """Runs the trunk over all rows that the store lacks; ranks that share it, each over its share of them.
 
     Args:
         batch_rows: rows a forward pass of the trunk.
         before_last: how many layers stand above the states.
     """
     missing = [row for row in range(len(rows)) if row not in store]
+    joint = store if isinstance(store, DiskStore) and store.shared else None
+    passes = -(-len(missing) // batch_rows)
+    if joint is not None:
+        # The first rank has the largest share.
+        passes = -(-len(missing[:: ranks.count()]) // batch_rows)
+        missing = ranks.share(missing)
     bar = tqdm(
         total=len(missing) * rows.row_length,
         desc="hidden states",
@@ -264,7 +327,12 @@ def fill(
         except (KeyboardInterrupt, SystemExit):
             store.flush()
             raise
-    store.flush()
+        for _ in range(passes - -(-len(missing) // batch_rows) if trunk.partitioned else 0):
+            trunk.hidden(torch.zeros(1, 1, dtype=torch.long, device=trunk.device))
+    if joint is None:
+        store.flush()
+    else:
+        joint.join()
 
 
 def _refuse_stale(directory: Path, found: dict[str, Any] | None, wanted: Mapping[str, Any]) -> None:
@@ -284,9 +352,24 @@ def _intact(path: Path, digest: str) -> bool:
     return path.is_file() and fingerprint_file(path) == digest
 
 
-def _read_index(directory: Path) -> dict[str, Any] | None:
+def _merge_indices(directory: Path, wanted: Mapping[str, Any]) -> None:
+    """Takes the shards that ranks have written into the index, and deletes their own indices then."""
+    parts = sorted(directory.glob("index.rank-*.json"))
+    if not parts:
+        return
+    shards: dict[str, Any] = {}
+    for path in (directory / INDEX, *parts):
+        found = _read_index(path)
+        _refuse_stale(directory, found, wanted)
+        shards |= {} if found is None else found["shards"]
+    write_whole(directory / INDEX, json.dumps(sealed({**wanted, "shards": shards})))
+    for part in parts:
+        part.unlink()
+
+
+def _read_index(path: Path) -> dict[str, Any] | None:
     try:
-        index = json.loads((directory / INDEX).read_text())
+        index = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return None
     whole = isinstance(index, dict) and index.get("schema") == SCHEMA and intact(index)

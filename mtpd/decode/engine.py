@@ -100,6 +100,7 @@ class Engine:
         choice: how tokens are chosen from logits.
         end_tokens: ids that end a text; the one that does is part of it.
         on_tokens: called with a text and its new tokens after each round; True ends the text.
+        before_pass: called before each pass of the trunk.
 
     Raises:
         UserError: a depth that the heads do not have.
@@ -118,6 +119,7 @@ class Engine:
         choice: Choice | None = None,
         end_tokens: Collection[int] = (),
         on_tokens: Callable[[Text, list[int]], bool | None] | None = None,
+        before_pass: Callable[[], None] | None = None,
     ) -> None:
         deepest = heads.depth if heads is not None else 0
         self.depth = deepest if depth is None else depth
@@ -126,7 +128,9 @@ class Engine:
         self.threshold = threshold
         self.siblings = siblings
         self.device = trunk.device
-        self.decoder: Any = faster(trunk.decoder)
+        # Layers that are fetched when they compute have no weights to be packed, and are watched by their own modules.
+        self.decoder: Any = trunk.decoder if trunk.partitioned else faster(trunk.decoder)
+        self.before_pass = before_pass
         self.tap: Tap | None = None
         if heads is not None and heads.shared_layers:
             self.tap = Tap(self.decoder, trunk.depth - heads.shared_layers)
@@ -282,6 +286,8 @@ class Engine:
         positions: Tensor | None = None,
     ) -> Tensor:
         """The trunk's hidden states [N, Q, D] of tokens [N, Q]."""
+        if self.before_pass is not None:
+            self.before_pass()
         hidden: Tensor = self.decoder(
             input_ids=tokens,
             position_ids=span.positions if positions is None else positions,

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mtpd import ranks
+from mtpd.data.models import resolve_device
 from mtpd.data.store import DiskStore, fill
 from mtpd.data.vocabulary import coverage, save_vocabulary
-from mtpd.distill.directory import open_run
-from mtpd.distill.run import hidden_states, real_tokens, split_prompts, start, training_rows, vocabulary_of
+from mtpd.distill.apart import trunk_apart
+from mtpd.distill.run import (
+    hidden_states,
+    open_together,
+    real_tokens,
+    split_prompts,
+    start,
+    training_rows,
+    vocabulary_of,
+)
 from mtpd.errors import UserError
 from mtpd.recipe import Recipe
 
 
 def store_hidden_states(recipe: Recipe, *, progress: bool = True) -> Path:
-    """Computes the hidden states of all training rows of a recipe ahead of training.
+    """Computes the hidden states of all training rows of a recipe ahead of training, by all ranks.
 
     The responses that they need are written into the run directory, where training finds them.
 
@@ -25,20 +35,22 @@ def store_hidden_states(recipe: Recipe, *, progress: bool = True) -> Path:
     """
     if recipe.data.hidden_states != "disk":
         raise UserError(f"data.hidden_states: {recipe.data.hidden_states} stores nothing on the disk; accepted: disk")
-    run = open_run(recipe, fresh=False)
-    session = start(recipe, run, progress=progress)
-    prompts = split_prompts(recipe).train
-    rows = training_rows(session, prompts)
-    store = hidden_states(session, rows, prompts)
-    assert isinstance(store, DiskStore)
-    fill(
-        store,
-        session.trunk,
-        rows,
-        batch_rows=recipe.train.rows_per_step,
-        before_last=recipe.heads.shared_layers,
-        progress=progress,
-    )
+    with ranks.joined(resolve_device(recipe.device)):
+        session = start(recipe, open_together(recipe, fresh=False), progress=progress and ranks.is_main())
+        device = resolve_device(recipe.device)
+        with trunk_apart(session.trunk, recipe, device=device, folder=session.run.offload):
+            prompts = split_prompts(recipe).train
+            rows = training_rows(session, prompts)
+            store = hidden_states(session, rows, prompts)
+            assert isinstance(store, DiskStore)
+            fill(
+                store,
+                session.trunk,
+                rows,
+                batch_rows=recipe.train.rows_per_step,
+                before_last=recipe.heads.shared_layers,
+                progress=session.progress,
+            )
     return store.directory
 
 
@@ -54,12 +66,16 @@ def count_vocabulary(recipe: Recipe, path: Path, *, progress: bool = True) -> tu
     size = recipe.heads.vocabulary
     if not isinstance(size, int) or size == 0:
         raise UserError(f"heads.vocabulary: {size} leaves nothing to count; accepted: how many tokens are kept")
-    session = start(recipe, open_run(recipe, fresh=False), progress=progress)
-    rows = training_rows(session, split_prompts(recipe).train)
-    vocabulary = vocabulary_of(session, rows)
-    tokens = real_tokens(session.trunk.model, session.tokenizer)
-    if vocabulary is None:
-        raise UserError(f"heads.vocabulary: {size} leaves nothing out; accepted: less than {tokens}, all tokens")
-    share = coverage(rows, vocabulary, tokens=tokens)
-    save_vocabulary(path, vocabulary, share=share)
+    with ranks.joined(resolve_device(recipe.device)):
+        session = start(recipe, open_together(recipe, fresh=False), progress=progress and ranks.is_main())
+        device = resolve_device(recipe.device)
+        with trunk_apart(session.trunk, recipe, device=device, folder=session.run.offload):
+            rows = training_rows(session, split_prompts(recipe).train)
+        vocabulary = vocabulary_of(session, rows)
+        tokens = real_tokens(session.trunk.model, session.tokenizer)
+        if vocabulary is None:
+            raise UserError(f"heads.vocabulary: {size} leaves nothing out; accepted: less than {tokens}, all tokens")
+        share = coverage(rows, vocabulary, tokens=tokens)
+        if ranks.is_main():
+            save_vocabulary(path, vocabulary, share=share)
     return len(vocabulary), share

@@ -58,6 +58,7 @@ class RunDirectory:
         self.perplexity = path / "perplexity.json"
         self.held_out_after = path / "held-out-after.jsonl"
         self.depths = path / "depths.json"
+        self.offload = path / "offload"
         self.stage = path / "stage.json"
         self.extended = path / "extended"
 

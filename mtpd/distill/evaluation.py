@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mtpd.data.models import trunk_fingerprint
+from mtpd import ranks
+from mtpd.data.models import resolve_device, trunk_fingerprint
+from mtpd.distill.directory import RunDirectory
 from mtpd.distill.reopen import FinishedRun, open_finished, original_trunk, reopen, trained_prompts, trunk_name
 from mtpd.errors import UserError
 from mtpd.evaluate import gate, outputs, tables
@@ -22,6 +24,7 @@ from mtpd.evaluate.suites import Question, Suite, load_suite, questions
 from mtpd.evaluate.trunk_quality import TrunkQuality, trunk_quality
 from mtpd.files import fingerprint_file, write_whole
 from mtpd.heads import WEIGHTS
+from mtpd.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +60,15 @@ def evaluate_run(request: Request, *, progress: bool = True) -> int:
     Raises:
         UserError: a mistake in the request or in a file that it names.
     """
-    began = time.monotonic()
     # Everything that can be wrong with files is found before a model is loaded.
     recipe, run = open_finished(request.run, heads=request.heads)
+    with ranks.joined(resolve_device(recipe.device)):
+        # What is measured is speed as well: one rank works, and the others wait.
+        return _evaluate(request, recipe, run, progress=progress) if ranks.is_main() else 0
+
+
+def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: bool) -> int:
+    began = time.monotonic()
     baseline = None if request.against is None else Acceptance.load(request.against)
     gate.check_max_drop(request.max_drop)
     mode = request.mode or ("offline" if baseline is None else baseline.mode)

@@ -16,16 +16,20 @@ from typing import Any
 
 from rich.console import Console
 
+from mtpd import ranks
+from mtpd.data.models import resolve_device
 from mtpd.data.packing import PackedRows, Sample
 from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, store_key
+from mtpd.distill.apart import trunk_apart
 from mtpd.distill.below import FinishedDepths
 from mtpd.distill.directory import RunDirectory
 from mtpd.distill.measuring import set_apart, spread
+from mtpd.distill.outcome import measure
 from mtpd.distill.reopen import open_finished
 from mtpd.distill.run import (
     Session,
+    fill_together,
     hidden_states,
-    measure,
     measured_samples,
     split_prompts,
     start,
@@ -71,12 +75,25 @@ def extend(path: Path, given: Mapping[str, Any], *, fresh: bool = False, progres
     Raises:
         UserError, MtpdError: with one line that names the cause.
     """
-    console = Console(quiet=not progress, width=None if sys.stdout.isatty() else 132)
     recipe, run = open_finished(path)
+    with ranks.joined(resolve_device(recipe.device)):
+        return _extend(path, recipe, run, given, fresh=fresh, progress=progress and ranks.is_main())
+
+
+def _extend(
+    path: Path, recipe: Recipe, run: RunDirectory, given: Mapping[str, Any], *, fresh: bool, progress: bool
+) -> Path:
+    console = Console(quiet=not progress, width=None if sys.stdout.isatty() else 132)
     if run.stage.is_file():
         raise UserError(f"{path}: is a stage of an extension; give the run directory that it is in")
     recipe = _with_section(recipe, given)
     session = start(recipe, run, progress=progress)
+    with trunk_apart(session.trunk, recipe, device=resolve_device(recipe.device), folder=run.offload):
+        return _extend_run(session, console, fresh=fresh)
+
+
+def _extend_run(session: Session, console: Console, *, fresh: bool) -> Path:
+    recipe, run = session.recipe, session.run
     heads = chain_of(load_heads(run.heads, session.trunk, fingerprint=session.fingerprint), what="mtpd extend")
     prompts = split_prompts(recipe)
     samples, apart = measured_samples(session, prompts.held_out)
@@ -106,7 +123,10 @@ def extend_heads(material: Material, heads: ChainHeads, console: Console, *, fre
         if settings.auto and not _pays(material, heads, reached, console):
             return reached.path
         stage = _stage_directory(session.run, settings, depth)
-        _begin(stage, session, settings, heads, reached, depth, fresh=fresh)
+        if ranks.is_main():
+            _begin(stage, session, settings, heads, reached, depth, fresh=fresh)
+        ranks.barrier()
+        ranks.wait_for(stage.stage)
         heads = _run_stage(material, stage, heads, depth)
         _show(material, stage, heads, console)
         reached = stage
@@ -164,19 +184,22 @@ def _run_stage(material: Material, stage: RunDirectory, old: ChainHeads, depth: 
     """Loops, trains and measures, or goes on with it."""
     session = replace(material.session, run=stage, recipe=_stage_recipe(material.session.recipe, stage.path))
     settings, trunk = session.recipe.extend, session.trunk
-    if not (stage.heads / WEIGHTS).is_file():
+    if not ranks.from_main((stage.heads / WEIGHTS).is_file):
         heads = extended(old, trunk, depth=depth, form=settings.form, rank=settings.rank, seed=session.recipe.seed)
-        if not (stage.heads_before / WEIGHTS).is_file():
+        if ranks.is_main() and not (stage.heads_before / WEIGHTS).is_file():
             save_heads(heads, stage.heads_before)
         measure(session, heads, material.samples, stage.heads_before, stage.acceptance_before)
         if settings.steps != 0:
             rows, store = material.rows()
+            fill_together(session, rows, store)
             # Blocks that serve all depths are trained on all of them.
             finished = None
             if settings.form != "shared":
                 finished = FinishedDepths(trunk, old, _store_of_states(session, rows, old))
             train_heads(session, heads, rows, store, material.chosen_by, finished)
-        save_heads(heads, stage.heads)
+        if ranks.is_main():
+            save_heads(heads, stage.heads)
+        ranks.barrier()
     trained = chain_of(load_heads(stage.heads, trunk, fingerprint=session.fingerprint), what="mtpd extend")
     measure(session, trained, material.samples, stage.heads, stage.acceptance)
     return trained
@@ -201,7 +224,7 @@ def _store_of_states(session: Session, rows: PackedRows, old: ChainHeads) -> Hid
         return MemoryStore(session.trunk, rows)
     key = store_key(session.fingerprint, session.tokenizer, [], rows)
     key["heads"] = read_sealed(session.run.stage, refusal="not a stage of an extension")["heads"]
-    return DiskStore(session.run.hidden_states, session.trunk, rows, key=key)
+    return DiskStore(session.run.hidden_states, session.trunk, rows, key=key, together=True)
 
 
 def _measured_depths(material: Material, heads: ChainHeads, run: RunDirectory) -> Depths | None:
@@ -209,7 +232,7 @@ def _measured_depths(material: Material, heads: ChainHeads, run: RunDirectory) -
     session = material.session
     if not session.recipe.evaluation.decode_prompts:
         return None
-    if not run.depths.is_file():
+    if ranks.is_main() and not run.depths.is_file():
         copy = chain_of(build_heads(session.trunk, heads.config), what="mtpd extend")
         copy.load_state_dict(heads.state_dict())
         prompts = spread(material.samples, min(DECODED_PROMPTS, session.recipe.evaluation.decode_prompts))
@@ -222,6 +245,7 @@ def _measured_depths(material: Material, heads: ChainHeads, run: RunDirectory) -
             acceptance=Acceptance.load(run.acceptance).total(),
         )
         found.save(run.depths)
+    ranks.barrier()
     return Depths.load(run.depths)
 
 
@@ -245,7 +269,8 @@ def _show(material: Material, stage: RunDirectory, heads: ChainHeads, console: C
     """Acceptance and speed of a stage, by depth."""
     before, after = Acceptance.load(stage.acceptance_before), Acceptance.load(stage.acceptance)
     apart = frozenset(Path(source).stem for source in material.session.recipe.evaluation.extra)
-    plot_car(stage.plot, {"looped, untrained": before, "after training": after}, apart=apart)
+    if ranks.is_main():
+        plot_car(stage.plot, {"looped, untrained": before, "after training": after}, apart=apart)
     owned = sum(parameter.numel() for parameter in heads.parameters())
     console.print(
         f"{stage.path}: {heads.depth} drafts from {owned:,} parameters; tau {before.total().tau:.3f} untrained, "

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mtpd import ranks
 from mtpd.data.packing import Sample
 from mtpd.errors import MtpdError
 from mtpd.evaluate.trunk_quality import TrunkQuality, negative_log_likelihood
@@ -85,7 +86,10 @@ class JointTrunk:
                 parameter.copy_(found[name])
 
     def write_merged(self, folder: Path, tokenizer: Any) -> None:
-        """Merges the adapters for good, and writes the model as a checkpoint that appears whole or not at all."""
+        """Merges the adapters for good, and writes the model as a checkpoint that appears whole or not at all.
+
+        The main rank writes, and the others wait for it.
+        """
         layers = self.trunk.decoder.layers
         for name, module in list(layers.named_modules()):
             if module in self.modules:
@@ -93,12 +97,14 @@ class JointTrunk:
                 layers.set_submodule(name, module.get_base_layer())
         for attribute in ("peft_config", "active_adapter"):
             layers.__dict__.pop(attribute, None)
-        beside = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(beside, ignore_errors=True)
-        self.trunk.model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+        if ranks.is_main():
+            beside = folder.with_name(f".{folder.name}.partial")
+            shutil.rmtree(beside, ignore_errors=True)
+            self.trunk.model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.rename(folder)
+        ranks.barrier()
 
 
 def main_head_quality(trunk: Trunk, samples: Sequence[Sample]) -> TrunkQuality:
@@ -129,8 +135,9 @@ class PerplexityLimit(TrainerCallback):
         Raises:
             MtpdError: it has risen by more than the recipe allows.
         """
-        now = main_head_quality(self.trunk, self.samples).perplexity
-        write_whole(self.path, json.dumps(sealed({"step": step, "before": self.before, "after": now})) + "\n")
+        now = float(ranks.from_main(lambda: main_head_quality(self.trunk, self.samples).perplexity))
+        if ranks.is_main():
+            write_whole(self.path, json.dumps(sealed({"step": step, "before": self.before, "after": now})) + "\n")
         if not now <= self.before * (1.0 + self.max_rise):
             raise MtpdError(
                 f"the main head's perplexity rose from {self.before:.4f} to {now:.4f} by step {step}, more than "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -15,11 +17,20 @@ from mtpd.data.models import load_model, resolve_device, resolve_dtype
 from mtpd.data.vocabulary import draft_size
 from mtpd.distill.estimate import Sizes, TextEstimate, estimate_disk, estimate_memory, estimate_text
 from mtpd.distill.run import check_row_length, real_tokens, with_native_depth
-from mtpd.heads import build_heads, configure_heads
+from mtpd.distill.scaling import SPARE, Fit, Load, fits, host_memory
+from mtpd.heads import Heads, build_heads, configure_heads
 from mtpd.recipe import Recipe, stages_of
 from mtpd.trunk import Trunk
 
 WIDTH = 100
+SHARDED_BY_DEEPSPEED = {
+    "none": "nothing has to be sharded",
+    "zero1": "the optimizer state of the heads is sharded",
+    "zero2": "the gradients and the optimizer state of the heads are sharded",
+    "zero3": "the trunk's layers and all of the heads are sharded",
+    "zero3-cpu": "the trunk's layers are in host memory, a share with each process",
+    "zero3-nvme": "the trunk's layers are on the disk, a share with each process",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,17 @@ class Plan:
     memory: dict[str, dict[str, int]]
     """By phase (generating, training, decoding) and purpose."""
     disk: dict[str, int | None]
+    load: Load
+    devices: int
+    device_memory: float
+    """Bytes of each device."""
+    given: bool
+    """Whether the devices are those that were asked for, and not those of this machine."""
+
+    @property
+    def shardings(self) -> list[Fit]:
+        """The ways to shard over the devices, from the first to be tried on."""
+        return fits(self.load, self.devices, self.device_memory)
 
     @property
     def peak_memory(self) -> int:
@@ -88,6 +110,7 @@ class Plan:
         ]
         for phase, purposes in self.memory.items():
             lines.append((f"memory, {phase}", f"{size(sum(purposes.values()))}: {_parts(purposes)}"))
+        lines += [*self._sharding(), ("", "")]
         known = sum(part or 0 for part in self.disk.values())
         beyond = " and what is not known yet" if None in self.disk.values() else ""
         lines += [("disk", f"{size(known)}{beyond}: {_parts(self.disk)}"), ("", "")]
@@ -95,6 +118,28 @@ class Plan:
         if recipe.trunk.train != "frozen":
             notes.append("memory for training the trunk itself (trunk.train) is not in them")
         return lines + [("assumed" if not index else "", note) for index, note in enumerate(notes)]
+
+    def _sharding(self) -> list[tuple[str, str]]:
+        """What a device holds in training by `train.deepspeed`, and the first value that fits."""
+        found = self.shardings
+        whose = "as given" if self.given else "of this machine"
+        each = f"{size(self.device_memory)} each" if self.devices > 1 else size(self.device_memory)
+        lines = [("devices", f"{self.devices} with {each}, {whose}; a plan fills {SPARE:.0%} of it")]
+        needed = ", ".join(f"{_value(fit)} {size(fit.total)}{'' if fit.fits else ' (too much)'}" for fit in found)
+        lines.append(("train.deepspeed", f"memory of a device in training: {needed}"))
+        chosen = next((fit for fit in found if fit.fits), None)
+        if chosen is None:
+            least = min(found, key=lambda fit: fit.total)
+            largest = max(least.memory, key=lambda name: least.memory[name])
+            text = f"none fits; {_value(least)} needs least, most of it for {largest} ({size(least.memory[largest])})"
+        else:
+            text = f"{_value(chosen)} is the first that fits: {SHARDED_BY_DEEPSPEED[chosen.sharding]}"
+            if host := host_memory(self.load, chosen.sharding, self.devices):
+                text += f" ({size(host)})"
+        own = self.recipe.train.deepspeed or "null"
+        if chosen is None or own != _value(chosen):
+            text += f"; the recipe has {own}"
+        return [*lines, ("", text)]
 
     def _extension(self) -> list[tuple[str, str]]:
         """What the heads are extended to afterwards."""
@@ -131,8 +176,12 @@ class Plan:
         return "; ".join([*passes, "held-out prompts: generation, and 1 before and after"])
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, *, devices: int | None = None, device_memory: float | None = None) -> Plan:
     """Plans a run on the meta device: no weight is loaded, no data set downloaded, no file written.
+
+    Args:
+        devices: to plan for; None for those of this machine.
+        device_memory: of each device in GB (powers of ten); None for that of this machine.
 
     Raises:
         UserError: what the run itself would refuse, as far as it shows without weights.
@@ -171,6 +220,8 @@ def plan(recipe: Recipe) -> Plan:
     text = estimate_text(recipe, tokenizer)
     wanted = recipe.evaluation.dtype
     decoding = dtype if wanted == "trunk" else resolve_dtype(wanted, device)
+    memory = estimate_memory(recipe, sizes, text, decoding_item=decoding.itemsize, own_logits=heads.piece_bytes())
+    count, bytes_of_each = _devices(device, devices)
     return Plan(
         recipe=recipe,
         architecture=trunk.name,
@@ -184,9 +235,69 @@ def plan(recipe: Recipe) -> Plan:
         frozen=frozen,
         trained=trained,
         text=text,
-        memory=estimate_memory(recipe, sizes, text, decoding_item=decoding.itemsize, own_logits=heads.piece_bytes()),
+        memory=memory,
         disk=estimate_disk(recipe, sizes, text),
+        load=training_load(recipe, trunk, heads, sizes, memory["training"]),
+        devices=count,
+        device_memory=bytes_of_each if device_memory is None else 1e9 * device_memory,
+        given=devices is not None or device_memory is not None,
     )
+
+
+def training_load(recipe: Recipe, trunk: Trunk, heads: Heads, sizes: Sizes, training: Mapping[str, int]) -> Load:
+    """What a rank computes and holds in training.
+
+    Args:
+        training: bytes by purpose, as `estimate_memory` gives them.
+    """
+    layers = list(trunk.decoder.layers)
+    parts: Any = getattr(heads, "layers", None)
+    blocks = list(parts) if parts is not None and len(parts) else [heads]
+    # A block that serves all depths is gone through once for each.
+    often = recipe.heads.depth / len(blocks)
+    sharded = ("trunk", "heads, float32", "gradients", "optimizer")
+    return Load(
+        trunk=sizes.frozen,
+        layers=sum(map(_numbers, layers)),
+        largest_layer=max(map(_numbers, layers)),
+        heads=sizes.trained,
+        largest_head=max(map(_numbers, blocks)),
+        hidden=sizes.hidden,
+        item=sizes.item,
+        beside={name: part for name, part in training.items() if name not in sharded and part},
+        tokens=recipe.train.rows_per_step * recipe.data.row_length,
+        active=_active(layers, trunk.config),
+        active_heads=round(often * _active([heads], trunk.config)),
+        depth=recipe.heads.depth,
+        vocabulary=sizes.columns,
+    )
+
+
+def _numbers(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _active(modules: Iterable[torch.nn.Module], config: Any) -> int:
+    """Parameters that one token goes through: all, but for the experts that it is not sent to."""
+    each = [pair for module in modules for pair in module.named_parameters()]
+    experts = sum(parameter.numel() for name, parameter in each if ".experts." in name)
+    names = ("n_routed_experts", "num_experts", "num_local_experts")
+    count = next((int(found) for name in names if (found := getattr(config, name, None))), 1)
+    chosen = int(getattr(config, "num_experts_per_tok", None) or count)
+    return sum(parameter.numel() for _, parameter in each) - round(experts * (1 - chosen / count))
+
+
+def _devices(device: torch.device, count: int | None) -> tuple[int, float]:
+    """How many devices to plan for, and bytes of each on this machine."""
+    if device.type == "cpu":
+        return count or 1, psutil.virtual_memory().total / (count or 1)
+    here = torch.accelerator.device_count()
+    return count or here, float(torch.accelerator.get_memory_info(0)[1])
+
+
+def _value(fit: Fit) -> str:
+    """What the recipe key has to be."""
+    return "null" if fit.sharding == "none" else fit.sharding
 
 
 def amount(count: int | None) -> str:
@@ -194,7 +305,7 @@ def amount(count: int | None) -> str:
     return "an unknown number" if count is None else f"{count:,}"
 
 
-def size(count: int) -> str:
+def size(count: float) -> str:
     """Bytes in kB, MB or GB (powers of ten)."""
     if count >= 1e9:
         return f"{count / 1e9:,.1f} GB"

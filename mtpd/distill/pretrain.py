@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from mtpd import alignment
+from mtpd import alignment, ranks
 from mtpd.data.models import resolve_device, resolve_dtype, trunk_fingerprint
 from mtpd.data.streams import stream_rows
 from mtpd.distill.safe_trainer import SafeTrainer
@@ -123,6 +123,13 @@ def pretrain(recipe: PretrainRecipe, *, progress: bool = True) -> Path:
     Raises:
         UserError, MtpdError: with one line that names the cause.
     """
+    with ranks.joined(resolve_device(recipe.device)):
+        if ranks.count() > 1:
+            raise UserError(f"mtpd pretrain: {ranks.count()} processes are not accepted; accepted: one")
+        return _pretrain(recipe, progress=progress)
+
+
+def _pretrain(recipe: PretrainRecipe, *, progress: bool) -> Path:
     run = recipe.output
     if (run / "recipe.yaml").is_file():
         if (run / "recipe.yaml").read_text(encoding="utf-8") != dump(recipe):

@@ -1,6 +1,10 @@
 """`mtpd distill` from beginning to end. Each step leaves files, and a repeated call goes on after the last whole one.
 
 recipe -> trunk -> prompts -> responses -> packed rows -> hidden states -> heads -> acceptance
+
+Several ranks take the same steps. Responses, hidden states and training they share; the main rank alone starts heads,
+measures and writes what is written once, and the others wait for its files. Where the trunk's layers are shared out
+over the ranks, they do that together too, and the main rank writes.
 """
 
 from __future__ import annotations
@@ -10,29 +14,28 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 
+from mtpd import ranks
 from mtpd.checkpoints.importing import native_depth, native_heads
-from mtpd.data.models import load_model, resolve_dtype, trunk_fingerprint
+from mtpd.data import builtin_models
+from mtpd.data.models import load_model, resolve_device, resolve_dtype, trunk_fingerprint
 from mtpd.data.packing import PackedRows, Sample, collate, pack
 from mtpd.data.prompts import Prompt, given_sample, load_prompts, split_held_out
 from mtpd.data.responses import end_tokens, generate_responses
-from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, store_key, with_hidden
+from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, fill, store_key, with_hidden
 from mtpd.data.vocabulary import draft_vocabulary, load_vocabulary
-from mtpd.distill.directory import RunDirectory, finish_provenance, measured, open_run, write_provenance
+from mtpd.distill.apart import is_apart, trunk_apart
+from mtpd.distill.directory import RunDirectory, finish_provenance, open_run, write_provenance
 from mtpd.distill.measuring import set_apart, spread
+from mtpd.distill.outcome import decode, measure, show
 from mtpd.distill.rows import TrainingRows
 from mtpd.distill.training import train_heads
 from mtpd.errors import UserError, enough_memory
-from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.contamination import write_signatures
-from mtpd.evaluate.decoded import measure_decoded
-from mtpd.evaluate.offline import measure_offline
-from mtpd.evaluate.report import decoded_table, offline_table, plot_car
-from mtpd.files import fingerprint_file
 from mtpd.heads import WEIGHTS, Heads, build_heads, chain_of, configure_heads, load_heads, save_heads, start_heads
 from mtpd.recipe import Recipe, parse_recipe
 from mtpd.trunk import Trunk
@@ -71,13 +74,23 @@ def distill(recipe: Recipe, *, fresh: bool = False, resume: str = "auto", progre
     Raises:
         UserError, MtpdError: with one line that names the cause.
     """
-    from mtpd.distill.trained_trunk import train_jointly, with_trained_trunk  # which is made of the steps here
+    with ranks.joined(resolve_device(recipe.device)):
+        return _distill(with_native_depth(recipe), fresh=fresh, resume=resume, progress=progress and ranks.is_main())
 
+
+def _distill(recipe: Recipe, *, fresh: bool, resume: str, progress: bool) -> Path:
     # Wide enough for the tables where the output is a file.
     console = Console(quiet=not progress, width=None if sys.stdout.isatty() else 132)
-    recipe = with_native_depth(recipe)
-    run = open_run(recipe, fresh=fresh, resume=resume)
+    run = open_together(recipe, fresh=fresh, resume=resume)
     session = replace(start(recipe, run, progress=progress), resume=resume)
+    with trunk_apart(session.trunk, recipe, device=resolve_device(recipe.device), folder=run.offload):
+        return _take_steps(session, console)
+
+
+def _take_steps(session: Session, console: Console) -> Path:
+    from mtpd.distill.trained_trunk import train_jointly, with_trained_trunk  # which is made of the steps here
+
+    recipe, run = session.recipe, session.run
     prompts = split_prompts(recipe)
     console.print(
         f"{recipe.model}: {session.trunk.name}, {session.trunk.depth} layers, {session.trunk.dtype}; "
@@ -85,34 +98,40 @@ def distill(recipe: Recipe, *, fresh: bool = False, resume: str = "auto", progre
     )
     rows = training_rows(session, prompts.train)
     trained = [*prompts.train, *given_texts(recipe)]
-    write_provenance(
-        run,
-        trunk=session.fingerprint,
-        rows=rows.fingerprint,
-        prompts=[prompt.fingerprint for prompt in trained],
-    )
-    if not run.trained_prompts.is_file():
-        write_signatures(run.trained_prompts, [prompt.text for prompt in trained])
+    if ranks.is_main():
+        write_provenance(
+            run,
+            trunk=session.fingerprint,
+            rows=rows.fingerprint,
+            prompts=[prompt.fingerprint for prompt in trained],
+        )
+        if not run.trained_prompts.is_file():
+            write_signatures(run.trained_prompts, [prompt.text for prompt in trained])
     store = hidden_states(session, rows, prompts.train)
     samples, apart = measured_samples(session, prompts.held_out)
     samples, chosen_by = set_apart(recipe, samples, apart)
-    if not (run.heads / WEIGHTS).is_file():
+    if not ranks.from_main((run.heads / WEIGHTS).is_file):
+        fill_together(session, rows, store)
         heads = new_heads(session, rows, store)
         measure(session, heads, samples, run.heads_before, run.acceptance_before)
         if recipe.trunk.train == "frozen":
             train_heads(session, heads, rows, store, chosen_by)
         else:
             train_jointly(session, heads, rows, store, samples, chosen_by)
-        save_heads(heads, run.heads)
+        if ranks.is_main():
+            save_heads(heads, run.heads)
+        ranks.barrier()
     if recipe.trunk.train != "frozen":
         session = with_trained_trunk(session, console)
         samples, chosen_by = set_apart(recipe, *measured_samples(session, prompts.held_out))
     heads = load_heads(run.heads, session.trunk, fingerprint=session.fingerprint)
     measure(session, heads, samples, run.heads, run.acceptance)
-    if recipe.evaluation.decode_prompts and recipe.trunk.train == "frozen":
-        decode(session, samples)
-    show(run, console, apart)
-    finish_provenance(run)
+    if ranks.is_main():
+        if recipe.evaluation.decode_prompts and recipe.trunk.train == "frozen":
+            decode(session, samples)
+        show(run, console, apart)
+        finish_provenance(run)
+    ranks.barrier()
     if recipe.extend.to is None and not recipe.extend.auto:
         return run.path
     from mtpd.distill.extend import Material, extend_heads  # which is made of the steps here
@@ -134,20 +153,50 @@ def with_native_depth(recipe: Recipe) -> Recipe:
     return parse_recipe(values)
 
 
+def open_together(recipe: Recipe, *, fresh: bool, resume: str = "auto") -> RunDirectory:
+    """The run directory, opened (and with `fresh` emptied) by the main rank.
+
+    Raises:
+        UserError: as `open_run`, and for a recipe that gives all ranks the same device.
+    """
+    if ranks.count() > 1 and ":" in recipe.device:
+        raise UserError(
+            f"device: {recipe.device} is one device, and there are {ranks.count()} processes, of which each takes its "
+            f"own; accepted: auto, {recipe.device.partition(':')[0]}"
+        )
+    if ranks.is_main():
+        open_run(recipe, fresh=fresh, resume=resume)
+    ranks.barrier()
+    run = RunDirectory(recipe.output)
+    ranks.wait_for(run.recipe)
+    return run
+
+
 def start(recipe: Recipe, run: RunDirectory, *, progress: bool) -> Session:
     """Loads the model and proves that heads can be built for it."""
+    with ranks.main_first():
+        if recipe.model == "demo":
+            builtin_models.demo_directory()
+    apart = is_apart(recipe)
+    dtype = resolve_dtype(recipe.dtype, resolve_device(recipe.device))
     model, tokenizer = load_model(
-        recipe.model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
+        recipe.model,
+        dtype=str(dtype).removeprefix("torch."),
+        device="cpu" if apart else recipe.device,
+        trust_remote_code=recipe.trust_remote_code,
+        empty=apart and not ranks.is_main(),
     )
     trunk = Trunk(model, tokens=real_tokens(model, tokenizer))
-    trunk.check()
+    if ranks.is_main() or not apart:
+        trunk.check()
     check_row_length(recipe, trunk)
     if trunk.recurrent and recipe.evaluation.decode_prompts:
         raise UserError(
             f"evaluation.decode_prompts: {recipe.evaluation.decode_prompts} is not accepted for {trunk.name}, whose "
             "linear attention cannot take rejected drafts back in mtpd's decoding; accepted: 0"
         )
-    return Session(recipe, run, trunk, tokenizer, trunk_fingerprint(model), end_tokens(model, tokenizer), progress)
+    fingerprint = ranks.from_main(lambda: trunk_fingerprint(model))
+    return Session(recipe, run, trunk, tokenizer, fingerprint, end_tokens(model, tokenizer), progress)
 
 
 def check_row_length(recipe: Recipe, trunk: Trunk) -> None:
@@ -229,6 +278,7 @@ def respond(
             batch=batch,
             seed=session.recipe.seed,
             max_length=session.trunk.context,
+            together=True,
             progress=session.progress,
         )
 
@@ -247,7 +297,23 @@ def hidden_states(session: Session, rows: PackedRows, prompts: Sequence[Prompt])
         rows,
         before_last=session.recipe.heads.shared_layers,
     )
-    return DiskStore(data.store or session.run.hidden_states, session.trunk, rows, key=key)
+    return DiskStore(data.store or session.run.hidden_states, session.trunk, rows, key=key, together=True)
+
+
+def fill_together(session: Session, rows: PackedRows, store: HiddenStates | None) -> None:
+    """Fills a store on the disk ahead of training where there are several ranks, each with its share of the rows.
+
+    In training a rank meets rows that another one has computed, and would compute them again.
+    """
+    if isinstance(store, DiskStore) and store.shared:
+        fill(
+            store,
+            session.trunk,
+            rows,
+            batch_rows=session.recipe.train.rows_per_step,
+            before_last=session.recipe.heads.shared_layers,
+            progress=session.progress,
+        )
 
 
 def vocabulary_of(session: Session, rows: PackedRows) -> torch.Tensor | None:
@@ -280,12 +346,24 @@ def measured_samples(session: Session, held_out: Sequence[Prompt]) -> tuple[list
 
 def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) -> Heads:
     """Heads with their first weights, kept in `heads-before/`."""
-    run, trunk, recipe = session.run, session.trunk, session.recipe
-    if (run.heads_before / WEIGHTS).is_file():
-        return load_heads(run.heads_before, trunk, fingerprint=session.fingerprint)
+    run, trunk = session.run, session.trunk
+    if not ranks.from_main((run.heads_before / WEIGHTS).is_file):
+        if ranks.is_main() or trunk.partitioned:
+            heads = _started(session, rows, store)
+            if store is not None:
+                # The states that the start was fitted to are those that training reads, also after an interruption.
+                store.flush()
+            if ranks.is_main():
+                save_heads(heads, run.heads_before)
+        ranks.barrier()
+    return load_heads(run.heads_before, trunk, fingerprint=session.fingerprint)
+
+
+def _started(session: Session, rows: PackedRows, store: HiddenStates | None) -> Heads:
+    trunk, recipe = session.trunk, session.recipe
     vocabulary = vocabulary_of(session, rows)
     if recipe.heads.init == "native":
-        heads = native_heads(
+        return native_heads(
             recipe.model,
             trunk,
             depth=recipe.heads.depth,
@@ -293,8 +371,6 @@ def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) ->
             vocabulary=vocabulary,
             fingerprint=session.fingerprint,
         )
-        save_heads(heads, run.heads_before)
-        return heads
     size = 0 if vocabulary is None else len(vocabulary)
     heads = build_heads(
         trunk,
@@ -313,10 +389,6 @@ def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) ->
         seed=recipe.seed,
         source=source,
     )
-    if store is not None:
-        # The states that the start was fitted to are those that training reads, also after an interruption.
-        store.flush()
-    save_heads(heads, run.heads_before)
     return heads
 
 
@@ -331,81 +403,3 @@ def fitting_batches(
     ]
     before_last = session.recipe.heads.shared_layers
     return [with_hidden(batch, session.trunk, store, before_last=before_last) for batch in batches]
-
-
-def measure(session: Session, heads: Heads, samples: Sequence[Sample], folder: Path, path: Path) -> None:
-    """Offline acceptance of the heads of a folder, written to `path` unless it is there."""
-    if measured(path, folder):
-        return
-    with torch.no_grad():
-        trained = heads.training
-        heads.eval()
-        copy = build_heads(session.trunk, heads.config)
-        copy.load_state_dict(heads.state_dict())
-        copy.to(session.trunk.dtype).eval()
-        heads.train(trained)
-    suites = measure_offline(session.trunk, copy, samples, end_tokens=session.ends, progress=session.progress)
-    acceptance_of(session, session.trunk, copy, folder, "offline", suites).save(path)
-
-
-def acceptance_of(
-    session: Session,
-    trunk: Trunk,
-    heads: Heads,
-    folder: Path,
-    mode: Literal["offline", "decoded"],
-    suites: dict[str, SuiteCounts],
-) -> Acceptance:
-    """The acceptance file of a measurement on held-out prompts, with the settings that it was made with."""
-    evaluation = session.recipe.evaluation
-    limit = evaluation.prompts_limit if mode == "offline" else evaluation.decode_prompts
-    for suite in suites.values():
-        suite.settings = {"limit": limit, "max_new_tokens": evaluation.max_new_tokens, "seed": session.recipe.seed}
-    return Acceptance(
-        mode=mode,
-        settings={"dtype": str(trunk.dtype).removeprefix("torch."), "drafts": heads.depth},
-        trunk=session.fingerprint,
-        heads=fingerprint_file(folder / WEIGHTS),
-        suites=suites,
-    )
-
-
-def decode(session: Session, samples: Sequence[Sample]) -> None:
-    """Decodes with the heads before and after training, beside plain `generate`; writes both acceptance files."""
-    run, evaluation = session.run, session.recipe.evaluation
-    if measured(run.decoded_before, run.heads_before) and measured(run.decoded, run.heads):
-        return
-    trunk = session.trunk
-    wanted = trunk.dtype if evaluation.dtype == "trunk" else resolve_dtype(evaluation.dtype, trunk.device)
-    if wanted != trunk.dtype:
-        model, _ = load_model(
-            session.recipe.model,
-            dtype=evaluation.dtype,
-            device=session.recipe.device,
-            trust_remote_code=session.recipe.trust_remote_code,
-        )
-        trunk = Trunk(model, tokens=session.trunk.tokens)
-    folders = {run.decoded_before: run.heads_before, run.decoded: run.heads}
-    heads = {path.name: load_heads(folder, trunk).to(wanted) for path, folder in folders.items()}
-    for each in heads.values():
-        each.shorten(evaluation.decode_depth or each.depth)
-    results = measure_decoded(
-        trunk,
-        heads,
-        spread(list(samples), evaluation.decode_prompts),
-        max_new_tokens=evaluation.max_new_tokens,
-        end_tokens=session.ends,
-        progress=session.progress,
-    )
-    for path, folder in folders.items():
-        acceptance_of(session, trunk, heads[path.name], folder, "decoded", results[path.name]).save(path)
-
-
-def show(run: RunDirectory, console: Console, apart: frozenset[str]) -> None:
-    """Tables on the terminal and the picture of CAR by depth."""
-    before, after = Acceptance.load(run.acceptance_before), Acceptance.load(run.acceptance)
-    plot_car(run.plot, {"before training": before, "after training": after}, apart=apart)
-    console.print(offline_table(before, after, apart=apart))
-    if run.decoded.is_file():
-        console.print(decoded_table(Acceptance.load(run.decoded_before), Acceptance.load(run.decoded), apart=apart))
-    console.print(f"CAR by depth: {run.plot}")

@@ -89,13 +89,32 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def move_outside_of_layers(trunk: Trunk, device: torch.device) -> None:
+    """Moves all of a trunk to a device but the weights of its layers; embeddings are those of the first process.
+
+    Layers follow one parameter at a time, when they are partitioned, and come from the first process too.
+    """
+    layers = set(trunk.decoder.layers.modules())
+    for module in trunk.model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+        for parameter in () if module in layers else module._parameters.values():
+            if parameter is not None:
+                parameter.data = parameter.data.to(device)
+    if torch.distributed.is_initialized():
+        ends = (trunk.model.get_input_embeddings(), trunk.model.get_output_embeddings())
+        for parameter in {id(each): each for end in ends for each in end.parameters()}.values():
+            torch.distributed.broadcast(parameter.data, 0)
+
+
 @contextmanager
-def partitioned(trunk: Trunk, config: dict[str, Any]) -> Iterator[None]:
+def partitioned(trunk: Trunk, config: dict[str, Any], *, for_good: bool = False) -> Iterator[None]:
     """Within it, each process holds its share of the trunk's layers. Afterwards the trunk is whole again.
 
     After an error it is left as it is: to put it together takes all processes, and the others may be gone.
 
     Args:
+        for_good: leaves it so afterwards as well.
         config: of DeepSpeed, with stage 3 (`DeepSpeedSettings.for_trunk`).
 
     Raises:
@@ -114,6 +133,8 @@ def partitioned(trunk: Trunk, config: dict[str, Any]) -> Iterator[None]:
         for parent, name, module in kept:
             parent._modules[name] = module
     yield
+    if for_good:
+        return
     shares = [each for each in decoder.parameters() if hasattr(each, "ds_id")]
     whole = {id(each): _whole(each).to(trunk.device) for each in shares}
     engine.destroy()

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
+from mtpd import ranks
 from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.data.packing import PackedRows, Sample
 from mtpd.data.store import HiddenStates
@@ -39,7 +40,8 @@ def train_jointly(
     recipe, run, trunk = session.recipe, session.run, session.trunk
     settings = recipe.trunk
     checked = spread(list(samples), PERPLEXITY_PROMPTS)
-    limit = PerplexityLimit(trunk, checked, recipe, main_head_quality(trunk, checked).perplexity, run.perplexity)
+    before = float(ranks.from_main(lambda: main_head_quality(trunk, checked).perplexity))
+    limit = PerplexityLimit(trunk, checked, recipe, before, run.perplexity)
     joint = JointTrunk(
         trunk,
         rank=settings.rank,

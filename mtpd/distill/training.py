@@ -101,7 +101,7 @@ def train_heads(
             progress=session.progress,
             skip_bad_batches=recipe.train.skip_bad_batches,
         )
-        if settings is not None and settings.stage == 3:
+        if settings is not None and settings.stage == 3 and not trunk.partitioned:
             layers = trunk.decoder.layers
             folder = session.run.path / "offload"
             running.enter_context(

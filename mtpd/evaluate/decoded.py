@@ -9,8 +9,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from mtpd.data.answering import plain_generation
 from mtpd.data.packing import Sample
-from mtpd.data.responses import plain_generation
 from mtpd.decode import generate
 from mtpd.evaluate.acceptance import PromptCounts, SuiteCounts
 from mtpd.files import fingerprint_json, short

@@ -1,0 +1,172 @@
+"""Memory of one rank and time of one step, by how the run is sharded: one formula for plans, tables and documents.
+
+N ranks; the trunk has P parameters of b bytes, of which L are in its layers; the heads have H parameters, which are
+trained in float32. A rank holds, in bytes:
+
+    sharding        trunk               heads           gradients   Adam's moments    on the host
+    none            P b                 4 H             4 H         8 H               -
+    zero1           P b                 4 H + 4 H / N   4 H         8 H / N           -
+    zero2           P b                 4 H + 4 H / N   4 H / N     8 H / N           -
+    zero3           (P - L + L / N) b   8 H / N         4 H / N     8 H / N           -
+    zero3-cpu       (P - L) b           8 H / N         4 H / N     8 H / N           L b / N
+    zero3-nvme      (P - L) b           8 H / N         4 H / N     8 H / N           -
+
+DeepSpeed keeps a second copy of the weights that it updates, its master copy: 4 H / N. Beside it there are buckets in
+which gradients are reduced, at stage 3 the layers that are whole for a moment, and what does not depend on sharding:
+the heads in the trunk's number format, activations, the states of a batch, and the tile of the loss. At stage 3
+embedding and unembedding stay whole: each step reads all of both.
+
+The time of a step is that of its floating-point operations at a rate that is given, or that of its messages at a
+bandwidth that is given, whichever is longer, for the trunk and for the heads on their own: layers are fetched while
+others compute. Nothing is added for what does not overlap, so a real step takes longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Sharding = Literal["none", "zero1", "zero2", "zero3", "zero3-cpu", "zero3-nvme"]
+SHARDINGS: tuple[Sharding, ...] = ("none", "zero1", "zero2", "zero3", "zero3-cpu", "zero3-nvme")
+"""From the one that exchanges least to the one that needs least memory; "none" is train.deepspeed: null."""
+LIVE_LAYERS = 3
+"""Layers that are whole at a time at stage 3: one computes, one is fetched, one is let go."""
+FLOAT32 = 4
+SPARE = 0.9
+"""Share of a device's memory that a plan fills: allocators and libraries need the rest."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a rank computes and holds in training, whichever way it is sharded. Parameters are counted, not bytes."""
+
+    trunk: int
+    """Parameters of the trunk, its output head included."""
+    layers: int
+    """Of them, in its layers."""
+    largest_layer: int
+    heads: int
+    """Parameters that are trained."""
+    largest_head: int
+    hidden: int
+    item: int
+    """Bytes of a number of the trunk."""
+    beside: Mapping[str, int]
+    """Bytes by purpose of what does not depend on sharding."""
+    tokens: int
+    """Of a micro batch of one rank."""
+    active: int
+    """Parameters of the trunk's layers that a token goes through: fewer than `layers` where it has experts."""
+    active_heads: int
+    """Parameters of the heads that a token goes through, all depths together."""
+    depth: int
+    vocabulary: int
+    """Tokens that the loss compares."""
+
+
+def memory(load: Load, sharding: Sharding, ranks: int) -> dict[str, int]:
+    """Bytes of the device by purpose, in training, of one of so many ranks."""
+    stage = _stage(sharding)
+    offloaded = sharding in ("zero3-cpu", "zero3-nvme")
+    whole = load.trunk * load.item
+    heads = FLOAT32 * load.heads
+    found = {"trunk": whole, "heads": heads, "gradients": heads, "optimizer": 2 * heads}
+    if stage >= 1:
+        found |= {"master copy": _part(heads, ranks), "optimizer": _part(2 * heads, ranks)}
+        found["buckets"] = 2 * FLOAT32 * max(load.largest_head, load.hidden**2)
+    if stage >= 2:
+        found["gradients"] = _part(heads, ranks)
+    if stage == 3:
+        outside = (load.trunk - load.layers) * load.item
+        found["trunk"] = outside + (0 if offloaded else _part(load.layers * load.item, ranks))
+        found["trunk's layers, whole for a moment"] = min(LIVE_LAYERS * load.largest_layer, load.layers) * load.item
+        found["heads"] = _part(heads, ranks)
+        found["heads, whole for a moment"] = FLOAT32 * min(LIVE_LAYERS * load.largest_head, load.heads)
+    return found | dict(load.beside)
+
+
+def host_memory(load: Load, sharding: Sharding, ranks: int) -> int:
+    """Bytes of the trunk that a rank keeps in the memory of its machine."""
+    return _part(load.layers * load.item, ranks) if sharding == "zero3-cpu" else 0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a way to shard fits into a device."""
+
+    sharding: Sharding
+    memory: dict[str, int]
+    """Bytes by purpose."""
+    fits: bool
+
+    @property
+    def total(self) -> int:
+        return sum(self.memory.values())
+
+
+def fits(load: Load, ranks: int, device_memory: float) -> list[Fit]:
+    """All ways to shard over so many ranks, from the first to be tried to the last.
+
+    Args:
+        device_memory: bytes of each device, of which a share stays free.
+    """
+    # With one rank the first stages shard nothing, and only offloading makes room.
+    possible = SHARDINGS if ranks > 1 else ("none", "zero3-cpu", "zero3-nvme")
+    found = [(each, memory(load, each, ranks)) for each in possible]
+    return [Fit(each, parts, sum(parts.values()) <= SPARE * device_memory) for each, parts in found]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a step's time follows from. Rates are those that are reached, not those of the data sheet."""
+
+    flops: float
+    """Floating-point operations a second of a device."""
+    link: float
+    """Bytes a second that a device receives from others in its machine."""
+    network: float
+    """Bytes a second that a machine receives from the others, which each of its devices gets."""
+    devices: int = 8
+    """In one machine."""
+
+    def bandwidth(self, ranks: int) -> float:
+        """Of a collective operation of all ranks, in bytes a second that each receives."""
+        return self.link if ranks <= self.devices else min(self.link, self.network)
+
+
+def trunk_flops(load: Load) -> float:
+    """Of one forward pass over a micro batch; what attention adds for long rows is left out."""
+    return 2.0 * load.active * load.tokens
+
+
+def heads_flops(load: Load) -> float:
+    """Forward and backward of the heads, the teacher's logits, and two products with the unembedding a depth."""
+    logits = 2.0 * load.hidden * load.vocabulary * (1 + 2 * load.depth)
+    return load.tokens * (6.0 * load.active_heads + logits)
+
+
+def step_seconds(load: Load, sharding: Sharding, ranks: int, machine: Machine, *, stored: bool) -> float:
+    """Seconds of an optimizer step of one micro batch.
+
+    Args:
+        stored: the hidden states come from a store, and the trunk does not run.
+    """
+    stage = _stage(sharding)
+    received = (ranks - 1) / ranks / machine.bandwidth(ranks)
+    heads = FLOAT32 * load.heads * received
+    # Gradients are reduced, and new weights come back; at stage 3 weights come for the forward and the backward pass.
+    exchanged = heads * (3 if stage == 3 else 2)
+    seconds = max(heads_flops(load) / machine.flops, exchanged)
+    if stored:
+        return seconds
+    fetched = load.layers * load.item * received if stage == 3 else 0.0
+    return seconds + max(trunk_flops(load) / machine.flops, fetched)
+
+
+def _stage(sharding: Sharding) -> int:
+    return 0 if sharding == "none" else int(sharding[4])
+
+
+def _part(count: int, ranks: int) -> int:
+    return -(-count // ranks)

@@ -1,0 +1,83 @@
+"""Several ranks: what they say to each other, and that none waits for one that has ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import in_ranks
+
+from mtpd import ranks
+from mtpd.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def talk(folder: Path) -> dict[str, Any]:
+    with ranks.joined(CPU), ranks.joined(CPU):
+        seen: dict[str, Any] = {"rank": ranks.rank(), "count": ranks.count(), "main": ranks.is_main()}
+        seen["gathered"] = ranks.gather({"words": "é" * (3 + 5 * ranks.rank())})
+        seen["from main"] = ranks.from_main(lambda: os.getpid())
+        seen["share"] = ranks.share(range(5))
+        with ranks.main_first():
+            path = folder / "written"
+            seen["found"] = path.is_file()
+            path.touch()
+            time.sleep(0.2)
+        ranks.wait_for(path)
+    seen["after"] = ranks.count()
+    return seen
+
+
+def test_ranks_know_each_other(tmp_path: Path) -> None:
+    """Fault: values that come from the wrong rank or are cut, items that two ranks have, a file made twice."""
+    ended = in_ranks(talk, tmp_path)
+    assert ended.codes == [0, 0], ended.errors
+    first, second = ended.values
+    assert (first["rank"], second["rank"]) == (0, 1)
+    assert (first["main"], second["main"]) == (True, False)
+    assert first["gathered"] == second["gathered"] == [{"words": "é" * 3}, {"words": "é" * 8}]
+    assert first["from main"] == second["from main"]
+    assert (first["share"], second["share"]) == ([0, 2, 4], [1, 3])
+    assert (first["found"], second["found"]) == (False, True)
+    assert (first["count"], first["after"]) == (2, 1)
+
+
+def test_a_process_alone_is_the_main_rank(tmp_path: Path) -> None:
+    """Fault: a run without a launcher that waits for others."""
+    with ranks.joined(CPU):
+        assert (ranks.rank(), ranks.count(), ranks.is_main()) == (0, 1, True)
+        assert ranks.gather(3) == [3]
+        assert ranks.share([1, 2]) == [1, 2]
+        ranks.barrier()
+
+
+def one_fails(how: str, failing: int) -> None:
+    with ranks.joined(CPU):
+        if ranks.rank() == failing:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise UserError("data: wrong")
+        if ranks.rank() == (failing + 1) % 3:
+            time.sleep(60)  # as in a long computation
+        ranks.barrier()
+
+
+def test_none_waits_for_a_rank_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: a rank dies or raises, and the others wait for it until a timeout of hours."""
+    monkeypatch.setattr(ranks, "GRACE", 1.0)
+    for how, failing in (("killed", 2), ("raised", 0)):
+        began = time.monotonic()
+        ended = in_ranks(one_fails, how, failing, count=3, seconds=40)
+        assert time.monotonic() - began < 30, ended
+        assert None not in ended.codes
+        assert 0 not in ended.codes
+        # Of a rank that ends without a word one other tells.
+        told = [f"rank {failing} has failed" in words for words in ended.errors]
+        assert told == [how == "killed", False, False], ended.errors
+        assert [rank for rank in range(3) if "data: wrong" in ended.errors[rank]] == ([0] if how == "raised" else [])
