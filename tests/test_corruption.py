@@ -87,7 +87,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "held-out.jsonl": answers,
     "hidden-states/index.json": index,
     "checkpoint-8/complete.json": checkpoint,
-    "checkpoint-8/optimizer.pt": checkpoint,
+    "checkpoint-8/optimizer.safetensors": checkpoint,
 }
 
 

@@ -73,11 +73,11 @@ def test_no_pickle_is_read_where_weights_are(
 
     # Of one's own run, and marked as whole: even then transformers unpickles tensors and plain values alone.
     newest = finished_run / "checkpoint-8"
-    torch.save({"state": Payload(mark)}, newest / "optimizer.pt")
+    torch.save({"state": Payload(mark)}, newest / "scheduler.pt")
     checkpointing.complete(newest, 8)
     assert checkpointing.damage(newest) is None
     with pytest.raises(pickle.UnpicklingError):
-        torch.load(newest / "optimizer.pt", weights_only=True)
+        torch.load(newest / "scheduler.pt", weights_only=True)
     assert not mark.exists()
     assert load_file(heads)
 

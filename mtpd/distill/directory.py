@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mtpd import ranks
 from mtpd.checkpoints.importing import IMPORTED
 from mtpd.distill.checkpointing import named_checkpoint
 from mtpd.errors import UserError
@@ -114,6 +115,25 @@ def open_run(recipe: Recipe, *, fresh: bool, resume: str = "auto") -> RunDirecto
         sweep(run.path)
     if not begun or changed:
         write_whole(run.recipe, dump(recipe))
+    return run
+
+
+def open_together(recipe: Recipe, *, fresh: bool, resume: str = "auto") -> RunDirectory:
+    """The run directory, opened (and with `fresh` emptied) by the main rank.
+
+    Raises:
+        UserError: as `open_run`, and for a recipe that gives all ranks the same device.
+    """
+    if ranks.count() > 1 and ":" in recipe.device:
+        raise UserError(
+            f"device: {recipe.device} is one device, and there are {ranks.count()} processes, of which each takes its "
+            f"own; accepted: auto, {recipe.device.partition(':')[0]}"
+        )
+    if ranks.is_main():
+        open_run(recipe, fresh=fresh, resume=resume)
+    ranks.barrier()
+    run = RunDirectory(recipe.output)
+    ranks.wait_for(run.recipe)
     return run
 
 

@@ -29,7 +29,7 @@ from mtpd.data.responses import end_tokens, generate_responses
 from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, fill, store_key, with_hidden
 from mtpd.data.vocabulary import draft_vocabulary, load_vocabulary
 from mtpd.distill.apart import is_apart, trunk_apart
-from mtpd.distill.directory import RunDirectory, finish_provenance, open_run, write_provenance
+from mtpd.distill.directory import RunDirectory, finish_provenance, open_together, write_provenance
 from mtpd.distill.measuring import set_apart, spread
 from mtpd.distill.outcome import decode, measure, show
 from mtpd.distill.rows import TrainingRows
@@ -151,25 +151,6 @@ def with_native_depth(recipe: Recipe) -> Recipe:
     values = recipe.model_dump(mode="json")
     values["heads"]["depth"] = native_depth(recipe.model)
     return parse_recipe(values)
-
-
-def open_together(recipe: Recipe, *, fresh: bool, resume: str = "auto") -> RunDirectory:
-    """The run directory, opened (and with `fresh` emptied) by the main rank.
-
-    Raises:
-        UserError: as `open_run`, and for a recipe that gives all ranks the same device.
-    """
-    if ranks.count() > 1 and ":" in recipe.device:
-        raise UserError(
-            f"device: {recipe.device} is one device, and there are {ranks.count()} processes, of which each takes its "
-            f"own; accepted: auto, {recipe.device.partition(':')[0]}"
-        )
-    if ranks.is_main():
-        open_run(recipe, fresh=fresh, resume=resume)
-    ranks.barrier()
-    run = RunDirectory(recipe.output)
-    ranks.wait_for(run.recipe)
-    return run
 
 
 def start(recipe: Recipe, run: RunDirectory, *, progress: bool) -> Session:
