@@ -53,9 +53,9 @@ EXPORTS ?= build/exports
 verify-vllm: $(INSTALLED)  ## Export the heads of RUN and serve them with vLLM on this machine
 	rm -rf $(EXPORTS)
 	$(BIN)/mtpd export $(RUN) --to mimo-draft --depth 1 -o $(EXPORTS)/mimo-draft
-	$(BIN)/mtpd verify $(EXPORTS)/mimo-draft --engine vllm
+	$(BIN)/mtpd verify $(EXPORTS)/mimo-draft --engine vllm --limit 4
 	$(BIN)/mtpd export $(RUN) --to glm4moe --depth 1 -o $(EXPORTS)/glm4moe
-	$(BIN)/mtpd verify $(EXPORTS)/glm4moe --engine vllm
+	$(BIN)/mtpd verify $(EXPORTS)/glm4moe --engine vllm --limit 4
 
 clean:  ## Delete .venv and caches; runs/ stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist

@@ -18,7 +18,14 @@ DRAFTING = "decoding.json"
 """Beside the heads: how far to draft with them, as `mtpd bench --tune` found it."""
 
 
-def load(run: str | Path, *, dtype: str | None = None, device: str | None = None, depth: int | None = None) -> Model:
+def load(
+    run: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    depth: int | None = None,
+    tree: int | None = None,
+) -> Model:
     """The model of a run with its heads.
 
     Args:
@@ -26,9 +33,11 @@ def load(run: str | Path, *, dtype: str | None = None, device: str | None = None
         dtype: number format; None is the one of the run.
         device: None is the one of the run's recipe.
         depth: drafts a round; None is what `heads/decoding.json` says, or as many as there are heads.
+        tree: drafts are a tree of this many at most, as deep as `depth`; 0 is a chain, None what `decoding.json` says.
 
     Raises:
-        UserError: no finished run, heads of another model than the recipe names, or a depth that they lack.
+        UserError: no finished run, heads of another model than the recipe names, a depth that they lack, or a tree of
+            drafts that depend on each other.
     """
     path = Path(run)
     recipe_file, folder = path / "recipe.yaml", path / "heads"
@@ -53,7 +62,9 @@ def load(run: str | Path, *, dtype: str | None = None, device: str | None = None
     if depth is not None:
         if not 1 <= depth <= heads.depth:
             raise UserError(f"depth: {depth} is not accepted; accepted: 1 to {heads.depth}, the heads of {path}")
-        drafting = Drafting(depth=depth)
+        drafting = Drafting(depth=depth, tree=drafting.tree)
+    if tree is not None:
+        drafting = drafting.model_copy(update={"tree": tree, **({"siblings": 0} if tree else {})})
     return Model(trunk, heads, tokenizer, drafting)
 
 

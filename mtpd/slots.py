@@ -148,8 +148,8 @@ class SlotCache(Cache):
 
         Args:
             positions: [N, Q], where they are not those of the span's places: alternatives for one position lie
-                in places of their own, behind the others.
-            seen: [N, Q], then: the last place before its own that each of them sees.
+                in places of their own.
+            seen: [N, Q, Q], then: which places of the span each of them sees.
 
         Returns:
             Its attention mask: [N, 1, Q, L], or one for each kind of layer where there are several.
@@ -183,7 +183,8 @@ def attention_masks(
 ) -> Tensor | dict[str, Tensor]:
     """What each position may attend to, in the form that decoders of transformers take ready masks in.
 
-    Without `seen` all places up to its own; with it those up to `seen`, and its own (both [N, Q]).
+    Without `seen` all places up to its own; with it those before the span, and of the span those that `seen`
+    [N, Q, Q] says. `own` [N, Q] are the span's places.
 
     The forms are those of `transformers.masking_utils.create_masks_for_generate`.
 
@@ -197,15 +198,19 @@ def attention_masks(
         if getattr(config, "attention_chunk_size", None) is not None:
             kinds = ["chunked_attention"]
     masks: dict[str, Tensor] = {}
+    held = places_L.expand(len(own), -1)
     if seen is None:
-        causal = own[:, None, :, None] >= places_L
+        causal = own[:, :, None] >= places_L
     else:
-        causal = (seen[:, None, :, None] >= places_L) | (own[:, None, :, None] == places_L)
+        causal = (held < own[:, :1])[:, None].repeat(1, own.shape[1], 1)
+        causal.scatter_(2, own[:, None].expand_as(seen), seen)
+        # The position of what lies in each place.
+        held = held.scatter(1, own, positions_NQ)
+    causal = causal[:, None]
     for kind in dict.fromkeys(kinds):
         mask = causal
         if kind == "sliding_attention" and window is not None:
-            # A place behind the position is its own.
-            mask = causal & (positions_NQ[:, None, :, None] - places_L < window)
+            mask = causal & (positions_NQ[:, None, :, None] - held[:, None, None] < window)
         elif kind != "full_attention":
             raise UnsupportedModel(f"{config.model_type}: layers of {kind} cannot be decoded with heads yet")
         if config._attn_implementation == "eager":

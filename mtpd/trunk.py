@@ -150,7 +150,11 @@ class Trunk(nn.Module):
         scale = 1.0 / float(getattr(config, "logits_scaling", None) or 1.0)
         scale *= float(getattr(config, "logit_scale", None) or 1.0)
         softcap = getattr(config, "final_logit_softcapping", None)
-        return Unembedding(head.weight, getattr(head, "bias", None), scale, softcap, self.tokens)
+        weight, bias, rows = head.weight, getattr(head, "bias", None), int(config.vocab_size)
+        if weight.shape[0] > rows:
+            # What lies below are heads for later tokens.
+            weight, bias = weight[:rows], None if bias is None else bias[:rows]
+        return Unembedding(weight, bias, scale, softcap, self.tokens)
 
     @torch.no_grad()
     def hidden(
@@ -209,9 +213,8 @@ class Trunk(nn.Module):
         part.config = _layers_of(self.config, first, end, depth=self.depth)
         return part
 
-    @torch.no_grad()
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Token embeddings [..., D] as the first decoder layer receives them."""
+        """Token embeddings [..., D] as the first decoder layer receives them; gradient where they are trained."""
         embeddings = self.model.get_input_embeddings()(input_ids)
         return embeddings * float(getattr(self.config, "embedding_multiplier", None) or 1.0)
 
@@ -292,10 +295,18 @@ class Trunk(nn.Module):
         block.layers[0].load_state_dict(layers[-1].state_dict())
         block.norm.load_state_dict(self.decoder.norm.state_dict())
         block.to(device=self.device, dtype=self.dtype).eval()
+        try:
+            again = block(inputs_embeds=seen["last"], use_cache=False).last_hidden_state
+        except (AttributeError, TypeError, RuntimeError, AssertionError) as odd:
+            # Code that comes with a model may want its own way of being called.
+            raise UnsupportedModel(
+                f"{self.name}: cannot build heads for it: a decoder of one layer does not run outside of the model "
+                f"({type(odd).__name__})"
+            ) from odd
         pieces = {
             "embeddings": (self.embed(ids), seen["first"]),
             "logits": (self.unembedding(hidden), logits),
-            "last layer": (block(inputs_embeds=seen["last"], use_cache=False).last_hidden_state, hidden),
+            "last layer": (again, hidden),
         }
         for piece, (ours, theirs) in pieces.items():
             scale = theirs.float().abs().max().clamp_min(1e-6)

@@ -14,6 +14,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "decoder": {"kind": "parallel", "parallel": {"block": "decoder"}},
     "linear": {"kind": "parallel", "parallel": {"block": "linear"}},
     "residual": {"kind": "parallel", "parallel": {"block": "residual"}},
+    "unembedding": {"kind": "parallel", "parallel": {"block": "unembedding"}},
     "medusa": {"kind": "medusa"},
     "ff": {"kind": "circuit", "circuit": {"structure": "ff", "leaves": "full"}},
     "cp": {"kind": "circuit", "circuit": {"structure": "cp", "components": 3, "leaves": "full"}},

@@ -57,6 +57,9 @@ def test_native_heads_are_distilled_and_put_back(name: str, tmp_path: Path) -> N
     before, after = files(original), files(out)
     assert set(after) == set(before) | {"README-mtpd.md", "mtpd.json"}
     assert (original / "README.md").read_text() == "the original's own card"
+    card = (out / "README-mtpd.md").read_text()
+    assert "vllm serve" in card
+    assert ("use_mtp=True" in card) == (name == "glm4moe"), "the engines that have the family"
     assert {file for file in before if before[file] != after[file]} == {"model-mtp.safetensors"}
     assert os.path.samefile(original / "model-base.safetensors", out / "model-base.safetensors")
     old, new = load_file(original / "model-mtp.safetensors"), load_file(out / "model-mtp.safetensors")

@@ -128,7 +128,7 @@ def test_recipe_schema_is_json() -> None:
     [
         (["--nope"], "No such option: --nope; see mtpd --help"),
         (["fly"], "No such command 'fly'; see mtpd --help"),
-        (["distill", "--unheard"], "No such option: --unheard; see mtpd distill --help"),
+        (["distill", "--zzz"], "No such option: --zzz; see mtpd distill --help"),
         (["distill"], "model: is missing"),
         (["distill", "nope.yaml"], "recipe file nope.yaml: no such file"),
         (["distill", DEMO, "extra.yaml"], "argument 'extra.yaml': is not accepted; accepted: one recipe file, then"),

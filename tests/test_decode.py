@@ -14,7 +14,8 @@ from transformers import DynamicCache, GenerationConfig
 
 from mtpd import alignment
 from mtpd.decode import Counts, generate
-from mtpd.decode.choice import Drafts, Greedy
+from mtpd.decode.choice import Greedy
+from mtpd.decode.drafts import Drafts
 from mtpd.decode.engine import Engine, Request
 from mtpd.errors import UserError
 from mtpd.heads import Heads
@@ -34,6 +35,8 @@ class Scripted:
     """
 
     depth = DEPTH
+
+    shared_layers = 0
 
     def __init__(self, texts: Sequence[tuple[list[int], list[int]]], right: Sequence[int]) -> None:
         self.texts = [prompt + text + [0] * DEPTH for prompt, text in texts]
@@ -185,8 +188,8 @@ def test_siblings_are_the_likeliest_others(learned: Learned) -> None:
         [text] = engine.run([Request(prompt, 10)])
         drafts = seen[0]
         assert drafts.depths is not None
-        assert drafts.siblings is not None
-        ids = torch.tensor([[*prompt, text.tokens[0], *drafts.chain[0].tolist()]])
+        chain, siblings = drafts.tokens[0].split([DEPTH, 5])
+        ids = torch.tensor([[*prompt, text.tokens[0], *chain.tolist()]])
         known = len(prompt)
         hidden = learned.trunk.hidden(ids)
         with torch.no_grad():
@@ -200,9 +203,9 @@ def test_siblings_are_the_likeliest_others(learned: Learned) -> None:
             for chance, token in zip(chances.tolist(), tokens.tolist(), strict=True):
                 weights[k, token] = before * chance
             before *= chances.max().item()
-            weights.pop((k, int(drafts.chain[0, k - 1])))
+            weights.pop((k, int(chain[k - 1])))
         best = sorted(weights, key=lambda place: -weights[place])[:5]
-        found = zip(drafts.depths[0].tolist(), drafts.siblings[0].tolist(), strict=True)
+        found = zip(drafts.depths[0, DEPTH:].tolist(), siblings.tolist(), strict=True)
         assert sorted(found) == sorted(best)
 
 

@@ -12,7 +12,8 @@ from architectures import random_heads, random_tokens, tiny_trunk
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mtpd.decode.choice import Choice, Drafts
+from mtpd.decode.choice import Choice
+from mtpd.decode.drafts import Drafts
 from mtpd.decode.engine import Engine, Request, Text
 from mtpd.decode.model import Drafting, Model
 from mtpd.decode.sampling import SampledDrafts, Sampling, pick, temperature_and_top_p, uniform
@@ -145,7 +146,7 @@ def test_a_large_vocabulary() -> None:
         drafts = choice.draft(q.expand(rows, size), texts, 0)
         logits = p.expand(rows, 2, size)
         for name, new in {
-            "sampled drafts": choice.choose(logits, texts, Drafts(drafts[:, None])),
+            "sampled drafts": choice.choose(logits, texts, Drafts.chain(drafts[:, None])),
             "plain": Sampling().choose(logits[:, :1], texts, None),
         }.items():
             counts[name] += torch.tensor([tokens[0] for tokens in new]).bincount(minlength=size)

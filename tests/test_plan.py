@@ -23,13 +23,20 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.stem.startswith("bytes-code"))
 CONFIGS = {
     "llama-3.1-8b": "llama-3.1-8b",
+    "llama-3.1-70b": "llama-3.1-70b",
     "mistral-7b": "mistral-7b-v0.3",
     "qwen3-8b": "qwen3-8b",
     "qwen3-30b-a3b": "qwen3-30b-a3b",
 }
 """Recipes of models that a test cannot load, and the folder of the model's configuration in tests/configs."""
 
-PUBLISHED = {"llama-3.1-8b": 8.03e9, "mistral-7b": 7.25e9, "qwen3-8b": 8.19e9, "qwen3-30b-a3b": 30.5e9}
+PUBLISHED = {
+    "llama-3.1-8b": 8.03e9,
+    "llama-3.1-70b": 70.6e9,
+    "mistral-7b": 7.25e9,
+    "qwen3-8b": 8.19e9,
+    "qwen3-30b-a3b": 30.5e9,
+}
 
 
 def layer(config: dict[str, Any]) -> int:

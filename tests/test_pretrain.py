@@ -149,6 +149,26 @@ def test_run_resumes_and_is_a_trunk(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "accepted: at least 2 parallel heads of block decoder" in capsys.readouterr().err
 
 
+def test_bytes_with_another_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: byte tokens that work with one architecture alone, from pretraining to the text that heads write."""
+    sizes = "hidden_size: 16, intermediate_size: 16, num_hidden_layers: 2, num_attention_heads: 2, head_dim: 8"
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("\n".join(json.dumps({"text": f"line {i} " * 9}) for i in range(20)))
+    model = f"model={{model_type: gemma3_text, {sizes}, num_key_value_heads: 1, sliding_window: 16}}"
+    common = [model, *SMALL[1:], "dtype=float32", "train.max_steps=1", f"data.texts={texts}", f"data.held_out={texts}"]
+    assert main(["pretrain", *common, f"output={tmp_path / 'whole'}"]) == 0
+    run = ["distill", f"model={tmp_path / 'whole' / 'model'}", "dtype=float32", f"data.prompts={texts}"]
+    run += ["data.held_out_count=2", "data.row_length=128", "data.max_new_tokens=12", "train.max_steps=1"]
+    run += ["heads.depth=2", "evaluation.max_new_tokens=6", "evaluation.decode_prompts=0"]
+    assert main([*run, f"output={tmp_path / 'run'}"]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "run"), "--raw", "--prompt", "line 1 é", "--max-new-tokens", "8"]) == 0
+    plain, tokenizer = load_model(str(tmp_path / "whole" / "model"), dtype="float32")
+    ids = tokenizer("line 1 é", return_tensors="pt")["input_ids"]
+    text = plain.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    assert capsys.readouterr().out == tokenizer.decode(text, skip_special_tokens=True) + "\n"
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

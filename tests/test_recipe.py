@@ -115,11 +115,15 @@ def test_a_dump_keeps_values_that_yaml_could_misread(tmp_path: Path) -> None:
     [
         ("heads.dept=4", "did you mean heads.depth?"),
         ("head.depth=4", "did you mean heads?"),
-        ("learning_rate=1", "did you mean train.learning_rate or extend.learning_rate?"),
-        ("learning_rat=1", "did you mean train.learning_rate or extend.learning_rate?"),
+        ("learning_rate=1", "did you mean trunk.learning_rate or train.learning_rate or extend.learning_rate?"),
+        ("learning_rat=1", "did you mean trunk.learning_rate or train.learning_rate or extend.learning_rate?"),
         ("temperature=1", "did you mean data.temperature?"),
         ("warmup=1", "did you mean train.warmup_ratio?"),
-        ("heads.zzz=1", "accepted here: kind, depth, shared, adapters, init, source, parallel, circuit, vocabulary"),
+        (
+            "heads.zzz=1",
+            "accepted here: kind, depth, shared, adapters, shared_layers, adapter_rank, init, source, parallel, "
+            "circuit, vocabulary",
+        ),
         ("data.given=[{prompts: a.jsonl, limt: 3}]", "did you mean data.given.limit?"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mtpd.checkpoints.families.table import Family
-from mtpd.checkpoints.native import BLOCK, halves_swapped
+from mtpd.checkpoints.native import BLOCK, halves_swapped, stacked
 from mtpd.checkpoints.spelling import Tensors, to_checkpoint
 from mtpd.checkpoints.tensors import Stored
 from mtpd.errors import UserError
@@ -62,6 +62,8 @@ def as_family(
             name: halves_swapped(tensor) if name.endswith(".project.weight") else tensor
             for name, tensor in spelled.items()
         }
+    if family.stacked is not None:
+        spelled[family.stacked] = stacked(spelled, heads)
     named = family.to_checkpoint(spelled, heads=heads, layers=layers, per_head=per_head)
     found: Tensors = {}
     for ours, theirs in named.items():

@@ -19,7 +19,7 @@ from mtpd.data.sources import hub_access
 from mtpd.errors import UserError
 from mtpd.heads import CONFIG as HEADS_CONFIG
 from mtpd.heads import WEIGHTS, Heads, build_heads
-from mtpd.heads.config import HeadsConfig
+from mtpd.heads.config import HeadsConfig, ParallelShape
 from mtpd.recipe_text import to_yaml
 from mtpd.trunk import Trunk
 
@@ -55,7 +55,13 @@ def open_checkpoint(name: str) -> Checkpoint:
 
 
 def import_heads(
-    source: str, output: Path, *, family: str | None = None, base: str | None = None, depth: int | None = None
+    source: str,
+    output: Path,
+    *,
+    family: str | None = None,
+    base: str | None = None,
+    depth: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Native:
     """Writes a run directory with the heads of a checkpoint.
 
@@ -65,6 +71,7 @@ def import_heads(
         family: of the heads, where the config does not tell.
         base: the model, for families that keep heads apart from it.
         depth: how many of the heads; for a checkpoint with one, how often it is used in turn. None: all.
+        trust_remote_code: whether the run may execute code that comes with the model.
 
     Raises:
         UserError: as `find_heads` and `open_checkpoint`; an output that exists; a depth that there is not.
@@ -75,11 +82,14 @@ def import_heads(
         write_heads(native, folder / "heads", depth=heads, shared=shared)
         write_json(folder / IMPORTED, provenance(native, source))
         if native.cannot_run is None:
+            form = {"kind": native.family.kind, "depth": heads, "shared": shared, **form_of(native)}
             recipe: dict[str, Any] = {
                 "model": base or source,
                 "output": str(output),
-                "heads": {"kind": native.family.kind, "depth": heads, "shared": shared} | _start(native, family),
+                "heads": form | _start(native, family),
             }
+            if trust_remote_code:
+                recipe["trust_remote_code"] = True
             (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     return native
 
@@ -95,8 +105,10 @@ def shape_of(native: Native, depth: int | None) -> tuple[bool, int]:
     if wanted < 1 or (native.count > 1 and wanted > native.count):
         accepted = "at least 1" if native.count == 1 else f"1 to {native.count}"
         raise UserError(f"depth: {wanted} is not accepted; accepted: {accepted}, {native.checkpoint.shown} has so many")
-    if native.family.kind == "medusa" and wanted > native.count:
-        raise UserError(f"depth: {wanted} is not accepted; accepted: 1 to {native.count}, Medusa heads are not reused")
+    if native.family.kind != "chain" and wanted > native.count:
+        raise UserError(
+            f"depth: {wanted} is not accepted; accepted: 1 to {native.count}, {native.family.kind} heads are not reused"
+        )
     return native.count == 1 and wanted > 1, wanted
 
 
@@ -105,6 +117,16 @@ def heads_config(native: Native, *, depth: int, shared: bool, vocabulary: int = 
     if native.family.kind == "medusa":
         columns = native.tensors["layers.0.unembed.weight"].shape[0]
         return HeadsConfig(kind="medusa", depth=depth, hidden_size=native.hidden_size, columns=columns, trunk=trunk)
+    if native.family.kind == "parallel":
+        columns = vocabulary or native.tensors["layers.0.weight"].shape[0]
+        shape = ParallelShape(block="unembedding")
+        form: dict[str, Any] = {
+            "kind": "parallel",
+            "parallel": shape,
+            "columns": columns,
+            "vocabulary_size": vocabulary,
+        }
+        return HeadsConfig(depth=depth, hidden_size=native.hidden_size, trunk=trunk, **form)
     return HeadsConfig(
         depth=depth,
         hidden_size=native.hidden_size,
@@ -139,18 +161,26 @@ def native_heads(
     size = 0 if vocabulary is None else len(vocabulary)
     heads = build_heads(trunk, heads_config(native, depth=depth, shared=shared, vocabulary=size, trunk=fingerprint))
     tensors = {key: tensor.load() for key, tensor in first_heads(native.tensors, 1 if shared else depth).items()}
+    if native.family.kind == "parallel" and vocabulary is not None:
+        tensors = {key: tensor[vocabulary] for key, tensor in tensors.items()}
     tensors["vocabulary"] = torch.zeros(0, dtype=torch.long) if vocabulary is None else vocabulary
     heads.load_state_dict(tensors)
     return heads
 
 
-def native_depth(name: str) -> int:
-    """How many heads a checkpoint has.
+def native_form(name: str) -> dict[str, Any]:
+    """The keys of `heads` in a recipe that say what heads a checkpoint has: all but what a recipe is free to choose.
 
     Raises:
         UserError: as `native_heads`.
     """
-    return runnable(name).count
+    native = runnable(name)
+    return {"kind": native.family.kind, "depth": native.count, **form_of(native)}
+
+
+def form_of(native: Native) -> dict[str, Any]:
+    """The section of a recipe that heads of their kind have."""
+    return {"parallel": {"block": "unembedding"}} if native.family.kind == "parallel" else {}
 
 
 def runnable(name: str) -> Native:
@@ -212,7 +242,7 @@ def graft(base: str, *, original: str, output: Path, family: str | None = None) 
         raise UserError(f"{base}: its layers have other shapes than those of {original}")
     config = dict(tuned.config)
     if source.key is not None:
-        set_key(config, source.key, source.count, nested="text_config" in config)
+        set_key(config, source.key, source.count + source.family.main_too, nested="text_config" in config)
     exclude_from_quantisation(config, sorted({name.rsplit(".", 1)[0] for name in source.raw}))
     with new_directory(output) as folder:
         link_others(tuned.path, folder, without={*tuned.files, CONFIG, INDEX})

@@ -13,7 +13,7 @@ from mtpd.checkpoints.directory import CONFIG, Checkpoint
 from mtpd.checkpoints.families import FAMILIES
 from mtpd.checkpoints.families.table import OTHER, Family
 from mtpd.checkpoints.spelling import Tensors, to_module
-from mtpd.checkpoints.tensors import FLOATS, Stored, computed
+from mtpd.checkpoints.tensors import FLOATS, Stored, computed, joined, part
 from mtpd.errors import UserError
 
 HEAD_LIKE = re.compile(
@@ -54,6 +54,8 @@ class Native:
         named = {ours: self.raw[theirs] for ours, theirs in self.names.items()}
         found = {ours: tensor for ours, tensor in named.items() if not HEAD.fullmatch(ours)}
         found = {ours: tensor for ours, tensor in found.items() if not self._copies(ours, tensor)}
+        if self.family.stacked is not None and self.family.stacked in found:
+            found |= unstacked(found.pop(self.family.stacked), self.count)
         for index in range(self.count):
             prefix = f"layers.{index}."
             own = {ours.removeprefix(prefix): tensor for ours, tensor in named.items() if ours.startswith(prefix)}
@@ -99,6 +101,8 @@ class Native:
             return self.family.cannot_run
         if self.family.kind == "medusa":
             return self._odd_medusa()
+        if self.family.stacked is not None:
+            return self._odd_stack(self.family.stacked)
         for index in range(self.count):
             for name in PARTS:
                 if f"layers.{index}.{name}" not in self.names:
@@ -108,6 +112,14 @@ class Native:
         if not self.source_layers:
             return "no layer of the base has the kind of its heads' layer"
         return None
+
+    def _odd_stack(self, name: str) -> str | None:
+        """What is wrong with a matrix in which output heads are stacked."""
+        rows, size = self.raw[self.names[name]].shape
+        tokens = int(self.base.text_config.get("vocab_size", 0))
+        if (rows, size) == ((self.count + 1) * tokens, self.hidden_size):
+            return None
+        return f"its output matrix is {rows} x {size}, not {self.count + 1} x {tokens} rows of {self.hidden_size}"
 
     def _odd_medusa(self) -> str | None:
         """What a Medusa head has that mtpd's has not."""
@@ -234,6 +246,22 @@ def halves_swapped(project: Stored) -> Stored:
         return torch.cat(weight.chunk(2, dim=1)[::-1], dim=1)
 
     return computed(project, swap)
+
+
+MAIN = f"{OTHER}main.weight"
+
+
+def unstacked(whole: Stored, heads: int) -> Tensors:
+    """The output matrix of each head, and of the main one above them."""
+    shape = whole.shape[0] // (heads + 1), whole.shape[1]
+    names = [MAIN, *(f"layers.{index}.weight" for index in range(heads))]
+    return {name: part(whole, place * shape[0] * shape[1], shape) for place, name in enumerate(names)}
+
+
+def stacked(tensors: Tensors, heads: int) -> Stored:
+    """The reverse of `unstacked`."""
+    parts = [tensors.pop(name) for name in (MAIN, *(f"layers.{index}.weight" for index in range(heads)))]
+    return joined(parts, (sum(each.shape[0] for each in parts), parts[0].shape[1]))
 
 
 def _first_name(family: Family, layers: int) -> str:

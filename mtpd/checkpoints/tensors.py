@@ -128,6 +128,11 @@ def cast(source: Stored, dtype: torch.dtype) -> Stored:
     return Stored(dtype, source.shape, lambda start, stop: source.read(start, stop).to(dtype))
 
 
+def is_zero(source: Stored) -> bool:
+    """Whether all elements are zero; for small tensors."""
+    return not bool(source.load().any())
+
+
 def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors of a safetensors file and its metadata, without reading a tensor.
 

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
 
-from mtpd.checkpoints.directory import Checkpoint, link_others
+from mtpd.checkpoints.directory import Checkpoint
 from mtpd.checkpoints.engines import with_transformers, with_vllm
 from mtpd.checkpoints.engines.result import Served
 from mtpd.checkpoints.exports.card import SAYS, read_says
 from mtpd.checkpoints.exports.export import FAMILIES_OF
 from mtpd.checkpoints.importing import open_checkpoint
 from mtpd.checkpoints.native import find_heads
-from mtpd.checkpoints.tensors import chunks, stored
+from mtpd.checkpoints.perturbed import accepts_less, perturbed
 from mtpd.data.answering import plain_generation
 from mtpd.data.models import load_model
 from mtpd.data.prompts import load_prompts, render
@@ -69,10 +67,8 @@ class Verified:
 
     @property
     def perturbation_ok(self) -> bool | None:
-        """Whether perturbed heads accept less; None where nothing was accepted before, or it was not tried."""
-        if self.perturbed is None or not self.served.accepted[0]:
-            return None
-        return self.perturbed.car[0] < self.served.car[0]
+        """Whether perturbed heads accept less; None where hardly anything was accepted before, or it was not tried."""
+        return None if self.perturbed is None else accepts_less(self.served.car[0], self.perturbed.car[0])
 
     @property
     def ok(self) -> bool:
@@ -151,16 +147,15 @@ def verify(
         _, found = generate(trunk, heads.float(), ids, max_new_tokens=max_new_tokens, end_tokens=[])
         counts.drafted = [a + b for a, b in zip(counts.drafted, found.drafted, strict=True)]
         counts.accepted = [a + b for a, b in zip(counts.accepted, found.accepted, strict=True)]
-    served = _serve(engine, folder, says, texts, max_new_tokens, depth, environment)
+    native = find_heads(Checkpoint(folder), family=FAMILIES_OF.get(layout), base=Checkpoint(folder))
+    with perturbed(native) if perturb else nullcontext() as copy:
+        asked = [(folder, texts), *([(copy.folder, texts[:2])] if copy is not None else [])]
+        served, *others = _serve(engine, asked, says, max_new_tokens, depth, environment)
     ties = sum(
         theirs != ours and parted_at_tie(trunk, torch.tensor(prompt), ours, theirs)
         for prompt, theirs, ours in zip(texts, served.texts, plain, strict=True)
     )
-    worse = None
-    if perturb:
-        with perturbed(folder, layout) as copy:
-            worse = _serve(engine, copy, says, texts[:2], max_new_tokens, depth, environment)
-    return Verified(layout, served, plain, counts, ties, worse)
+    return Verified(layout, served, plain, counts, ties, others[0] if others else None)
 
 
 def plain_text(trunk: Trunk, prompt: torch.Tensor, max_new_tokens: int) -> list[int]:
@@ -175,53 +170,28 @@ def plain_text(trunk: Trunk, prompt: torch.Tensor, max_new_tokens: int) -> list[
 
 def _serve(
     engine: str,
-    folder: Path,
+    asked: Sequence[tuple[Path, Sequence[Sequence[int]]]],
     says: dict[str, object],
-    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     depth: int,
     environment: Path | None,
-) -> Served:
+) -> list[Served]:
+    """Serves prompts with one directory after the other."""
     if engine == "transformers":
-        return with_transformers.serve(folder, prompts, max_new_tokens=max_new_tokens)
-    python = with_vllm.environment(environment)
+        return [with_transformers.serve(folder, each, max_new_tokens=max_new_tokens) for folder, each in asked]
+    models = [_for_vllm(folder.resolve(), prompts, says, depth) for folder, prompts in asked]
+    return with_vllm.serve(with_vllm.environment(environment), models, max_new_tokens=max_new_tokens)
+
+
+def _for_vllm(folder: Path, prompts: Sequence[Sequence[int]], says: dict[str, object], depth: int) -> with_vllm.Asked:
     speculative: dict[str, object] = {"method": "mtp", "num_speculative_tokens": depth}
-    model, overrides = folder.resolve(), {}
-    if says["layout"] in ("mimo-draft", "medusa"):
-        # The base is served as it is; vLLM looks for heads where its config names some.
-        overrides = {"num_nextn_predict_layers": 1} if says["layout"] == "mimo-draft" else {}
-        method = "mtp" if says["layout"] == "mimo-draft" else "medusa"
-        speculative = {"method": method, "model": str(model), "num_speculative_tokens": depth}
-        model = open_checkpoint(str(says["base"])).path.resolve()
-    return with_vllm.serve(
-        python, model, prompts, max_new_tokens=max_new_tokens, speculative=speculative, overrides=overrides
-    )
-
-
-@contextmanager
-def perturbed(folder: Path, layout: str) -> Iterator[Path]:
-    """A copy of an export whose heads mix their inputs at random; all other tensors are linked."""
-    checkpoint = Checkpoint(folder)
-    native = find_heads(checkpoint, family=FAMILIES_OF.get(layout), base=checkpoint)
-    inside = ("project.weight", "unembed.weight")
-    names = {theirs for ours, theirs in native.names.items() if ours.endswith(inside)}
-    files = {checkpoint.file_of[name] for name in names}
-    generator = torch.Generator().manual_seed(0)
-    with tempfile.TemporaryDirectory(dir=folder.resolve().parent, prefix=".perturbed-") as beside:
-        copy = Path(beside) / folder.name
-        copy.mkdir()
-        link_others(folder, copy, without=files)
-        for file in files:
-            shutil.copyfile(folder / file, copy / file)
-        for name in sorted(names):
-            tensor = native.raw[name]
-            assert tensor.where is not None, "a tensor of a checkpoint lies in a file"
-            noise = torch.randn(tensor.shape, generator=generator) * tensor.load().float().std()
-            with (copy / checkpoint.file_of[name]).open("r+b") as opened:
-                opened.seek(tensor.where[1])
-                for piece in chunks(stored(noise.to(tensor.dtype))):
-                    opened.write(piece)
-        yield copy
+    if says["layout"] not in ("mimo-draft", "medusa"):
+        return with_vllm.Asked(folder, prompts, speculative, {})
+    # The base is served as it is; vLLM looks for heads where its config names some.
+    overrides = {"num_nextn_predict_layers": 1} if says["layout"] == "mimo-draft" else {}
+    speculative["method"] = "mtp" if says["layout"] == "mimo-draft" else "medusa"
+    speculative["model"] = str(folder)
+    return with_vllm.Asked(open_checkpoint(str(says["base"])).path.resolve(), prompts, speculative, overrides)
 
 
 def interval(accepted: int, drafted: int) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from mtpd.cli.arguments import Debug
-from mtpd.cli.generate import Depth, Dtype, Run
+from mtpd.cli.generate import Depth, Dtype, Run, Tree
 from mtpd.cli.terminal import quiet_libraries
 
 
@@ -24,6 +24,7 @@ def bench(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts decoded at a time.")] = 1,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Times each way is measured; medians are shown.")] = 3,
     depth: Depth = None,
+    tree: Tree = None,
     dtype: Dtype = None,
     tune: Annotated[
         bool, typer.Option("--tune", help="First find the fastest depth and threshold, and store them with the heads.")
@@ -44,7 +45,7 @@ def bench(
         from mtpd.loading import load, write_drafting
 
         ways = ["mtpd", *[way for way in against.split(",") if way]]
-        model = load(run, dtype=dtype, depth=depth)
+        model = load(run, dtype=dtype, depth=depth, tree=tree)
         ends = end_tokens(model.trunk.model, model.tokenizer)
         chosen = load_prompts("builtin-held-out" if suite == "demo" else suite)
         # Every so many: neighbours are often of one kind.
@@ -73,7 +74,8 @@ def bench(
 
 def described(drafting: Any) -> str:
     """How far to draft, in words."""
-    return f"depth {drafting.depth}, siblings {drafting.siblings}, threshold {drafting.threshold:g}"
+    tree = f", tree {drafting.tree}" if drafting.tree else ""
+    return f"depth {drafting.depth}, siblings {drafting.siblings}, threshold {drafting.threshold:g}{tree}"
 
 
 def lines(speeds: dict[str, Any]) -> list[str]:

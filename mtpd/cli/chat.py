@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mtpd.cli.arguments import Debug
-from mtpd.cli.generate import Depth, Dtype, Run, Seed, Temperature, Tokens, TopP, summary
+from mtpd.cli.generate import Depth, Dtype, Run, Seed, Temperature, Tokens, TopP, Tree, summary
 from mtpd.cli.terminal import quiet_libraries
 
 
@@ -20,6 +20,7 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     depth: Depth = None,
+    tree: Tree = None,
     dtype: Dtype = None,
     system: Annotated[str | None, typer.Option("--system", help="What the model is told before the talk.")] = None,
     debug: Debug = False,
@@ -34,7 +35,7 @@ def chat(
         from mtpd.decode.session import Session, settings  # brings in torch
         from mtpd.loading import load
 
-        session = Session(load(run, dtype=dtype, depth=depth), settings(temperature, top_p, seed))
+        session = Session(load(run, dtype=dtype, depth=depth, tree=tree), settings(temperature, top_p, seed))
         messages = [{"role": "system", "content": system}] if system else []
         session.warm_up()
         while line := _ask():

@@ -24,6 +24,12 @@ def export(
     ],
     output: Output,
     depth: Annotated[int | None, typer.Option("--depth", min=1, help="Depths to export. Default: all.")] = None,
+    perturb: Annotated[
+        bool,
+        typer.Option(
+            help="Also load what was written, with noise for heads too, which must accept less: loads the base."
+        ),
+    ] = True,
     debug: Debug = False,
 ) -> None:
     """Write the heads of a run, with their base where the layout needs it, for a serving engine.
@@ -37,5 +43,5 @@ def export(
     with quiet_libraries(debug=debug):
         from mtpd.checkpoints.exports.export import export as write  # brings in torch
 
-        layout, why = write(run, output, to=to, depth=depth)
+        layout, why = write(run, output, to=to, depth=depth, perturb=perturb)
         typer.echo(f"{output}: layout {layout.name} ({why}); README.md there says how it is served")

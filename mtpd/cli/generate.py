@@ -21,6 +21,10 @@ TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw fro
 Depth = Annotated[
     int | None, typer.Option("--depth", help="Drafts a round; by default what `mtpd bench --tune` found, or all heads.")
 ]
+Tree = Annotated[
+    int | None,
+    typer.Option("--tree", min=0, help="Draft a tree of so many tokens, for heads that draft independently; 0: none."),
+]
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default the number format of the run.")
 ]
@@ -35,6 +39,7 @@ def generate(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     depth: Depth = None,
+    tree: Tree = None,
     dtype: Dtype = None,
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")] = False,
     debug: Debug = False,
@@ -52,7 +57,7 @@ def generate(
         text = prompt if prompt is not None else sys.stdin.read()
         if not text.strip():
             raise UserError("prompt: it is empty; pass --prompt TEXT, or text on standard input")
-        session = Session(load(run, dtype=dtype, depth=depth), settings(temperature, top_p, seed))
+        session = Session(load(run, dtype=dtype, depth=depth, tree=tree), settings(temperature, top_p, seed))
         ids = session.prompt(text, raw=raw)
         session.warm_up()
         began = time.perf_counter()

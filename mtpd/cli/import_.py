@@ -23,6 +23,9 @@ def import_heads(
         int | None,
         typer.Option("--depth", min=1, help="Heads to take; of a single one, how often it is used. Default: all."),
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the run execute Python code that comes with the model.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Write a run directory with the MTP heads that a checkpoint has.
@@ -34,7 +37,7 @@ def import_heads(
     with quiet_libraries(debug=debug):
         from mtpd.checkpoints.importing import import_heads as read  # brings in torch
 
-        native = read(checkpoint, output, family=family, base=base, depth=depth)
+        native = read(checkpoint, output, family=family, base=base, depth=depth, trust_remote_code=trust_remote_code)
         typer.echo(f"{native.count} head{'s' * (native.count > 1)} of family {native.family.name}: {output}")
         if native.cannot_run is None:
             typer.echo(f"measure them: mtpd eval {output}")

@@ -3,7 +3,7 @@
 A round: the heads draft K tokens for each row; one pass of the trunk over the newest token and the
 drafts gives the main head's logits after each of them; the longest prefix of drafts that the main head
 agrees with is accepted, and a token of its own follows (Stern et al., arXiv 1811.03115). Without heads
-a round is a plain step.
+a round is a plain step. Drafts may be a tree (`mtpd.decode.drafts`): then a path of it is accepted.
 
 Each text lies in a slot (see `mtpd.slots`). Texts that are being written occupy the first slots; where
 one ends, the last one moves into its slot and the next prompt gets the free one. What a row writes does
@@ -20,14 +20,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mtpd.decode.choice import Choice, Drafts, Greedy
+from mtpd.decode.choice import Choice, Greedy
 from mtpd.decode.counts import Counts
+from mtpd.decode.drafts import Drafts, Offer
 from mtpd.errors import UserError
 from mtpd.fast import faster, faster_logits
 from mtpd.heads import Heads
-from mtpd.heads.base import Drafter, Pick
+from mtpd.heads.base import Drafter
 from mtpd.slots import SlotCache, Span
 from mtpd.trunk import Tap, Trunk
 
@@ -61,7 +62,7 @@ class Text:
     """Place of the prompt among all that were given."""
     tokens: list[int] = field(default_factory=list)
     rounds: list[tuple[int, int, int]] = field(default_factory=list)
-    """Tokens written before the round, how many were drafted in it, and how many of them accepted."""
+    """Tokens written before the round, how deep was drafted in it, and how many of the drafts were accepted."""
     ended: bool = False
     scores: list[Tensor] = field(default_factory=list)
     """Where they are asked for: what each token was chosen from, [V]."""
@@ -97,13 +98,14 @@ class Engine:
         threshold: a round stops drafting where the product of the probabilities that the heads gave to their
             drafts falls below it, in the mean of the rows; 0 always drafts `depth` tokens.
         siblings: further candidates a round, the likeliest ones besides the drafts, each for the place of one of them.
+        tree: instead of a chain of drafts, a tree of this many at most, the likeliest paths; 0 drafts a chain.
         choice: how tokens are chosen from logits.
         end_tokens: ids that end a text; the one that does is part of it.
         on_tokens: called with a text and its new tokens after each round; True ends the text.
         before_pass: called before each pass of the trunk.
 
     Raises:
-        UserError: a depth that the heads do not have.
+        UserError: a depth that the heads do not have, or a tree where drafts depend on each other.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Engine:
         depth: int | None = None,
         threshold: float = 0.0,
         siblings: int = 0,
+        tree: int = 0,
         choice: Choice | None = None,
         end_tokens: Collection[int] = (),
         on_tokens: Callable[[Text, list[int]], bool | None] | None = None,
@@ -125,8 +128,12 @@ class Engine:
         self.depth = deepest if depth is None else depth
         if heads is not None and not 1 <= self.depth <= deepest:
             raise UserError(f"depth: {depth} is not accepted; accepted: 1 to {deepest}, the heads there are")
+        self.choice = choice or Greedy()
+        if tree:
+            check_tree(tree, heads, siblings=siblings, drawn=not self.choice.branches)
         self.threshold = threshold
         self.siblings = siblings
+        self.tree = tree
         self.device = trunk.device
         # Layers that are fetched when they compute have no weights to be packed, and are watched by their own modules.
         self.decoder: Any = trunk.decoder if trunk.partitioned else faster(trunk.decoder)
@@ -137,11 +144,10 @@ class Engine:
             self.decoder = self.tap.decoder
         self.slots = slots
         self.capacity = capacity
-        self.choice = choice or Greedy()
         self.ends = frozenset(end_tokens)
         self.on_tokens = on_tokens
         # Drafts may lie past the longest text, and one place belongs to no position.
-        room = capacity + self.depth + siblings + 1
+        room = capacity + max(self.depth + siblings, tree) + 1
         self.cache = SlotCache(trunk.config, slots=slots, capacity=room, dtype=trunk.dtype, device=trunk.device)
         self.drafter = heads.drafter(trunk, slots=slots, capacity=room) if heads is not None else None
         self.unembedding = faster_logits(trunk, trunk.unembedding)
@@ -205,24 +211,24 @@ class Engine:
         device = self.device
         newest = [text.newest for text in self.active]
         drafts = None if self.drafter is None else self._draft(self.drafter, newest)
-        depth = 0 if drafts is None else drafts.chain.shape[1]
-        span = Span(newest, 1 + depth, device)
-        read = span.read(self.tokens)
-        if drafts is None or drafts.siblings is None or drafts.depths is None:
+        read = Span(newest, 1, device).read(self.tokens)
+        if drafts is not None:
+            read = torch.cat([read, drafts.tokens], dim=1)
+        span = Span(newest, read.shape[1], device)
+        if drafts is None or drafts.depths is None:
             hidden = self._pass(read, span, self.cache.go_on(span))
         else:
-            wide = Span(newest, 1 + depth + drafts.siblings.shape[1], device)
-            before = span.positions[:, :1] + drafts.depths
-            positions = torch.cat([span.positions, before], dim=1)
-            seen = torch.cat([span.positions, before - 1], dim=1)
-            mask = self.cache.go_on(wide, positions=positions, seen=seen)
-            hidden = self._pass(torch.cat([read, drafts.siblings], dim=1), wide, mask, positions)
+            positions = span.positions[:, :1] + nn.functional.pad(drafts.depths, (1, 0))
+            mask = self.cache.go_on(span, positions=positions, seen=drafts.seen())
+            hidden = self._pass(read, span, mask, positions)
         new = self.choice.choose(self.unembedding(hidden), self.active, drafts)
         hidden = self._read_by_heads(hidden)
-        if drafts is not None and drafts.siblings is not None:
-            self._move_siblings(newest, new, drafts.taken, depth, hidden)
-        if self.drafter is not None:
-            self.drafter.read(span, hidden[:, : 1 + depth])
+        depth = 0 if drafts is None else drafts.depth
+        if self.drafter is not None and drafts is not None:
+            if drafts.parents is not None:
+                self._straighten(newest, drafts.paths, hidden)
+            longest = 1 + min(depth, drafts.tokens.shape[1])
+            self.drafter.read(Span(newest, longest, device), hidden[:, :longest])
         # The drafts in `tokens` that were not accepted give way.
         width = max(map(len, new))
         known = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in new], device=device)
@@ -231,52 +237,26 @@ class Engine:
             text.rounds.append((len(text.tokens), depth, len(tokens) - 1))
             self._write(text, tokens)
 
-    def _move_siblings(
-        self, newest: list[int], new: list[list[int]], taken: list[int], depth: int, hidden: Tensor
-    ) -> None:
-        """Puts siblings that were accepted where the drafts stood whose places they take."""
-        rows = [row for row, column in enumerate(taken) if column > depth]
-        if not rows:
+    def _straighten(self, newest: list[int], paths: list[list[int]], hidden: Tensor) -> None:
+        """Puts what was computed for accepted drafts where a chain has it: behind the newest token, without gaps."""
+        moves = [
+            (row, newest[row], column, place)
+            for row, path in enumerate(paths)
+            for place, column in enumerate(path, start=1)
+            if column != place
+        ]
+        if not moves:
             return
-        # The sibling is the last new token but one.
-        pairs = [(row, newest[row], taken[row], len(new[row]) - 1) for row in rows]
-        index, start, source, target = torch.tensor(pairs, device=self.device).unbind(1)
+        index, start, source, target = torch.tensor(moves, device=self.device).unbind(1)
         self.cache.move(index, start + source, start + target)
         hidden[index, target] = hidden[index, source]
 
     def _draft(self, drafter: Drafter, newest: list[int]) -> Drafts:
         """Drafts until the depth, or until a further draft is too unlikely to be accepted."""
-        count = self.siblings if self.choice.siblings else 0
-        sure: Tensor | None = None
-        others: list[tuple[Tensor, Tensor]] = []
-
-        def choose(logits: Tensor, number: int) -> Tensor:
-            nonlocal sure
-            columns = self.choice.draft(logits, self.active, number)
-            if count or self.threshold > 0:
-                probabilities = logits.float().softmax(-1)
-                before = 1.0 if sure is None else sure
-                if count:
-                    best, at = probabilities.topk(min(count + 1, logits.shape[-1]), dim=-1)
-                    others.append((before * best[:, 1:], at[:, 1:]))
-                sure = before * probabilities.gather(1, columns[:, None])
-            return columns
-
-        def likely(logits: Tensor, columns: Tensor) -> bool:
-            assert sure is not None
-            return bool(sure.mean() >= self.threshold)
-
-        # What is asked of each draft's probability needs its logits.
-        pick = Pick(choose, joint=self.choice.likeliest and not count and self.threshold == 0)
-        depth = drafter.draft(self.tokens, newest, self.depth, pick, likely if self.threshold > 0 else None)
-        drafts = Drafts(Span(newest, depth, self.device).read(self.tokens, steps=1).clone())
-        if count and others[0][0].shape[1]:
-            each = others[0][0].shape[1]
-            # The likeliest of all depths, by the heads' own word.
-            at = torch.cat([weight for weight, _ in others], dim=1).topk(min(count, depth * each), dim=1).indices
-            drafts.siblings = drafter.ids(torch.cat([columns for _, columns in others], dim=1).gather(1, at))
-            drafts.depths = 1 + at // each
-        return drafts
+        offer = Offer(self.choice, self.active, siblings=self.siblings, nodes=self.tree, threshold=self.threshold)
+        depth = drafter.draft(self.tokens, newest, self.depth, offer.pick, offer.go_on)
+        chain = Span(newest, depth, self.device).read(self.tokens, steps=1)
+        return offer.drafts(chain.clone(), drafter.ids)
 
     def _pass(
         self,
@@ -327,3 +307,23 @@ class Engine:
                 if self.drafter is not None:
                     self.drafter.copy_row(len(self.active), slot, length)
             yield text
+
+
+def check_tree(nodes: int, heads: Heads | None, *, siblings: int = 0, drawn: bool = False) -> None:
+    """Whether drafts can be a tree.
+
+    Args:
+        drawn: whether drafts are drawn from the heads' distributions.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if heads is not None and not heads.independent:
+        raise UserError(
+            f"tree: {nodes} is not accepted for heads of kind {heads.config.kind}, whose drafts depend on the drafts "
+            "before them; accepted: 0, or siblings; or parallel, medusa or ff circuit heads"
+        )
+    if siblings:
+        raise UserError(f"siblings: {siblings} does nothing beside tree: {nodes}; accepted: 0, or no tree")
+    if drawn:
+        raise UserError(f"tree: {nodes} is not accepted where drafts are sampled; accepted: 0, or sampled: false")

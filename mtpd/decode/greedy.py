@@ -22,6 +22,7 @@ def generate(
     depth: int | None = None,
     threshold: float = 0.0,
     siblings: int = 0,
+    tree: int = 0,
 ) -> tuple[list[int], Counts]:
     """Decodes greedily after one prompt.
 
@@ -29,7 +30,7 @@ def generate(
         prompt: token ids [n], n >= 1.
         max_new_tokens: how many tokens at most, at least 1.
         end_tokens: ids that end the text; the one that does is part of the output, as in transformers.
-        depth, threshold, siblings: how far to draft, as `mtpd.decode.engine.Engine` has them.
+        depth, threshold, siblings, tree: how far to draft, as `mtpd.decode.engine.Engine` has them.
 
     Returns:
         The new tokens, equal to plain greedy decoding of the same model, and the counts.
@@ -43,6 +44,7 @@ def generate(
         depth=depth,
         threshold=threshold,
         siblings=siblings,
+        tree=tree,
         end_tokens=end_tokens,
     )
     [text] = engine.run([Request(prompt.tolist(), max_new_tokens)])

@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from mtpd.decode.choice import Choice, Greedy
 from mtpd.decode.counts import Counts
-from mtpd.decode.engine import Engine, Request, Text
+from mtpd.decode.engine import Engine, Request, Text, check_tree
 from mtpd.decode.processed import Processed, independent
 from mtpd.decode.sampling import SampledDrafts, Sampling
 from mtpd.errors import UserError
@@ -44,6 +44,8 @@ class Drafting(BaseModel):
     """Drafting stops where the product of the probabilities that the heads gave to their drafts falls below it."""
     siblings: int = Field(default=0, ge=0)
     """Further candidates a round, each an alternative to one of the drafts."""
+    tree: int = Field(default=0, ge=0)
+    """Drafts are a tree of this many at most instead of a chain; for heads whose drafts do not depend on each other."""
     sampled: bool = False
     """Under sampling, drafts are drawn from the heads' distributions instead of being their most likely tokens."""
 
@@ -54,6 +56,9 @@ class Model:
     Args:
         heads: None generates plainly, with the same engine.
         drafting: how far to draft; None drafts with all heads.
+
+    Raises:
+        UserError: a tree of drafts that these heads cannot make.
     """
 
     def __init__(self, trunk: Trunk, heads: Heads | None, tokenizer: Any = None, drafting: Drafting | None = None):
@@ -61,6 +66,8 @@ class Model:
         self.heads = heads
         self.tokenizer = tokenizer
         self.drafting = drafting or Drafting(depth=heads.depth if heads is not None else 1)
+        if self.drafting.tree:
+            check_tree(self.drafting.tree, heads, siblings=self.drafting.siblings)
         self.counts: list[Counts] = []
         """Of each row of the last call."""
 

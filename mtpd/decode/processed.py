@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from mtpd.decode.choice import Drafts
+from mtpd.decode.choice import children
+from mtpd.decode.drafts import Drafts
 from mtpd.decode.sampling import Warper, numbers, pick
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Processed:
         self.keep_scores = keep_scores
         self.keep_logits = keep_logits
 
-    siblings = True
+    branches = True
     likeliest = True
 
     def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
@@ -97,37 +98,34 @@ class Processed:
 
     def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Drafts | None) -> list[list[int]]:
         """As `mtpd.decode.choice.Choice.choose`; a text that a criterion ends is marked so."""
-        chains: list[list[int]] = [[] for _ in texts]
-        siblings: list[dict[tuple[int, int], int]] = [{} for _ in texts]
+        nodes: list[dict[tuple[int, int], int]] = [{} for _ in texts]
+        deepest = 0
         if drafts is not None:
-            chains = drafts.chain.tolist()
-            if drafts.siblings is not None and drafts.depths is not None:
-                first = 1 + drafts.chain.shape[1]
-                pairs = zip(drafts.depths.tolist(), drafts.siblings.tolist(), strict=True)
-                siblings = [
-                    {place: first + number for number, place in enumerate(zip(*pair, strict=True))} for pair in pairs
-                ]
-        rows = [self._row(logits[row], text, chains[row], siblings[row]) for row, text in enumerate(texts)]
+            nodes = [children(*row) for row in drafts.rows()]
+            deepest = drafts.depth
+        rows = [self._row(logits[row], text, nodes[row], deepest) for row, text in enumerate(texts)]
         if drafts is not None:
-            drafts.taken = [column for _, column in rows]
+            drafts.paths = [path for _, path in rows]
         return [new for new, _ in rows]
 
     def _row(
-        self, logits: Tensor, text: Text, chain: list[int], siblings: dict[tuple[int, int], int]
-    ) -> tuple[list[int], int]:
-        """New tokens of one row, and the column behind which the last of them stands.
+        self, logits: Tensor, text: Text, nodes: dict[tuple[int, int], int], deepest: int
+    ) -> tuple[list[int], list[int]]:
+        """New tokens of one row, and the columns of the drafts among them.
 
         Args:
             logits: [Q, V].
-            siblings: columns by depth and token.
+            nodes: as `mtpd.decode.choice.children` gives them.
+            deepest: of their depths.
         """
         known = [*text.request.padding, *text.request.prompt, *text.tokens]
         ids = torch.tensor([known], device=logits.device)
-        draws = numbers([text], len(chain) + 1, device=logits.device)[0] if self.sample else None
+        draws = numbers([text], 1 + deepest, device=logits.device)[0] if self.sample else None
         if text.number not in self.of_row:
             self.of_row[text.number] = of_row(self.processors, text.number)
         processors = self.of_row[text.number]
         new: list[int] = []
+        path: list[int] = []
         column = 0
         while True:
             raw = logits[column : column + 1].float()
@@ -142,13 +140,12 @@ class Processed:
                 text.logits.append(raw[0])
             ids = torch.cat([ids, chosen[:, None]], dim=1)
             if token in self.ends or len(new) >= text.room:
-                return new, column
+                return new, path
             if self.criteria and bool(self.criteria(ids, scores).all()):
                 text.ended = True
-                return new, column
-            if column < len(chain) and chain[column] == token:
-                column += 1
-            elif column <= len(chain) and (column + 1, token) in siblings:
-                column = siblings[column + 1, token]
-            else:
-                return new, column
+                return new, path
+            following = nodes.get((column, token))
+            if following is None:
+                return new, path
+            column = following
+            path.append(column)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TopPLogitsWarper
 
-from mtpd.decode.choice import Drafts, agreed
+from mtpd.decode.choice import agreed
+from mtpd.decode.drafts import Drafts, of_columns
 
 if TYPE_CHECKING:
     from mtpd.decode.engine import Text
@@ -41,7 +42,7 @@ class Sampling:
         warpers: applied to the logits in turn, before the softmax.
     """
 
-    siblings = True
+    branches = True
     likeliest = True
 
     def __init__(self, warpers: Sequence[Warper] = ()) -> None:
@@ -55,11 +56,10 @@ class Sampling:
         """As `mtpd.decode.choice.Choice.choose`."""
         rows, width, _ = logits.shape
         probabilities = self.distribution(logits.flatten(0, 1))
-        deepest = width if drafts is None else 1 + drafts.chain.shape[1]
-        draws = numbers(texts, deepest, device=logits.device)
-        if drafts is not None and drafts.depths is not None:
-            # What stands behind a sibling has the place of what stands behind the draft of the same depth.
-            draws = torch.cat([draws, draws.gather(1, drafts.depths)], dim=1)
+        draws = numbers(texts, width if drafts is None else 1 + drafts.depth, device=logits.device)
+        if drafts is not None:
+            # Alternatives for one place share its number.
+            draws = of_columns(draws, drafts)
         return agreed(pick(probabilities, draws.flatten()).view(rows, width), drafts)
 
     def distribution(self, logits: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class SampledDrafts(Sampling):
         rows: token ids of the heads' columns, or None where they are the tokens.
     """
 
-    siblings = False
+    branches = False
     likeliest = False
 
     def __init__(self, warpers: Sequence[Warper] = (), *, rows: Tensor | None = None) -> None:
@@ -102,7 +102,8 @@ class SampledDrafts(Sampling):
         device = logits.device
         p = self.distribution(logits.flatten(0, 1)).view(rows, width, size)
         q = self._over_all_tokens(torch.stack(self.drafted, dim=1), size)
-        at = drafts.chain[..., None]
+        assert drafts.parents is None, "drafts that are drawn stand in a chain"
+        at = drafts.tokens[..., None]
         draws = numbers(texts, width, device=device, stream=2)
         kept = draws[:, :-1] * q.gather(2, at)[..., 0] < p[:, :-1].gather(2, at)[..., 0]
         accepted = kept.long().cumprod(1).sum(1)
@@ -113,8 +114,8 @@ class SampledDrafts(Sampling):
         # Nothing is left where p and q are equal but for rounding: then p is as good.
         left = torch.where(left.sum(-1, keepdim=True) > 0, left, p[row, accepted])
         token = pick(left, numbers(texts, width, device=device, stream=3)[row, accepted])
-        packed: list[list[int]] = torch.cat([accepted[:, None], token[:, None], drafts.chain], dim=1).tolist()
-        drafts.taken = [of[0] for of in packed]
+        packed: list[list[int]] = torch.cat([accepted[:, None], token[:, None], drafts.tokens], dim=1).tolist()
+        drafts.paths = [list(range(1, 1 + of[0])) for of in packed]
         return [[*of[2 : 2 + of[0]], of[1]] for of in packed]
 
     def _over_all_tokens(self, q: Tensor, size: int) -> Tensor:

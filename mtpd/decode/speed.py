@@ -31,6 +31,7 @@ WAYS = {
 }
 PARTS = ("trunk", "drafts", "verification", "bookkeeping")
 SIBLINGS = (1, 2, 4, 8)
+TREES = (8, 16, 32)
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5)
 
 
@@ -230,7 +231,7 @@ def tune(
     batch: int = 1,
     runs: int = 2,
 ) -> list[tuple[Drafting, float]]:
-    """Measures tokens/s of every depth, then of siblings at the best of them, then of thresholds; fastest first."""
+    """Measures tokens/s of every depth, then of siblings or trees, then of thresholds; fastest first."""
     heads = _heads(model)
     limits: dict[str, Any] = {"end_tokens": end_tokens, "batch": batch}
 
@@ -259,6 +260,9 @@ def tune(
 
     fastest = best([Drafting(depth=depth) for depth in range(1, heads.depth + 1)])
     fastest = best([fastest.model_copy(update={"siblings": count}) for count in SIBLINGS])
+    if heads.independent:
+        # A tree is as deep as pays by itself.
+        fastest = best([Drafting(depth=heads.depth, tree=nodes) for nodes in TREES])
     if heads.depth > 1:
         # Drafting stops by itself where it does not pay: deeper than the best fixed depth is worth a try.
         deeper = {"depth": min(fastest.depth + 1, heads.depth)}

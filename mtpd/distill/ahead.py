@@ -9,14 +9,17 @@ from mtpd.data.models import resolve_device
 from mtpd.data.store import DiskStore, fill
 from mtpd.data.vocabulary import coverage, save_vocabulary
 from mtpd.distill.apart import trunk_apart
+<<<<<<< HEAD
 from mtpd.distill.directory import open_together
+=======
+from mtpd.distill.first_heads import vocabulary_of
+>>>>>>> ranks
 from mtpd.distill.run import (
     hidden_states,
     real_tokens,
     split_prompts,
     start,
     training_rows,
-    vocabulary_of,
 )
 from mtpd.errors import UserError
 from mtpd.recipe import Recipe

@@ -187,13 +187,20 @@ class Sizes:
 
 
 def estimate_memory(
-    recipe: Recipe, sizes: Sizes, text: TextEstimate, *, decoding_item: int, own_logits: int = 0
+    recipe: Recipe,
+    sizes: Sizes,
+    text: TextEstimate,
+    *,
+    decoding_item: int,
+    own_logits: int = 0,
+    of_trunk: int = 0,
 ) -> dict[str, dict[str, int]]:
     """Bytes by phase and purpose. What allocators and libraries add is left out.
 
     Args:
         decoding_item: bytes of a number while decoding; another one than the trunk's means a second model.
         own_logits: bytes that the loss takes of heads with logits of their own, 0 for the others.
+        of_trunk: parameters that `trunk.train` trains.
     """
     data, item = recipe.data, sizes.item
     weights = sizes.frozen * item
@@ -212,15 +219,16 @@ def estimate_memory(
             * item,
         },
         "training": {
-            "trunk": weights,
+            **_of_trunk(recipe, sizes, of_trunk),
             "unembedding of the draft vocabulary": sizes.columns * sizes.hidden * item
             if recipe.heads.vocabulary
             else 0,
             "heads, float32": 4 * sizes.trained,
-            "gradients": 4 * sizes.trained,
-            "optimizer": 8 * sizes.trained,
+            "gradients": 4 * (sizes.trained + of_trunk),
+            "optimizer": 8 * (sizes.trained + of_trunk),
             "heads in the trunk's number format": item * sizes.trained if item < 4 else 0,
             "activations of the heads": batch_tokens * sizes.depth * elements * item,
+            "activations of the trunk": batch_tokens * sizes.layers * elements * item if of_trunk else 0,
             "hidden states kept": (hidden_state_bytes(recipe, sizes, text) or 0)
             if data.hidden_states == "memory"
             else 0,
@@ -240,12 +248,27 @@ def estimate_memory(
     return phases
 
 
+def _of_trunk(recipe: Recipe, sizes: Sizes, trained: int) -> dict[str, int]:
+    """What the trunk's own parameters take while heads are trained."""
+    weights = sizes.frozen * sizes.item
+    if recipe.trunk.train != "full":
+        return {"trunk": weights, "adapters of the trunk, float32": 4 * trained}
+    return {
+        "trunk, float32": 4 * trained,
+        "trunk in its number format": weights if sizes.item < 4 else 0,
+        "trunk as it was, a second model (trunk.teacher: original)": weights
+        if recipe.trunk.teacher == "original"
+        else 0,
+        "gradient of the main head in the loss": 4 * sizes.tokens * sizes.hidden,
+    }
+
+
 def hidden_state_bytes(recipe: Recipe, sizes: Sizes, text: TextEstimate) -> int | None:
     """Of all rows, kept; None where the amount of text is not known."""
     return None if text.rows is None else text.rows * recipe.data.row_length * sizes.hidden * sizes.item
 
 
-def estimate_disk(recipe: Recipe, sizes: Sizes, text: TextEstimate) -> dict[str, int | None]:
+def estimate_disk(recipe: Recipe, sizes: Sizes, text: TextEstimate, *, of_trunk: int = 0) -> dict[str, int | None]:
     """Bytes of the run directory by file, at most; None where the amount of text is not known."""
     kept = recipe.train.save_total_limit + 1  # One more while it is being written.
     checkpoints = kept if text.saves is None else min(kept, text.saves)
@@ -255,7 +278,8 @@ def estimate_disk(recipe: Recipe, sizes: Sizes, text: TextEstimate) -> dict[str,
         states = hidden_state_bytes(recipe, sizes, text)
     return {
         "hidden states": states,
-        f"checkpoints, {checkpoints} at a time": checkpoints * 12 * sizes.trained,
+        f"checkpoints, {checkpoints} at a time": checkpoints * 12 * (sizes.trained + of_trunk),
         "heads before and after": 8 * sizes.trained,
+        "trunk": sizes.frozen * sizes.item if of_trunk else 0,
         "responses": responses,
     }

@@ -102,26 +102,30 @@ class DistillModel(nn.Module):
         """The loss summed over tokens, and over depths."""
         main: Tensor | None = None
         teacher: Tensor | None = None
+        readout = self.readout
         if self.joint is not None:
+            readout = self.joint.readout(readout)
             states = self.joint.states(input_ids, position_ids)
             teacher = states.detach() if hidden is None else hidden
-            main = self._main_head_loss(states, input_ids, labels, position_ids)
+            main = self._main_head_loss(readout, states, input_ids, labels, position_ids)
             hidden = states
         elif hidden is None:
             before_last = self.heads.shared_layers
             hidden = self.trunk.hidden(input_ids, position_ids=position_ids, before_last=before_last)
         batch = Batch(input_ids, labels, position_ids, hidden, teacher=teacher, below=below, after=self.after)
-        total, self.sums = self.heads.loss(self.trunk, batch, self.readout, self.settings, compiled=self.compiled)
+        total, self.sums = self.heads.loss(self.trunk, batch, readout, self.settings, compiled=self.compiled)
         return total if main is None else total + main
 
-    def _main_head_loss(self, states_BTD: Tensor, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
+    def _main_head_loss(
+        self, readout: Readout, states_BTD: Tensor, input_ids: Tensor, labels: Tensor, position_ids: Tensor
+    ) -> Tensor:
         """The main head's weighted cross-entropy on the tokens of responses: that of depth 0."""
         assert self.joint is not None
         states_PD = states_BTD.flatten(0, 1)
         loss, _ = multi_depth_loss(
             [states_PD],
             states_PD,
-            self.readout.main,
+            readout.main,
             targets_P=[alignment.target_tokens(input_ids, 0).flatten()],
             masks_P=[alignment.counted(labels, position_ids, 0).flatten()],
             settings=LossSettings((self.joint.loss_weight,), (0.0,)),

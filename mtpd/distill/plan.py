@@ -12,6 +12,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from mtpd.data.models import load_model, resolve_device, resolve_dtype
 from mtpd.data.vocabulary import draft_size
@@ -51,6 +52,8 @@ class Plan:
     """Parameters of the trunk, its output head included."""
     trained: int
     """Parameters of all heads."""
+    of_trunk: int
+    """Parameters that `trunk.train` trains."""
     text: TextEstimate
     memory: dict[str, dict[str, int]]
     """By phase (generating, training, decoding) and purpose."""
@@ -65,7 +68,9 @@ class Plan:
     @property
     def shardings(self) -> list[Fit]:
         """The ways to shard over the devices, from the first to be tried on."""
-        return fits(self.load, self.devices, self.device_memory)
+        found = fits(self.load, self.devices, self.device_memory)
+        # A trunk that is trained is whole everywhere.
+        return found if not self.of_trunk else [fit for fit in found if not fit.sharding.startswith("zero3")]
 
     @property
     def peak_memory(self) -> int:
@@ -98,7 +103,11 @@ class Plan:
                 f"{self.architecture}: {self.layers} layers, width {self.hidden_size:,}, {name} on {self.device}",
             ),
             ("vocabulary", f"{self.vocabulary:,} tokens; {draft}"),
-            ("frozen", f"{self.frozen:,} parameters, {size(self.frozen * self.dtype.itemsize)}"),
+            (
+                "trunk" if self.of_trunk else "frozen",
+                f"{self.frozen:,} parameters, {size(self.frozen * self.dtype.itemsize)}"
+                + (f"; {self.of_trunk:,} trained" if self.of_trunk else ""),
+            ),
             ("trained", f"{self.trained:,} parameters in {heads}, {size(4 * self.trained)} in float32"),
             *self._extension(),
             ("", ""),
@@ -115,8 +124,8 @@ class Plan:
         beyond = " and what is not known yet" if None in self.disk.values() else ""
         lines += [("disk", f"{size(known)}{beyond}: {_parts(self.disk)}"), ("", "")]
         notes = ["memory and disk are estimates; what libraries take for themselves is not in them", *text.notes]
-        if recipe.trunk.train != "frozen":
-            notes.append("memory for training the trunk itself (trunk.train) is not in them")
+        if recipe.train.deepspeed is not None:
+            notes.append("memory by phase is that of a process that shards nothing")
         return lines + [("assumed" if not index else "", note) for index, note in enumerate(notes)]
 
     def _sharding(self) -> list[tuple[str, str]]:
@@ -217,10 +226,21 @@ def plan(recipe: Recipe, *, devices: int | None = None, device_memory: float | N
         tokens=rows,
         item=dtype.itemsize,
     )
+    of_trunk = {
+        "frozen": 0,
+        "lora": sum(
+            recipe.trunk.rank * (module.in_features + module.out_features)
+            for module in trunk.decoder.layers.modules()
+            if type(module) is nn.Linear
+        ),
+        "full": frozen,
+    }[recipe.trunk.train]
     text = estimate_text(recipe, tokenizer)
     wanted = recipe.evaluation.dtype
     decoding = dtype if wanted == "trunk" else resolve_dtype(wanted, device)
-    memory = estimate_memory(recipe, sizes, text, decoding_item=decoding.itemsize, own_logits=heads.piece_bytes())
+    memory = estimate_memory(
+        recipe, sizes, text, decoding_item=decoding.itemsize, own_logits=heads.piece_bytes(), of_trunk=of_trunk
+    )
     count, bytes_of_each = _devices(device, devices)
     return Plan(
         recipe=recipe,
@@ -234,33 +254,39 @@ def plan(recipe: Recipe, *, devices: int | None = None, device_memory: float | N
         device=device,
         frozen=frozen,
         trained=trained,
+        of_trunk=of_trunk,
         text=text,
         memory=memory,
-        disk=estimate_disk(recipe, sizes, text),
-        load=training_load(recipe, trunk, heads, sizes, memory["training"]),
+        disk=estimate_disk(recipe, sizes, text, of_trunk=of_trunk),
+        load=training_load(recipe, trunk, heads, sizes, memory["training"], of_trunk=of_trunk),
         devices=count,
         device_memory=bytes_of_each if device_memory is None else 1e9 * device_memory,
         given=devices is not None or device_memory is not None,
     )
 
 
-def training_load(recipe: Recipe, trunk: Trunk, heads: Heads, sizes: Sizes, training: Mapping[str, int]) -> Load:
+def training_load(
+    recipe: Recipe, trunk: Trunk, heads: Heads, sizes: Sizes, training: Mapping[str, int], *, of_trunk: int = 0
+) -> Load:
     """What a rank computes and holds in training.
 
     Args:
         training: bytes by purpose, as `estimate_memory` gives them.
+        of_trunk: parameters that `trunk.train` trains: they are sharded as those of the heads are.
     """
     layers = list(trunk.decoder.layers)
     parts: Any = getattr(heads, "layers", None)
     blocks = list(parts) if parts is not None and len(parts) else [heads]
     # A block that serves all depths is gone through once for each.
     often = recipe.heads.depth / len(blocks)
-    sharded = ("trunk", "heads, float32", "gradients", "optimizer")
+    # What the formula says itself; of a trunk that is trained in float32, its copy in its own number format.
+    sharded = {"trunk", "trunk, float32", "trunk in its number format", "adapters of the trunk, float32"}
+    sharded |= {"heads, float32", "gradients", "optimizer"}
     return Load(
         trunk=sizes.frozen,
         layers=sum(map(_numbers, layers)),
         largest_layer=max(map(_numbers, layers)),
-        heads=sizes.trained,
+        heads=sizes.trained + of_trunk,
         largest_head=max(map(_numbers, blocks)),
         hidden=sizes.hidden,
         item=sizes.item,

@@ -16,27 +16,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from mtpd import ranks
-from mtpd.checkpoints.importing import native_depth, native_heads
+from mtpd.checkpoints.importing import native_form
 from mtpd.data import builtin_models
 from mtpd.data.models import load_model, resolve_device, resolve_dtype, trunk_fingerprint
-from mtpd.data.packing import PackedRows, Sample, collate, pack
+from mtpd.data.packing import PackedRows, Sample, pack
 from mtpd.data.prompts import Prompt, given_sample, load_prompts, split_held_out
 from mtpd.data.responses import end_tokens, generate_responses
-from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, fill, store_key, with_hidden
-from mtpd.data.vocabulary import draft_vocabulary, load_vocabulary
+from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, fill, store_key
 from mtpd.distill.apart import is_apart, trunk_apart
+<<<<<<< HEAD
 from mtpd.distill.directory import RunDirectory, finish_provenance, open_together, write_provenance
+=======
+from mtpd.distill.directory import RunDirectory, open_run, write_provenance
+from mtpd.distill.first_heads import new_heads
+>>>>>>> ranks
 from mtpd.distill.measuring import set_apart, spread
 from mtpd.distill.outcome import decode, measure, show
-from mtpd.distill.rows import TrainingRows
 from mtpd.distill.training import train_heads
 from mtpd.errors import UserError, enough_memory
 from mtpd.evaluate.contamination import write_signatures
-from mtpd.heads import WEIGHTS, Heads, build_heads, chain_of, configure_heads, load_heads, save_heads, start_heads
+from mtpd.heads import WEIGHTS, chain_of, load_heads, save_heads
 from mtpd.recipe import Recipe, parse_recipe
 from mtpd.trunk import Trunk
 
@@ -141,15 +143,23 @@ def _take_steps(session: Session, console: Console) -> Path:
 
 
 def with_native_depth(recipe: Recipe) -> Recipe:
-    """The recipe with the depth of the model's own heads, where those are what it starts from and it sets none."""
-    if recipe.heads.init == "native" and recipe.heads.kind != "chain":
-        raise UserError(f"heads.init: native is not accepted for {recipe.heads.kind} heads; accepted: heads.kind=chain")
-    if recipe.heads.init == "native" and recipe.heads.adapters:
-        raise UserError(f"heads.adapters: {recipe.heads.adapters} is not accepted with native heads; accepted: 0")
-    if recipe.heads.init != "native" or "depth" in recipe.heads.model_fields_set:
+    """The recipe with kind and depth of the model's own heads, where those are what it starts from and it sets none."""
+    heads = recipe.heads
+    if heads.init != "native":
         return recipe
+    if heads.kind not in ("chain", "parallel"):
+        raise UserError(f"heads.init: native is not accepted for {heads.kind} heads; accepted: chain, parallel")
+    if heads.adapters:
+        raise UserError(f"heads.adapters: {heads.adapters} is not accepted with native heads; accepted: 0")
+    if heads.kind == "chain" and {"kind", "depth"} <= heads.model_fields_set:
+        return recipe
+    form = native_form(recipe.model)
+    if "kind" in heads.model_fields_set and heads.kind != form["kind"]:
+        raise UserError(f"heads.kind: {heads.kind} is not what {recipe.model} has; accepted: {form['kind']}")
     values = recipe.model_dump(mode="json")
-    values["heads"]["depth"] = native_depth(recipe.model)
+    if "depth" in heads.model_fields_set:
+        del form["depth"]
+    values["heads"] |= form
     return parse_recipe(values)
 
 
@@ -297,16 +307,6 @@ def fill_together(session: Session, rows: PackedRows, store: HiddenStates | None
         )
 
 
-def vocabulary_of(session: Session, rows: PackedRows) -> torch.Tensor | None:
-    """Token ids of the draft vocabulary, or None where all tokens can be drafted."""
-    trunk, wanted = session.trunk, session.recipe.heads.vocabulary
-    tokens = trunk.tokens or trunk.unembedding.weight.shape[0]
-    if isinstance(wanted, str):
-        return load_vocabulary(wanted, tokens=tokens)
-    always = {*session.ends, *session.tokenizer.all_special_ids}
-    return draft_vocabulary(rows, wanted, tokens=tokens, always=always)
-
-
 def measured_samples(session: Session, held_out: Sequence[Prompt]) -> tuple[list[Sample], frozenset[str]]:
     """Greedy answers to the held-out prompts, and to those of further suites.
 
@@ -323,6 +323,7 @@ def measured_samples(session: Session, held_out: Sequence[Prompt]) -> tuple[list
         chosen += [Prompt(f"{name}:{prompt.id}", prompt.prompt, family=name) for prompt in extra]
     samples = respond(session, chosen, session.run.held_out, max_new_tokens=evaluation.max_new_tokens)
     return samples, frozenset(apart)
+<<<<<<< HEAD
 
 
 def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) -> Heads:
@@ -384,3 +385,5 @@ def fitting_batches(
     ]
     before_last = session.recipe.heads.shared_layers
     return [with_hidden(batch, session.trunk, store, before_last=before_last) for batch in batches]
+=======
+>>>>>>> ranks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 
@@ -12,7 +13,7 @@ from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.data.packing import PackedRows, Sample
 from mtpd.data.store import HiddenStates
 from mtpd.distill.directory import RunDirectory
-from mtpd.distill.joint import JointTrunk, PerplexityLimit, main_head_quality
+from mtpd.distill.joint import AdaptedTrunk, FullTrunk, JointTrunk, PerplexityLimit, main_head_quality
 from mtpd.distill.measuring import spread
 from mtpd.distill.run import Session
 from mtpd.distill.training import train_heads
@@ -32,25 +33,29 @@ def train_jointly(
     samples: Sequence[Sample],
     chosen_by: Sequence[Sample],
 ) -> None:
-    """Trains heads and adapters of the trunk, and writes the trunk with the adapters merged to `trunk/`.
+    """Trains heads and trunk, and writes the trunk to `trunk/`.
 
     Raises:
         MtpdError: the main head's perplexity rose by more than the recipe allows; no trunk is written then.
     """
     recipe, run, trunk = session.recipe, session.run, session.trunk
     settings = recipe.trunk
+    common: dict[str, Any] = {
+        "loss_weight": settings.loss_weight,
+        "original_teacher": settings.teacher == "original",
+        "learning_rate": settings.learning_rate,
+    }
+    joint: JointTrunk
+    if settings.train == "full":
+        joint = FullTrunk(trunk, **common)
+    else:
+        joint = AdaptedTrunk(trunk, rank=settings.rank, seed=recipe.seed, **common)
     checked = spread(list(samples), PERPLEXITY_PROMPTS)
+    # Before any step, and in the number format of the measurements to come.
     before = float(ranks.from_main(lambda: main_head_quality(trunk, checked).perplexity))
     limit = PerplexityLimit(trunk, checked, recipe, before, run.perplexity)
-    joint = JointTrunk(
-        trunk,
-        rank=settings.rank,
-        loss_weight=settings.loss_weight,
-        original_teacher=settings.teacher == "original",
-        seed=recipe.seed,
-    )
     train_heads(session, heads, rows, store, chosen_by, joint=joint, callbacks=[limit])
-    joint.write_merged(run.trunk, session.tokenizer)
+    joint.write(run.trunk, session.tokenizer)
     model, _ = load_model(str(run.trunk), dtype=recipe.dtype, device=recipe.device)
     heads.config = heads.config.model_copy(update={"trunk": trunk_fingerprint(model)})
 

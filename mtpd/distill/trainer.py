@@ -99,6 +99,7 @@ class HeadTrainer(SafeTrainer):
         self._totals = step if self._totals is None else self._totals + step
         return result
 
+<<<<<<< HEAD
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         before = self._totals
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -112,6 +113,20 @@ class HeadTrainer(SafeTrainer):
             return {}
         found = self.with_states(inputs)
         return {name: found[name] for name in ("hidden", "below") if name in found}
+=======
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, in which the trunk may have a learning rate of its own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        joint = self.distill_model.joint
+        if joint is None or joint.learning_rate is None:
+            return optimizer
+        own = set(map(id, joint.parameters.values()))
+        for group in list(optimizer.param_groups):
+            mine = [each for each in group["params"] if id(each) in own]
+            group["params"] = [each for each in group["params"] if id(each) not in own]
+            optimizer.add_param_group({**group, "params": mine, "lr": joint.learning_rate})
+        return optimizer
+>>>>>>> ranks
 
     def with_states(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch with the states of what is not trained: the trunk, and finished depths."""
@@ -120,8 +135,8 @@ class HeadTrainer(SafeTrainer):
         if joint is not None and not joint.original_teacher:
             return {name: tensor for name, tensor in batch.items() if name != "row"}
         if joint is not None:
-            with joint.disabled():
-                return with_hidden(batch, self.distill_model.trunk, self.store)
+            with joint.original() as trunk:
+                return with_hidden(batch, trunk, self.store)
         before_last = self.distill_model.heads.shared_layers
         batch = with_hidden(batch, self.distill_model.trunk, self.store, before_last=before_last)
         if self.below is not None:

@@ -69,7 +69,8 @@ def train_heads(
             options["deepspeed"] = settings.for_heads(
                 heads, hidden_size=trunk.hidden_size, own_logits=not isinstance(heads, StateHeads)
             )
-        arguments = training_arguments(recipe, dtype=trunk.dtype, device=trunk.device, **options)
+        dtype = trunk.dtype if joint is None else joint.dtype
+        arguments = training_arguments(recipe, dtype=dtype, device=trunk.device, **options)
         trunk.to(arguments.device)
         if arguments.world_size > 1 and store is not None and not all(row in store for row in range(len(rows))):
             logger.warning(
@@ -87,7 +88,7 @@ def train_heads(
             checkpoint_blocks=recipe.train.checkpoint_blocks,
             after=after,
             joint=joint,
-            autocast=trunk.dtype if settings is not None and trunk.dtype != torch.float32 else None,
+            autocast=dtype if settings is not None and dtype != torch.float32 else None,
         )
         trainer = MeasuringTrainer(
             model,

@@ -63,7 +63,7 @@ class Kind:
 
 KINDS = {
     "chain": Kind(ChainHeads, chain_start.configure, chain_start.start, chain_start.fit),
-    "parallel": Kind(parallel.ParallelHeads, parallel.configure, parallel.initialise, parallel.fit, parallel.adopt),
+    "parallel": Kind(parallel.build, parallel.configure, parallel.initialise, parallel.fit, parallel.adopt),
     "medusa": Kind(medusa.MedusaHeads, medusa.configure, medusa.initialise, medusa.fit),
     "circuit": Kind(
         circuit_heads.CircuitHeads,

@@ -68,15 +68,27 @@ class Readout:
     """Token of each column [M]; None where columns are tokens."""
     columns: Tensor
     """Column of each token, -1 where it has none."""
+    teacher: Readout | None = None
+    """The teacher's, where its main head is another one."""
+
+    @property
+    def judge(self) -> Readout:
+        """The teacher's."""
+        return self.teacher or self
 
     @classmethod
     def of(cls, trunk: Trunk, rows: Tensor | None) -> Readout:
         """Of a trunk, for a draft vocabulary or (None) for all tokens."""
-        draft = trunk.unembedding.select(rows)
-        columns = torch.full((trunk.unembedding.weight.shape[0],), -1, dtype=torch.long, device=trunk.device)
-        used = torch.arange(draft.weight.shape[0], device=trunk.device)
+        return cls.over(trunk.unembedding, rows)
+
+    @classmethod
+    def over(cls, unembedding: Unembedding, rows: Tensor | None, teacher: Readout | None = None) -> Readout:
+        """Of a main head."""
+        draft, device = unembedding.select(rows), unembedding.weight.device
+        columns = torch.full((unembedding.weight.shape[0],), -1, dtype=torch.long, device=device)
+        used = torch.arange(draft.weight.shape[0], device=device)
         columns[used if rows is None else rows] = used
-        return cls(trunk.unembedding.select(None), draft, rows, columns)
+        return cls(unembedding.select(None), draft, rows, columns, teacher)
 
 
 class Along(Protocol):
@@ -142,6 +154,8 @@ class Heads(nn.Module):
 
     config: HeadsConfig
     layers: nn.ModuleList
+    independent = False
+    """Whether what is drafted at a depth does not depend on the drafts before it."""
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
@@ -222,7 +236,8 @@ class StateHeads(Heads):
             masks_P=[batch.counted(k) for k in depths],
             settings=settings,
             after=batch.after,
-            main_head=readout.main,
+            teacher_head=readout.judge.draft,
+            main_head=readout.judge.main,
             columns_M=readout.rows,
             compiled=compiled,
         )

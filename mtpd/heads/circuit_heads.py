@@ -57,6 +57,7 @@ class CircuitHeads(LogitHeads):
             self.known_rows = KNOWN_ROWS
         self.sums = nn.Linear(size, self.circuit.sums) if self.circuit.sums else None
         self.joint = shape.greedy == "max_product"
+        self.independent = shape.components == 1
         self.drafted = config.depth
         # The trunk's own, and frozen: no part of these heads.
         self._main: Unembedding | None = None

@@ -14,8 +14,9 @@ class ParallelShape(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    block: Literal["decoder", "linear", "residual"] = "decoder"
-    """decoder: a norm, a projection and a decoder layer; linear: a projection; residual: h + SiLU(W h + b)."""
+    block: Literal["decoder", "linear", "residual", "unembedding"] = "decoder"
+    """decoder: a norm, a projection and a decoder layer; linear: a projection; residual: h + SiLU(W h + b);
+    unembedding: nothing, and an output matrix of its own instead of the shared one."""
 
 
 class CircuitShape(BaseModel):

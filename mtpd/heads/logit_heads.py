@@ -149,7 +149,8 @@ class LogitHeads(Heads):
         total = hidden.new_zeros(())
         logged = torch.zeros(2, self.depth, dtype=torch.float64, device=hidden.device)
         accepted: list[Tensor] = []
-        head = readout.main if settings.true_probabilities else readout.draft
+        judge = readout.judge
+        head = judge.main if settings.true_probabilities else judge.draft
         for k in range(1, self.depth + 1):
             mask = masks[:, k - 1]
             y = exact(self.at(k, hidden, columns, seen))[mask]
@@ -178,7 +179,7 @@ class LogitHeads(Heads):
         for k in range(1, self.depth + 1):
             at = alignment.teacher_row(rows, k).clamp_max(len(teacher_PD) - 1)
             y = self.at(k, hidden, columns, seen)
-            agree = agree & (y.argmax(-1) == readout.draft(teacher_PD[at]).argmax(-1)) & masks[:, k - 1]
+            agree = agree & (y.argmax(-1) == readout.judge.draft(teacher_PD[at]).argmax(-1)) & masks[:, k - 1]
             found.append(agree.sum().double())
         return torch.stack(found)
 

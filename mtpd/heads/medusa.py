@@ -39,6 +39,8 @@ class MedusaHead(nn.Module):
 class MedusaHeads(LogitHeads):
     """K heads."""
 
+    independent = True
+
     def __init__(self, trunk: Trunk, config: HeadsConfig) -> None:
         super().__init__(config)
         self.layers = nn.ModuleList(MedusaHead(trunk, config.columns) for _ in range(config.depth))

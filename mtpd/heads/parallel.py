@@ -2,7 +2,8 @@
 
     h_t^k = f_k(h)_t        p_t^k = softmax(W h_t^k)        predicts x_{t+k+1}
 
-f_k is one decoder layer of the trunk's own kind, a linear map, or a residual block. The trunk's last layer and the
+f_k is one decoder layer of the trunk's own kind, a linear map, or a residual block (heads of block unembedding have a
+W_k instead: `mtpd.heads.unembedded`). The trunk's last layer and the
 main head are the first of the paper's n = K + 1 heads. h has been through the final norm: before a decoder layer it
 passes a norm and a projection M_k, which bring it back to what a layer reads.
 
@@ -21,18 +22,21 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from mtpd.errors import UserError
+from mtpd.heads import unembedded
 from mtpd.heads.base import Drafter, Heads, StateHeads
 from mtpd.heads.config import HeadsConfig, ParallelShape
 from mtpd.heads.initialise import _inverse, _silence, source_layers
 from mtpd.heads.norms import gain, set_gain, unit_norm
 from mtpd.heads.parallel_drafter import BlockDrafter, StateDrafter
 from mtpd.heads.regression import shift_maps
+from mtpd.heads.unembedded import UnembeddedHeads
 from mtpd.trunk import Trunk
 
 STARTS = {
     "decoder": ("regression", "identity", "copy_last", "copy_last_k", "random"),
     "linear": ("regression", "identity", "random"),
     "residual": ("identity", "random"),
+    "unembedding": unembedded.STARTS,
 }
 """By block, the accepted starts; the first is the one of a recipe that names none."""
 
@@ -97,6 +101,8 @@ class ParallelHeads(StateHeads):
         config: depth, the form of the heads, and of decoder layers their kinds.
     """
 
+    independent = True
+
     def __init__(self, trunk: Trunk, config: HeadsConfig) -> None:
         super().__init__(config)
         assert config.parallel is not None
@@ -134,12 +140,21 @@ def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, Any]:
             f"{', '.join(STARTS[shape.block])}"
         )
     layers = source_layers(start, settings["depth"], trunk.depth) if shape.block == "decoder" else []
-    return {"parallel": shape, "source_layers": layers}
+    own = {"columns": settings["columns"]} if shape.block == "unembedding" else {}
+    return {"parallel": shape, "source_layers": layers, **own}
+
+
+def build(trunk: Trunk, config: HeadsConfig) -> ParallelHeads | UnembeddedHeads:
+    """Heads of the block that the config names."""
+    assert config.parallel is not None
+    return (UnembeddedHeads if config.parallel.block == "unembedding" else ParallelHeads)(trunk, config)
 
 
 @torch.no_grad()
-def initialise(heads: ParallelHeads, trunk: Trunk, start: str | None, *, seed: int = 0) -> bool:
+def initialise(heads: ParallelHeads | UnembeddedHeads, trunk: Trunk, start: str | None, *, seed: int = 0) -> bool:
     """Gives new heads their first weights. Returns whether `fit` has to follow."""
+    if isinstance(heads, UnembeddedHeads):
+        return unembedded.initialise(heads, trunk, start, seed=seed)
     start = start or STARTS[heads.block][0]
     random = torch.Generator().manual_seed(seed)
     size = trunk.hidden_size
@@ -169,8 +184,11 @@ def initialise(heads: ParallelHeads, trunk: Trunk, start: str | None, *, seed: i
 
 
 @torch.no_grad()
-def fit(heads: ParallelHeads, trunk: Trunk, batches: Iterable[dict[str, Tensor]]) -> None:
+def fit(heads: ParallelHeads | UnembeddedHeads, trunk: Trunk, batches: Iterable[dict[str, Tensor]]) -> None:
     """Makes M_k the ridge regression of the trunk's state k positions further on what head k reads."""
+    if isinstance(heads, UnembeddedHeads):
+        unembedded.fit(heads, trunk, batches)
+        return
     first: Any = heads.layers[0]
     if heads.block == "linear":
         maps = shift_maps(trunk, batches, depth=heads.depth)
@@ -184,7 +202,7 @@ def fit(heads: ParallelHeads, trunk: Trunk, batches: Iterable[dict[str, Tensor]]
 
 
 @torch.no_grad()
-def adopt(heads: ParallelHeads, trunk: Trunk, source: Heads, *, seed: int = 0) -> None:
+def adopt(heads: ParallelHeads | UnembeddedHeads, trunk: Trunk, source: Heads, *, seed: int = 0) -> None:
     """Takes the weights of the first heads of `source`, which are of the same form.
 
     Raises:
@@ -200,8 +218,9 @@ def matching(source: Heads, block: str, depth: int) -> list[Any]:
     Raises:
         UserError: others, or too few.
     """
-    if not isinstance(source, ParallelHeads) or source.block != block or source.depth < depth:
+    shape = source.config.parallel
+    if shape is None or shape.block != block or source.depth < depth:
         found = f"{source.depth} of kind {source.config.kind}"
-        found += f" and block {source.block}" if isinstance(source, ParallelHeads) else ""
+        found += f" and block {shape.block}" if shape is not None else ""
         raise UserError(f"heads.source: holds {found}; accepted: at least {depth} parallel heads of block {block}")
     return list(source.layers[:depth])

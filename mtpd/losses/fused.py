@@ -1,11 +1,12 @@
 """The loss of all depths without a [T, V] tensor: the values of `reference.py`, tile by tile.
 
-With frozen W, the gradient of a row's loss with respect to its logits y is known as soon as y is, so loss and
-gradient need one pass:
+The gradient of a row's loss with respect to its logits y is known as soon as y is, so loss and gradient need one
+pass:
 
     y = finish(W h)      L and dL/dy from y and the teacher row (`tile.py`)      dL/dh = (dL/dy · finish'(y)) W
 
-That is two products a head and one for the teacher. Depth k's student row t and teacher row t + k meet in one
+That is two products a head and one for the teacher; and a third a head, dL/dW = Σ (dL/dy · finish'(y)) hᵀ, where W is
+trained too. Depth k's student row t and teacher row t + k meet in one
 block because blocks run over teacher rows: each teacher row is computed once for all depths.
 
 Two sizes, because a CPU wants both: products are over blocks of many rows, so that W is read seldom; the sweeps
@@ -53,6 +54,7 @@ def multi_depth_loss(
     masks_P: Sequence[Tensor],
     settings: LossSettings,
     after: int = 0,
+    teacher_head: Unembedding | None = None,
     main_head: Unembedding | None = None,
     columns_M: Tensor | None = None,
     compiled: bool = False,
@@ -62,21 +64,24 @@ def multi_depth_loss(
     Args:
         students_PD: states of depth after+1..after+K at flat positions, each [P, D].
         trunk_PD: the trunk's states h at the same positions [P, D]; depth k is compared with row p + k.
-        unembedding: shared and frozen, over the columns in use (no padding rows, or a draft vocabulary).
+        unembedding: shared, over the columns in use (no padding rows, or a draft vocabulary).
         targets_P: per depth, the column of the token to predict [P], -1 where it has no column.
         masks_P: per depth, which positions count [P] bool. They nest: where depth k counts, those before it do.
         settings: weights and form of the loss, for these K depths.
         after: how many depths there are before the first one here; they cost nothing.
-        main_head, columns_M: with a draft vocabulary, the unembedding over all tokens and the token of each
-            column; read by losses of the teacher's true probabilities.
+        teacher_head: the teacher's over the same columns, where that is another one.
+        main_head, columns_M: with a draft vocabulary, the teacher's over all tokens and the token of each column;
+            read by losses of the teacher's true probabilities.
         compiled: runs the sweeps over a tile as code of torch.compile. Needs a compiler on the machine.
 
     Returns:
-        The summed loss (a scalar in float32 that carries gradient to `students_PD` only) and the sums.
+        The summed loss (a scalar in float32 that carries gradient to `students_PD`, and to weight and bias of
+        `unembedding` if they require it) and the sums.
     """
     assert len(students_PD) == len(settings.alpha), "one alpha and one beta for each depth"
-    walk = _Walk(trunk_PD.detach(), unembedding, targets_P, masks_P, settings, after, main_head, columns_M, compiled)
-    loss, *sums = _FusedLoss.apply(walk, *students_PD)
+    heads = unembedding, teacher_head or unembedding, main_head
+    walk = _Walk(trunk_PD.detach(), heads, targets_P, masks_P, settings, after, columns_M, compiled)
+    loss, *sums = _FusedLoss.apply(walk, unembedding.weight, unembedding.bias, *students_PD)
     return loss, LossSums(*sums)
 
 
@@ -95,9 +100,14 @@ def block_size(columns: int, tokens: int, item: int) -> tuple[int, int]:
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, walk: _Walk, *students_PD: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, walk: _Walk, weight: Tensor, bias: Tensor | None, *students_PD: Tensor) -> tuple[Tensor, ...]:
+        _, of_weight, of_bias, *_ = ctx.needs_input_grad
+        assert not of_weight or walk.settings.divergence != "end_to_end_tv", "its slopes come after the pass"
+        walk.of_weight = torch.zeros_like(weight, dtype=walk.exact) if of_weight else None
+        walk.of_bias = torch.zeros_like(bias, dtype=walk.exact) if bias is not None and of_bias else None
         loss, sums, grads = walk.run(students_PD, needs_grad=any(ctx.needs_input_grad))
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(walk.of_weight, walk.of_bias, *grads)
+        ctx.types = weight.dtype, None if bias is None else bias.dtype, *(grad.dtype for grad in grads)
         exact = torch.promote_types(students_PD[0].dtype, torch.float32)
         logged = sums.to(exact).unbind(0)
         ctx.mark_non_differentiable(*logged)
@@ -105,7 +115,8 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        return (None, *(grad_loss.to(grad.dtype) * grad for grad in ctx.saved_tensors))
+        grads = zip(ctx.saved_tensors, ctx.types, strict=True)
+        return (None, *(None if grad is None else (grad_loss.to(grad.dtype) * grad).to(kind) for grad, kind in grads))
 
 
 class _Walk:
@@ -114,20 +125,24 @@ class _Walk:
     def __init__(
         self,
         trunk_PD: Tensor,
-        unembedding: Unembedding,
+        heads: tuple[Unembedding, Unembedding, Unembedding | None],
         targets_P: Sequence[Tensor],
         masks_P: Sequence[Tensor],
         settings: LossSettings,
         after: int,
-        main_head: Unembedding | None,
         columns_M: Tensor | None,
         compiled: bool,
     ) -> None:
-        self.trunk_PD, self.unembedding = trunk_PD, unembedding
+        self.trunk_PD = trunk_PD
+        self.unembedding, self.teacher_head, main_head = heads
+        self.exact = torch.promote_types(self.unembedding.weight.dtype, torch.float32)
+        # Where they are asked for: the gradients of the unembedding's weight and bias, as far as the pass has come.
+        self.of_weight: Tensor | None = None
+        self.of_bias: Tensor | None = None
         self.targets_P, self.masks_P = targets_P, masks_P
         self.settings = settings
         self.depths = range(after + 1, after + 1 + len(masks_P))
-        self.teacher_head, self.columns_M = unembedding, None
+        self.columns_M = None
         if settings.true_probabilities and columns_M is not None:
             assert main_head is not None, "columns_M comes with main_head"
             self.teacher_head, self.columns_M = main_head, columns_M
@@ -143,7 +158,7 @@ class _Walk:
         deepest = self.depths[-1]
         columns = self.unembedding.weight.shape[0]
         weight = self.unembedding.weight
-        exact = torch.promote_types(weight.dtype, torch.float32)
+        exact = self.exact
         grads = [torch.zeros_like(student) for student in students_PD] if needs_grad else []
         values_KP = torch.zeros(2, depths, positions, dtype=exact, device=device)
         # No choice of a student equals that of a teacher row which was not computed.
@@ -176,7 +191,8 @@ class _Walk:
                 if not all_kept:
                     keep = kept_KR[k - 1, start : start + count]
                     at = torch.where(keep, at, 0)
-                y = _product(students_PD[k - 1][at], self.unembedding, raw_y[:count])
+                state = students_PD[k - 1][at]
+                y = _product(state, self.unembedding, raw_y[:count])
                 depth = tile.Depth.of(settings, k, self.unembedding)
                 label_weight = torch.tensor(depth.label_weight, dtype=exact, device=device)
                 target = self.targets_P[k - 1][at]
@@ -195,6 +211,8 @@ class _Walk:
                     for part, teacher, wanted in zip(y.split(step), teachers, target.split(step), strict=False)
                 ]
                 ce, value, choice = (torch.cat(parts) for parts in zip(*results, strict=True))
+                if self.of_weight is not None or self.of_bias is not None:
+                    self._add_own(y if all_kept else y * keep[:, None], state, depth.factor)
                 found = (y @ weight).mul_(depth.factor) if needs_grad else None
                 if not all_kept:
                     at, ce, value, choice = at[keep], ce[keep], value[keep], choice[keep]
@@ -204,6 +222,13 @@ class _Walk:
                 if found is not None:
                     grads[k - 1][at] = found.to(grads[k - 1].dtype)
         return self._finish(values_KP, drafted_KP, chosen, grads)
+
+    def _add_own(self, grad_RM: Tensor, state_RD: Tensor, factor: float) -> None:
+        """The unembedding's own gradient, of rows whose gradient in the product is known."""
+        if self.of_weight is not None:
+            self.of_weight.add_(grad_RM.T @ state_RD.to(grad_RM.dtype), alpha=factor)
+        if self.of_bias is not None:
+            self.of_bias.add_(grad_RM.to(self.exact).sum(0), alpha=factor)
 
     def _order(self) -> tuple[Tensor, Tensor]:
         """Teacher rows that count at some depth [R], those of most depths first, and at which [K, R] bool.

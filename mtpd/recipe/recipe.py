@@ -73,7 +73,7 @@ class Recipe(Section):
                 f"accepted: at most heads.depth, which is {self.heads.depth}"
             )
         problems += evaluation_problems(self.evaluation, self.train)
-        problems += trunk_problems(self.trunk, self.heads, self.data, self.extend)
+        problems += trunk_problems(self.trunk, self.heads, self.data, self.train, self.extend)
         problems += extend_problems(self.extend, self.heads, self.evaluation)
         problems += sharding_problems(self.train, self.trunk, self.heads, self.dtype)
         for problem in problems:

@@ -128,12 +128,14 @@ def extend_problems(extend: ExtendRecipe, heads: HeadsRecipe, evaluation: Evalua
     return problems
 
 
-def trunk_problems(trunk: TrunkRecipe, heads: HeadsRecipe, data: DataRecipe, extend: ExtendRecipe) -> list[str]:
+def trunk_problems(
+    trunk: TrunkRecipe, heads: HeadsRecipe, data: DataRecipe, train: TrainRecipe, extend: ExtendRecipe
+) -> list[str]:
     defaults = TrunkRecipe()
     if trunk.train == "frozen":
         return [
             f"trunk.{key}: {getattr(trunk, key)} does nothing with trunk.train: frozen; accepted: "
-            f"{getattr(defaults, key)}, or train: lora"
+            f"{'null' if getattr(defaults, key) is None else getattr(defaults, key)}, or train: lora or full"
             for key in TrunkRecipe.model_fields
             if getattr(trunk, key) != getattr(defaults, key)
         ]
@@ -144,14 +146,22 @@ def trunk_problems(trunk: TrunkRecipe, heads: HeadsRecipe, data: DataRecipe, ext
             "accepted: recompute"
         )
     if heads.kind not in ("chain", "parallel"):
-        problems.append(f"trunk.train: lora is not accepted with heads.kind: {heads.kind}; accepted: chain, parallel")
+        problems.append(
+            f"trunk.train: {trunk.train} is not accepted with heads.kind: {heads.kind}; accepted: chain, parallel"
+        )
     if heads.shared_layers:
         problems.append(
-            f"heads.shared_layers: {heads.shared_layers} is not accepted with trunk.train: lora, which changes those "
-            "layers; accepted: 0"
+            f"heads.shared_layers: {heads.shared_layers} is not accepted with trunk.train: {trunk.train}, which "
+            "changes those layers; accepted: 0"
         )
     if extend.to is not None or extend.auto:
-        problems.append("trunk.train: lora is not accepted with extend.to or extend.auto; accepted: frozen")
+        problems.append(f"trunk.train: {trunk.train} is not accepted with extend.to or extend.auto; accepted: frozen")
+    if trunk.train == "full" and trunk.rank != defaults.rank:
+        problems.append(f"trunk.rank: {trunk.rank} does nothing with trunk.train: full; accepted: {defaults.rank}")
+    if trunk.train == "full" and train.loss == "end_to_end_tv":
+        problems.append(
+            "train.loss: end_to_end_tv is not accepted with trunk.train: full; accepted: any other loss, or train: lora"
+        )
     return problems
 
 

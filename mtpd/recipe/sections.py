@@ -36,9 +36,10 @@ class Section(BaseModel):
 class ParallelRecipe(Section):
     """Form of parallel heads."""
 
-    block: Literal["decoder", "linear", "residual"] = "decoder"
+    block: Literal["decoder", "linear", "residual", "unembedding"] = "decoder"
     """What stands between the trunk's state and the unembedding. decoder: a layer of the trunk's own kind; linear:
-    one matrix; residual: Medusa's block."""
+    one matrix; residual: Medusa's block; unembedding: nothing, but each head has an unembedding of its own, for small
+    vocabularies such as bytes."""
 
 
 class CircuitRecipe(Section):
@@ -218,16 +219,19 @@ class TrainRecipe(Section):
 class TrunkRecipe(Section):
     """Whether the trunk is trained together with the heads."""
 
-    train: Literal["frozen", "lora"] = "frozen"
-    """frozen: the model stays as it is. lora: LoRA adapters on its layers are trained with the heads and merged; the
-    run holds the changed model in `trunk/`, and decodes nothing itself."""
+    train: Literal["frozen", "lora", "full"] = "frozen"
+    """frozen: the model stays as it is. lora: LoRA adapters on its layers are trained with the heads and merged. full:
+    all its parameters are trained, in float32, the main head and the embedding among them. The run then holds the
+    changed model in `trunk/`, and decodes nothing itself."""
     rank: Count = 16
-    """Rank of the adapters."""
+    """Rank of the adapters of lora."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the trunk; null: train.learning_rate, which is high for all parameters of a model."""
     loss_weight: Weight = 1.0
     """Weight of the main head's own cross-entropy, beside the loss of the heads."""
     teacher: Literal["original", "detached"] = "original"
-    """What the heads are compared with. original: the trunk without its adapters; detached: the trunk as it is at the
-    step, without gradient."""
+    """What the heads are compared with. original: the trunk as it was before, which with train: full is a second model
+    in memory; detached: the trunk as it is at the step, without gradient."""
     max_rise: float = Field(default=0.01, ge=0)
     """Share by which the main head's perplexity on held-out responses may rise; beyond it the training ends."""
     check_steps: Count = 50

@@ -1,14 +1,31 @@
-"""Runs in vLLM's environment, without mtpd: decodes the prompts of a request and writes what it counted."""
+"""Runs in vLLM's environment, without mtpd: decodes the prompts of requests and writes what it counted.
 
+One process for all of them: importing vLLM takes longer than starting an engine.
+"""
+
+import gc
 import json
 import sys
+from typing import Any
 
 
 def main() -> None:
     import vllm  # type: ignore[import-not-found]
+    from vllm.distributed import cleanup_dist_env_and_memory  # type: ignore[import-not-found]
 
     with open(sys.argv[1], encoding="utf-8") as file:
-        request = json.load(file)
+        requests = json.load(file)
+    answers = []
+    for request in requests:
+        answers.append({"version": vllm.__version__, **served(vllm, request)})
+        cleanup_dist_env_and_memory()
+        gc.collect()
+    with open(sys.argv[2], "w", encoding="utf-8") as file:
+        json.dump(answers, file)
+
+
+def served(vllm: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Texts, rounds, and accepted drafts by position, of one engine that ends with the call."""
     model = vllm.LLM(
         model=request["model"],
         skip_tokenizer_init=True,
@@ -28,14 +45,11 @@ def main() -> None:
         answer = model.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)
         texts.append(list(answer[0].outputs[0].token_ids))
     counters = {metric.name: metric for metric in model.get_metrics()}
-    content = {
-        "version": vllm.__version__,
+    return {
         "texts": texts,
         "drafts": counters["vllm:spec_decode_num_drafts"].value,
         "accepted": counters["vllm:spec_decode_num_accepted_tokens_per_pos"].values,
     }
-    with open(sys.argv[2], "w", encoding="utf-8") as file:
-        json.dump(content, file)
 
 
 if __name__ == "__main__":

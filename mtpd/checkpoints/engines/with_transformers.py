@@ -11,10 +11,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.generation.candidate_generator import MTPCandidateGenerator
+from transformers.modeling_layers import MtpModel
 
 from mtpd.checkpoints.directory import Checkpoint
 from mtpd.checkpoints.engines.result import Served, count_rounds
-from mtpd.checkpoints.native import find_heads
+from mtpd.checkpoints.native import Native, find_heads
 from mtpd.errors import UserError
 
 
@@ -28,9 +29,7 @@ def serve(folder: Path, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
     depth = getattr(model.config.get_text_config(), "num_mtp_layers", None)
     if not depth:
         raise UserError(f"{folder}: transformers finds no MTP layers in it; accepted: an export --to transformers")
-    # transformers finds the tensors of MTP layers by the patterns of names that the main model ignores.
-    names = find_heads(Checkpoint(folder)).raw
-    model._keys_to_ignore_on_load_unexpected = sorted({_pattern(name) for name in names})
+    name_heads(model, find_heads(Checkpoint(folder)))
     texts, sums = [], [[0] * depth, [0] * depth]
     for prompt in prompts:
         ids = torch.tensor([list(prompt)])
@@ -51,6 +50,18 @@ def serve(folder: Path, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
         found = count_rounds(rounds, text, depth)
         sums = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, found, strict=True)]
     return Served(f"transformers {transformers.__version__}", texts, *sums)
+
+
+def name_heads(model: Any, native: Native) -> None:
+    """Tells transformers where MTP layers are: it looks for tensors whose names the main model ignores."""
+    model._keys_to_ignore_on_load_unexpected = sorted({_pattern(name) for name in native.raw})
+
+
+def mtp_model(model: Any, folder: Path, native: Native) -> MtpModel:
+    """The MTP layers in a directory, beside a model with their config, as `generate(use_mtp=True)` loads them."""
+    name_heads(model, native)
+    model.config.name_or_path = str(folder)
+    return MtpModel.from_pretrained(model).eval()
 
 
 def _recording(rounds: list[tuple[int, list[int]]], start: int) -> Any:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,44 +53,50 @@ def environment(path: Path | None = None) -> Path:
         raise UserError(f"--environment: {folder} is no virtual environment; accepted: one with vLLM, or a new folder")
     _run([sys.executable, "-m", "venv", str(folder)], "making an environment")
     for packages in GPU if gpu else CPU:
-        _run([str(python), "-m", "pip", "install", "-q", *packages], f"installing {' '.join(packages)}")
+        # Compiling all of these packages takes minutes; what is imported is compiled then.
+        _run([str(python), "-m", "pip", "install", "-q", "--no-compile", *packages], f"installing {' '.join(packages)}")
     if not gpu:
         _run([str(python), "-m", "pip", "uninstall", "-q", "-y", *BREAKING], "removing what the CPU build breaks on")
     done.touch()
     return python
 
 
-def serve(
-    python: Path,
-    model: Path,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    speculative: dict[str, Any],
-    overrides: dict[str, Any] | None = None,
-    threads: int | None = None,
-) -> Served:
-    """Greedy texts in float32 of a model with drafts, in a process of its own.
+@dataclass(frozen=True)
+class Asked:
+    """What one engine serves.
 
-    Args:
+    Attributes:
         speculative: vLLM's speculative_config.
         overrides: keys of the model's config to change.
+    """
+
+    model: Path
+    prompts: Sequence[Sequence[int]]
+    speculative: dict[str, Any]
+    overrides: dict[str, Any]
+
+
+def serve(python: Path, models: Sequence[Asked], *, max_new_tokens: int) -> list[Served]:
+    """Greedy texts in float32 of models with drafts, one after the other in a process of their own.
 
     Raises:
         MtpdError: vLLM failed; the message has its last line.
     """
-    request = {
-        "model": str(model),
-        "prompts": [list(prompt) for prompt in prompts],
-        "max_new_tokens": max_new_tokens,
-        "length": max(map(len, prompts)) + max_new_tokens + 16,
-        "speculative": speculative,
-        "overrides": overrides or {},
-    }
+    request = [
+        {
+            "model": str(asked.model),
+            "prompts": [list(prompt) for prompt in asked.prompts],
+            "max_new_tokens": max_new_tokens,
+            "length": max(map(len, asked.prompts)) + max_new_tokens + 16,
+            "speculative": asked.speculative,
+            "overrides": asked.overrides,
+        }
+        for asked in models
+    ]
     with tempfile.TemporaryDirectory(prefix="mtpd-vllm-") as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
         asked.write_text(json.dumps(request), encoding="utf-8")
-        variables = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(threads or torch.get_num_threads())}
+        variables = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         variables.pop("PYTHONPATH", None)
         done = subprocess.run(
             [str(python), str(SCRIPT), str(asked), str(answered)],
@@ -102,11 +109,15 @@ def serve(
         if not answered.is_file():
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             told = next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no output")
-            raise MtpdError(f"vLLM could not serve {model}: {told.strip()}")
-        answer = json.loads(answered.read_text(encoding="utf-8"))
-    count = answer["drafts"]
+            raise MtpdError(f"vLLM could not serve {models[0].model}: {told.strip()}")
+        answers = json.loads(answered.read_text(encoding="utf-8"))
+    return [_served(answer) for answer in answers]
+
+
+def _served(answer: dict[str, Any]) -> Served:
+    """Of one engine: vLLM's counters begin anew with each."""
     accepted = answer["accepted"]
-    return Served(f"vLLM {answer['version']}", answer["texts"], [count] * len(accepted), accepted)
+    return Served(f"vLLM {answer['version']}", answer["texts"], [answer["drafts"]] * len(accepted), accepted)
 
 
 def _has_vllm(python: Path) -> bool:

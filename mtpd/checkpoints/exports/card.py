@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtpd.checkpoints.exports.run import Run
+from mtpd.checkpoints.native import find_heads
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.files import fingerprint_file
 from mtpd.heads import WEIGHTS
@@ -104,11 +105,16 @@ def _acceptance(run: Run) -> list[str]:
 
 def _serving(run: Run, layout: Layout, output: Path) -> list[str]:
     base = str(run.base.path) if run.model == "demo" else run.model
-    if not layout.serve:
+    serve = layout.serve
+    if layout.name == "in-place":
+        # The base's own family decides.
+        known = find_heads(run.base).family.engines
+        serve = {engine: command for engine, command in serve.items() if engine.startswith(known)}
+    if not serve:
         return ["No engine loads this directory by itself.\n"]
     lines = []
-    for engine, command in layout.serve.items():
-        text = command.format(out=output, base=base, k=run.depth)
+    for engine, command in serve.items():
+        text = command.format(out=output, base=base, k=run.depth, n=run.written)
         lines += [f"{engine}:\n", f"```\n{text}\n```\n"]
     return lines
 

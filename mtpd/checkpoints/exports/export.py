@@ -9,13 +9,14 @@ from mtpd.checkpoints.directory import Checkpoint, new_directory, write_json
 from mtpd.checkpoints.exports.card import CARD, OWN_CARD, SAYS, about, model_card
 from mtpd.checkpoints.exports.in_place import native_of
 from mtpd.checkpoints.exports.layouts import LAYOUTS, Layout
+from mtpd.checkpoints.exports.read_back import read_back
 from mtpd.checkpoints.exports.run import Run, open_run
 from mtpd.checkpoints.native import find_heads
-from mtpd.checkpoints.tensors import cast
+from mtpd.checkpoints.tensors import cast, is_zero
 from mtpd.errors import MtpdError, UserError
 
 ENGINES = {
-    "transformers": ("in-place", "hf-mtp"),
+    "transformers": ("in-place", "hf-mtp", "glm4moe"),
     "vllm": ("in-place", "mimo-draft", "mimo", "glm4moe", "medusa"),
     "sglang": ("in-place", "mimo-draft", "fastmtp"),
 }
@@ -31,16 +32,17 @@ FAMILIES_OF = {
 """The family to read an export back with, where its config does not tell."""
 
 
-def export(path: Path, output: Path, *, to: str, depth: int | None = None) -> tuple[Layout, str]:
+def export(path: Path, output: Path, *, to: str, depth: int | None = None, perturb: bool = True) -> tuple[Layout, str]:
     """Writes the heads of a run in a layout.
 
     Args:
         path: the run directory.
         to: a layout, or an engine that one is chosen for.
         depth: how many depths; None is all.
+        perturb: also loads what was written, as it is and with heads made noise, which must accept less.
 
     Returns:
-        The layout, and why it was chosen.
+        The layout, and why it was chosen and what was found when it was read back.
 
     Raises:
         UserError: the heads do not fit; the message has the alternative.
@@ -53,6 +55,8 @@ def export(path: Path, output: Path, *, to: str, depth: int | None = None) -> tu
     with new_directory(output) as folder:
         layout.write(run, folder)
         check(run, layout, folder)
+        if perturb:
+            why += f"; {read_back(run, folder, layout=layout.name, family=FAMILIES_OF.get(layout.name))}"
         # A link to a file of the base must not be written through.
         (folder / SAYS).unlink(missing_ok=True)
         write_json(folder / SAYS, about(run, layout.name))
@@ -109,7 +113,7 @@ def unfit(run: Run, layout: Layout) -> str | None:
 
 
 def check(run: Run, layout: Layout, folder: Path) -> None:
-    """Reads the export back: every tensor of the heads, by name and value, and the files beside them.
+    """Reads the export back: every tensor of the heads, by name and value, none besides, and the files beside them.
 
     Raises:
         MtpdError: naming what is missing or differs.
@@ -119,21 +123,31 @@ def check(run: Run, layout: Layout, folder: Path) -> None:
         native = find_heads(written, family=FAMILIES_OF.get(layout.name), base=run.base)
     except UserError as error:
         raise MtpdError(f"export {layout.name}: what was written cannot be read back: {error}") from error
-    if layout.name in ("glm4moe", "in-place"):
-        # Cut into experts, or rounded to the format of what they replace: names and shapes are what can be compared.
-        return
-    if layout.name == "medusa":
-        expected = {name: cast(tensor, run.dtype) for name, tensor in first_heads(run.tensors, run.depth).items()}
-    else:
-        expected = run.heads(native.count)
     found = native.tensors
-    odd = sorted(set(expected) - set(found)) or sorted(
-        name for name, tensor in expected.items() if not tensor.same(found[name])
-    )
+    if layout.name == "medusa":
+        expected = first_heads(run.tensors, run.depth)
+    else:
+        expected = run.heads(run.written if layout.name == "in-place" else native.count)
+    if layout.name == "glm4moe":
+        # MLPs are cut into experts, and signs may be moved: names and shapes are what can be compared.
+        expected, found = ({n: t for n, t in each.items() if ".mlp." not in n} for each in (expected, found))
+        odd = sorted(n for n, t in expected.items() if n in found and t.shape != found[n].shape)
+        unlike = find_heads(written).cannot_run
+        if unlike:
+            raise MtpdError(f"export glm4moe: {unlike}")
+    else:
+        # Numbers are rounded to the format of what they replace.
+        odd = sorted(n for n, t in expected.items() if n in found and not cast(t, found[n].dtype).same(found[n]))
+    odd = sorted(set(expected) - set(found)) or odd
     if odd:
         raise MtpdError(f"export {layout.name}: {odd[0]} was not written as it is in {run.path}")
+    # A base may have more heads than those that were trained; MiMo's layers have biases, which are zeros elsewhere.
+    further = set() if layout.name == "in-place" else set(found) - set(expected)
+    unexpected = sorted(name for name in further if not (name.endswith(".bias") and is_zero(found[name])))
+    if unexpected:
+        raise MtpdError(f"export {layout.name}: {unexpected[0]} was written, which {run.path} does not have")
     # A draft model has no words of its own: engines take the base's tokenizer.
-    if layout.name in ("hf-mtp", "mimo", "fastmtp"):
+    if layout.name in ("hf-mtp", "mimo", "fastmtp", "glm4moe"):
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             if (run.base.path / file).is_file() and not (folder / file).is_file():
                 raise MtpdError(f"export {layout.name}: {file} of the base was not copied")

@@ -4,7 +4,7 @@ GLM's MTP layers have experts, and engines expect the base to have some: the MLP
 and of the heads are cut along their width I. Half of it becomes the two shared experts, a quarter each two
 routed ones, which a router of zeros always chooses both, each with weight 1/2; times
 `routed_scaling_factor` 2 their sum is the MLP's. Engines hand on the state before the head's last norm, so
-that more than one depth is the same only where the gains of that norm are equal.
+that more than one depth is the same only where `mtpd.checkpoints.exports.gains` says so.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from mtpd.checkpoints.arrange import as_family
 from mtpd.checkpoints.directory import CONFIG, INDEX, link_others, write_json, write_sharded
+from mtpd.checkpoints.exports.gains import same_size, upright
 from mtpd.checkpoints.exports.run import SIZES, Run, dtype_name
 from mtpd.checkpoints.families import FAMILIES
 from mtpd.checkpoints.native import base_tensor
@@ -39,18 +40,23 @@ def refused(run: Run) -> str | None:
         run.model_type != "qwen2" and sizes.get("attention_bias")
     ):
         return "it has biases or a sliding window that GLM lacks; accepted: hf-mtp"
-    if run.depth > 1:
-        heads = run.heads(run.written)
-        for index in range(run.written):
-            gain = heads[f"layers.{index}.block.norm.weight"].load()
-            if not bool((gain == gain[0]).all()):
-                return (
-                    "vLLM hands a head's state on before its last norm, and these heads have learned from the state "
-                    "after it; that is the same only where all gains of the norm are equal, and here they are not; "
-                    "accepted: --depth 1, heads trained with heads.shared=true as mimo-draft, or hf-mtp for "
-                    "transformers"
-                )
+    heads, eps = run.heads(run.written), float(sizes.get("rms_norm_eps") or 1e-6)
+    for index in _handed_on(run):
+        if not same_size(heads[f"layers.{index}.block.norm.weight"].load(), eps=eps):
+            return (
+                "vLLM hands a head's state on before its last norm, and these heads have learned from the state after "
+                "it; that is the same only where all gains of the norm are of one size, and those of head "
+                f"{index + 1} are not; accepted: --depth 1, heads trained with heads.shared=true as mimo-draft, or "
+                "hf-mtp for transformers"
+            )
     return None
+
+
+def _handed_on(run: Run) -> range:
+    """The heads whose state another one reads, or they themselves at the next depth."""
+    if run.depth == 1:
+        return range(0)
+    return range(1 if run.recycles else run.depth - 1)
 
 
 def write(run: Run, folder: Path) -> None:
@@ -67,7 +73,10 @@ def write(run: Run, folder: Path) -> None:
     unembedding = base_tensor(base, "unembedding")
     assert unembedding is not None, "a base has an embedding"
     tensors.setdefault("lm_head.weight", unembedding)
-    heads = as_family(run.heads(run.written), FAMILY, heads=run.written, layers=base.layers)
+    own = run.heads(run.written)
+    for index in _handed_on(run):
+        own = upright(own, index)
+    heads = as_family(own, FAMILY, heads=run.written, layers=base.layers)
     for index in range(run.written):
         tensors |= _router(run, f"model.layers.{base.layers + index}.")
     for name, tensor in heads.items():

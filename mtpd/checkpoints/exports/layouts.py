@@ -18,7 +18,8 @@ class Layout:
         about: for the model card: what the directory is.
         refused: why a run does not fit, with the alternative; None if it does.
         write: fills an empty directory, all but its model card.
-        serve: commands by engine; `{out}` is the directory, `{base}` the base, `{k}` the drafts a round.
+        serve: commands by engine; `{out}` is the directory, `{base}` the base, `{k}` the drafts a round, `{n}` the
+            heads that were written.
     """
 
     name: str
@@ -43,6 +44,17 @@ SGLANG = (
     "--speculative-eagle-topk 1"
 )
 
+SGLANG_DRAFT = (
+    "python -m sglang.launch_server --model-path {base} --speculative-algorithm NEXTN "
+    "--speculative-draft-model-path {out} --speculative-num-steps {k} --speculative-eagle-topk 1"
+)
+# Models of this kind name the MTP layers of the published sizes alone.
+GLM = (
+    'model = AutoModelForCausalLM.from_pretrained("{out}")\n'
+    "first = model.config.num_hidden_layers\n"
+    'model._keys_to_ignore_on_load_unexpected = [rf"model\\.layers\\.{{first + i}}\\." for i in range({n})]\n'
+    "model.generate(**inputs, use_mtp=True)  # drafts {n} a round"
+)
 MEDUSA = (
     "vllm serve {base} --speculative-config "
     """'{{"method": "medusa", "model": "{out}", "num_speculative_tokens": {k}}}'"""
@@ -56,7 +68,11 @@ LAYOUTS = {
             "the base with its own MTP tensors replaced; every other file is the base's, byte for byte",
             in_place.refused,
             in_place.write,
-            {"transformers": "generate(use_mtp=True), for families that transformers reads", "vLLM": VLLM},
+            {
+                "transformers": 'AutoModelForCausalLM.from_pretrained("{out}").generate(**inputs, use_mtp=True)',
+                "vLLM": VLLM,
+                "SGLang (not run by mtpd's authors)": SGLANG,
+            },
         ),
         Layout(
             "hf-mtp",
@@ -70,7 +86,7 @@ LAYOUTS = {
             "a draft model beside an unchanged base: one block that is used at every depth, under MiMo's names",
             mimo.draft_refused,
             mimo.write_draft,
-            {"vLLM": DRAFT},
+            {"vLLM": DRAFT, "SGLang (not run by mtpd's authors)": SGLANG_DRAFT},
         ),
         Layout(
             "mimo",
@@ -91,7 +107,7 @@ LAYOUTS = {
             "base and heads written exactly as a GLM-4.5 model, which engines know with MTP",
             glm4_moe.refused,
             glm4_moe.write,
-            {"vLLM": VLLM},
+            {"vLLM": VLLM, "transformers": GLM},
         ),
         Layout(
             "speculators",

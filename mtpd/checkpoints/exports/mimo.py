@@ -13,6 +13,7 @@ import torch
 
 from mtpd.checkpoints.arrange import as_family
 from mtpd.checkpoints.directory import CONFIG, INDEX, link_others, write_beside, write_json, write_sharded
+from mtpd.checkpoints.exports.gains import same_size
 from mtpd.checkpoints.exports.run import SIZES, Run, dtype_name
 from mtpd.checkpoints.families import FAMILIES
 from mtpd.checkpoints.importing import exclude_from_quantisation
@@ -36,12 +37,17 @@ def fastmtp_refused(run: Run) -> str | None:
 
 def refused(run: Run) -> str | None:
     reason = _needs_one_block(run) or _needs_qwen2_layers(run)
-    if reason is None and not _uniform(run.base_norm().load()):
-        return (
-            "the engine hands on the base's state before its final norm, and the heads have learned from the state "
-            "after it; folding the norm's gain into the output head makes both the same only where all gains are "
-            "equal, and here they are not; accepted: mimo-draft, hf-mtp"
-        )
+    if reason is None:
+        gain = run.base_norm().load()
+        # Signs could only be moved into the whole base (`mtpd.checkpoints.exports.gains`).
+        if not same_size(gain, eps=float(run.base.text_config.get("rms_norm_eps") or 1e-6)) or not bool(
+            (gain > 0).all()
+        ):
+            return (
+                "the engine hands on the base's state before its final norm, and the heads have learned from the "
+                "state after it; that is the same only where all gains of the norm are equal, and here they are not; "
+                "accepted: mimo-draft, hf-mtp"
+            )
     return reason
 
 
@@ -116,7 +122,3 @@ def _needs_qwen2_layers(run: Run) -> str | None:
     if run.model_type == "llama" and sizes.get("attention_bias"):
         return "it has a bias in its attention's output, which the layout lacks; accepted: hf-mtp"
     return None
-
-
-def _uniform(gain: torch.Tensor) -> bool:
-    return bool((gain == gain[0]).all()) and float(gain[0]) != 0.0

@@ -1,4 +1,8 @@
-"""EvaByte: further output heads, stacked below the main one in one matrix."""
+"""EvaByte: further output heads, stacked below the main one in one matrix.
+
+The logits are read as [heads, tokens], and those of the main head come first: it counts as one of `num_pred_heads`.
+The heads read the same state as the main one, after the final norm.
+"""
 
 from mtpd.checkpoints.families.table import Family
 
@@ -8,6 +12,7 @@ FAMILY = Family(
     model_types=("evabyte",),
     counts=("num_pred_heads",),
     names=(("lm_head.weight", "outputs.weight"),),
-    cannot_run="its heads are rows of the output matrix, without layers",
+    stacked="outputs.weight",
+    kind="parallel",
     reference="github.com/OpenEvaByte/evabyte, modeling_evabyte.py",
 )

@@ -45,6 +45,7 @@ class Family:
         cannot_run: why mtpd cannot compute these heads, or None if it can. Their tensors go in and out anyway.
         separate: whether the heads lie in a directory of their own, without the base.
         kind: of mtpd's heads that compute the same.
+        stacked: mtpd's name of one output matrix in which the heads lie below the main one, which counts as a head.
         engines: serving engines whose source reads the family: vLLM 0.32, SGLang 0.5.23, transformers 5.23.
     """
 
@@ -66,12 +67,18 @@ class Family:
     cannot_run: str | None = None
     separate: bool = False
     engines: tuple[str, ...] = ()
-    kind: Literal["chain", "medusa"] = "chain"
+    kind: Literal["chain", "medusa", "parallel"] = "chain"
+    stacked: str | None = None
 
     def per_head(self, config: Mapping[str, Any]) -> int:
         """Sub-layers of a head: 1 but where the family builds a head of several."""
         value = lookup(config, self.sublayers) if self.sublayers else None
         return len(value) if isinstance(value, list | str) and value else 1
+
+    @property
+    def main_too(self) -> int:
+        """1 where the main head counts as one of the heads."""
+        return int(self.stacked is not None)
 
     def declared(self, config: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[str | None, int | None]:
         """The config key that says how many heads there are, and what it says."""
@@ -79,7 +86,7 @@ class Family:
             for where in (config, text):
                 value = lookup(where, key)
                 if isinstance(value, int) and not isinstance(value, bool):
-                    return key, value
+                    return key, value - self.main_too
         return None, None
 
     def to_mtpd(self, names: Iterable[str], *, heads: int, layers: int, per_head: int = 1) -> dict[str, str]:
