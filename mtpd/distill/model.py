@@ -62,8 +62,8 @@ class DistillModel(nn.Module):
                 _checkpoint(head)
         self._trunk = (trunk,)
         self.heads = heads
-        # Of the trunk, the adapters alone are trained.
-        self.adapters = nn.ParameterList([] if joint is None else joint.parameters.values())
+        # Of the trunk, what is trained: nothing, adapters, or all.
+        self.of_trunk = nn.ParameterList([] if joint is None else joint.parameters.values())
         self.settings = settings
         self.sums: LossSums | None = None
         self.readout = Readout.of(trunk, heads.rows())
