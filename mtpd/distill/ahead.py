@@ -9,11 +9,8 @@ from mtpd.data.models import resolve_device
 from mtpd.data.store import DiskStore, fill
 from mtpd.data.vocabulary import coverage, save_vocabulary
 from mtpd.distill.apart import trunk_apart
-<<<<<<< HEAD
 from mtpd.distill.directory import open_together
-=======
 from mtpd.distill.first_heads import vocabulary_of
->>>>>>> ranks
 from mtpd.distill.run import (
     hidden_states,
     real_tokens,

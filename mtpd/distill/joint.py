@@ -28,12 +28,8 @@ from mtpd import ranks
 from mtpd.data.packing import Sample
 from mtpd.errors import MtpdError
 from mtpd.evaluate.trunk_quality import TrunkQuality, negative_log_likelihood
-<<<<<<< HEAD
 from mtpd.files import sealed, write_whole
-=======
-from mtpd.files import write_whole
 from mtpd.heads import Readout
->>>>>>> ranks
 from mtpd.heads.adapters import ALPHA
 from mtpd.recipe import Recipe
 from mtpd.trunk import Trunk

@@ -27,12 +27,8 @@ from mtpd.data.prompts import Prompt, given_sample, load_prompts, split_held_out
 from mtpd.data.responses import end_tokens, generate_responses
 from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, fill, store_key
 from mtpd.distill.apart import is_apart, trunk_apart
-<<<<<<< HEAD
 from mtpd.distill.directory import RunDirectory, finish_provenance, open_together, write_provenance
-=======
-from mtpd.distill.directory import RunDirectory, open_run, write_provenance
 from mtpd.distill.first_heads import new_heads
->>>>>>> ranks
 from mtpd.distill.measuring import set_apart, spread
 from mtpd.distill.outcome import decode, measure, show
 from mtpd.distill.training import train_heads
@@ -323,67 +319,3 @@ def measured_samples(session: Session, held_out: Sequence[Prompt]) -> tuple[list
         chosen += [Prompt(f"{name}:{prompt.id}", prompt.prompt, family=name) for prompt in extra]
     samples = respond(session, chosen, session.run.held_out, max_new_tokens=evaluation.max_new_tokens)
     return samples, frozenset(apart)
-<<<<<<< HEAD
-
-
-def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) -> Heads:
-    """Heads with their first weights, kept in `heads-before/`."""
-    run, trunk = session.run, session.trunk
-    if not ranks.from_main((run.heads_before / WEIGHTS).is_file):
-        if ranks.is_main() or trunk.partitioned:
-            heads = _started(session, rows, store)
-            if store is not None:
-                # The states that the start was fitted to are those that training reads, also after an interruption.
-                store.flush()
-            if ranks.is_main():
-                save_heads(heads, run.heads_before)
-        ranks.barrier()
-    return load_heads(run.heads_before, trunk, fingerprint=session.fingerprint)
-
-
-def _started(session: Session, rows: PackedRows, store: HiddenStates | None) -> Heads:
-    trunk, recipe = session.trunk, session.recipe
-    vocabulary = vocabulary_of(session, rows)
-    if recipe.heads.init == "native":
-        return native_heads(
-            recipe.model,
-            trunk,
-            depth=recipe.heads.depth,
-            shared=recipe.heads.shared,
-            vocabulary=vocabulary,
-            fingerprint=session.fingerprint,
-        )
-    size = 0 if vocabulary is None else len(vocabulary)
-    heads = build_heads(
-        trunk,
-        configure_heads(recipe.heads.model_dump(), trunk, vocabulary=size, fingerprint=session.fingerprint),
-    )
-    if vocabulary is not None:
-        heads.get_buffer("vocabulary").copy_(vocabulary)
-    source = None
-    if recipe.heads.source is not None:
-        source = load_heads(recipe.heads.source, trunk, fingerprint=session.fingerprint)
-    start_heads(
-        heads,
-        trunk,
-        recipe.heads.init,
-        lambda: fitting_batches(session, rows, store),
-        seed=recipe.seed,
-        source=source,
-    )
-    return heads
-
-
-def fitting_batches(
-    session: Session, rows: PackedRows, store: HiddenStates | None, tokens: int = 100_000
-) -> list[dict[str, torch.Tensor]]:
-    """Rows with hidden states, enough for a regression."""
-    training, size = TrainingRows(rows), session.recipe.train.rows_per_step
-    chosen = range(min(len(rows), -(-tokens // rows.row_length)))
-    batches = [
-        collate([training[index] for index in chosen[first : first + size]]) for first in range(0, len(chosen), size)
-    ]
-    before_last = session.recipe.heads.shared_layers
-    return [with_hidden(batch, session.trunk, store, before_last=before_last) for batch in batches]
-=======
->>>>>>> ranks

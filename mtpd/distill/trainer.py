@@ -99,7 +99,6 @@ class HeadTrainer(SafeTrainer):
         self._totals = step if self._totals is None else self._totals + step
         return result
 
-<<<<<<< HEAD
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         before = self._totals
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -113,7 +112,7 @@ class HeadTrainer(SafeTrainer):
             return {}
         found = self.with_states(inputs)
         return {name: found[name] for name in ("hidden", "below") if name in found}
-=======
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, in which the trunk may have a learning rate of its own."""
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -126,7 +125,6 @@ class HeadTrainer(SafeTrainer):
             group["params"] = [each for each in group["params"] if id(each) not in own]
             optimizer.add_param_group({**group, "params": mine, "lr": joint.learning_rate})
         return optimizer
->>>>>>> ranks
 
     def with_states(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch with the states of what is not trained: the trunk, and finished depths."""
