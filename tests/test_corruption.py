@@ -63,7 +63,7 @@ def answers(file: Path) -> Any:
 
 
 def index(file: Path) -> Any:
-    found = store._read_index(file.parent)
+    found = store._read_index(file)
     if found is None:
         raise MtpdError(f"{file}: an index that cannot be read is refused by its name")
     return [found[key] for key in ("schema", "key", "rows", "row_length", "hidden_size", "dtype", "shards")]

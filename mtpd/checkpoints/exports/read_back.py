@@ -28,7 +28,7 @@ from mtpd.checkpoints.importing import heads_config
 from mtpd.checkpoints.native import Native, find_heads, layer_shapes
 from mtpd.checkpoints.perturbed import Perturbed, accepts_less, perturbed
 from mtpd.checkpoints.tensors import is_zero
-from mtpd.data.responses import plain_generation
+from mtpd.data.answering import plain_generation
 from mtpd.errors import MtpdError
 from mtpd.heads import build_heads
 from mtpd.heads.chain import ChainHeads
