@@ -140,6 +140,16 @@ def test_what_a_recipe_that_is_not_trusted_may_say(tmp_path: Path, monkeypatch: 
     assert load_recipe("recipe.yaml", mine, untrusted=True).trust_remote_code
 
 
+def test_runs_that_are_not_trusted(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: a run directory from somewhere says that code of its model is to be run, and it is."""
+    recipe = finished_run / "recipe.yaml"
+    load(finished_run, untrusted=True)
+    recipe.write_text(recipe.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
+    for command in (["generate", "--prompt", "x"], ["chat"], ["bench"], ["eval"]):
+        assert main([command[0], str(finished_run), *command[1:], "--untrusted"]) == 2
+        assert "trust_remote_code: true is not accepted" in capsys.readouterr().err
+
+
 def test_suites_that_are_not_trusted(tmp_path: Path) -> None:
     """Fault: somebody else's suites read any file of the machine into prompts and reports."""
     folder = tmp_path / "suites"

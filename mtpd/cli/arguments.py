@@ -34,6 +34,10 @@ Untrusted = Annotated[
     ),
 ]
 
+UntrustedRun = Annotated[
+    bool,
+    typer.Option("--untrusted", help="The run is somebody else's: code that comes with its model is not run."),
+]
 LauncherOption = Annotated[
     Literal["deepspeed", "torchrun"] | None,
     typer.Option("--launcher", help="Start several processes of this command, and wait for them.", show_default=False),

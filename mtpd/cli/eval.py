@@ -61,7 +61,11 @@ def evaluate(
     junit: JunitFile = None,
     untrusted: Annotated[
         bool,
-        typer.Option("--untrusted", help="The folder of suites is somebody else's: paths in it stay inside."),
+        typer.Option(
+            "--untrusted",
+            help="Run and suites are somebody else's: code of the model is not run, and paths in the folder of suites "
+            "stay inside of it.",
+        ),
     ] = False,
     debug: Debug = False,
 ) -> None:

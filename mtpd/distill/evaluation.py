@@ -25,6 +25,7 @@ from mtpd.evaluate.trunk_quality import TrunkQuality, trunk_quality
 from mtpd.files import fingerprint_file, write_whole
 from mtpd.heads import WEIGHTS
 from mtpd.recipe import Recipe
+from mtpd.recipe.untrusted import refuse_code
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ def evaluate_run(request: Request, *, progress: bool = True) -> int:
 
 def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: bool) -> int:
     began = time.monotonic()
+    if request.untrusted:
+        refuse_code(recipe, source=str(run.recipe))
     baseline = None if request.against is None else Acceptance.load(request.against)
     gate.check_max_drop(request.max_drop)
     mode = request.mode or ("offline" if baseline is None else baseline.mode)

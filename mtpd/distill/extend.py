@@ -182,7 +182,9 @@ def _begin(
 
 def _run_stage(material: Material, stage: RunDirectory, old: ChainHeads, depth: int) -> ChainHeads:
     """Loops, trains and measures, or goes on with it."""
-    session = replace(material.session, run=stage, recipe=_stage_recipe(material.session.recipe, stage.path))
+    recipe = _stage_recipe(material.session.recipe, stage.path)
+    # A checkpoint that a user names is one of the run.
+    session = replace(material.session, run=stage, recipe=recipe, resume="auto")
     settings, trunk = session.recipe.extend, session.trunk
     if not ranks.from_main((stage.heads / WEIGHTS).is_file):
         heads = extended(old, trunk, depth=depth, form=settings.form, rank=settings.rank, seed=session.recipe.seed)

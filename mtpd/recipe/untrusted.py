@@ -64,6 +64,12 @@ def refuse_untrusted(values: Mapping[str, Any], *, source: str) -> None:
             raise _refused(key, value, "a name, or a path in this folder without links that lead out of it", source)
 
 
+def refuse_code(recipe: Any, *, source: str) -> None:
+    """Raises UserError if a recipe, such as that of a run of somebody else, runs code that comes with its model."""
+    if recipe.trust_remote_code:
+        raise _refused("trust_remote_code", "true", "false", source)
+
+
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys with their values; items of lists have their number as key."""
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
