@@ -222,7 +222,7 @@ def learn(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> 
                 write({**known, "mode": f"{way}, along held-out text", **along(exact, heads, held_out)})
                 if args.decode:
                     write({**known, "mode": way, **decode(exact, heads, prompts, sampled=False, tokens=args.tokens)})
-                if args.speed:
+                if args.speed and not circuit.joint:
                     rates = wall_clock(exact, heads, prompts[:2], sampled=False, tokens=args.tokens, runs=args.runs)
                     write({**known, "mode": f"wall clock, {way}", **rates})
             if args.speed:
@@ -318,7 +318,7 @@ def _drafts(
 
     ways["trunk"] = torch.inference_mode()(trunk_pass)
     for structure in args.structures:
-        heads = new(trunk, structure, components, leaves).to(trunk.dtype).eval()
+        heads = new(trunk, structure, components, leaves, shared_layers=args.shared_layers).to(trunk.dtype).eval()
         drafter = heads.drafter(trunk, slots=1, capacity=128)
         for name, each in pick.items():
             ways[f"{structure} {name}"] = torch.inference_mode()(
@@ -327,7 +327,8 @@ def _drafts(
     _, found = alternate(ways, runs=10 * args.runs)
     base = found.pop("trunk")
     for name, seconds in found.items():
-        known = {"r": components, "leaves": leaves, "dtype": str(trunk.dtype).removeprefix("torch.")}
+        known = {"r": components, "leaves": leaves, "m": args.shared_layers}
+        known |= {"dtype": str(trunk.dtype).removeprefix("torch.")}
         write({"name": f"drafts {name}", **known, "ms": 1e3 * seconds, "to a trunk pass": seconds / base})
 
 

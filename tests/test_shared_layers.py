@@ -122,7 +122,8 @@ def test_decoding_and_offline_counts(form: str, layers: int) -> None:
     heads = taught(trunk, shared(trunk, form, layers), *texts[1], steps=20)
     # Texts end at different times, and others move into their slots.
     requests = [Request(prompt, LIMIT - 5 * (number % 2)) for number, (prompt, _) in enumerate(texts)]
-    for text in Engine(trunk, heads, slots=2, capacity=64, siblings=2).run(requests):
+    further = {"tree": 6} if heads.independent else {"siblings": 2}
+    for text in Engine(trunk, heads, slots=2, capacity=64, **further).run(requests):
         assert text.tokens == texts[text.number][1][: requests[text.number].max_new_tokens]
     samples = [Sample.of(str(number), *text) for number, text in enumerate(texts)]
     offline, decoded = both(trunk, heads, samples, [], LIMIT)
@@ -206,6 +207,13 @@ def test_bad_values(change: dict[str, Any], message: str) -> None:
     chosen = settings("linear") | change
     with pytest.raises(UserError, match=message):
         configure_heads(chosen, deep(), vocabulary=0, fingerprint="")
+
+
+def test_a_trunk_that_changes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: adapters on layers that are trained themselves, whose states no store holds."""
+    words = ["heads.kind=parallel", "heads.shared_layers=1", "trunk.train=lora"]
+    assert main(["recipe", "check", "recipes/smoke.yaml", *words]) == 2
+    assert "heads.shared_layers: 1 is not accepted with trunk.train: lora" in capsys.readouterr().err
 
 
 def test_starts_are_fitted_to_the_trunks_states() -> None:

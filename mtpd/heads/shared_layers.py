@@ -54,6 +54,7 @@ class SharedLayerHeads(Heads):
     def __init__(self, trunk: Trunk, config: HeadsConfig, inner: Heads) -> None:
         super().__init__(config)
         self.inner = inner
+        self.independent = inner.independent
         # One tensor: what is written into either is in both, and it is saved with the inner heads.
         self.register_buffer("vocabulary", inner.get_buffer("vocabulary"), persistent=False)
         self.adapters = nn.Module()
