@@ -11,7 +11,7 @@ from typing import Literal
 
 from mtpd import ranks
 from mtpd.data.models import resolve_device, trunk_fingerprint
-from mtpd.distill.directory import RunDirectory
+from mtpd.distill.directory import RunDirectory, warn_of_changes
 from mtpd.distill.reopen import FinishedRun, open_finished, original_trunk, reopen, trained_prompts, trunk_name
 from mtpd.errors import UserError
 from mtpd.evaluate import gate, outputs, tables
@@ -63,6 +63,7 @@ def evaluate_run(request: Request, *, progress: bool = True) -> int:
     """
     # Everything that can be wrong with files is found before a model is loaded.
     recipe, run = open_finished(request.run, heads=request.heads)
+    warn_of_changes(run)
     with ranks.joined(resolve_device(recipe.device)):
         # What is measured is speed as well: one rank works, and the others wait.
         return _evaluate(request, recipe, run, progress=progress) if ranks.is_main() else 0

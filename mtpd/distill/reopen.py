@@ -8,7 +8,7 @@ from typing import Any
 
 from mtpd.data.models import load_model, resolve_dtype, trunk_fingerprint
 from mtpd.data.responses import end_tokens
-from mtpd.distill.directory import RunDirectory, warn_of_changes
+from mtpd.distill.directory import RunDirectory
 from mtpd.distill.run import real_tokens
 from mtpd.errors import UserError
 from mtpd.evaluate.contamination import TrainedPrompts, read_trained
@@ -58,7 +58,6 @@ def open_finished(path: Path, *, heads: str = "heads") -> tuple[Recipe, RunDirec
         raise UserError(f"{path}: holds no run (no {run.recipe.name}); give the output directory of mtpd distill")
     if not (path / heads / WEIGHTS).is_file():
         raise UserError(f"{path / heads}: holds no heads; finish the run with mtpd distill {run.recipe}")
-    warn_of_changes(run)
     return load_recipe(run.recipe), run
 
 

@@ -73,7 +73,7 @@ def read_samples(path: Path) -> list[SampleText]:
     if not path.is_file():
         return []
     try:
-        return Samples.model_validate(read_sealed(path, refusal="not sample texts")).texts
+        return Samples.model_validate(read_sealed(path, refusal="not a file of sample texts")).texts
     except ValidationError as error:
         raise UserError(f"{path}: not a file of sample texts: {str(error).splitlines()[0]}") from error
 
