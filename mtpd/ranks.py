@@ -49,6 +49,7 @@ LAST = 1.0
 """Seconds in which the rank that failed ends before the others do, so that its exit code is the first."""
 
 _control: dist.ProcessGroup | None = None
+_speaks = True
 
 
 def rank() -> int:
@@ -64,6 +65,11 @@ def count() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes files and speaks to the user."""
     return rank() == 0
+
+
+def speaks() -> bool:
+    """Whether this process tells the user how a command ended, after `joined`: a process alone, or the main rank."""
+    return _speaks
 
 
 def share(items: Sequence[Item]) -> list[Item]:
@@ -143,7 +149,7 @@ def joined(device: torch.device) -> Iterator[None]:
     """
     from accelerate.state import AcceleratorState, PartialState  # takes a second to import
 
-    global _control
+    global _control, _speaks
     if _control is not None:
         yield
         return
@@ -152,6 +158,7 @@ def joined(device: torch.device) -> Iterator[None]:
         # What an earlier command of this process left would not look for a launcher again.
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState(cpu=device.type == "cpu", timeout=STEP)
+    _speaks = is_main()
     if count() == 1:
         yield
         return
@@ -231,8 +238,9 @@ class _Listener(threading.Thread):
 
     def words(self) -> str:
         """What the user is told of a rank that has ended without a word; one rank says it, and the others nothing."""
-        first = 1 if self.cause == 0 else 0
-        return f"rank {self.cause} has failed or was ended, and all ranks end" if self._rank == first else ""
+        if self.cause >= self._count or self._rank != (1 if self.cause == 0 else 0):
+            return ""
+        return f"rank {self.cause} was ended, or has failed without a word; all ranks end"
 
 
 def _first_with(words: str) -> bool:

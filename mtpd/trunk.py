@@ -198,6 +198,8 @@ class Trunk(nn.Module):
         Its layers keep their numbers: a cache for it has as many as one for the trunk.
         """
         part = self._part(self.depth - layers, self.depth)
+        # It is given states. Without embeddings a copy of it is small.
+        part.__dict__["_modules"]["embed_tokens"] = None
         if hasattr(part, "embedding_multiplier"):
             # What it is given has been through it.
             part.embedding_multiplier = 1.0

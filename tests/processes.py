@@ -68,11 +68,19 @@ def in_ranks(work: Callable[..., Any], *arguments: Any, count: int = 2, seconds:
     return Ended(codes, values, errors, outputs)
 
 
-def run_commands(lines: list[list[str]]) -> list[int]:
-    """Exit codes of commands that are called one after the other."""
+def run_commands(lines: list[list[str]], ports: list[int]) -> list[int]:
+    """Exit codes of commands that are called one after the other.
+
+    Args:
+        ports: one for each, where the ranks meet. What DeepSpeed leaves keeps the store behind a port alive.
+    """
     from mtpd.cli import main
 
-    return [main(words) for words in lines]
+    codes = []
+    for words, port in zip(lines, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        codes.append(main(words))
+    return codes
 
 
 def in_fresh_ranks(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import architectures
+import kinds
 import torch
 from transformers import TrainerCallback
 
@@ -39,6 +40,8 @@ class Case:
     Attributes:
         rows: of the data.
         resume: a checkpoint of another run of the same folder, as "case/checkpoint-N", from which it goes on.
+        form: of the heads, by its name in tests/kinds.py; None for a chain.
+        loss: what they are trained on.
         further: other keys of the recipe.
     """
 
@@ -49,6 +52,8 @@ class Case:
     steps: int = 20
     resume: str | None = None
     architecture: str = "llama"
+    form: str | None = None
+    loss: str = "mtp_d"
     further: dict[str, Any] = field(default_factory=dict)
 
 
@@ -61,8 +66,10 @@ def rows_of(count: int) -> PackedRows:
     return PackedRows(ids, labels, positions, documents=2 * count, cut=0, dropped=0)
 
 
-def new_heads(trunk: Trunk) -> Heads:
+def new_heads(trunk: Trunk, form: str | None) -> Heads:
     torch.manual_seed(0)
+    if form is not None:
+        return kinds.random_kind(trunk, form, depth=2).train()
     return architectures.random_heads(trunk, depth=2).train()
 
 
@@ -80,6 +87,7 @@ def run_case(name: str, case: Case, folder: Path, callbacks: Sequence[TrainerCal
                 "deepspeed": case.deepspeed,
                 "rows_per_step": case.rows_per_step,
                 "gradient_accumulation": case.accumulation,
+                "loss": case.loss,
                 "max_steps": case.steps,
                 "learning_rate": 1e-3,
                 "logging_steps": 1,
@@ -100,7 +108,7 @@ def run_case(name: str, case: Case, folder: Path, callbacks: Sequence[TrainerCal
     if recipe.dtype == "bfloat16":
         trunk = copy.deepcopy(trunk).to(torch.bfloat16)
     session = Session(recipe, RunDirectory(run), trunk, None, "", [2], False)
-    heads = new_heads(trunk)
+    heads = new_heads(trunk, case.form)
     samples = [Sample.of("one", *architectures.greedy_text("llama", 5, 16))] if recipe.evaluation.steps else []
     train_heads(session, heads, rows_of(case.rows), None, samples, callbacks=callbacks)
     if first:
@@ -130,7 +138,7 @@ def in_ranks(cases: Sequence[str], folder: Path, *, ranks: int = 2, script: Path
             )
         )
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        outputs = [process.communicate(timeout=1200)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -214,6 +222,7 @@ CASES: dict[str, Case] = {
     "ddp-uneven": Case(None, rows=9, steps=8),
     "zero3-uneven": Case("zero3", rows=9, steps=8),
     "zero3-tied": Case("zero3-cpu", steps=6, architecture="qwen2"),
+    "zero3-circuit": Case("zero3", steps=4, form="cp-shared", loss="ce"),
     "zero2-bf16": Case("zero2", steps=6, further=BF16),
     "zero3-measured": Case("zero3", steps=4, further=MEASURED),
     # They go on from step 10 of the run in one process, or of one in two.

@@ -71,13 +71,13 @@ def one_fails(how: str, failing: int) -> None:
 def test_none_waits_for_a_rank_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault: a rank dies or raises, and the others wait for it until a timeout of hours."""
     monkeypatch.setattr(ranks, "GRACE", 1.0)
-    for how, failing in (("killed", 2), ("raised", 0)):
+    for how, failing in (("killed", 2), ("raised", 1)):
         began = time.monotonic()
         ended = in_ranks(one_fails, how, failing, count=3, seconds=40)
         assert time.monotonic() - began < 30, ended
         assert None not in ended.codes
         assert 0 not in ended.codes
         # Of a rank that ends without a word one other tells.
-        told = [f"rank {failing} has failed" in words for words in ended.errors]
+        told = [f"rank {failing} was ended" in words for words in ended.errors]
         assert told == [how == "killed", False, False], ended.errors
-        assert [rank for rank in range(3) if "data: wrong" in ended.errors[rank]] == ([0] if how == "raised" else [])
+        assert [rank for rank in range(3) if "data: wrong" in ended.errors[rank]] == ([1] if how == "raised" else [])

@@ -122,9 +122,9 @@ def store_states(loaded: Any, directory: Path, killed: int | None = None) -> dic
             die()
         write(path, content)
 
-    def counted(batch: Any, *args: Any) -> Any:
+    def counted(batch: Any, *args: Any, **options: Any) -> Any:
         passes[0] += len(batch["row"])
-        return compute(batch, *args)
+        return compute(batch, *args, **options)
 
     store.with_hidden = counted
     if killed is not None:

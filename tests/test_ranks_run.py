@@ -11,10 +11,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from processes import Ended, in_fresh_ranks
+from processes import Ended, free_port, in_fresh_ranks
 from safetensors.torch import load_file
 
 from mtpd import launch
@@ -40,10 +41,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     half = [*WORDS, "train.rows_per_step=1"]
     lines = [
         [*half, f"output={folder / 'two'}"],
+        ["extend", str(folder / "two"), "--to", "4", "--steps", "2"],
         [*half, f"output={folder / 'apart'}", "train.deepspeed=zero3", "evaluation.decode_prompts=0"],
         [*half, f"output={folder / 'none'}"],
     ]
-    return folder, in_fresh_ranks("processes", "run_commands", lines)[0]
+    return folder, in_fresh_ranks("processes", "run_commands", lines, [free_port() for _ in lines])[0]
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_two_ranks_make_the_run_of_one(pair: tuple[Path, Ended], name: str) -> N
     """
     both = one, two = pair[0] / "one", pair[0] / name
     assert {path.name for path in one.iterdir() if name == "two" or "decoded" not in path.name} == {
-        path.name for path in two.iterdir()
+        path.name for path in two.iterdir() if path.name != "extended"
     }
     for name in ("responses.jsonl", "held-out.jsonl"):
         assert sorted((one / name).read_text().splitlines()) == sorted((two / name).read_text().splitlines())
@@ -90,6 +92,16 @@ def test_two_ranks_make_the_run_of_one(pair: tuple[Path, Ended], name: str) -> N
     assert (two / "metrics.jsonl").read_text().count('"loss"') == 4
 
 
+def test_two_ranks_extend_heads(both: tuple[Path, Path]) -> None:
+    """Fault: a stage that each rank begins anew, or new depths that are not trained."""
+    stage = both[1] / "extended" / "copies-4"
+    before, after = (load_file(stage / name / "model.safetensors") for name in ("heads-before", "heads"))
+    assert torch.equal(before["layers.0.project.weight"], after["layers.0.project.weight"])
+    assert not torch.equal(before["layers.3.project.weight"], after["layers.3.project.weight"])
+    assert len(Acceptance.load(stage / "acceptance.json").total().accepted) == 4
+    assert (stage / "depths.json").is_file()
+
+
 def test_the_run_of_two_is_finished_by_one(both: tuple[Path, Path], tmp_path: Path) -> None:
     """Fault: what ranks wrote is not found, or is refused, by a process alone."""
     run = tmp_path / "run"
@@ -106,8 +118,8 @@ def test_one_rank_speaks_and_mistakes_are_one_line(pair: tuple[Path, Ended]) -> 
     """Fault: what each rank repeats, a mistake after which ranks wait for another, or one that loses its exit code."""
     ended = pair[1]
     assert ended.codes == [0, 0], ended.errors
-    assert ended.values == [[0, 0, 2], [0, 0, 1]]
-    assert [output.count("done: ") for output in ended.outputs] == [2, 0]
+    assert ended.values == [[0, 0, 0, 2], [0, 0, 0, 1]]
+    assert [output.count("done: ") for output in ended.outputs] == [3, 0]
     assert ended.outputs[1] == ""
     said = [line for errors in ended.errors for line in errors.splitlines() if line.startswith("mtpd: error")]
     assert len(said) == 1
@@ -131,6 +143,25 @@ def test_command_lines_of_launchers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         *("mtpd", *words),
     ]
     assert "--num_gpus=8" in launch.deepspeed_on_nodes(words, processes=8, nodes=Path("hosts"))
+
+
+def test_ranks_are_given_the_words_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: an override or --fresh that the ranks do not get, or ranks that start launchers themselves."""
+    given: list[Any] = []
+
+    def note(*words: Any, **options: Any) -> int:
+        given.extend([*words, options])
+        return 7
+
+    monkeypatch.setattr("mtpd.cli.distill.launch", note)
+    words = ["distill", "model=tiny", "--launcher", "deepspeed", "heads.depth=2", "--fresh", "--nodes", "hosts"]
+    assert main([*words, "--processes=4"]) == 7
+    launcher, passed_on, options = given
+    assert launcher == "deepspeed"
+    assert options == {"processes": 4, "nodes": Path("hosts")}
+    assert passed_on[:3] == ["distill", "model=tiny", "heads.depth=2"]
+    assert "--fresh" in passed_on
+    assert not [word for word in passed_on if "launcher" in word or "processes" in word or "nodes" in word]
 
 
 def test_what_a_launcher_cannot_do_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

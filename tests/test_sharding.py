@@ -22,6 +22,7 @@ ALONE = {
     "one": Case(None, accumulation=2),
     "one-uneven": Case(None, rows=9, accumulation=2, steps=8),
     "one-tied": Case(None, accumulation=2, steps=6, architecture="qwen2"),
+    "one-circuit": Case(None, accumulation=2, steps=4, form="cp-shared", loss="ce"),
     "one-bf16": Case(None, accumulation=2, steps=6, further=BF16),
 }
 """What two processes are to repeat."""
@@ -54,13 +55,14 @@ def furthest(run: Path, other: Path) -> float:
         *((name, "one") for name in ("ddp", "zero1", "zero2", "zero3")),
         *((name, "one-uneven") for name in ("ddp-uneven", "zero3-uneven")),
         ("zero3-tied", "one-tied"),
+        ("zero3-circuit", "one-circuit"),
     ],
 )
 def test_processes_train_what_one_process_trains(runs: Path, name: str, alone: str) -> None:
     """Fault: rows read twice or never, a loss averaged by process and not by token, accumulation divided by twice."""
     ours, theirs = metrics(runs / name), metrics(runs / alone)
     assert len(ours) == len(theirs) == CASES[name].steps
-    for key in ("loss", "grad_norm", "ce_1", "ce_2", "kl_1", "learning_rate"):
+    for key in {"loss", "grad_norm", "ce_1", "ce_2", "kl_1", "learning_rate"} & theirs[0].keys():
         assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs], rel=1e-5), key
     # Counts of all processes, and so the same shares.
     assert [line["train_car_1"] for line in ours] == pytest.approx([line["train_car_1"] for line in theirs], abs=1e-7)
@@ -175,13 +177,15 @@ def test_presets(name: str) -> None:
     assert settings.stage == int(name[4])
     assert settings.offload == (name.partition("-")[2] or "none")
     layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
-    configs = [settings.for_heads(layers, hidden_size=8, own_logits=False)]
-    configs += [settings.for_heads(layers, hidden_size=8, own_logits=True)]
+    configs = [settings.for_heads(layers, hidden_size=9, own_logits=False)]
+    configs += [settings.for_heads(layers, hidden_size=9, own_logits=True)]
     if settings.stage == 3:
-        configs.append(settings.for_trunk(layers, hidden_size=8, folder=Path("run/offload")))
+        configs.append(settings.for_trunk(layers, hidden_size=9, folder=Path("run/offload")))
         assert configs[-1]["zero_optimization"]["stage3_prefetch_bucket_size"] == 72
     for config in configs:
         assert "auto" not in json.dumps(config["zero_optimization"])
+        # DeepSpeed asserts it.
+        assert config["zero_optimization"].get("allgather_bucket_size", 0) % 2 == 0
     # Heads that read their parameters outside of their modules cannot be partitioned; nothing of heads is offloaded.
     assert configs[1]["zero_optimization"]["stage"] == min(settings.stage, 2)
     assert "offload_param" not in configs[0]["zero_optimization"]

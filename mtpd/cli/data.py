@@ -32,10 +32,13 @@ def store(
     path, overrides = split_arguments(arguments)
     recipe = load_recipe(path, overrides, untrusted=untrusted)
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
-        from mtpd.distill.ahead import store_hidden_states  # brings in torch
+        from mtpd import ranks  # brings in torch
+        from mtpd.distill.ahead import store_hidden_states
 
         try:
-            typer.echo(f"done: {store_hidden_states(recipe)}")
+            directory = store_hidden_states(recipe)
+            if ranks.speaks():
+                typer.echo(f"done: {directory}")
         except Exception as error:
             if full := disk_full(error, Path(recipe.data.store or recipe.output)):
                 raise full from error
@@ -62,7 +65,9 @@ def vocab(
     path, overrides = split_arguments(arguments)
     recipe = load_recipe(path, overrides, untrusted=untrusted)
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
-        from mtpd.distill.ahead import count_vocabulary  # brings in torch
+        from mtpd import ranks  # brings in torch
+        from mtpd.distill.ahead import count_vocabulary
 
         count, share = count_vocabulary(recipe, out)
-    typer.echo(f"done: {out}, {count:,} tokens that are {share:.2%} of those in the training responses")
+        if ranks.speaks():
+            typer.echo(f"done: {out}, {count:,} tokens that are {share:.2%} of those in the training responses")

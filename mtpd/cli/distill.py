@@ -129,14 +129,12 @@ def _plan(recipe: Recipe, *, devices: int | None, memory: float | None) -> str:
 
 def _run(recipe: Recipe, *, fresh: bool, resume: str) -> None:
     from mtpd import ranks  # brings in torch
-    from mtpd.data.models import resolve_device
     from mtpd.distill.run import distill as run
 
     try:
-        with ranks.joined(resolve_device(recipe.device)):
-            path = run(recipe, fresh=fresh, resume=resume)
-            if ranks.is_main():
-                typer.echo(f"done: {path}")
+        path = run(recipe, fresh=fresh, resume=resume)
+        if ranks.speaks():
+            typer.echo(f"done: {path}")
     except Exception as error:
         if full := disk_full(error, recipe.output):
             raise full from error

@@ -65,7 +65,8 @@ def extend(
     }
     given: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
-        from mtpd.distill.extend import extend as run_stages  # brings in torch
+        from mtpd import ranks  # brings in torch
+        from mtpd.distill.extend import extend as run_stages
 
         try:
             path: Path = run_stages(run, given, fresh=fresh)
@@ -73,7 +74,8 @@ def extend(
             if full := disk_full(error, run):
                 raise full from error
             raise
-        typer.echo(f"done: {path}")
+        if ranks.speaks():
+            typer.echo(f"done: {path}")
 
 
 def _numbers(text: str) -> list[int]:

@@ -33,6 +33,8 @@ SAID_BY_RECIPE = {
 """Sections of DeepSpeed's that the recipe has keys for."""
 PERSISTENT_ROWS = 10
 """Parameters of up to so many hidden sizes (norms, biases) are not worth a message: they stay whole."""
+ALIGNED = 1024
+"""Sizes of buckets are multiples of so many elements."""
 LIVE_LAYERS = 3
 """Layers whose parameters are whole at a time: one computes, one is fetched ahead, one is let go."""
 
@@ -191,9 +193,11 @@ def _numel(parameter: nn.Parameter) -> int:
 def _sized(config: dict[str, Any], layers: list[nn.Module], *, hidden_size: int) -> dict[str, Any]:
     """The configuration with a number for each size that is "auto"."""
     layer = _numbers(layers)
+    # DeepSpeed wants buckets that end where its messages may begin.
+    bucket = -(-max(layer, hidden_size**2) // ALIGNED) * ALIGNED
     sizes = {
-        "reduce_bucket_size": max(layer, hidden_size**2),
-        "allgather_bucket_size": max(layer, hidden_size**2),
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
         # The next layer is fetched while one computes.
         "stage3_prefetch_bucket_size": layer,
         "stage3_param_persistence_threshold": PERSISTENT_ROWS * hidden_size,

@@ -44,16 +44,21 @@ def deepspeed_running(device: torch.device) -> Iterator[None]:
         MtpdError: DeepSpeed cannot start here.
     """
     before = dict(os.environ)
+    # It says that DeepSpeed accumulates and itself does not, which is how transformers wants it.
+    talk = logging.getLogger("accelerate.accelerator")
+    level = talk.level
     try:
         _start(device)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise MtpdError(f"train.deepspeed: DeepSpeed cannot start here: {reason}; accepted then: null") from error
+    talk.setLevel(logging.ERROR)
     try:
         yield
     finally:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+        talk.setLevel(level)
         unset_hf_deepspeed_config()
         for name in (ENABLED, *ALONE):
             if name in before:

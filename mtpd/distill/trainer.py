@@ -178,9 +178,10 @@ class HeadTrainer(SafeTrainer):
             return
         heads = self.distill_model.heads
         parts = {name: each for name, each in heads.named_parameters() if hasattr(each, "ds_id")}
+        tensors = gathered(heads) if parts else {}
+        # Its hooks on the parameters would keep the state of the optimizer.
+        self.engine.destroy()
         if parts:
-            tensors = gathered(heads)
-            self.engine.destroy()
             make_whole(heads, {id(each): tensors[name].to(each.device) for name, each in parts.items()})
         if self._chosen is not None:
             checkpointing.check(Path(self._chosen))

@@ -94,7 +94,13 @@ class CircuitHeads(LogitHeads):
 
     def look(self, hidden: Tensor, columns: Tensor) -> Tensor:
         """log p(component of each place | tokens before it), [C, n, r]."""
-        return self.circuit.prefix(self.evidence(hidden, columns), self.weights(hidden))
+        return self._prefix(self.evidence(hidden, columns), hidden)
+
+    def _prefix(self, evidence: Tensor, hidden: Tensor) -> Tensor:
+        weights = self.weights(hidden)
+        # Products of small matrices: casting them takes longer than they do.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.circuit.prefix(evidence, weights)
 
     def at(self, depth: int, hidden: Tensor, columns: Tensor, seen: Tensor) -> Tensor:
         """Logits [C, M] of place `depth` after the tokens before it: they are log-probabilities."""
@@ -103,7 +109,7 @@ class CircuitHeads(LogitHeads):
 
     def known(self, hidden: Tensor, columns: Tensor) -> Tensor:
         evidence = self.evidence(hidden, columns)
-        mixed = self.circuit.prefix(evidence, self.weights(hidden))
+        mixed = self._prefix(evidence, hidden)
         return (mixed + evidence).logsumexp(-1)[:, 1 : columns.shape[1]]
 
     def log_likelihood(self, hidden: Tensor, columns: Tensor) -> Tensor:

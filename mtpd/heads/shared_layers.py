@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mtpd.errors import UnsupportedModel, UserError
-from mtpd.fast import faster
+from mtpd.fast import faster, stamp
 from mtpd.heads.adapters import adapted, without_adapter
 from mtpd.heads.base import Along, Batch, Drafter, Heads, Pick, Readout
 from mtpd.heads.config import HeadsConfig
@@ -34,11 +34,17 @@ RANK = 16
 
 
 class Bound:
-    """The adapted layers of the trunk that heads were used with last. A copy of heads begins without."""
+    """The adapted layers of the trunk that heads were used with last. A copy of heads begins without.
+
+    Attributes:
+        layers: around the trunk's parameters.
+        merged: those of decoding, with the state of the parameters that they were made from.
+    """
 
     def __init__(self) -> None:
         self.trunk: Trunk | None = None
         self.layers: Any = None
+        self.merged: tuple[Any, nn.Module] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bound:
         return Bound()
@@ -136,9 +142,12 @@ class SharedLayerHeads(Heads):
 
     def drafter(self, trunk: Trunk, *, slots: int, capacity: int) -> Drafter:
         inner = self.inner.drafter(trunk, slots=slots, capacity=capacity)
-        with torch.no_grad():
-            merged = without_adapter(self.adapted(trunk)).requires_grad_(False)
-        return SharedLayerDrafter(merged, inner, trunk, slots=slots, capacity=capacity)
+        layers = self.adapted(trunk)
+        state = [stamp(parameter) for parameter in layers.parameters()]
+        if self._bound.merged is None or self._bound.merged[0] != state:
+            with torch.no_grad():
+                self._bound.merged = state, without_adapter(layers).requires_grad_(False)
+        return SharedLayerDrafter(self._bound.merged[1], inner, trunk, slots=slots, capacity=capacity)
 
 
 class SharedLayerDrafter:
