@@ -33,7 +33,7 @@ class Known:
 
     def __init__(self, heads: Heads, text: Sequence[int], *, right: bool) -> None:
         self.heads = heads
-        self.depth = heads.depth
+        self.depth, self.shared_layers = heads.depth, heads.shared_layers
         self.text = list(text) + [0] * (heads.depth + 1)
         self.step = 0 if right else 1
 

@@ -35,7 +35,6 @@ class Scripted:
     """
 
     depth = DEPTH
-
     shared_layers = 0
 
     def __init__(self, texts: Sequence[tuple[list[int], list[int]]], right: Sequence[int]) -> None:

@@ -21,7 +21,7 @@ from mtpd.cli import main
 from mtpd.data import stdlib
 from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.distill.pretrain import PretrainModel
-from mtpd.heads import Heads, build_heads, configure_heads, load_heads, start_heads
+from mtpd.heads import build_heads, configure_heads, load_heads, start_heads
 from mtpd.recipe import load_pretrain_recipe
 from mtpd.trunk import Trunk
 
@@ -38,7 +38,7 @@ SMALL = [
 def joint(depth: int, block: str = "linear") -> PretrainModel:
     trunk = Trunk(tiny_model("llama"))
     given = {**settings("linear", depth=max(1, depth)), "parallel": {"block": block}}
-    heads: Heads | None = None
+    heads: Any = None
     if depth:
         heads = build_heads(trunk, configure_heads(given, trunk, vocabulary=0, fingerprint=""))
         start_heads(heads, trunk, "random", lambda: ())
@@ -82,7 +82,7 @@ def test_memory_of_logits_does_not_grow_with_heads(block: str) -> None:
     assert 0 < peaks[6] == peaks[1]
 
 
-@pytest.mark.parametrize("block", ["linear", "decoder"])
+@pytest.mark.parametrize("block", ["linear", "decoder", "unembedding"])
 def test_gradients_are_those_of_the_whole_sum(block: str) -> None:
     """Fault: a head whose gradient does not reach the trunk, or is counted twice; a target moved by one."""
     model = joint(3, block)
@@ -93,10 +93,14 @@ def test_gradients_are_those_of_the_whole_sum(block: str) -> None:
     hidden = model.model.model(input_ids=ids).last_hidden_state
     positions = torch.arange(20).expand(2, -1)
     assert model.heads is not None
-    states = [hidden, *model.heads(model._trunk[0], hidden, ids, position_ids_BT=positions)]
+    if block == "unembedding":
+        every = [model.model.lm_head(hidden), *(head(hidden) for head in model.heads.layers)]
+    else:
+        states = [hidden, *model.heads(model._trunk[0], hidden, ids, position_ids_BT=positions)]
+        every = [model.model.lm_head(state) for state in states]
     total = torch.zeros(())
-    for k, state in enumerate(states):
-        logits = model.model.lm_head(state)[:, : 19 - k]
+    for k, logits in enumerate(every):
+        logits = logits[:, : 19 - k]
         total = total + torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, k + 1 :].flatten())
     (2.0 * total).backward()
     names = {name for name, parameter in model.named_parameters() if parameter.grad is not None}

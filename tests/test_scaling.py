@@ -127,7 +127,12 @@ def test_a_plan_names_the_first_way_that_fits(capsys: pytest.CaptureFixture[str]
     assert "8 with 1 MB each, as given; a plan fills 90%" in shown
     assert "none fits" in shown
     assert re.search(r"null [\d.,]+ MB \(too much\), zero1", shown)
+    assert "optimizer steps of 64 rows, 8 processes" in shown
     planned = plan(load_recipe(None, ["model=tiny", "device=cpu"]), devices=8)
+    alone = plan(load_recipe(None, ["model=tiny", "device=cpu"])).text.steps
+    assert alone is not None
+    assert planned.text.steps is not None
+    assert 3 * -(-alone // 3 // 8) == planned.text.steps
     needed = {fit.sharding: fit.total for fit in planned.shardings}
     assert list(needed) == ["none", "zero1", "zero2", "zero3", "zero3-cpu", "zero3-nvme"]
     assert needed["none"] > needed["zero1"] > needed["zero2"]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from sharded_runs import BF16, CASES, Case, in_ranks, metrics, rows_of, run_case
 
-from mtpd.distill.deepspeed_config import DeepSpeedSettings, load_settings
+from mtpd.distill.deepspeed_config import DeepSpeedSettings, bucket_elements, load_settings
 from mtpd.distill.rows import RowOrder, TrainingRows
 from mtpd.distill.training import accumulation
 from mtpd.errors import UserError
@@ -189,6 +189,13 @@ def test_presets(name: str) -> None:
     # Heads that read their parameters outside of their modules cannot be partitioned; nothing of heads is offloaded.
     assert configs[1]["zero_optimization"]["stage"] == min(settings.stage, 2)
     assert "offload_param" not in configs[0]["zero_optimization"]
+
+
+def test_buckets_have_a_limit() -> None:
+    """Fault: buckets as large as a layer of experts, which take more memory than all else."""
+    assert bucket_elements(72, hidden_size=9) == 1024
+    assert bucket_elements(3_000_000, hidden_size=9) == 3_000_320
+    assert bucket_elements(11_500_000_000, hidden_size=7168) == 500_000_768
 
 
 @pytest.mark.parametrize(

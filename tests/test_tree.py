@@ -12,6 +12,8 @@ from architectures import greedy_text, random_heads, random_tokens, tiny_trunk
 from kinds import random_kind
 from test_decode import PATCHY, Scripted
 from test_parallel import taught
+from test_shared_layers import deep, shared, text_of
+from test_shared_layers import taught as taught_shared
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -162,6 +164,21 @@ def test_kinds_that_draft_trees(llama: Trunk, form: str) -> None:
     assert forwards[1] < forwards[0]
     # A reader of the buffer of tokens or of the states would part here.
     assert [text.tokens for text in engine.run(requests[:1])] == [samples[0][1]]
+
+
+def test_trees_behind_shared_layers() -> None:
+    """Fault: states below the shared layers that stay where a node stood; heads that are taken for dependent ones."""
+    trunk = deep()
+    texts = [text_of(trunk, length) for length in (3, 9)]
+    heads = taught_shared(trunk, shared(trunk, "medusa", 2), *texts[0], steps=5)
+    requests = [Request(prompt, 16) for prompt, _ in texts]
+    forwards = []
+    for nodes in (0, 40):
+        engine = Engine(trunk, heads, slots=2, capacity=32, tree=nodes)
+        written = sorted(engine.run(requests), key=lambda text: text.number)
+        assert [text.tokens for text in written] == [text for _, text in texts]
+        forwards.append(sum(len(text.rounds) for text in written))
+    assert forwards[1] < forwards[0]
 
 
 def test_sampling_with_trees() -> None:

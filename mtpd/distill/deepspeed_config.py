@@ -35,6 +35,8 @@ PERSISTENT_ROWS = 10
 """Parameters of up to so many hidden sizes (norms, biases) are not worth a message: they stay whole."""
 ALIGNED = 1024
 """Sizes of buckets are multiples of so many elements."""
+LARGEST_BUCKET = 500_000_000
+"""Elements of a bucket at most, as many as DeepSpeed's own default; larger tensors are sent by themselves."""
 LIVE_LAYERS = 3
 """Layers whose parameters are whole at a time: one computes, one is fetched ahead, one is let go."""
 
@@ -190,11 +192,16 @@ def _numel(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
+def bucket_elements(layer: int, *, hidden_size: int) -> int:
+    """Elements of a bucket of gradients, from those of the largest layer that is trained."""
+    # DeepSpeed wants buckets that end where its messages may begin.
+    return -(-min(max(layer, hidden_size**2), LARGEST_BUCKET) // ALIGNED) * ALIGNED
+
+
 def _sized(config: dict[str, Any], layers: list[nn.Module], *, hidden_size: int) -> dict[str, Any]:
     """The configuration with a number for each size that is "auto"."""
     layer = _numbers(layers)
-    # DeepSpeed wants buckets that end where its messages may begin.
-    bucket = -(-max(layer, hidden_size**2) // ALIGNED) * ALIGNED
+    bucket = bucket_elements(layer, hidden_size=hidden_size)
     sizes = {
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,

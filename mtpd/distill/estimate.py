@@ -51,8 +51,11 @@ class TextEstimate:
     """What was assumed."""
 
 
-def estimate_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> TextEstimate:
+def estimate_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, *, processes: int = 1) -> TextEstimate:
     """Counts what is at hand, and takes `limit` for the rest.
+
+    Args:
+        processes: that train together.
 
     Raises:
         UserError: a file that is missing or unreadable, prompts that the tokenizer's template refuses.
@@ -89,18 +92,18 @@ def estimate_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> 
         notes.append(f"given texts are taken to fill a row ({data.row_length} tokens) each")
     if prompts is None or given is None:
         notes.append("set data.limit (or limit of a given text) to see tokens, rows and steps")
-        return TextEstimate(prompts, given, held_out, None, None, _steps(recipe, None), None, tuple(notes))
+        return TextEstimate(prompts, given, held_out, None, None, _steps(recipe, None, processes), None, tuple(notes))
 
     scale = prompts / max(1, len(documents))
     rows = math.ceil(_packed(documents, data.row_length) * scale) + given
     tokens = round(sum(documents) * scale) + given * data.row_length
-    steps = _steps(recipe, rows)
+    steps = _steps(recipe, rows, processes)
     assert steps is not None
     # Each measurement while training writes a checkpoint too.
     if save_steps := recipe.train.save_steps or recipe.evaluation.steps:
         saves = steps // save_steps + 1
     else:
-        saves = math.ceil(steps / _steps_of_an_epoch(recipe, rows))
+        saves = math.ceil(steps / _steps_of_an_epoch(recipe, rows, processes))
     return TextEstimate(prompts, given, held_out, tokens, rows, steps, saves, tuple(notes))
 
 
@@ -124,16 +127,16 @@ def _packed(lengths: Sequence[int], row_length: int) -> int:
     return len(free)
 
 
-def _steps_of_an_epoch(recipe: Recipe, rows: int) -> int:
+def _steps_of_an_epoch(recipe: Recipe, rows: int, processes: int) -> int:
     """As transformers counts them: the last micro batch may be smaller, and so may the last step."""
-    batches = math.ceil(rows / recipe.train.rows_per_step)
+    batches = math.ceil(rows / (recipe.train.rows_per_step * processes))
     return max(1, math.ceil(batches / recipe.train.gradient_accumulation))
 
 
-def _steps(recipe: Recipe, rows: int | None) -> int | None:
+def _steps(recipe: Recipe, rows: int | None, processes: int) -> int | None:
     if recipe.train.max_steps > 0:
         return recipe.train.max_steps
-    return None if rows is None else math.ceil(recipe.train.epochs * _steps_of_an_epoch(recipe, rows))
+    return None if rows is None else math.ceil(recipe.train.epochs * _steps_of_an_epoch(recipe, rows, processes))
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,8 @@ class Plan:
     """Bytes of each device."""
     given: bool
     """Whether the devices are those that were asked for, and not those of this machine."""
+    processes: int
+    """That train: one for each device that was asked for. Without a launcher there is one, whatever is at hand."""
 
     @property
     def shardings(self) -> list[Fit]:
@@ -169,8 +171,9 @@ class Plan:
 
     def _steps(self) -> str:
         train = self.recipe.train
-        rows = train.rows_per_step * train.gradient_accumulation
-        return f"{amount(self.text.steps)} optimizer steps of {rows:,} rows"
+        rows = train.rows_per_step * train.gradient_accumulation * self.processes
+        together = f", {self.processes} processes" if self.processes > 1 else ""
+        return f"{amount(self.text.steps)} optimizer steps of {rows:,} rows{together}"
 
     def _passes(self) -> str:
         """How often the trunk runs over the training text."""
@@ -235,7 +238,7 @@ def plan(recipe: Recipe, *, devices: int | None = None, device_memory: float | N
         ),
         "full": frozen,
     }[recipe.trunk.train]
-    text = estimate_text(recipe, tokenizer)
+    text = estimate_text(recipe, tokenizer, processes=devices or 1)
     wanted = recipe.evaluation.dtype
     decoding = dtype if wanted == "trunk" else resolve_dtype(wanted, device)
     memory = estimate_memory(
@@ -262,6 +265,7 @@ def plan(recipe: Recipe, *, devices: int | None = None, device_memory: float | N
         devices=count,
         device_memory=bytes_of_each if device_memory is None else 1e9 * device_memory,
         given=devices is not None or device_memory is not None,
+        processes=devices or 1,
     )
 
 

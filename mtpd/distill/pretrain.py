@@ -25,7 +25,8 @@ from mtpd.distill.safe_trainer import SafeTrainer
 from mtpd.distill.trainer import Metrics, Progress
 from mtpd.errors import UserError
 from mtpd.files import is_empty, write_whole
-from mtpd.heads import Heads, build_heads, configure_heads, save_heads, start_heads
+from mtpd.heads import build_heads, configure_heads, save_heads, start_heads
+from mtpd.heads.parallel import AnyParallel
 from mtpd.losses.pieces import in_pieces
 from mtpd.recipe import HeadsRecipe, PretrainRecipe, dump
 from mtpd.trunk import Trunk
@@ -38,7 +39,7 @@ class PretrainModel(nn.Module):
 
     accepts_loss_kwargs = False
 
-    def __init__(self, trunk: Trunk, heads: Heads | None) -> None:
+    def __init__(self, trunk: Trunk, heads: AnyParallel | None) -> None:
         super().__init__()
         self.model = trunk.model
         self.heads = heads
@@ -57,13 +58,16 @@ class PretrainModel(nn.Module):
         hidden = trunk.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         unembedding = trunk.unembedding
-        heads: Any = [] if self.heads is None else self.heads.layers
 
         def piece(number: int, state: Tensor) -> tuple[Tensor, Tensor]:
             # Behind the last target of a depth nothing counts.
             room = input_ids.shape[1] - 1 - number
-            read = state if number == 0 else heads[number - 1](state, position_ids_BT=positions)
-            logits = unembedding(read[:, :room]).flatten(0, 1).float()
+            read = state[:, :room]
+            if number == 0 or self.heads is None:
+                logits = unembedding(read)
+            else:
+                logits = self.heads.logits(number, read, unembedding, position_ids_BT=positions[:, :room])
+            logits = logits.flatten(0, 1).float()
             targets = alignment.target_tokens(input_ids, number)[:, :room].flatten()
             loss = nn.functional.cross_entropy(logits, targets)
             return loss, loss.detach()
@@ -71,7 +75,7 @@ class PretrainModel(nn.Module):
         parameters = [unembedding.weight, *([] if self.heads is None else self.heads.parameters())]
         if unembedding.bias is not None:
             parameters.append(unembedding.bias)
-        loss, self.losses = in_pieces(piece, 1 + len(heads), hidden, parameters)
+        loss, self.losses = in_pieces(piece, 1 + self.depth, hidden, parameters)
         return {"loss": loss}
 
 
@@ -225,12 +229,12 @@ def _model(recipe: PretrainRecipe, tokenizer: Any) -> Any:
         raise UserError(f"model: {str(error).splitlines()[0]}; accepted: a configuration of transformers") from error
 
 
-def _heads(recipe: PretrainRecipe, trunk: Trunk) -> Heads | None:
+def _heads(recipe: PretrainRecipe, trunk: Trunk) -> AnyParallel | None:
     if not recipe.heads.depth:
         return None
     form = {"kind": "parallel", "depth": recipe.heads.depth, "parallel": {"block": recipe.heads.block}}
     settings = HeadsRecipe.model_validate(form).model_dump()
-    heads = build_heads(trunk, configure_heads(settings, trunk, vocabulary=0, fingerprint=""))
+    heads: Any = build_heads(trunk, configure_heads(settings, trunk, vocabulary=0, fingerprint=""))
     start_heads(heads, trunk, "identity", lambda: (), seed=recipe.seed)
     return heads
 

@@ -27,11 +27,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from mtpd.distill.deepspeed_config import LIVE_LAYERS, bucket_elements
+
 Sharding = Literal["none", "zero1", "zero2", "zero3", "zero3-cpu", "zero3-nvme"]
 SHARDINGS: tuple[Sharding, ...] = ("none", "zero1", "zero2", "zero3", "zero3-cpu", "zero3-nvme")
 """From the one that exchanges least to the one that needs least memory; "none" is train.deepspeed: null."""
-LIVE_LAYERS = 3
-"""Layers that are whole at a time at stage 3: one computes, one is fetched, one is let go."""
 FLOAT32 = 4
 SPARE = 0.9
 """Share of a device's memory that a plan fills: allocators and libraries need the rest."""
@@ -74,7 +74,7 @@ def memory(load: Load, sharding: Sharding, ranks: int) -> dict[str, int]:
     found = {"trunk": whole, "heads": heads, "gradients": heads, "optimizer": 2 * heads}
     if stage >= 1:
         found |= {"master copy": _part(heads, ranks), "optimizer": _part(2 * heads, ranks)}
-        found["buckets"] = 2 * FLOAT32 * max(load.largest_head, load.hidden**2)
+        found["buckets"] = 2 * FLOAT32 * bucket_elements(load.largest_head, hidden_size=load.hidden)
     if stage >= 2:
         found["gradients"] = _part(heads, ranks)
     if stage == 3:

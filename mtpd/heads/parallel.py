@@ -30,7 +30,7 @@ from mtpd.heads.norms import gain, set_gain, unit_norm
 from mtpd.heads.parallel_drafter import BlockDrafter, StateDrafter
 from mtpd.heads.regression import shift_maps
 from mtpd.heads.unembedded import UnembeddedHeads
-from mtpd.trunk import Trunk
+from mtpd.trunk import Trunk, Unembedding
 
 STARTS = {
     "decoder": ("regression", "identity", "copy_last", "copy_last_k", "random"),
@@ -119,6 +119,10 @@ class ParallelHeads(StateHeads):
         """States h^1..h^K, each [B, T, D]; the tokens behind t are not read."""
         return [head(hidden_BTD, position_ids_BT=position_ids_BT) for head in self.layers]
 
+    def logits(self, depth: int, hidden_BTD: Tensor, main: Unembedding, *, position_ids_BT: Tensor) -> Tensor:
+        """Logits [B, T, M] of one depth, by way of the main head."""
+        return main(self.layers[depth - 1](hidden_BTD, position_ids_BT=position_ids_BT))
+
     def shorten(self, depth: int) -> None:
         assert 1 <= depth <= self.depth, "heads can only become fewer"
         self.layers = self.layers[:depth]
@@ -128,6 +132,9 @@ class ParallelHeads(StateHeads):
     def drafter(self, trunk: Trunk, *, slots: int, capacity: int) -> Drafter:
         kind = BlockDrafter if self.block == "decoder" else StateDrafter
         return kind(self, trunk, slots=slots, capacity=capacity)
+
+
+AnyParallel = ParallelHeads | UnembeddedHeads
 
 
 def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, Any]:
@@ -144,14 +151,14 @@ def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, Any]:
     return {"parallel": shape, "source_layers": layers, **own}
 
 
-def build(trunk: Trunk, config: HeadsConfig) -> ParallelHeads | UnembeddedHeads:
+def build(trunk: Trunk, config: HeadsConfig) -> AnyParallel:
     """Heads of the block that the config names."""
     assert config.parallel is not None
     return (UnembeddedHeads if config.parallel.block == "unembedding" else ParallelHeads)(trunk, config)
 
 
 @torch.no_grad()
-def initialise(heads: ParallelHeads | UnembeddedHeads, trunk: Trunk, start: str | None, *, seed: int = 0) -> bool:
+def initialise(heads: AnyParallel, trunk: Trunk, start: str | None, *, seed: int = 0) -> bool:
     """Gives new heads their first weights. Returns whether `fit` has to follow."""
     if isinstance(heads, UnembeddedHeads):
         return unembedded.initialise(heads, trunk, start, seed=seed)
@@ -184,7 +191,7 @@ def initialise(heads: ParallelHeads | UnembeddedHeads, trunk: Trunk, start: str 
 
 
 @torch.no_grad()
-def fit(heads: ParallelHeads | UnembeddedHeads, trunk: Trunk, batches: Iterable[dict[str, Tensor]]) -> None:
+def fit(heads: AnyParallel, trunk: Trunk, batches: Iterable[dict[str, Tensor]]) -> None:
     """Makes M_k the ridge regression of the trunk's state k positions further on what head k reads."""
     if isinstance(heads, UnembeddedHeads):
         unembedded.fit(heads, trunk, batches)
@@ -202,7 +209,7 @@ def fit(heads: ParallelHeads | UnembeddedHeads, trunk: Trunk, batches: Iterable[
 
 
 @torch.no_grad()
-def adopt(heads: ParallelHeads | UnembeddedHeads, trunk: Trunk, source: Heads, *, seed: int = 0) -> None:
+def adopt(heads: AnyParallel, trunk: Trunk, source: Heads, *, seed: int = 0) -> None:
     """Takes the weights of the first heads of `source`, which are of the same form.
 
     Raises:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mtpd.heads.config import HeadsConfig
 from mtpd.heads.logit_heads import LogitHeads
 from mtpd.heads.regression import shift_maps
-from mtpd.trunk import Trunk
+from mtpd.trunk import Trunk, Unembedding
 
 STARTS = ("regression", "identity", "random")
 
@@ -39,6 +39,10 @@ class UnembeddedHeads(LogitHeads):
 
     def at(self, depth: int, hidden: Tensor, columns: Tensor, seen: Any) -> Tensor:
         return self.layers[depth - 1](hidden)
+
+    def logits(self, depth: int, hidden_BTD: Tensor, main: Unembedding, *, position_ids_BT: Tensor) -> Tensor:
+        """Logits [B, T, M] of one depth; the main head is not read."""
+        return self.layers[depth - 1](hidden_BTD)
 
     def shorten(self, depth: int) -> None:
         assert 1 <= depth <= self.depth, "heads can only become fewer"

@@ -15,7 +15,7 @@ class JointHeads(Section):
 
     depth: int = Field(default=0, ge=0, le=16)
     """K, the number of heads beside the main head; 0 for none."""
-    block: Literal["decoder", "linear", "residual"] = "linear"
+    block: Literal["decoder", "linear", "residual", "unembedding"] = "linear"
     """As `heads.parallel.block` of `mtpd distill`."""
 
 
