@@ -1,17 +1,30 @@
-"""Files that appear whole or not at all, and fingerprints of what is in them."""
+"""Files that appear whole or not at all, and fingerprints of what is in them.
+
+JSON files of a run are sealed: beside their content they have its SHA-256, so that a damaged one is told from a
+whole one by itself, without a second file that would have to change together with it.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mtpd.errors import MtpdError
+from mtpd.errors import MtpdError, UserError
+
+PARTIAL = ".partial"
+"""End of the names of files that are being written."""
+OLD = 60.0
+"""Seconds after which a file that is being written counts as left behind."""
+SEAL = "sha256"
+"""The key of a JSON object under which the SHA-256 of the rest of it stands."""
 
 
 @contextmanager
@@ -33,7 +46,7 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
     data = content.encode() if isinstance(content, str) else content
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
@@ -48,18 +61,85 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
         sync_folder(path.parent)
 
 
+def is_empty(folder: str | Path) -> bool:
+    """Whether a folder is missing, or holds nothing but what a killed process left half-written."""
+    return not Path(folder).is_dir() or all(path.name.endswith(PARTIAL) for path in Path(folder).iterdir())
+
+
+def sweep(folder: str | Path) -> None:
+    """Deletes what processes that were killed left behind half-written, in a folder and those in it."""
+    for left in Path(folder).rglob(f".*{PARTIAL}"):
+        # Another process may be writing right now.
+        if left.is_file() and time.time() - left.stat().st_mtime > OLD:
+            left.unlink(missing_ok=True)
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with the SHA-256 of its content under `sha256`, as the last key."""
+    return {**content, SEAL: fingerprint_json(content)}
+
+
+def intact(content: Mapping[str, Any]) -> bool:
+    """Whether a JSON object is the one that was sealed; one without a seal counts as intact."""
+    return SEAL not in content or content[SEAL] == fingerprint_json(_unsealed(content))
+
+
+def read_sealed(path: str | Path, *, refusal: str) -> dict[str, Any]:
+    """The content of a sealed JSON file. Files without a seal, such as those of other programs, are read too.
+
+    Args:
+        refusal: what messages say of a file that is none, such as "not an acceptance file".
+
+    Raises:
+        UserError: it is missing, no JSON object, or damaged.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}): {refusal}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {refusal}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: {refusal}: it holds no JSON object")
+    if not intact(content):
+        raise UserError(
+            f"{path}: {refusal}: it is damaged or was edited, its SHA-256 is not that of its content; restore it, or "
+            f"delete it and make it anew (edited on purpose: take the key {SEAL} out)"
+        )
+    return _unsealed(content)
+
+
+def _unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key != SEAL}
+
+
 def sync_folder(folder: str | Path) -> None:
-    """Makes renames in a folder durable. Nothing happens on systems that cannot open a folder."""
+    """Makes renames in a folder durable. Nothing happens on systems that cannot do that with a folder.
+
+    Raises:
+        OSError: the disk fails.
+    """
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
         return
     try:
         os.fsync(handle)
-    except OSError:
-        pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
     finally:
         os.close(handle)
+
+
+def escapes(value: str, folder: Path) -> bool:
+    """Whether a text that is taken as a path from a folder leads out of it, by itself or through links, or is a URL."""
+    path = Path(value)
+    if "://" in value or "\0" in value or value.startswith("~") or path.is_absolute() or ".." in path.parts:
+        return True
+    root, here = folder.resolve(), folder / path
+    reached = [here, *(here.rglob("*") if here.is_dir() and here.resolve() != root else [])]
+    return any(not each.resolve().is_relative_to(root) for each in reached)
 
 
 def fingerprint(content: bytes | str) -> str:

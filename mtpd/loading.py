@@ -12,6 +12,7 @@ from mtpd.errors import UserError
 from mtpd.files import write_whole
 from mtpd.heads import WEIGHTS, load_heads
 from mtpd.recipe import load_recipe
+from mtpd.recipe.untrusted import refuse_code
 from mtpd.trunk import Trunk
 
 DRAFTING = "decoding.json"
@@ -25,6 +26,7 @@ def load(
     device: str | None = None,
     depth: int | None = None,
     tree: int | None = None,
+    untrusted: bool = False,
 ) -> Model:
     """The model of a run with its heads.
 
@@ -34,6 +36,7 @@ def load(
         device: None is the one of the run's recipe.
         depth: drafts a round; None is what `heads/decoding.json` says, or as many as there are heads.
         tree: drafts are a tree of this many at most, as deep as `depth`; 0 is a chain, None what `decoding.json` says.
+        untrusted: the run is somebody else's: code that comes with its model is not run, whatever its recipe says.
 
     Raises:
         UserError: no finished run, heads of another model than the recipe names, a depth that they lack, or a tree of
@@ -46,6 +49,8 @@ def load(
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{path}: the run has no trained heads yet; `mtpd distill {recipe_file}` finishes it")
     recipe = load_recipe(recipe_file)
+    if untrusted:
+        refuse_code(recipe, source=str(recipe_file))
     where = device or recipe.device
     # A run that trained its trunk too holds it.
     name = str(path / "trunk") if (path / "trunk" / "config.json").is_file() else recipe.model

@@ -216,7 +216,7 @@ def _range(part: Schema) -> str:
 
 def _suggest(key: str, schema: Schema) -> str:
     """The nearest known key: a sibling, else the same name in another section, else a similar one there."""
-    *sections, name = [part for part in key.split(".") if not part.isdigit()]
+    *sections, name = [part for part in key.split(".") if not part.isdigit()] or [key]
     names = {known: known.split(".")[-1] for known in _keys(schema)}
     siblings = {last: known for known, last in names.items() if known.split(".")[:-1] == sections}
     found = [siblings[match] for match in difflib.get_close_matches(name, siblings, n=1)]

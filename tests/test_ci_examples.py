@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from seals import with_its_weights
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples" / "ci"
@@ -76,6 +77,7 @@ def damage(folder: Path) -> None:
         if name.endswith("project.weight"):
             tensors[name] = torch.randn(tensor.shape, generator=generator)
     save_file(tensors, path, metadata={"format": "pt"})
+    with_its_weights(path.parent)
 
 
 def workflow_steps() -> list[dict[str, Any]]:

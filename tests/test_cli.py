@@ -42,7 +42,7 @@ def replace_distill(monkeypatch: pytest.MonkeyPatch, run: Callable[..., object])
 
 
 def raising(error: BaseException) -> Callable[..., object]:
-    def run(recipe: Recipe, *, fresh: bool) -> Path:
+    def run(recipe: Recipe, *, fresh: bool, resume: str) -> Path:
         raise error
 
     return run
@@ -207,7 +207,7 @@ def test_a_disk_that_is_really_full(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     if not full.exists():
         pytest.skip("this system has no /dev/full")
 
-    def run(recipe: Recipe, *, fresh: bool) -> Path:
+    def run(recipe: Recipe, *, fresh: bool, resume: str) -> Path:
         with full.open("w") as file:
             file.write("x")
         raise AssertionError("it was not full")
@@ -239,7 +239,7 @@ def test_a_real_interrupt_of_the_process(tmp_path: Path) -> None:
             # Tests that run in the background of a shell inherit that the signal is ignored.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             module = types.ModuleType("mtpd.distill.run")
-            def distill(recipe, *, fresh):
+            def distill(recipe, *, fresh, resume):
                 print("running", flush=True)
                 time.sleep(60)
             module.distill = distill
@@ -266,19 +266,19 @@ def test_a_real_interrupt_of_the_process(tmp_path: Path) -> None:
 def test_distill_passes_recipe_and_fresh_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fault: --fresh or an override never reaches the run."""
-    calls: list[tuple[Recipe, bool]] = []
+    """Fault: --fresh, --resume or an override never reaches the run."""
+    calls: list[tuple[Recipe, bool, str]] = []
 
-    def run(recipe: Recipe, *, fresh: bool) -> Path:
-        calls.append((recipe, fresh))
+    def run(recipe: Recipe, *, fresh: bool, resume: str) -> Path:
+        calls.append((recipe, fresh, resume))
         return recipe.output
 
     replace_distill(monkeypatch, run)
     assert main(["distill", DEMO, "heads.depth=2", "--fresh"]) == 0
-    assert main(["distill", "model=tiny"]) == 0
+    assert main(["distill", "model=tiny", "--resume", "checkpoint-2"]) == 0
     assert calls == [
-        (load_recipe(DEMO, ["heads.depth=2"]), True),
-        (load_recipe(None, ["model=tiny"]), False),
+        (load_recipe(DEMO, ["heads.depth=2"]), True, "auto"),
+        (load_recipe(None, ["model=tiny"]), False, "checkpoint-2"),
     ]
     assert "done: runs/demo" in capsys.readouterr().out
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import new_heads
+from seals import edited
 
 import mtpd
 from mtpd.cli import main
@@ -71,7 +72,7 @@ def test_load_refuses(run: Path, tmp_path: Path) -> None:
             load(run, depth=depth)
     config = run / "heads" / "config.json"
     right = config.read_text()
-    config.write_text(json.dumps(json.loads(right) | {"trunk": "0" * 64}))
+    edited(config, trunk="0" * 64)
     with pytest.raises(UserError, match="belong to another trunk"):
         load(run)
     config.write_text(right)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import errno
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -135,76 +133,6 @@ def test_a_run_of_every_architecture(
     assert {"schema", "command", "versions", "trunk", "rows", "prompts", "started", "git_commit"} <= provenance.keys()
     assert len(provenance["prompts"]) == 13
     assert load_recipe(output / "recipe.yaml") == load_recipe(None, arguments[1:])
-
-
-DRIVER = """
-    import os, signal, sys
-    from mtpd.cli import main
-    from mtpd.data import responses
-    from mtpd.distill.trainer import Metrics
-
-    def die():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def append_and_die(path, lines, append=responses._append):
-        append(path, lines)
-        with open(path, "a") as file:
-            file.write('{"id": "torn')
-        die()
-
-    def log_and_die(self, args, state, control, on_log=Metrics.on_log, **kwargs):
-        on_log(self, args, state, control, **kwargs)
-        if state.global_step == 3:
-            die()
-
-    if sys.argv[1] == "responses":
-        responses._append = append_and_die
-        responses.FLUSH_SECONDS = 0.0
-    if sys.argv[1] == "training":
-        Metrics.on_log = log_and_die
-    sys.exit(main(sys.argv[2:]))
-"""
-
-
-def test_a_killed_run_continues_to_the_same_heads(model: Path, prompts: Path, tmp_path: Path) -> None:
-    """Fault: responses are generated twice, or sampler, scheduler, optimizer or random state are lost in a resume."""
-    further = ["train.max_steps=5", "train.save_steps=2", "data.temperature=1.0"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert main(words(model, prompts, whole, *further)) == 0
-
-    arguments = words(model, prompts, broken, *further)
-    answered: list[int] = []
-    for where in ("responses", "training"):
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(DRIVER), where, *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        answered.append((broken / "responses.jsonl").read_text().count("\n") - 1)
-    assert answered == [1, 13], "one prompt was answered when the first kill came"
-    assert (broken / "checkpoint-2" / "complete.json").is_file()
-    assert lines(broken / "metrics.jsonl")[-1]["step"] == 3
-    # What a kill amid the next checkpoint leaves.
-    (broken / "checkpoint-4").mkdir()
-    (broken / "checkpoint-4" / "model.safetensors").write_bytes(b"half")
-
-    assert main(arguments) == 0
-    # Which response ends first depends on the others that are written at the same time.
-    responses = [(run / "responses.jsonl").read_text().splitlines() for run in (whole, broken)]
-    assert sorted(responses[0]) == sorted(responses[1])
-    for name in ("heads-before/model.safetensors", "heads/model.safetensors"):
-        assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
-    timeless = [
-        [(line["step"], line.get("loss"), line.get("learning_rate")) for line in lines(run / "metrics.jsonl")]
-        for run in (whole, broken)
-    ]
-    assert timeless[0] == timeless[1], "each step is logged once"
-    accepted = [Acceptance.load(run / "acceptance.json").total().accepted for run in (whole, broken)]
-    assert accepted[0] == accepted[1]
 
 
 def test_an_interrupted_run_exits_with_130_and_continues(
@@ -338,35 +266,6 @@ def test_code_of_a_model_is_not_run(prompts: Path, tmp_path: Path, capsys: pytes
         code, said = refusal([*words(model, prompts, tmp_path / "run"), *option], capsys)
         assert (code, "set trust_remote_code=true if you trust it" in said) == (2, True), said
     assert not (tmp_path / "was-run").exists()
-
-
-def test_a_full_disk_ends_in_one_line_and_can_be_resumed(
-    model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Fault: a full disk shows a traceback, leaves half a file that is taken for a whole one, or blocks a resume."""
-    arguments = words(model, prompts, tmp_path / "run")
-    real, failures = os.fsync, 0
-    # Each call has room for one more file than the one before.
-    while failures < 20:
-        left = [2 * failures]
-
-        def full(handle: int, left: list[int] = left) -> None:
-            left[0] -= 1
-            if left[0] < 0:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            real(handle)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", full)
-            if main(arguments) == 0:
-                break
-        said = capsys.readouterr().err.splitlines()[-1]
-        assert said.startswith("mtpd: error: ")
-        assert "No space left on device" in said or "no space left on the disk" in said
-        assert str(tmp_path / "run") in said
-        failures += 1
-    assert 4 <= failures < 20
-    assert (tmp_path / "run" / "acceptance-decoded.json").is_file()
 
 
 def test_a_file_that_cannot_be_written(model: Path, prompts: Path, tmp_path: Path) -> None:

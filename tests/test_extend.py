@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from seals import edited, with_its_weights
 
 import mtpd
 from mtpd.cli import main
@@ -224,12 +225,14 @@ def test_other_stages_and_trunks_are_refused(run: Path, tmp_path: Path, capsys: 
     assert main(["extend", str(run), "--to", "3", "--steps", "2", "--fresh"]) == 0
     assert json.loads((stage / "stage.json").read_text())["steps"] == 2
     # What heads say about their trunk is all that is known of it.
-    config = json.loads((run / "heads" / "config.json").read_text())
-    (run / "heads" / "config.json").write_text(json.dumps({**config, "trunk": "f" * 64}))
+    config = run / "heads" / "config.json"
+    right = json.loads(config.read_text())["trunk"]
+    edited(config, trunk="f" * 64)
     assert "these heads belong to another trunk (ffffffffffff, not" in refusal(run, capsys, "--to", "4")
     tensors = load_file(run / "heads" / "model.safetensors")
     save_file(dict(list(tensors.items())[:-1]), run / "heads" / "model.safetensors")
-    (run / "heads" / "config.json").write_text(json.dumps(config))
+    edited(config, trunk=right)
+    with_its_weights(run / "heads")
     assert "tensors missing" in refusal(run, capsys, "--to", "4")
 
 

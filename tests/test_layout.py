@@ -9,11 +9,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mtpd"
 
-# What each part may import of the others. `errors` and `files` stand under everything.
-BELOW = {"errors", "files"}
+# What each part may import of the others. `errors`, `files` and `interrupts` stand under everything.
+BELOW = {"errors", "files", "interrupts"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
+    "interrupts": set(),
     "ranks": {"errors"},
     "launch": {"errors"},
     "recipe_text": BELOW,

@@ -112,7 +112,7 @@ def make_rows() -> PackedRows:
 def store_states(loaded: Any, directory: Path, killed: int | None = None) -> dict[str, Any]:
     """Fills a store as rank, in shards of two rows; the rank `killed` dies before the index of its second shard."""
     trunk, rows = Trunk(loaded[0]), make_rows()
-    store.SHARD_BYTES = 2 * 24 * trunk.hidden_size * 4
+    size, store.SHARD_BYTES = store.SHARD_BYTES, 2 * 24 * trunk.hidden_size * 4
     write, written, passes = store.write_whole, [], [0]
     compute = store.with_hidden
 
@@ -136,6 +136,7 @@ def store_states(loaded: Any, directory: Path, killed: int | None = None) -> dic
             states = [found[row].sum().item() for row in range(len(rows))]
             return {"passes": passes[0], "states": states, "shards": sorted(found.index["shards"])}
     finally:
+        store.SHARD_BYTES = size
         store.with_hidden = compute
         store.write_whole = write
 

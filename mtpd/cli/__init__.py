@@ -31,9 +31,7 @@ from mtpd.cli import (
 from mtpd.cli.arguments import Debug
 from mtpd.cli.errors import report as report_error
 from mtpd.cli.errors import say
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells expect it. Typer gives it back too."""
+from mtpd.interrupts import INTERRUPTED, TERMINATED, Terminated, terminable
 
 app = typer.Typer(
     name="mtpd",
@@ -81,7 +79,9 @@ def _root(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and gives back its exit code: 0, 1 for a failure, 2 for a user's mistake, 130 for Ctrl-C.
+    """Runs one command and gives back its exit code.
+
+    0, 1 for a failure, 2 for a user's mistake, 130 for Ctrl-C and 143 for SIGTERM, as shells and schedulers know them.
 
     Args:
         arguments: the words after `mtpd`; None takes them from the process.
@@ -89,14 +89,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         # Not standalone: errors come here instead of being printed by Typer.
-        code = typer.main.get_command(app).main(words, prog_name="mtpd", standalone_mode=False)
+        with terminable():
+            code = typer.main.get_command(app).main(words, prog_name="mtpd", standalone_mode=False)
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except Terminated:
+        code = TERMINATED
     except Exception as error:
         if "--debug" in words:
             traceback.print_exc()
         return report_error(error)
-    if code == INTERRUPTED:
+    if code in (INTERRUPTED, TERMINATED):
         how = "the same command without --fresh" if "--fresh" in words else "the same command"
-        say(f"interrupted; {how} resumes where this one stopped")
+        say(f"{'interrupted' if code == INTERRUPTED else 'terminated'}; {how} resumes where this one stopped")
     return code or 0

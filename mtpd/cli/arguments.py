@@ -25,6 +25,19 @@ Debug = Annotated[
     typer.Option("--debug", help="Show the full traceback of an error.", show_default=False),
 ]
 
+Untrusted = Annotated[
+    bool,
+    typer.Option(
+        "--untrusted",
+        help="The recipe file is somebody else's: paths in it stay inside this folder, and nothing in it runs code or "
+        "sends data away. What the command line says is yours.",
+    ),
+]
+
+UntrustedRun = Annotated[
+    bool,
+    typer.Option("--untrusted", help="The run is somebody else's: code that comes with its model is not run."),
+]
 LauncherOption = Annotated[
     Literal["deepspeed", "torchrun"] | None,
     typer.Option("--launcher", help="Start several processes of this command, and wait for them.", show_default=False),

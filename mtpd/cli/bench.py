@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mtpd.cli.arguments import Debug
+from mtpd.cli.arguments import Debug, UntrustedRun
 from mtpd.cli.generate import Depth, Dtype, Run, Tree
 from mtpd.cli.terminal import quiet_libraries
 
@@ -29,6 +29,7 @@ def bench(
     tune: Annotated[
         bool, typer.Option("--tune", help="First find the fastest depth and threshold, and store them with the heads.")
     ] = False,
+    untrusted: UntrustedRun = False,
     debug: Debug = False,
 ) -> None:
     """Measure tokens/s of a run's heads against other ways of decoding, greedy, in one process.
@@ -45,7 +46,7 @@ def bench(
         from mtpd.loading import load, write_drafting
 
         ways = ["mtpd", *[way for way in against.split(",") if way]]
-        model = load(run, dtype=dtype, depth=depth, tree=tree)
+        model = load(run, dtype=dtype, depth=depth, tree=tree, untrusted=untrusted)
         ends = end_tokens(model.trunk.model, model.tokenizer)
         chosen = load_prompts("builtin-held-out" if suite == "demo" else suite)
         # Every so many: neighbours are often of one kind.

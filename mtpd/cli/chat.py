@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli.arguments import Debug
+from mtpd.cli.arguments import Debug, UntrustedRun
 from mtpd.cli.generate import Depth, Dtype, Run, Seed, Temperature, Tokens, TopP, Tree, summary
 from mtpd.cli.terminal import quiet_libraries
 
@@ -23,6 +23,7 @@ def chat(
     tree: Tree = None,
     dtype: Dtype = None,
     system: Annotated[str | None, typer.Option("--system", help="What the model is told before the talk.")] = None,
+    untrusted: UntrustedRun = False,
     debug: Debug = False,
 ) -> None:
     """Talk with a run's model, through its chat template. An empty line or Ctrl-D ends the talk.
@@ -35,7 +36,9 @@ def chat(
         from mtpd.decode.session import Session, settings  # brings in torch
         from mtpd.loading import load
 
-        session = Session(load(run, dtype=dtype, depth=depth, tree=tree), settings(temperature, top_p, seed))
+        session = Session(
+            load(run, dtype=dtype, depth=depth, tree=tree, untrusted=untrusted), settings(temperature, top_p, seed)
+        )
         messages = [{"role": "system", "content": system}] if system else []
         session.warm_up()
         while line := _ask():

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli.arguments import Debug, RecipeArguments, split_arguments
+from mtpd.cli.arguments import Debug, RecipeArguments, Untrusted, split_arguments
 from mtpd.cli.errors import disk_full
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.recipe import load_recipe
@@ -16,7 +16,9 @@ app = typer.Typer(no_args_is_help=True, help="Make the hidden states or the draf
 
 
 @app.command()
-def store(context: typer.Context, arguments: RecipeArguments = None, debug: Debug = False) -> None:
+def store(
+    context: typer.Context, arguments: RecipeArguments = None, untrusted: Untrusted = False, debug: Debug = False
+) -> None:
     """Compute the trunk's hidden states of all training rows, so that training does not run the trunk.
 
     They go to the directory data.store, or into the run directory. The same command resumes an interrupted one.
@@ -28,7 +30,7 @@ def store(context: typer.Context, arguments: RecipeArguments = None, debug: Debu
         mtpd data store recipes/demo.yaml data.store=/disk/states
     """
     path, overrides = split_arguments(arguments)
-    recipe = load_recipe(path, overrides)
+    recipe = load_recipe(path, overrides, untrusted=untrusted)
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
         from mtpd import ranks  # brings in torch
         from mtpd.distill.ahead import store_hidden_states
@@ -48,6 +50,7 @@ def vocab(
     context: typer.Context,
     arguments: RecipeArguments = None,
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("vocabulary.json"),
+    untrusted: Untrusted = False,
     debug: Debug = False,
 ) -> None:
     """Count the tokens of the training responses, and keep the heads.vocabulary most frequent and special ones.
@@ -60,7 +63,7 @@ def vocab(
         mtpd data vocab recipes/demo.yaml heads.vocabulary=8192 --out demo-vocabulary.json
     """
     path, overrides = split_arguments(arguments)
-    recipe = load_recipe(path, overrides)
+    recipe = load_recipe(path, overrides, untrusted=untrusted)
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
         from mtpd import ranks  # brings in torch
         from mtpd.distill.ahead import count_vocabulary

@@ -15,6 +15,7 @@ from mtpd.cli.arguments import (
     Nodes,
     Processes,
     RecipeArguments,
+    Untrusted,
     given_words,
     split_arguments,
 )
@@ -35,6 +36,16 @@ def distill(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over: what an earlier run left in the run directory is deleted.")
     ] = False,
+    resume: Annotated[
+        str,
+        typer.Option(
+            "--resume",
+            metavar="auto | CHECKPOINT",
+            help="What training goes on from: the newest whole checkpoint, or the one of that name (checkpoint-200); "
+            "later ones are deleted then.",
+        ),
+    ] = "auto",
+    untrusted: Untrusted = False,
     launcher: LauncherOption = None,
     processes: Processes = None,
     nodes: Nodes = None,
@@ -60,7 +71,8 @@ def distill(
 ) -> None:
     """Train MTP heads for a model by self-distillation, and measure what they gain.
 
-    The same command resumes an interrupted run from its run directory, also with another number of processes.
+    The same command resumes an interrupted run from its run directory, also with another number of processes. Ctrl-C
+    and SIGTERM save a checkpoint after the step and exit with 130 and 143; a second one exits at once.
 
     Examples:
 
@@ -75,7 +87,9 @@ def distill(
         mtpd distill recipes/llama-3.1-8b.yaml train.deepspeed=zero2 --launcher deepspeed --processes 8
     """
     path, overrides = split_arguments(arguments)
-    recipe = load_recipe(path, overrides)
+    if fresh and resume != "auto":
+        raise UserError(f"--resume: {resume} does nothing with --fresh, which starts over; accepted: one of them")
+    recipe = load_recipe(path, overrides, untrusted=untrusted)
     _check_options(launcher, processes, nodes, devices, device_memory, dry_run=dry_run)
     if launcher is not None and not dry_run:
         words = given_words(context, without=LAUNCH_OPTIONS | DRY_RUN_OPTIONS)
@@ -84,7 +98,7 @@ def distill(
         if dry_run:
             typer.echo(_plan(recipe, devices=devices or processes, memory=device_memory))
         else:
-            _run(recipe, fresh=fresh)
+            _run(recipe, fresh=fresh, resume=resume)
 
 
 def _check_options(
@@ -113,12 +127,12 @@ def _plan(recipe: Recipe, *, devices: int | None, memory: float | None) -> str:
     return plan(recipe, devices=devices, device_memory=memory).table()
 
 
-def _run(recipe: Recipe, *, fresh: bool) -> None:
+def _run(recipe: Recipe, *, fresh: bool, resume: str) -> None:
     from mtpd import ranks  # brings in torch
     from mtpd.distill.run import distill as run
 
     try:
-        path = run(recipe, fresh=fresh)
+        path = run(recipe, fresh=fresh, resume=resume)
         if ranks.speaks():
             typer.echo(f"done: {path}")
     except Exception as error:

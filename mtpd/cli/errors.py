@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from mtpd.errors import MtpdError
+from mtpd.errors import MtpdError, is_out_of_memory
 
 WORDS_OF_A_FULL_DISK = (
     "No space left on device",
@@ -17,6 +17,9 @@ WORDS_OF_A_FULL_DISK = (
     "basic_ios::clear: iostream error",
 )
 """Writers in other languages (safetensors, torch.save) pass the reason on as text only."""
+
+SMALLER = "take a smaller model, shorter texts or fewer at a time, dtype=bfloat16, or another device"
+"""What helps where a command, unlike training and generation, has no key of its own for it."""
 
 
 class DiskFull(MtpdError):
@@ -55,6 +58,9 @@ def report(error: BaseException) -> int:
         if message := error.format_message():
             say(f"error: {message.rstrip('.')}; see {context.command_path if context else 'mtpd'} --help")
         return 2
+    if any(is_out_of_memory(cause) for cause in _chain(error)):
+        say(f"error: out of memory ({error}); {SMALLER}")
+        return 1
     say(f"error: {unexpected(error)}")
     return 1
 

@@ -59,6 +59,14 @@ def evaluate(
     ] = False,
     markdown: MarkdownFile = None,
     junit: JunitFile = None,
+    untrusted: Annotated[
+        bool,
+        typer.Option(
+            "--untrusted",
+            help="Run and suites are somebody else's: code of the model is not run, and paths in the folder of suites "
+            "stay inside of it.",
+        ),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Measure how many drafts of a run's heads are accepted.
@@ -93,6 +101,7 @@ def evaluate(
             check_trunk=check_trunk,
             markdown=markdown,
             junit=junit,
+            untrusted=untrusted,
         )
         code = evaluate_run(request)
     if code:

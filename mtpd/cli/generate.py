@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mtpd.cli.arguments import Debug
+from mtpd.cli.arguments import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.errors import UserError
 
@@ -42,6 +42,7 @@ def generate(
     tree: Tree = None,
     dtype: Dtype = None,
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")] = False,
+    untrusted: UntrustedRun = False,
     debug: Debug = False,
 ) -> None:
     """Answer one prompt with a run's heads: accepted drafts are green, the model's own tokens are not.
@@ -57,7 +58,9 @@ def generate(
         text = prompt if prompt is not None else sys.stdin.read()
         if not text.strip():
             raise UserError("prompt: it is empty; pass --prompt TEXT, or text on standard input")
-        session = Session(load(run, dtype=dtype, depth=depth, tree=tree), settings(temperature, top_p, seed))
+        session = Session(
+            load(run, dtype=dtype, depth=depth, tree=tree, untrusted=untrusted), settings(temperature, top_p, seed)
+        )
         ids = session.prompt(text, raw=raw)
         session.warm_up()
         began = time.perf_counter()

@@ -6,7 +6,7 @@ import json
 
 import typer
 
-from mtpd.cli.arguments import Debug, RecipeArguments, split_arguments
+from mtpd.cli.arguments import Debug, RecipeArguments, Untrusted, split_arguments
 from mtpd.recipe import Recipe, dump, load_recipe
 
 app = typer.Typer(no_args_is_help=True, help="Show, check or document recipes.")
@@ -24,7 +24,7 @@ def show(arguments: RecipeArguments = None, debug: Debug = False) -> None:
 
 
 @app.command()
-def check(arguments: RecipeArguments = None, debug: Debug = False) -> None:
+def check(arguments: RecipeArguments = None, untrusted: Untrusted = False, debug: Debug = False) -> None:
     """Say in one line whether a recipe is accepted; exit with 2 if it is not.
 
     Example:
@@ -32,7 +32,7 @@ def check(arguments: RecipeArguments = None, debug: Debug = False) -> None:
         mtpd recipe check recipes/demo.yaml heads.depth=2
     """
     path, overrides = split_arguments(arguments)
-    recipe = load_recipe(path, overrides)
+    recipe = load_recipe(path, overrides, untrusted=untrusted)
     typer.echo(f"OK: {path or 'recipe'} (model {recipe.model}, output {recipe.output})")
 
 

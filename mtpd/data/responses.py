@@ -31,7 +31,7 @@ from mtpd.data.prompts import Prompt, render
 from mtpd.decode.choice import Choice, Greedy
 from mtpd.decode.sampling import Sampling, temperature_and_top_p
 from mtpd.errors import MtpdError, UserError
-from mtpd.files import fingerprint_json, write_whole, writing
+from mtpd.files import fingerprint_json, intact, sealed, write_whole, writing
 from mtpd.trunk import Trunk
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def generate_responses(
             for task, response in together_ended:
                 done[task.prompt.id] = response
                 line = {"id": task.prompt.id, "prompt_ids": task.ids, "response_ids": response}
-                lines.append(json.dumps(line) + "\n")
+                lines.append(json.dumps(sealed(line)) + "\n")
                 written += len(response)
             _append(own, "".join(lines))
             bar.update(len(together_ended))
@@ -225,7 +225,7 @@ def _collect(path: Path, settings: dict[str, Any], header: str, *, fresh: bool =
 
 
 def _read(path: Path, settings: dict[str, Any]) -> dict[str, list[int]]:
-    """Response tokens by prompt id. A line that a kill tore is dropped from the file.
+    """Response tokens by prompt id. Lines that a kill tore, or that are damaged, are dropped from the file.
 
     Raises:
         UserError: the file is none of ours, or its settings are other ones.
@@ -234,15 +234,15 @@ def _read(path: Path, settings: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def _lines(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The lines of a file by prompt id, without what a kill tore."""
+    """The lines of a file by prompt id, without what a kill tore, or what is damaged."""
     if not path.exists():
         return {}
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
+    first, *lines = whole.split(b"\n")[:-1] or [json.dumps({"settings": settings}).encode()]
     try:
-        head, *lines = [json.loads(line) for line in whole.splitlines()] or [{"settings": settings}]
-        found = head["settings"]
-        done = {line["id"]: {**line, "response_ids": line["response_ids"]} for line in lines}
+        head = json.loads(first)
+        found = dict(head["settings"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a file of responses; move it away, or choose another output directory") from error
     for key in settings:
@@ -251,9 +251,27 @@ def _lines(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 f"{path}: it was made with another {key} ({_brief(found.get(key))}, now {_brief(settings[key])}); "
                 "delete it to generate anew, or choose another output directory"
             )
-    if len(whole) < len(content):
-        write_whole(path, whole)
+    done: dict[str, dict[str, Any]] = {}
+    kept = [first]
+    for number, line in enumerate(lines, start=2):
+        response = _response(line)
+        if response is None:
+            logger.warning("%s:%d: damaged; that prompt is answered again", path, number)
+        elif response["id"] not in done:
+            done[response["id"]] = response
+            kept.append(line)
+    if len(kept) <= len(lines) or len(whole) < len(content):
+        write_whole(path, b"".join(line + b"\n" for line in kept))
     return done
+
+
+def _response(line: bytes) -> dict[str, Any] | None:
+    """A line with its prompt id and tokens, or None if it is damaged."""
+    try:
+        found: dict[str, Any] = json.loads(line)
+        return found if intact(found) and isinstance(found["id"], str) and found["response_ids"] is not None else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _brief(value: Any) -> str:

@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 from mtpd import ranks
 from mtpd.data.packing import PackedRows, collate
 from mtpd.errors import MtpdError
-from mtpd.files import fingerprint, fingerprint_file, fingerprint_json, write_whole
+from mtpd.files import fingerprint, fingerprint_file, fingerprint_json, intact, sealed, write_whole
 from mtpd.trunk import Trunk
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ class DiskStore:
         write_whole(self.directory / name, content)
         self._own[name] = {"sha256": fingerprint(content), "rows": list(self._pending)}
         index = Path(INDEX).with_stem(f"{Path(INDEX).stem}{own}")
-        write_whole(self.directory / index, json.dumps({**self.index, "shards": self._own}))
+        write_whole(self.directory / index, json.dumps(sealed({**self.index, "shards": self._own})))
         self._places |= {row: (name, place) for place, row in enumerate(self._pending)}
         self._pending.clear()
 
@@ -234,7 +234,7 @@ class DiskStore:
             logger.warning("%s: damaged (its SHA-256 is not that of the index); computed again", name)
             del shards[name]
         if damaged and (not self.shared or ranks.is_main()):
-            write_whole(self.directory / INDEX, json.dumps(self.index))
+            write_whole(self.directory / INDEX, json.dumps(sealed(self.index)))
 
     def _find_places(self) -> None:
         self._places |= {
@@ -319,10 +319,14 @@ def fill(
         disable=not (progress and missing),
     )
     with bar:
-        for first in range(0, len(missing), batch_rows):
-            batch = [{**rows[row], "row": torch.tensor(row)} for row in missing[first : first + batch_rows]]
-            with_hidden(collate(batch), trunk, store, before_last=before_last)
-            bar.update(len(batch) * rows.row_length)
+        try:
+            for first in range(0, len(missing), batch_rows):
+                batch = [{**rows[row], "row": torch.tensor(row)} for row in missing[first : first + batch_rows]]
+                with_hidden(collate(batch), trunk, store, before_last=before_last)
+                bar.update(len(batch) * rows.row_length)
+        except (KeyboardInterrupt, SystemExit):
+            store.flush()
+            raise
         for _ in range(passes - -(-len(missing) // batch_rows) if trunk.partitioned else 0):
             trunk.hidden(torch.zeros(1, 1, dtype=torch.long, device=trunk.device))
     if joint is None:
@@ -358,7 +362,7 @@ def _merge_indices(directory: Path, wanted: Mapping[str, Any]) -> None:
         found = _read_index(path)
         _refuse_stale(directory, found, wanted)
         shards |= {} if found is None else found["shards"]
-    write_whole(directory / INDEX, json.dumps({**wanted, "shards": shards}))
+    write_whole(directory / INDEX, json.dumps(sealed({**wanted, "shards": shards})))
     for part in parts:
         part.unlink()
 
@@ -368,7 +372,8 @@ def _read_index(path: Path) -> dict[str, Any] | None:
         index = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return None
-    return index if isinstance(index, dict) and index.get("schema") == SCHEMA else None
+    whole = isinstance(index, dict) and index.get("schema") == SCHEMA and intact(index)
+    return index if whole else None
 
 
 def _check_room(directory: Path, needed: int) -> None:

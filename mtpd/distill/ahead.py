@@ -9,10 +9,10 @@ from mtpd.data.models import resolve_device
 from mtpd.data.store import DiskStore, fill
 from mtpd.data.vocabulary import coverage, save_vocabulary
 from mtpd.distill.apart import trunk_apart
+from mtpd.distill.directory import open_together
 from mtpd.distill.first_heads import vocabulary_of
 from mtpd.distill.run import (
     hidden_states,
-    open_together,
     real_tokens,
     split_prompts,
     start,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mtpd import ranks
 from mtpd.checkpoints.importing import IMPORTED
+from mtpd.distill.checkpointing import named_checkpoint
 from mtpd.errors import UserError
+from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.versions import library_versions
-from mtpd.files import write_whole, writing
+from mtpd.files import fingerprint_file, is_empty, read_sealed, sealed, sweep, write_whole, writing
+from mtpd.heads import WEIGHTS
 from mtpd.recipe import Recipe, dump, load_recipe
+
+logger = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
 LATER = ("heads.", "train.", "evaluation.")
@@ -57,18 +64,19 @@ class RunDirectory:
         self.extended = path / "extended"
 
 
-def open_run(recipe: Recipe, *, fresh: bool) -> RunDirectory:
+def open_run(recipe: Recipe, *, fresh: bool, resume: str = "auto") -> RunDirectory:
     """The run directory of a recipe: new, or the one that an earlier call left.
 
     Args:
         fresh: deletes what an earlier run left. Only a directory that holds a run is ever deleted.
+        resume: `auto`, or a checkpoint that has to be there.
 
     Raises:
-        UserError: the directory belongs to another recipe, or holds something else.
+        UserError: the directory belongs to another recipe, or holds something else, or no such checkpoint.
     """
     run = RunDirectory(recipe.output)
     holds_run = run.recipe.is_file()
-    if run.path.is_file() or (run.path.is_dir() and any(run.path.iterdir()) and not holds_run):
+    if run.path.is_file() or (not holds_run and not is_empty(run.path)):
         raise UserError(f"output: {run.path} exists and is no run directory; choose another output")
     if run.stage.is_file():
         raise UserError(
@@ -95,10 +103,37 @@ def open_run(recipe: Recipe, *, fresh: bool) -> RunDirectory:
                 f"output: {run.path} holds a run of another recipe (differs in {', '.join(differing[:4])}); "
                 "choose another output, or start over with --fresh"
             )
+    if resume != "auto":
+        named_checkpoint(run.path, resume)
+        if (run.heads / WEIGHTS).is_file():
+            raise UserError(
+                f"--resume: {resume} is not accepted, the run has its trained heads; accepted: auto (or delete "
+                f"{run.heads} to train again from a checkpoint)"
+            )
     with writing(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
+        sweep(run.path)
     if not begun or changed:
         write_whole(run.recipe, dump(recipe))
+    return run
+
+
+def open_together(recipe: Recipe, *, fresh: bool, resume: str = "auto") -> RunDirectory:
+    """The run directory, opened (and with `fresh` emptied) by the main rank.
+
+    Raises:
+        UserError: as `open_run`, and for a recipe that gives all ranks the same device.
+    """
+    if ranks.count() > 1 and ":" in recipe.device:
+        raise UserError(
+            f"device: {recipe.device} is one device, and there are {ranks.count()} processes, of which each takes its "
+            f"own; accepted: auto, {recipe.device.partition(':')[0]}"
+        )
+    if ranks.is_main():
+        open_run(recipe, fresh=fresh, resume=resume)
+    ranks.barrier()
+    run = RunDirectory(recipe.output)
+    ranks.wait_for(run.recipe)
     return run
 
 
@@ -116,6 +151,15 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
+def measured(path: Path, folder: Path) -> bool:
+    """Whether there is an acceptance file, of the heads that are in the folder now.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return path.is_file() and Acceptance.load(path).heads == fingerprint_file(folder / WEIGHTS)
+
+
 def write_provenance(run: RunDirectory, *, trunk: str, rows: str, prompts: Sequence[str]) -> None:
     """Where the heads come from: versions, commit, command, and fingerprints of trunk, data and prompts.
 
@@ -126,7 +170,10 @@ def write_provenance(run: RunDirectory, *, trunk: str, rows: str, prompts: Seque
     """
     started = datetime.now(UTC).isoformat(timespec="seconds")
     if run.provenance.is_file():
-        started = json.loads(run.provenance.read_text(encoding="utf-8")).get("started", started)
+        try:
+            started = read_sealed(run.provenance, refusal="not a provenance").get("started", started)
+        except UserError as error:
+            logger.warning("%s; written anew", error)
     content = {
         "schema": 1,
         "started": started,
@@ -137,7 +184,32 @@ def write_provenance(run: RunDirectory, *, trunk: str, rows: str, prompts: Seque
         "rows": rows,
         "prompts": sorted(prompts),
     }
-    write_whole(run.provenance, json.dumps(content, indent=2) + "\n")
+    write_whole(run.provenance, json.dumps(sealed(content), indent=2) + "\n")
+
+
+def finish_provenance(run: RunDirectory) -> None:
+    """Adds the SHA-256 of the files of a finished run that have no seal of their own."""
+    content = read_sealed(run.provenance, refusal="not a provenance")
+    content["files"] = {path.name: fingerprint_file(path) for path in (run.recipe, run.metrics) if path.is_file()}
+    write_whole(run.provenance, json.dumps(sealed(content), indent=2) + "\n")
+
+
+def warn_of_changes(run: RunDirectory) -> None:
+    """Warns of files that are not those that the run finished with.
+
+    Raises:
+        UserError: the provenance cannot be read.
+    """
+    # A stage of an extension has the provenance of the run that it is in, and a recipe of its own.
+    if not run.provenance.is_file() or run.stage.is_file():
+        return
+    for name, digest in read_sealed(run.provenance, refusal="not a provenance").get("files", {}).items():
+        if fingerprint_file(run.path / name) != digest if (run.path / name).is_file() else True:
+            logger.warning(
+                "%s: is missing, damaged or was edited: its SHA-256 is not the one in %s",
+                run.path / name,
+                run.provenance.name,
+            )
 
 
 def _git_commit() -> str | None:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from mtpd import ranks
 from mtpd.data.models import resolve_device, trunk_fingerprint
-from mtpd.distill.directory import RunDirectory
+from mtpd.distill.directory import RunDirectory, warn_of_changes
 from mtpd.distill.reopen import FinishedRun, open_finished, original_trunk, reopen, trained_prompts, trunk_name
 from mtpd.errors import UserError
 from mtpd.evaluate import gate, outputs, tables
@@ -25,6 +25,7 @@ from mtpd.evaluate.trunk_quality import TrunkQuality, trunk_quality
 from mtpd.files import fingerprint_file, write_whole
 from mtpd.heads import WEIGHTS
 from mtpd.recipe import Recipe
+from mtpd.recipe.untrusted import refuse_code
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Request:
     check_trunk: bool
     markdown: Path | None
     junit: Path | None
+    untrusted: bool = False
 
 
 def evaluate_run(request: Request, *, progress: bool = True) -> int:
@@ -61,6 +63,7 @@ def evaluate_run(request: Request, *, progress: bool = True) -> int:
     """
     # Everything that can be wrong with files is found before a model is loaded.
     recipe, run = open_finished(request.run, heads=request.heads)
+    warn_of_changes(run)
     with ranks.joined(resolve_device(recipe.device)):
         # What is measured is speed as well: one rank works, and the others wait.
         return _evaluate(request, recipe, run, progress=progress) if ranks.is_main() else 0
@@ -68,6 +71,8 @@ def evaluate_run(request: Request, *, progress: bool = True) -> int:
 
 def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: bool) -> int:
     began = time.monotonic()
+    if request.untrusted:
+        refuse_code(recipe, source=str(run.recipe))
     baseline = None if request.against is None else Acceptance.load(request.against)
     gate.check_max_drop(request.max_drop)
     mode = request.mode or ("offline" if baseline is None else baseline.mode)
@@ -142,7 +147,9 @@ def _suites(request: Request, baseline: Acceptance | None) -> Suites:
         # What the command does not say is as the baseline had it.
         limit = request.limit or _setting(baseline, name, "limit")
         max_new_tokens = request.max_new_tokens or _setting(baseline, name, "max_new_tokens")
-        suite = load_suite(name, request.suite_dir, limit=limit, max_new_tokens=max_new_tokens)
+        suite = load_suite(
+            name, request.suite_dir, limit=limit, max_new_tokens=max_new_tokens, untrusted=request.untrusted
+        )
         suites[name] = (suite, questions(name, suite))
     return suites
 

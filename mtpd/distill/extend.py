@@ -40,7 +40,7 @@ from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.depths import Depths, depths_pay_table, measure_depths
 from mtpd.evaluate.report import plot_car
-from mtpd.files import fingerprint_file, write_whole
+from mtpd.files import fingerprint_file, read_sealed, sealed, write_whole
 from mtpd.heads import WEIGHTS, build_heads, chain_of, load_heads, save_heads
 from mtpd.heads.chain import ChainHeads
 from mtpd.heads.looped import extended
@@ -162,7 +162,7 @@ def _begin(
         **settings.model_dump(include={"form", "rank", "steps", "learning_rate"}),
     }
     if stage.stage.is_file() and not fresh:
-        found = json.loads(stage.stage.read_text(encoding="utf-8"))
+        found = read_sealed(stage.stage, refusal="not a stage of an extension")
         other = [key for key, value in content.items() if found.get(key) != value]
         if other:
             raise UserError(
@@ -177,12 +177,14 @@ def _begin(
     for name in (session.run.provenance, session.run.trained_prompts):
         if name.is_file():
             shutil.copy2(name, stage.path / name.name)
-    write_whole(stage.stage, json.dumps(content, indent=1) + "\n")
+    write_whole(stage.stage, json.dumps(sealed(content), indent=1) + "\n")
 
 
 def _run_stage(material: Material, stage: RunDirectory, old: ChainHeads, depth: int) -> ChainHeads:
     """Loops, trains and measures, or goes on with it."""
-    session = replace(material.session, run=stage, recipe=_stage_recipe(material.session.recipe, stage.path))
+    recipe = _stage_recipe(material.session.recipe, stage.path)
+    # A checkpoint that a user names is one of the run.
+    session = replace(material.session, run=stage, recipe=recipe, resume="auto")
     settings, trunk = session.recipe.extend, session.trunk
     if not ranks.from_main((stage.heads / WEIGHTS).is_file):
         heads = extended(old, trunk, depth=depth, form=settings.form, rank=settings.rank, seed=session.recipe.seed)
@@ -223,7 +225,7 @@ def _store_of_states(session: Session, rows: PackedRows, old: ChainHeads) -> Hid
     if data.hidden_states == "memory":
         return MemoryStore(session.trunk, rows)
     key = store_key(session.fingerprint, session.tokenizer, [], rows)
-    key["heads"] = json.loads(session.run.stage.read_text(encoding="utf-8"))["heads"]
+    key["heads"] = read_sealed(session.run.stage, refusal="not a stage of an extension")["heads"]
     return DiskStore(session.run.hidden_states, session.trunk, rows, key=key, together=True)
 
 

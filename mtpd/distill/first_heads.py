@@ -24,6 +24,9 @@ def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) ->
     if not ranks.from_main((run.heads_before / WEIGHTS).is_file):
         if ranks.is_main() or trunk.partitioned:
             heads = _started(session, rows, store)
+            if store is not None:
+                # The states that the start was fitted to are those that training reads, also after an interruption.
+                store.flush()
             if ranks.is_main():
                 save_heads(heads, run.heads_before)
         ranks.barrier()

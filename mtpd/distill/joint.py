@@ -28,7 +28,7 @@ from mtpd import ranks
 from mtpd.data.packing import Sample
 from mtpd.errors import MtpdError
 from mtpd.evaluate.trunk_quality import TrunkQuality, negative_log_likelihood
-from mtpd.files import write_whole
+from mtpd.files import sealed, write_whole
 from mtpd.heads import Readout
 from mtpd.heads.adapters import ALPHA
 from mtpd.recipe import Recipe
@@ -210,7 +210,7 @@ class PerplexityLimit(TrainerCallback):
         """
         now = float(ranks.from_main(lambda: main_head_quality(self.trunk, self.samples).perplexity))
         if ranks.is_main():
-            write_whole(self.path, json.dumps({"step": step, "before": self.before, "after": now}) + "\n")
+            write_whole(self.path, json.dumps(sealed({"step": step, "before": self.before, "after": now})) + "\n")
         if not now <= self.before * (1.0 + self.max_rise):
             raise MtpdError(
                 f"the main head's perplexity rose from {self.before:.4f} to {now:.4f} by step {step}, more than "

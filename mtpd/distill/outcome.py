@@ -12,7 +12,7 @@ from rich.console import Console
 from mtpd import ranks
 from mtpd.data.models import load_model, resolve_dtype
 from mtpd.data.packing import Sample
-from mtpd.distill.directory import RunDirectory
+from mtpd.distill.directory import RunDirectory, measured
 from mtpd.distill.measuring import spread
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.decoded import measure_decoded
@@ -31,7 +31,7 @@ def measure(session: Session, heads: Heads, samples: Sequence[Sample], folder: P
 
     The main rank measures; where the trunk is partitioned, all do, on the same texts.
     """
-    if ranks.from_main(path.is_file):
+    if ranks.from_main(lambda: measured(path, folder)):
         return
     if ranks.is_main() or session.trunk.partitioned:
         suites = _measured(session, heads, samples)
@@ -77,7 +77,7 @@ def acceptance_of(
 def decode(session: Session, samples: Sequence[Sample]) -> None:
     """Decodes with the heads before and after training, beside plain `generate`; writes both acceptance files."""
     run, evaluation = session.run, session.recipe.evaluation
-    if run.decoded.is_file():
+    if measured(run.decoded_before, run.heads_before) and measured(run.decoded, run.heads):
         return
     trunk = session.trunk
     wanted = trunk.dtype if evaluation.dtype == "trunk" else resolve_dtype(evaluation.dtype, trunk.device)

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mtpd import alignment, ranks
 from mtpd.data.models import resolve_device, resolve_dtype, trunk_fingerprint
 from mtpd.data.streams import stream_rows
-from mtpd.distill.trainer import Finished, Metrics, Progress, last_checkpoint
+from mtpd.distill.safe_trainer import SafeTrainer
+from mtpd.distill.trainer import Metrics, Progress
 from mtpd.errors import UserError
-from mtpd.files import write_whole
+from mtpd.files import is_empty, write_whole
 from mtpd.heads import build_heads, configure_heads, save_heads, start_heads
 from mtpd.heads.parallel import AnyParallel
 from mtpd.losses.pieces import in_pieces
@@ -78,7 +79,7 @@ class PretrainModel(nn.Module):
         return {"loss": loss}
 
 
-class PretrainTrainer(Trainer):
+class PretrainTrainer(SafeTrainer):
     """transformers' Trainer; logs the cross-entropy of each head, in nats a token."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -139,7 +140,7 @@ def _pretrain(recipe: PretrainRecipe, *, progress: bool) -> Path:
             raise UserError(
                 f"output: {run} holds a run of another recipe; accepted: another directory, or the same recipe"
             )
-    elif run.is_dir() and any(run.iterdir()):
+    elif not is_empty(run):
         raise UserError(f"output: {run} holds something else than a run; accepted: a new or empty directory")
     device = resolve_device(recipe.device)
     dtype = resolve_dtype(recipe.dtype, device)
@@ -162,14 +163,13 @@ def _pretrain(recipe: PretrainRecipe, *, progress: bool) -> Path:
         model=whole,
         args=_arguments(recipe, dtype=dtype, device=device),
         train_dataset=[{"input_ids": row.long()} for row in rows],
-        callbacks=[Finished(), Metrics(run / "metrics.jsonl")],
+        callbacks=[Metrics(run / "metrics.jsonl")],
     )
     for each in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(each)
     if progress:
         trainer.add_callback(Progress())
-    checkpoint = last_checkpoint(run)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train_safely()
     whole.eval().requires_grad_(False)
     write_whole(run / "held-out.json", json.dumps(held_out_losses(whole, held_out, dtype=dtype), indent=2) + "\n")
     model.to(dtype).save_pretrained(run / "model")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from mtpd.distill.directory import RunDirectory
 from mtpd.distill.run import real_tokens
 from mtpd.errors import UserError
 from mtpd.evaluate.contamination import TrainedPrompts, read_trained
+from mtpd.files import read_sealed
 from mtpd.heads import WEIGHTS, Heads, load_heads
 from mtpd.recipe import Recipe, load_recipe
 from mtpd.trunk import Trunk
@@ -91,12 +91,11 @@ def trained_prompts(run: RunDirectory) -> TrainedPrompts:
         UserError: the provenance cannot be read.
     """
     try:
-        content = json.loads(run.provenance.read_text(encoding="utf-8"))
-        prompts = [str(prompt) for prompt in content["prompts"]]
-    except FileNotFoundError:
         prompts = []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run.provenance}: cannot be read as a provenance: {error}") from error
+        if run.provenance.is_file():
+            prompts = [str(prompt) for prompt in read_sealed(run.provenance, refusal="not a provenance")["prompts"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run.provenance}: cannot be read as a provenance: no {error}") from error
     return read_trained(prompts, run.trained_prompts)
 
 

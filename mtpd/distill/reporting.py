@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mtpd.distill.directory import RunDirectory
+from mtpd.distill.directory import RunDirectory, warn_of_changes
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.depths import Depths
 from mtpd.evaluate.html import ReportContents, Section, render_report
 from mtpd.evaluate.plots import plot_curves, plot_intervals
 from mtpd.evaluate.samples import read_samples
-from mtpd.files import write_whole
+from mtpd.files import read_sealed, write_whole
 from mtpd.recipe import Recipe, load_recipe
 
 SHOWN_PROMPTS = 5
@@ -37,6 +37,7 @@ def report_run(path: Path, *, output: Path | None = None, against: Path | None =
     run = RunDirectory(path)
     if not run.recipe.is_file():
         raise UserError(f"{path}: holds no run (no {run.recipe.name}); give the output directory of mtpd distill")
+    warn_of_changes(run)
     recipe = load_recipe(run.recipe)
     sections = _sections(recipe, run, against)
     if not sections:
@@ -96,7 +97,7 @@ def _metrics(path: Path) -> list[Mapping[str, Any]]:
     if not path.is_file():
         return []
     found: list[Mapping[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             content = json.loads(line)
         except ValueError:
@@ -107,12 +108,9 @@ def _metrics(path: Path) -> list[Mapping[str, Any]]:
 
 
 def _provenance(run: RunDirectory) -> dict[str, Any]:
-    try:
-        content = json.loads(run.provenance.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not run.provenance.is_file():
         return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run.provenance}: cannot be read as a provenance: {error}") from error
+    content = read_sealed(run.provenance, refusal="not a provenance")
     prompts = content.pop("prompts", [])
     more = f"and {len(prompts) - SHOWN_PROMPTS} more" if len(prompts) > SHOWN_PROMPTS else ""
     return {**content, "prompts": [*prompts[:SHOWN_PROMPTS], *([more] if more else [])]}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,12 @@ from mtpd.data.prompts import Prompt, given_sample, load_prompts, split_held_out
 from mtpd.data.responses import end_tokens, generate_responses
 from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, fill, store_key
 from mtpd.distill.apart import is_apart, trunk_apart
-from mtpd.distill.directory import RunDirectory, open_run, write_provenance
+from mtpd.distill.directory import RunDirectory, finish_provenance, open_together, write_provenance
 from mtpd.distill.first_heads import new_heads
 from mtpd.distill.measuring import set_apart, spread
 from mtpd.distill.outcome import decode, measure, show
 from mtpd.distill.training import train_heads
-from mtpd.errors import UserError
+from mtpd.errors import UserError, enough_memory
 from mtpd.evaluate.contamination import write_signatures
 from mtpd.heads import WEIGHTS, chain_of, load_heads, save_heads
 from mtpd.recipe import Recipe, parse_recipe
@@ -52,14 +52,18 @@ class Session:
     fingerprint: str
     ends: list[int]
     progress: bool
+    resume: str = "auto"
+    """What training goes on from: `auto` for the newest whole checkpoint, or one of the run by name."""
 
 
-def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Path:
+def distill(recipe: Recipe, *, fresh: bool = False, resume: str = "auto", progress: bool = True) -> Path:
     """Trains heads as the recipe says, and measures them before and after.
 
     Args:
         recipe: from `mtpd.recipe.load_recipe`.
         fresh: deletes an earlier run in the same directory instead of going on with it.
+        resume: what training goes on from: `auto` for the newest whole checkpoint of the run, or one of them by name,
+            after which the later ones are deleted.
         progress: shows bars and tables.
 
     Returns:
@@ -69,14 +73,14 @@ def distill(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Pa
         UserError, MtpdError: with one line that names the cause.
     """
     with ranks.joined(resolve_device(recipe.device)):
-        return _distill(with_native_depth(recipe), fresh=fresh, progress=progress and ranks.is_main())
+        return _distill(with_native_depth(recipe), fresh=fresh, resume=resume, progress=progress and ranks.is_main())
 
 
-def _distill(recipe: Recipe, *, fresh: bool, progress: bool) -> Path:
+def _distill(recipe: Recipe, *, fresh: bool, resume: str, progress: bool) -> Path:
     # Wide enough for the tables where the output is a file.
     console = Console(quiet=not progress, width=None if sys.stdout.isatty() else 132)
-    run = open_together(recipe, fresh=fresh)
-    session = start(recipe, run, progress=progress)
+    run = open_together(recipe, fresh=fresh, resume=resume)
+    session = replace(start(recipe, run, progress=progress), resume=resume)
     with trunk_apart(session.trunk, recipe, device=resolve_device(recipe.device), folder=run.offload):
         return _take_steps(session, console)
 
@@ -124,6 +128,7 @@ def _take_steps(session: Session, console: Console) -> Path:
         if recipe.evaluation.decode_prompts and recipe.trunk.train == "frozen":
             decode(session, samples)
         show(run, console, apart)
+        finish_provenance(run)
     ranks.barrier()
     if recipe.extend.to is None and not recipe.extend.auto:
         return run.path
@@ -152,25 +157,6 @@ def with_native_depth(recipe: Recipe) -> Recipe:
         del form["depth"]
     values["heads"] |= form
     return parse_recipe(values)
-
-
-def open_together(recipe: Recipe, *, fresh: bool) -> RunDirectory:
-    """The run directory, opened (and with `fresh` emptied) by the main rank.
-
-    Raises:
-        UserError: as `open_run`, and for a recipe that gives all ranks the same device.
-    """
-    if ranks.count() > 1 and ":" in recipe.device:
-        raise UserError(
-            f"device: {recipe.device} is one device, and there are {ranks.count()} processes, of which each takes its "
-            f"own; accepted: auto, {recipe.device.partition(':')[0]}"
-        )
-    if ranks.is_main():
-        open_run(recipe, fresh=fresh)
-    ranks.barrier()
-    run = RunDirectory(recipe.output)
-    ranks.wait_for(run.recipe)
-    return run
 
 
 def start(recipe: Recipe, run: RunDirectory, *, progress: bool) -> Session:
@@ -265,21 +251,23 @@ def respond(
     top_p: float = 1.0,
 ) -> list[Sample]:
     """Answers of the trunk; greedy unless a temperature says otherwise."""
-    return generate_responses(
-        session.trunk.model,
-        session.tokenizer,
-        prompts,
-        path,
-        trunk=session.fingerprint,
-        temperature=temperature,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        batch=session.recipe.data.generation_batch,
-        seed=session.recipe.seed,
-        max_length=session.trunk.context,
-        together=True,
-        progress=session.progress,
-    )
+    batch = session.recipe.data.generation_batch
+    with enough_memory("generating responses", f"lower data.generation_batch ({batch} now)"):
+        return generate_responses(
+            session.trunk.model,
+            session.tokenizer,
+            prompts,
+            path,
+            trunk=session.fingerprint,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            batch=batch,
+            seed=session.recipe.seed,
+            max_length=session.trunk.context,
+            together=True,
+            progress=session.progress,
+        )
 
 
 def hidden_states(session: Session, rows: PackedRows, prompts: Sequence[Prompt]) -> HiddenStates | None:

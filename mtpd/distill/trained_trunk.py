@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ from mtpd.distill.joint import AdaptedTrunk, FullTrunk, JointTrunk, PerplexityLi
 from mtpd.distill.measuring import spread
 from mtpd.distill.run import Session
 from mtpd.distill.training import train_heads
+from mtpd.files import read_sealed
 from mtpd.heads import Heads
 from mtpd.trunk import Trunk
 
@@ -63,7 +63,7 @@ def train_jointly(
 def with_trained_trunk(session: Session, console: Console) -> Session:
     """The session with the trunk that the run trained, which writes responses of its own to the held-out prompts."""
     recipe, run = session.recipe, session.run
-    found = json.loads(run.perplexity.read_text(encoding="utf-8"))
+    found = read_sealed(run.perplexity, refusal="not perplexities of the main head")
     console.print(f"main head: perplexity {found['before']:.4f} before, {found['after']:.4f} after")
     model, _ = load_model(
         str(run.trunk), dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code

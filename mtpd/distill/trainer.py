@@ -12,28 +12,26 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mtpd.alignment import IGNORED
 from mtpd.data.packing import PackedRows, collate
 from mtpd.data.store import HiddenStates, with_hidden
+from mtpd.distill import checkpointing
 from mtpd.distill.below import FinishedDepths
 from mtpd.distill.model import DistillModel
 from mtpd.distill.optimizer_state import OPTIMIZER, load_state, put_state, save_state, state_of
 from mtpd.distill.rows import RowOrder, TrainingRows
+from mtpd.distill.safe_trainer import SafeTrainer
 from mtpd.distill.sharding import gathered, make_whole
-from mtpd.errors import MtpdError
 from mtpd.files import write_whole, writing
 from mtpd.heads import load_heads, save_heads
 from mtpd.losses.settings import LossSettings
 
-COMPLETE = "complete.json"
-"""Written last into a checkpoint: one without it was interrupted and is not resumed from."""
 
-
-class HeadTrainer(Trainer):
+class HeadTrainer(SafeTrainer):
     """Trains the heads of a `DistillModel`.
 
     The trunk's states come from the store; those that it lacks, all of them without one, from the trunk.
@@ -52,13 +50,15 @@ class HeadTrainer(Trainer):
         below: FinishedDepths | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         progress: bool = True,
+        skip_bad_batches: int = 0,
     ) -> None:
         super().__init__(
             model=model,
             args=args,
             train_dataset=TrainingRows(rows, multiple=_round(args)),
             data_collator=collate,
-            callbacks=[Finished(), *callbacks],
+            callbacks=list(callbacks),
+            skip_bad_batches=skip_bad_batches,
         )
         assert (below.depth if below is not None else 0) == model.after, "the depths without a loss"
         self.store = store
@@ -98,6 +98,20 @@ class HeadTrainer(Trainer):
         step = torch.cat([step, tokens.to(step).expand(1, step.shape[1])])
         self._totals = step if self._totals is None else self._totals + step
         return result
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        before = self._totals
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.skipping:
+            self._totals = before
+        return loss
+
+    def suspects(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The states of what is not trained; a trunk that is partitioned cannot give them to one process."""
+        if any(hasattr(parameter, "ds_id") for parameter in self.distill_model.trunk.decoder.layers.parameters()):
+            return {}
+        found = self.with_states(inputs)
+        return {name: found[name] for name in ("hidden", "below") if name in found}
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, in which the trunk may have a learning rate of its own."""
@@ -170,6 +184,7 @@ class HeadTrainer(Trainer):
         if parts:
             make_whole(heads, {id(each): tensors[name].to(each.device) for name, each in parts.items()})
         if self._chosen is not None:
+            checkpointing.check(Path(self._chosen))
             self._load_from_checkpoint(self._chosen)
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
@@ -209,11 +224,6 @@ class HeadTrainer(Trainer):
                 self.distill_model.joint.save(folder)
         self.flush()
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        # Each process writes a file of its own: whoever marks a checkpoint as whole has to see all.
-        self.accelerator.wait_for_everyone()
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         state = state_of(self.distill_model, self.optimizer, self.engine)
         if self.args.should_save:
@@ -236,13 +246,10 @@ class HeadTrainer(Trainer):
             self.distill_model.joint.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        # A checkpoint has the heads alone; transformers would look for the names of the whole model in it.
-        chosen = self.state.best_model_checkpoint
-        assert chosen is not None
         if self.engine is None:
-            self._load_from_checkpoint(chosen)
+            super()._load_best_model()
         else:
-            self._chosen = chosen
+            self._chosen = self.state.best_model_checkpoint
 
 
 def _round(args: TrainingArguments) -> int:
@@ -257,17 +264,6 @@ def _name(settings: LossSettings) -> str:
     return "tv" if settings.divergence == "end_to_end_tv" else settings.divergence
 
 
-class Finished(TrainerCallback):
-    """Marks a checkpoint as whole, after all its files are there."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            names = sorted(path.name for path in folder.iterdir() if path.is_file())
-            with writing(folder / COMPLETE):
-                (folder / COMPLETE).write_text(json.dumps({"step": state.global_step, "files": names}) + "\n")
-
-
 class Metrics(TrainerCallback):
     """Appends what is logged to `metrics.jsonl`."""
 
@@ -279,7 +275,7 @@ class Metrics(TrainerCallback):
     ) -> None:
         """Drops what an interrupted run logged after the checkpoint: those steps come again."""
         if state.is_world_process_zero and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             write_whole(self.path, "".join(line for line in lines if _is_before(line, state.global_step)))
 
     def on_log(
@@ -352,30 +348,17 @@ def _depth_of(key: str) -> int:
     return int(tail) if tail.isdigit() else 0
 
 
-def last_checkpoint(directory: Path) -> Path | None:
-    """The newest whole checkpoint of a run directory, or None."""
-    found = [path for path in directory.glob("checkpoint-*") if (path / COMPLETE).is_file()]
-    found = [path for path in found if path.name.rpartition("-")[2].isdigit()]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def train(trainer: HeadTrainer, directory: Path) -> None:
-    """Trains, from the newest whole checkpoint of `directory` if there is one.
+def train(trainer: HeadTrainer, resume: str = "auto") -> None:
+    """`SafeTrainer.train_safely`, with the states that were kept made durable and the bar closed.
 
     Raises:
-        MtpdError: the loss is not a number any more.
+        UserError, MtpdError: as that does.
     """
-    checkpoint = last_checkpoint(directory)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train_safely(resume)
         trainer.flush()
     finally:
         # A bar left open draws itself once more, below the error that ended the training.
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Progress):
                 callback.close()
-    if any(not torch.isfinite(parameter).all() for parameter in trainer.distill_model.heads.parameters()):
-        raise MtpdError(
-            "training diverged: the heads hold NaN or infinite weights; lower train.learning_rate, "
-            "then run again with --fresh"
-        )

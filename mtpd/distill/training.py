@@ -23,7 +23,7 @@ from mtpd.distill.model import DistillModel
 from mtpd.distill.optimizer_state import rows_of_a_step
 from mtpd.distill.sharding import deepspeed_running, partitioned
 from mtpd.distill.trainer import Metrics, train
-from mtpd.errors import UserError
+from mtpd.errors import UserError, enough_memory
 from mtpd.heads import Heads
 from mtpd.heads.base import StateHeads
 from mtpd.recipe import Recipe
@@ -100,6 +100,7 @@ def train_heads(
             end_tokens=session.ends,
             callbacks=[Metrics(session.run.metrics), *stopping(recipe), *callbacks],
             progress=session.progress,
+            skip_bad_batches=recipe.train.skip_bad_batches,
         )
         if settings is not None and settings.stage == 3 and not trunk.partitioned:
             layers = trunk.decoder.layers
@@ -107,7 +108,12 @@ def train_heads(
             running.enter_context(
                 partitioned(trunk, settings.for_trunk(layers, hidden_size=trunk.hidden_size, folder=folder))
             )
-        train(trainer, session.run.path)
+        advice = (
+            f"lower train.rows_per_step ({recipe.train.rows_per_step} now; train.gradient_accumulation makes up for "
+            f"it) or data.row_length ({recipe.data.row_length} now), or set train.checkpoint_blocks=true"
+        )
+        with enough_memory("training", advice):
+            train(trainer, session.resume)
 
 
 def processes() -> int:

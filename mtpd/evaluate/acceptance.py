@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mtpd.decode import Counts
 from mtpd.errors import UserError
 from mtpd.evaluate.versions import library_versions
-from mtpd.files import write_whole
+from mtpd.files import read_sealed, sealed, write_whole
 
 Settings = dict[str, str | int | float | bool | None]
 """What a measurement depends on besides trunk and heads: names and plain values."""
@@ -236,7 +236,7 @@ class Acceptance(BaseModel):
 
     def save(self, path: str | Path) -> None:
         content = self.model_dump(mode="json", by_alias=True, exclude_unset=False)
-        write_whole(path, _laid_out(content) + "\n")
+        write_whole(path, _laid_out(sealed(content)) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Acceptance:
@@ -246,9 +246,7 @@ class Acceptance(BaseModel):
             UserError: it is missing, no JSON, holds no suite, or its counts are impossible.
         """
         try:
-            found = cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read: {error}") from error
+            found = cls.model_validate(read_sealed(path, refusal="not an acceptance file"))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from mtpd.data.prompts import normalise, prompt_fingerprint
 from mtpd.errors import UserError
-from mtpd.files import write_whole
+from mtpd.files import SEAL, fingerprint, write_whole
 
 PERMUTATIONS = 128
 PIECE = 5
@@ -69,7 +69,8 @@ def signatures(texts: Iterable[str]) -> np.ndarray[Any, np.dtype[np.uint32]]:
 
 def write_signatures(path: Path, texts: Iterable[str]) -> None:
     """Keeps the signatures of what is trained on."""
-    write_whole(path, save({"signatures": signatures(texts)}, metadata={"format": "np"}))
+    found = signatures(texts)
+    write_whole(path, save({"signatures": found}, metadata={"format": "np", SEAL: fingerprint(found.tobytes())}))
 
 
 def read_trained(fingerprints: Iterable[str], path: Path) -> TrainedPrompts:
@@ -85,7 +86,10 @@ def read_trained(fingerprints: Iterable[str], path: Path) -> TrainedPrompts:
     if not path.is_file():
         return TrainedPrompts(frozenset(fingerprints), empty)
     try:
-        found = load_file(path)["signatures"]
+        with safe_open(path, framework="np") as file:
+            found, seal = file.get_tensor("signatures"), (file.metadata() or {}).get(SEAL)
+        if seal is not None and seal != fingerprint(found.tobytes()):
+            raise ValueError("it is damaged: its SHA-256 is not that of the signatures")
         if found.ndim != 2 or found.shape[1] != PERMUTATIONS:
             raise ValueError(f"signatures of shape {found.shape}")
     except (OSError, SafetensorError, KeyError, ValueError) as error:

@@ -6,6 +6,7 @@ acceptance. What it costs is measured: greedy decoding, one prompt at a time, wi
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from mtpd.decode.engine import Engine, Request
 from mtpd.decode.speed import generated, now
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
-from mtpd.files import write_whole
+from mtpd.files import read_sealed, sealed, write_whole
 from mtpd.heads.chain import ChainHeads
 from mtpd.trunk import Trunk
 
@@ -68,14 +69,14 @@ class Depths(BaseModel):
         return self.depths[depth].tokens_per_second / self.plain_tokens_per_second
 
     def save(self, path: Path) -> None:
-        write_whole(path, self.model_dump_json(by_alias=True, indent=1) + "\n")
+        write_whole(path, json.dumps(sealed(self.model_dump(mode="json", by_alias=True)), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Depths:
         """Raises UserError: the file cannot be read."""
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, ValidationError) as error:
+            return cls.model_validate(read_sealed(path, refusal="not a measurement of depths"))
+        except ValidationError as error:
             raise UserError(f"{path}: cannot be read as a measurement of depths; delete it") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from mtpd.data.packing import Sample
 from mtpd.errors import UserError
 from mtpd.evaluate.measure import Model
 from mtpd.evaluate.offline import Measured, walk_offline
-from mtpd.files import write_whole
+from mtpd.files import read_sealed, sealed, write_whole
 from mtpd.heads import Heads
 
 EACH = 2
@@ -59,7 +60,8 @@ def write_samples(path: Path, model: Model, heads: Heads, samples: Mapping[str, 
     for suite, sample in chosen:
         if sample.id in measured:
             texts.append(_text(suite, model.tokenizer, measured[sample.id]))
-    write_whole(path, Samples(texts=texts).model_dump_json(indent=1) + "\n")
+    content = sealed(Samples(texts=texts).model_dump(mode="json"))
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_samples(path: Path) -> list[SampleText]:
@@ -71,8 +73,8 @@ def read_samples(path: Path) -> list[SampleText]:
     if not path.is_file():
         return []
     try:
-        return Samples.model_validate_json(path.read_text(encoding="utf-8")).texts
-    except (OSError, ValidationError, UnicodeDecodeError) as error:
+        return Samples.model_validate(read_sealed(path, refusal="not a file of sample texts")).texts
+    except ValidationError as error:
         raise UserError(f"{path}: not a file of sample texts: {str(error).splitlines()[0]}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mtpd.errors import UserError
-from mtpd.files import write_whole
+from mtpd.files import fingerprint as sha256
+from mtpd.files import fingerprint_file, read_sealed, sealed, write_whole
 from mtpd.heads import circuit_heads, medusa, parallel, shared_layers
 from mtpd.heads import initialise as chain_start
 from mtpd.heads.base import Batch, Heads, Readout
@@ -34,8 +36,10 @@ __all__ = [
     "Readout",
     "build_heads",
     "chain_of",
+    "check_weights",
     "configure_heads",
     "load_heads",
+    "read_config",
     "save_heads",
     "start_heads",
 ]
@@ -183,9 +187,36 @@ def save_heads(heads: Heads, directory: str | Path, *, tensors: Mapping[str, Ten
     directory.mkdir(parents=True, exist_ok=True)
     state = heads.state_dict() if tensors is None else tensors
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    weights = save(tensors, metadata={"format": "pt"})
+    config = {**heads.config.model_dump(mode="json"), "weights": sha256(weights)}
     # Weights last: where they are, the heads are whole.
-    write_whole(directory / CONFIG, heads.config.model_dump_json(indent=2) + "\n")
-    write_whole(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    write_whole(directory / CONFIG, json.dumps(sealed(config), indent=2) + "\n")
+    write_whole(directory / WEIGHTS, weights)
+
+
+def read_config(directory: str | Path) -> HeadsConfig:
+    """What saved heads say about themselves.
+
+    Raises:
+        UserError: `config.json` is missing, damaged, or none of heads.
+    """
+    path = Path(directory) / CONFIG
+    try:
+        return HeadsConfig.model_validate(read_sealed(path, refusal="no readable heads here"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ": ".join(["", *map(str, first["loc"])])
+        raise UserError(f"{path}: no readable heads here{where}: {first['msg']}") from error
+
+
+def check_weights(directory: str | Path, config: HeadsConfig) -> None:
+    """Raises UserError if the weights are not those that were saved together with the config."""
+    path = Path(directory) / WEIGHTS
+    if config.weights and path.is_file() and fingerprint_file(path) != config.weights:
+        raise UserError(
+            f"{path}: no readable heads here: it is damaged, its SHA-256 is not the one in {CONFIG}; restore it, or "
+            f"delete {path.parent} and repeat the command that made it"
+        )
 
 
 def load_heads(directory: str | Path, trunk: Trunk, *, fingerprint: str | None = None) -> Heads:
@@ -199,14 +230,11 @@ def load_heads(directory: str | Path, trunk: Trunk, *, fingerprint: str | None =
         UserError: a missing or unreadable file, tensors that do not fit, or another trunk.
     """
     directory = Path(directory)
+    config = read_config(directory)
+    check_weights(directory, config)
     try:
-        config = HeadsConfig.model_validate_json((directory / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(directory / WEIGHTS)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ": ".join(["", *map(str, first["loc"])])
-        raise UserError(f"{directory / CONFIG}: no readable heads here{where}: {first['msg']}") from error
-    except (OSError, SafetensorError, UnicodeDecodeError) as error:
+    except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{directory}: no readable heads here ({reason}); expected {CONFIG} and {WEIGHTS}") from error
     if config.kind not in KINDS:
@@ -230,7 +258,8 @@ def load_heads(directory: str | Path, trunk: Trunk, *, fingerprint: str | None =
             f"{directory / CONFIG}: shared_layers: {config.shared_layers}; accepted: 0 to {trunk.depth}, the layers of "
             "the trunk"
         )
-    heads = build_heads(trunk, config)
+    # It is of the file: what is trained on from here has other weights.
+    heads = build_heads(trunk, config.model_copy(update={"weights": ""}))
     expected = {name: tensor.shape for name, tensor in heads.state_dict().items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if expected != found:

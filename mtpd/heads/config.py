@@ -72,6 +72,8 @@ class HeadsConfig(BaseModel):
     """Tokens that heads with logits of their own give; 0 for heads that give states."""
     trunk: str = ""
     """Fingerprint of the trunk that the heads belong to."""
+    weights: str = ""
+    """SHA-256 of the file of the weights, as it was saved; empty: not known, as in imported heads."""
 
     @property
     def block_of(self) -> list[int]:

@@ -8,6 +8,7 @@ the same as `depth: 4` under `heads:`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -32,6 +33,7 @@ from mtpd.recipe.sections import (
     TrainRecipe,
     TrunkRecipe,
 )
+from mtpd.recipe.untrusted import refuse_untrusted
 from mtpd.recipe_text import COMMAND_LINE, apply_override, explain, nest, read_mapping, to_yaml
 
 NATIVE = "heads.init=native"
@@ -79,6 +81,11 @@ class Recipe(Section):
         return self
 
 
+@cache
+def _schema(kind: type[Section]) -> Mapping[str, Any]:
+    return kind.model_json_schema()
+
+
 AnyRecipe = TypeVar("AnyRecipe", bound=Section)
 
 
@@ -102,21 +109,22 @@ def _parse(
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        schema = kind.model_json_schema()
+        schema = _schema(kind)
         raise UserError(explain(error, schema, source=source, overridden=overridden)) from None
 
 
-def load_recipe(path: Path | str | None, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path | str | None, overrides: Sequence[str] = (), *, untrusted: bool = False) -> Recipe:
     """Reads a recipe file and applies `key=value` overrides in their order.
 
     Args:
         path: a YAML file, or None for a recipe that consists of overrides alone.
         overrides: such as "heads.depth=2"; the value is read as YAML, so null, lists and 3e-4 work.
+        untrusted: whether the file is somebody else's (`mtpd.recipe.untrusted`); overrides are the user's own.
 
     Raises:
         UserError: the file cannot be read, or a key or value is not accepted.
     """
-    return _load(Recipe, path, overrides)
+    return _load(Recipe, path, overrides, untrusted=untrusted)
 
 
 def load_pretrain_recipe(path: Path | str | None, overrides: Sequence[str] = ()) -> PretrainRecipe:
@@ -124,9 +132,13 @@ def load_pretrain_recipe(path: Path | str | None, overrides: Sequence[str] = ())
     return _load(PretrainRecipe, path, overrides)
 
 
-def _load(kind: type[AnyRecipe], path: Path | str | None, overrides: Sequence[str]) -> AnyRecipe:
-    schema = kind.model_json_schema()
+def _load(
+    kind: type[AnyRecipe], path: Path | str | None, overrides: Sequence[str], *, untrusted: bool = False
+) -> AnyRecipe:
+    schema = _schema(kind)
     values = nest(read_mapping(Path(path)), schema, source=str(path)) if path is not None else {}
+    if untrusted:
+        refuse_untrusted(values, source=str(path))
     native = [NATIVE if "".join(override.split()) == "heads=native" else override for override in overrides]
     overridden = [apply_override(values, override, schema) for override in native]
     if path is not None:

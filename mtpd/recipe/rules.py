@@ -185,6 +185,11 @@ def sharding_problems(train: TrainRecipe, trunk: TrunkRecipe, heads: HeadsRecipe
             "dtype: float16 is not accepted with train.deepspeed, under which the loss is not scaled; accepted: auto, "
             "bfloat16, float32"
         )
+    if train.skip_bad_batches:
+        problems.append(
+            f"train.skip_bad_batches: {train.skip_bad_batches} is not accepted with train.deepspeed, which steps "
+            "before its loss is looked at; accepted: 0"
+        )
     if trunk.train != "frozen" and train.deepspeed.startswith("zero3"):
         problems.append(
             f"train.deepspeed: {train.deepspeed} is not accepted with trunk.train: {trunk.train}, which needs the "

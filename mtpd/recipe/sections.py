@@ -204,7 +204,10 @@ class TrainRecipe(Section):
     save_steps: int = Field(default=0, ge=0)
     """Steps from one checkpoint to the next; 0 for one after each epoch."""
     save_total_limit: Count = 2
-    """Checkpoints kept; older ones are deleted."""
+    """Checkpoints kept; older ones are deleted, once the new one is whole."""
+    skip_bad_batches: int = Field(default=0, ge=0)
+    """Steps with a loss that is NaN or infinite that are left out, at most; such a batch is kept in `bad-batches/`.
+    One more, or 0, ends the training."""
     logging_steps: Count = 10
     """Steps from one line of metrics to the next."""
     report_to: list[Text] = []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from mtpd.evaluate.acceptance import Acceptance
 from mtpd.files import fingerprint_file
 from mtpd.heads import WEIGHTS
 from mtpd.recipe import dump
+from mtpd.recipe_text import to_yaml
 
 if TYPE_CHECKING:
     from mtpd.checkpoints.exports.layouts import Layout
@@ -48,9 +51,9 @@ def model_card(run: Run, layout: Layout, output: Path) -> str:
     blocks = "one block" if run.recycles else f"{run.blocks} different blocks"
     parts = [
         f"---\nlibrary_name: {'vllm' if 'vLLM' in layout.serve else 'transformers'}\ntags:\n- mtp\n"
-        f"- speculative-decoding\nbase_model: {run.model}\n---\n",
-        f"# {output.name}\n",
-        f"Multi-token-prediction heads for `{run.model}`, trained by self-distillation with mtpd. "
+        f"- speculative-decoding\n{to_yaml({'base_model': run.model})}---\n",
+        f"# {_inline(output.name)}\n",
+        f"Multi-token-prediction heads for `{_inline(run.model)}`, trained by self-distillation with mtpd. "
         f"Layout `{layout.name}`: {layout.about}. Depth {run.depth}: {blocks}.\n",
         "Drafts are verified by the base's own output head, so the text is the base's.\n",
         "## Acceptance\n",
@@ -58,9 +61,21 @@ def model_card(run: Run, layout: Layout, output: Path) -> str:
         "## Serving\n",
         *_serving(run, layout, output),
         "## Recipe\n",
-        f"```yaml\n{dump(run.recipe)}```\n",
+        _fenced(dump(run.recipe), "yaml"),
     ]
     return "\n".join(parts)
+
+
+def _inline(text: str) -> str:
+    """Words of somebody else as a part of a line: no markup, no column of a table, no line of their own."""
+    return " ".join(escape(text, quote=False).replace("|", "\\|").replace("`", "'").split())
+
+
+def _fenced(text: str, language: str) -> str:
+    """A block of code that nothing in it ends."""
+    longest = max((len(found) for found in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}{fence}\n"
 
 
 def _acceptance(run: Run) -> list[str]:
@@ -75,7 +90,9 @@ def _acceptance(run: Run) -> list[str]:
         named: Mapping[str, Any] = {**found.suites, "all": found.total()}
         for name, suite in named.items():
             shares = [f"{share:.3f}" for share in suite.car[:depth]]
-            rows.append(f"| {' | '.join([name, str(suite.prompts), *shares, f'{1 + sum(suite.car[:depth]):.2f}'])} |")
+            rows.append(
+                f"| {' | '.join([_inline(name), str(suite.prompts), *shares, f'{1 + sum(suite.car[:depth]):.2f}'])} |"
+            )
         lines += [f"{how}.\n", "\n".join(rows) + "\n"]
     if not lines:
         return ["Not measured.\n"]

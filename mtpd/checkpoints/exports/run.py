@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from mtpd.checkpoints.arrange import by_depth
 from mtpd.checkpoints.directory import Checkpoint
@@ -17,7 +16,7 @@ from mtpd.checkpoints.native import base_tensor
 from mtpd.checkpoints.spelling import Tensors
 from mtpd.checkpoints.tensors import FLOATS, Stored, cast, computed, read_header
 from mtpd.errors import UserError
-from mtpd.heads import CONFIG, WEIGHTS
+from mtpd.heads import WEIGHTS, check_weights, read_config
 from mtpd.heads.adapters import ALPHA
 from mtpd.heads.config import HeadsConfig
 from mtpd.recipe import Recipe, load_recipe
@@ -124,10 +123,8 @@ def open_run(path: Path, *, depth: int | None = None) -> Run:
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: holds no heads; finish the run with mtpd distill {recipe_file}")
     recipe = load_recipe(recipe_file)
-    try:
-        config = HeadsConfig.model_validate_json((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValidationError) as error:
-        raise UserError(f"{folder / CONFIG}: no readable heads here: {str(error).splitlines()[0]}") from error
+    config = read_config(folder)
+    check_weights(folder, config)
     wanted = config.depth if depth is None else depth
     if not 1 <= wanted <= config.depth:
         raise UserError(f"depth: {wanted} is not accepted; accepted: 1 to {config.depth}, the heads of {path}")

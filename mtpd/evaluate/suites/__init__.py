@@ -32,6 +32,7 @@ from mtpd.data import sources
 from mtpd.data.prompts import Prompt, read_row
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Settings
+from mtpd.files import escapes
 from mtpd.recipe_text import explain, read_mapping
 
 FOLDER = Path(__file__).parent
@@ -102,22 +103,48 @@ def suite_names(folder: Path | None = None) -> list[str]:
 
 
 def load_suite(
-    name: str, folder: Path | None = None, *, limit: int | None = None, max_new_tokens: int | None = None
+    name: str,
+    folder: Path | None = None,
+    *,
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    untrusted: bool = False,
 ) -> Suite:
     """The suite of that name.
 
     Args:
         folder: where suites are looked for first (`--suite-dir`).
         limit, max_new_tokens: in place of the suite's own.
+        untrusted: whether the folder is somebody else's; paths in it must not lead out of it.
 
     Raises:
         UserError: there is no such suite or folder, or its file lacks something.
     """
     if folder is not None and not folder.is_dir():
         raise UserError(f"--suite-dir: {folder}: no such folder")
+    if untrusted and folder is not None:
+        _refuse_escape(name, folder)
     suite = _find(name, folder)
     changes = {"limit": limit, "max_new_tokens": max_new_tokens}
     return suite.model_copy(update={key: value for key, value in changes.items() if value is not None})
+
+
+def _refuse_escape(name: str, folder: Path) -> None:
+    """Raises UserError if a suite of a folder, or what its file names, lies outside of it."""
+    accepted = f"accepted: names, and paths inside {folder} without links that lead out of it"
+    for file in (f"{name}.yaml", f"{name}.jsonl"):
+        if escapes(file, folder):
+            raise UserError(f"suite {name}: {file} is not accepted in a folder that is not trusted; {accepted}")
+    own = folder / f"{name}.yaml"
+    if own.is_file():
+        suite = _read(own)
+        # `_read` has resolved a source beside the file.
+        source = suite.source if not (folder / Path(suite.source).name).is_file() else Path(suite.source).name
+        for key, value in (("source", source), ("file", suite.file)):
+            if value is not None and escapes(value, folder):
+                raise UserError(
+                    f"suite {name}: {key}: {value} is not accepted in a folder that is not trusted; {accepted}"
+                )
 
 
 def _find(name: str, folder: Path | None) -> Suite:
