@@ -32,7 +32,7 @@ class CircuitShape(BaseModel):
     an unembedding for each place, and shifts of its logits for each component."""
     rank: int = Field(default=16, ge=1)
     """Of what tells the expanders of one place apart, where leaves are shared."""
-    greedy: Literal["max_product", "conditionals"] = "max_product"
+    greedy: Literal["max_product", "conditionals"] = "conditionals"
     """How greedy drafts are found."""
 
     @model_validator(mode="after")

@@ -56,7 +56,7 @@ class CircuitRecipe(Section):
     component shifts, also for small vocabularies: one softmax a place in place of one for each component."""
     rank: int | None = Field(default=None, ge=1)
     """Rank of what tells the expanders of one place apart, where leaves are shared; null: 16."""
-    greedy: Literal["max_product", "conditionals"] = "max_product"
+    greedy: Literal["max_product", "conditionals"] = "conditionals"
     """Greedy drafts. max_product: the likeliest window and latents together; conditionals: each token the likeliest
     after those before it."""
 
