@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -59,6 +60,34 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
             Path(beside).unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A place to write a folder in, which then takes the place of what `folder` was: whole, or not at all.
+
+    Raises:
+        MtpdError: the disk is full, or cannot be written to.
+    """
+    beside, before = (folder.with_name(f".{folder.name}{kind}{PARTIAL}") for kind in ("", ".before"))
+    try:
+        with writing(folder):
+            for left in (beside, before):
+                shutil.rmtree(left, ignore_errors=True)
+            beside.mkdir(parents=True)
+            yield beside
+            for file in (path for path in beside.rglob("*") if path.is_file()):
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
+            # Deleted where it is, it would be half a folder for a while.
+            if folder.exists():
+                folder.rename(before)
+            beside.rename(folder)
+            sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def is_empty(folder: str | Path) -> bool:

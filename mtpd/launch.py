@@ -16,9 +16,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Literal
+
+import psutil  # type: ignore[import-untyped]
 
 from mtpd.errors import UserError
 
@@ -26,6 +29,10 @@ Launcher = Literal["deepspeed", "torchrun"]
 
 MODULE = "mtpd"
 """What each rank runs, as `python -m mtpd`: an installed package has no cli.py beside it."""
+
+PATIENCE = 24 * 3600
+"""Seconds that torchrun gives ranks to end after a signal, before it kills them: they finish a step and save. Who sent
+the signal decides how long that may take, and a rank that waits for one that is gone ends by itself (`ranks.py`)."""
 
 
 def launch(launcher: Launcher, words: Sequence[str], *, processes: int | None, nodes: Path | None) -> int:
@@ -48,12 +55,15 @@ def launch(launcher: Launcher, words: Sequence[str], *, processes: int | None, n
         return _run(deepspeed_on_nodes(words, processes=processes, nodes=nodes))
     count = _count(processes)
     _set_threads(count)
-    return _run(deepspeed_here(words, processes=count, port=_free_port()))
+    return _run(deepspeed_here(words, processes=count, port=_free_port()), tells_ranks=False)
 
 
 def torchrun_arguments(words: Sequence[str], *, processes: int) -> list[str]:
     """What follows `torchrun`."""
-    return ["--standalone", f"--nproc-per-node={processes}", "--module", MODULE, *words]
+    return [
+        *("--standalone", f"--nproc-per-node={processes}", f"--shutdown-timeout={PATIENCE}"),
+        *("--module", MODULE, *words),
+    ]
 
 
 def deepspeed_here(words: Sequence[str], *, processes: int, port: int) -> list[str]:
@@ -111,15 +121,25 @@ def _run_torchrun(arguments: list[str]) -> int:
     return 0
 
 
-def _run(command: list[str]) -> int:
-    """Runs a launcher, and passes signals on to it alone: it tells its ranks."""
+def _run(command: list[str], *, tells_ranks: bool = True) -> int:
+    """Runs a launcher, and passes signals on.
+
+    Args:
+        tells_ranks: whether the launcher is to tell its ranks. Deepspeed's for one machine would tell one after the
+            other, and kill each after half a minute, which a step and a checkpoint may well take: its ranks are told
+            here, and it ends as they do.
+    """
     asked = 0
     process = subprocess.Popen(command, start_new_session=True)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         asked = number
-        process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+        known = signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number)
+        children = [] if tells_ranks else psutil.Process(process.pid).children()
+        for each in children or [process]:
+            with suppress(psutil.NoSuchProcess):
+                each.send_signal(known)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtpd.errors import MtpdError, RankFailed
+from mtpd.interrupts import INTERRUPTED
 
 Item = TypeVar("Item")
 
@@ -175,6 +176,7 @@ def joined(device: torch.device) -> Iterator[None]:
     except BaseException as error:
         # Where another rank has ended, what fails here is the connection to it.
         others = isinstance(error, Exception) and not isinstance(error, MtpdError) and listener.failed.wait(1.0)
+        listener.code = _exit_code(error)
         listener.tell(rank() + count())
         faulthandler.dump_traceback_later(EXIT, exit=True)
         if others:
@@ -203,6 +205,8 @@ class _Listener(threading.Thread):
         super().__init__(name="ranks", daemon=True)
         self.failed = threading.Event()
         self.cause = DONE
+        self.code = RankFailed.exit_code
+        """With which the process is ended, if it does not end by itself."""
         self.group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         self._rank, self._count = rank(), count()
         self._told = False
@@ -225,7 +229,7 @@ class _Listener(threading.Thread):
             print(f"mtpd: error: {words}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(RankFailed.exit_code)
+        os._exit(self.code)
 
     def tell(self, cause: int) -> None:
         """Says to the rank before this one, once, that all went well or which rank failed."""
@@ -241,6 +245,14 @@ class _Listener(threading.Thread):
         if self.cause >= self._count or self._rank != (1 if self.cause == 0 else 0):
             return ""
         return f"rank {self.cause} was ended, or has failed without a word; all ranks end"
+
+
+def _exit_code(error: BaseException) -> int:
+    """With which a command ends after this error."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    code = getattr(error, "code" if isinstance(error, SystemExit) else "exit_code", None)
+    return code if isinstance(code, int) else 1
 
 
 def _first_with(words: str) -> bool:

@@ -91,12 +91,24 @@ def in_fresh_ranks(
     Args:
         counts: numbers of ranks; it is run in so many, one time after the other.
     """
+    return in_fresh_ranks_each(module, function, [(count, arguments) for count in counts], seconds=seconds)
+
+
+def in_fresh_ranks_each(
+    module: str, function: str, calls: Sequence[tuple[int, Sequence[Any]]], *, seconds: float = 170.0
+) -> list[Ended]:
+    """`in_fresh_ranks` with other arguments each time.
+
+    Args:
+        calls: numbers of ranks, and what the function is called with in each of them.
+        seconds: that each call may take.
+    """
     done = subprocess.run(
-        [sys.executable, __file__, json.dumps([module, function, arguments, counts, seconds])],
+        [sys.executable, __file__, json.dumps([module, function, calls, seconds])],
         capture_output=True,
         text=True,
         check=False,
-        timeout=seconds + 60,
+        timeout=len(calls) * seconds + 60,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
@@ -139,6 +151,6 @@ if __name__ == "__main__":
 
     import mtpd.distill.run  # noqa: F401
 
-    module, function, arguments, counts, seconds = json.loads(sys.argv[1])
+    module, function, calls, seconds = json.loads(sys.argv[1])
     work = getattr(importlib.import_module(module), function)
-    print(json.dumps([in_ranks(work, *arguments, count=count, seconds=seconds) for count in counts]))
+    print(json.dumps([in_ranks(work, *arguments, count=count, seconds=seconds) for count, arguments in calls]))

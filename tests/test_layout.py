@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "interrupts": set(),
-    "ranks": {"errors"},
+    "ranks": {"errors", "interrupts"},
     "launch": {"errors"},
     "recipe_text": BELOW,
     "recipe": BELOW | {"recipe_text"},

@@ -153,6 +153,29 @@ def test_run_resumes_and_is_a_trunk(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "accepted: at least 2 parallel heads of block decoder" in capsys.readouterr().err
 
 
+def test_a_model_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: an end while the model is written leaves half a folder, which is loaded, or costs the one there was."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("\n".join(json.dumps({"text": f"line {i} " * 9}) for i in range(20)))
+    words = ["pretrain", *SMALL, "dtype=float32", "train.max_steps=1", f"data.texts={texts}", f"data.held_out={texts}"]
+    words.append(f"output={tmp_path / 'run'}")
+
+    def end(self: Any, folder: Any) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(ByT5Tokenizer, "save_pretrained", end)
+            there = (tmp_path / "run" / "model").exists()
+            assert main(words) == 130
+            assert (tmp_path / "run" / "model").exists() == there
+        assert main(words) == 0
+        assert {"config.json", "model.safetensors", "tokenizer_config.json"} <= {
+            path.name for path in (tmp_path / "run" / "model").iterdir()
+        }
+    assert not list((tmp_path / "run").glob(".*"))
+
+
 def test_bytes_with_another_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fault: byte tokens that work with one architecture alone, from pretraining to the text that heads write."""
     sizes = "hidden_size: 16, intermediate_size: 16, num_hidden_layers: 2, num_attention_heads: 2, head_dim: 8"

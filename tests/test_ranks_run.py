@@ -131,7 +131,7 @@ def test_command_lines_of_launchers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     words = ["distill", "r.yaml", "a=b"]
     assert launch.torchrun_arguments(words, processes=4) == [
-        *("--standalone", "--nproc-per-node=4", "--module", "mtpd", *words)
+        *("--standalone", "--nproc-per-node=4", "--shutdown-timeout=86400", "--module", "mtpd", *words)
     ]
     here = launch.deepspeed_here(words, processes=2, port=1234)
     assert here[1:4] == ["-u", "-m", "deepspeed.launcher.launch"]
@@ -209,3 +209,54 @@ def test_torchrun_gives_the_code_of_the_rank_that_failed(tmp_path: Path) -> None
     assert launch._run_torchrun([*common, "a=b"]) == 0
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 a=b", "2 a=b"]
     assert launch._run_torchrun([*common, "fail"]) == 5
+
+
+RANK = """
+import os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+rank = os.environ.get("RANK", sys.argv[2] if len(sys.argv) > 2 else "")
+
+def told(number, frame):
+    with open(folder / f"told-{rank}", "a") as file:
+        file.write(f"{number} ")
+
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, told)
+(folder / f"begun-{rank}").touch()
+while not (folder / f"told-{rank}").exists():
+    time.sleep(0.02)
+# As long as a step and a checkpoint take.
+time.sleep(1.0)
+(folder / f"saved-{rank}").touch()
+sys.exit(128 + int((folder / f"told-{rank}").read_text().split()[0]))
+"""
+LAUNCHER = """
+import pathlib, signal, subprocess, sys, time
+folder = pathlib.Path(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda *_: (folder / "launcher-told").touch())
+ranks = [subprocess.Popen([sys.executable, folder / "rank.py", str(folder), str(rank)]) for rank in range(2)]
+sys.exit(max(rank.wait() for rank in ranks))
+"""
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_launcher_tells_all_ranks_and_waits_for_them(launcher: str, tmp_path: Path) -> None:
+    """Fault: a rank that hears of a signal late, twice or never, or is killed while it saves; the code gets lost."""
+    (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    if launcher == "torchrun":
+        words = ["--standalone", "--nproc-per-node=2", str(tmp_path / "rank.py"), str(tmp_path)]
+        call = f"launch._run_torchrun({words!r})"
+    else:
+        call = f"launch._run([sys.executable, {str(tmp_path / 'launcher.py')!r}, {str(tmp_path)!r}], tells_ranks=False)"
+    driver = f"import sys; from mtpd import launch; sys.exit({call})"
+    process = subprocess.Popen([sys.executable, "-c", driver], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    until = time.monotonic() + 60
+    while not all((tmp_path / f"begun-{rank}").exists() for rank in "01"):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert [(tmp_path / f"told-{rank}").read_text() for rank in "01"] == [f"{int(signal.SIGTERM)} "] * 2
+    assert all((tmp_path / f"saved-{rank}").exists() for rank in "01")
+    assert not (tmp_path / "launcher-told").exists()

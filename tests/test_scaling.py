@@ -156,10 +156,16 @@ LARGE = Load(
     tokens=4096,
     active=68_000_000_000,
     active_heads=4_000_000_000,
+    row=2048,
+    attended=1_300_000,
+    attended_heads=65_000,
+    between=50_000_000,
+    between_heads=8_000_000,
+    sweeps=94,
     depth=4,
     vocabulary=128_000,
 )
-MACHINE = Machine(flops=4e14, link=4e11, network=3e11)
+MACHINE = Machine(flops=4e14, memory=2.7e12, link=4e11, network=3e11)
 
 
 def test_more_devices_hold_less_each() -> None:
@@ -179,11 +185,14 @@ def test_more_devices_hold_less_each() -> None:
 def test_a_step_takes_the_longer_of_work_and_messages() -> None:
     """Fault: messages of the trunk where its states are stored, or time that goes down on a slower network."""
     stored = step_seconds(LARGE, "zero3", 16, MACHINE, stored=True)
-    slow = Machine(flops=4e14, link=4e11, network=1e9)
+    slow = replace(MACHINE, network=1e9)
     assert stored < step_seconds(LARGE, "zero3", 16, MACHINE, stored=False)
     assert step_seconds(LARGE, "zero3", 16, slow, stored=False) > 68e9 * 2 * 15 / 16 / 1e9
     assert step_seconds(LARGE, "zero3", 8, slow, stored=False) == step_seconds(LARGE, "zero3", 8, MACHINE, stored=False)
-    trunk = 2 * 68e9 * 4096 / 4e14
+    assert step_seconds(LARGE, "zero3", 8, replace(MACHINE, overlaps=False), stored=True) > step_seconds(
+        LARGE, "zero3", 8, MACHINE, stored=True
+    )
+    trunk = 2 * 4096 * (68e9 + 2048 * 1.3e6) / 4e14 + 4096 * 50e6 * 3 / 2.7e12
     assert step_seconds(LARGE, "none", 1, MACHINE, stored=False) - step_seconds(
         LARGE, "none", 1, MACHINE, stored=True
     ) == pytest.approx(trunk)

@@ -145,9 +145,43 @@ def test_runs_that_are_not_trusted(finished_run: Path, capsys: pytest.CaptureFix
     recipe = finished_run / "recipe.yaml"
     load(finished_run, untrusted=True)
     recipe.write_text(recipe.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
-    for command in (["generate", "--prompt", "x"], ["chat"], ["bench"], ["eval"]):
+    commands = [["generate", "--prompt", "x"], ["chat"], ["bench"], ["eval"], ["extend", "--to", "4"]]
+    for command in [*commands, ["export", "--to", "transformers", "-o", str(finished_run.parent / "out")]]:
         assert main([command[0], str(finished_run), *command[1:], "--untrusted"]) == 2
         assert "trust_remote_code: true is not accepted" in capsys.readouterr().err
+
+
+def test_what_a_run_that_is_not_trusted_names(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: more heads are made of a run from somewhere, out of any file of the machine that its recipe names."""
+    recipe = finished_run / "recipe.yaml"
+    text = recipe.read_text()
+    recipe.write_text(text.replace("prompts: builtin\n", "prompts: /etc/prompts.jsonl\n", 1))
+    assert recipe.read_text() != text
+    assert main(["extend", str(finished_run), "--to", "4", "--untrusted"]) == 2
+    said = capsys.readouterr().err
+    assert "data.prompts: /etc/prompts.jsonl is not accepted in a recipe that is not trusted" in said
+    # Where it lies is the user's word.
+    recipe.write_text(text)
+    assert main(["extend", str(finished_run), "--to", "4", "--steps", "0", "--untrusted"]) == 0
+
+
+def test_recipes_of_pretraining_that_are_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fault: somebody else's recipe of a pretraining reads or writes outside of the folder."""
+    monkeypatch.chdir(tmp_path)
+    for line, key in (
+        ("data.texts: /etc/texts.jsonl", "data.texts"),
+        ("data.held_out: ../texts.jsonl", "data.held_out"),
+        ("tokenizer: /etc", "tokenizer"),
+        ("output: /tmp/run", "output"),
+    ):
+        Path("recipe.yaml").write_text(f"model: {{model_type: llama}}\n{line}\n")
+        assert main(["pretrain", "recipe.yaml", "--untrusted"]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"mtpd: error: {key}: ")
+        assert "not trusted" in said
+    assert list(tmp_path.iterdir()) == [tmp_path / "recipe.yaml"]
 
 
 def test_suites_that_are_not_trusted(tmp_path: Path) -> None:

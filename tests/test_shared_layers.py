@@ -249,6 +249,15 @@ def test_a_run_by_recipe(tmp_path: Path) -> None:
     assert key["layers above (heads.shared_layers)"] == "1"
 
 
+def test_layers_that_are_not_there_are_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: a mistake in the heads shows after the trunk has answered all prompts."""
+    words = ["recipes/smoke.yaml", f"output={tmp_path / 'run'}", "heads.kind=medusa", "heads.shared_layers=9"]
+    for command in (["distill"], ["data", "store"]):
+        assert main([*command, *words]) == 2
+        assert "heads.shared_layers: 9 is more than the " in capsys.readouterr().err
+    assert not (tmp_path / "run" / "responses.jsonl").exists()
+
+
 def test_what_no_engine_serves() -> None:
     """Fault: an export without the adapters, which drafts something else than what was trained."""
     config = HeadsConfig(kind="medusa", depth=2, hidden_size=32, columns=128, shared_layers=2, adapter_rank=4)

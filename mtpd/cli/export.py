@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli.arguments import Debug
+from mtpd.cli.arguments import Debug, UntrustedRun
 from mtpd.cli.import_ import Output
 from mtpd.cli.terminal import quiet_libraries
 
@@ -30,6 +30,7 @@ def export(
             help="Also load what was written, with noise for heads too, which must accept less: loads the base."
         ),
     ] = True,
+    untrusted: UntrustedRun = False,
     debug: Debug = False,
 ) -> None:
     """Write the heads of a run, with their base where the layout needs it, for a serving engine.
@@ -43,5 +44,5 @@ def export(
     with quiet_libraries(debug=debug):
         from mtpd.checkpoints.exports.export import export as write  # brings in torch
 
-        layout, why = write(run, output, to=to, depth=depth, perturb=perturb)
+        layout, why = write(run, output, to=to, depth=depth, perturb=perturb, untrusted=untrusted)
         typer.echo(f"{output}: layout {layout.name} ({why}); README.md there says how it is served")

@@ -35,6 +35,14 @@ def extend(
         float | None, typer.Option("--learning-rate", help="Peak learning rate of a stage.")
     ] = None,
     auto: Annotated[bool, typer.Option("--auto", help="Go on until another stage no longer pays here.")] = False,
+    untrusted: Annotated[
+        bool,
+        typer.Option(
+            "--untrusted",
+            help="The run is somebody else's: paths in its recipe stay inside this folder, and nothing in it runs code "
+            "or sends data away.",
+        ),
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what an earlier call left of these stages.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -69,7 +77,7 @@ def extend(
         from mtpd.distill.extend import extend as run_stages
 
         try:
-            path: Path = run_stages(run, given, fresh=fresh)
+            path: Path = run_stages(run, given, fresh=fresh, untrusted=untrusted)
         except Exception as error:
             if full := disk_full(error, run):
                 raise full from error

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from mtpd.cli.arguments import Debug, RecipeArguments, split_arguments
+from mtpd.cli.arguments import Debug, RecipeArguments, Untrusted, split_arguments
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.recipe import load_pretrain_recipe
 
 
-def pretrain(context: typer.Context, arguments: RecipeArguments = None, debug: Debug = False) -> None:
+def pretrain(
+    context: typer.Context, arguments: RecipeArguments = None, untrusted: Untrusted = False, debug: Debug = False
+) -> None:
     """Train a causal LM from scratch: a configuration in, a checkpoint out.
 
     The same command resumes an interrupted run from its run directory.
@@ -21,7 +23,7 @@ def pretrain(context: typer.Context, arguments: RecipeArguments = None, debug: D
         mtpd pretrain recipes/bytes-code.yaml train.max_steps=20 output=runs/try
     """
     path, overrides = split_arguments(arguments)
-    recipe = load_pretrain_recipe(path, overrides)
+    recipe = load_pretrain_recipe(path, overrides, untrusted=untrusted)
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
         from mtpd.distill.pretrain import pretrain as run  # brings in torch
 

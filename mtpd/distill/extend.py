@@ -45,6 +45,7 @@ from mtpd.heads import WEIGHTS, build_heads, chain_of, load_heads, save_heads
 from mtpd.heads.chain import ChainHeads
 from mtpd.heads.looped import extended
 from mtpd.recipe import ExtendRecipe, Recipe, dump, parse_recipe, stages_of
+from mtpd.recipe.untrusted import refuse_untrusted
 
 DECODED_PROMPTS, DECODED_TOKENS = 4, 64
 """Held-out prompts that every number of drafts decodes, and tokens of each, at most."""
@@ -62,12 +63,15 @@ class Material:
     """Rows to train on and what keeps their hidden states; not called where nothing is trained."""
 
 
-def extend(path: Path, given: Mapping[str, Any], *, fresh: bool = False, progress: bool = True) -> Path:
+def extend(
+    path: Path, given: Mapping[str, Any], *, fresh: bool = False, progress: bool = True, untrusted: bool = False
+) -> Path:
     """Extends the heads of a finished run.
 
     Args:
         given: keys of the recipe's `extend` section, in place of what the run's recipe says.
         fresh: deletes what an earlier call left of these stages.
+        untrusted: the run is somebody else's, and so is what its recipe names.
 
     Returns:
         The directory of the last stage, or the run itself if no stage pays.
@@ -76,6 +80,9 @@ def extend(path: Path, given: Mapping[str, Any], *, fresh: bool = False, progres
         UserError, MtpdError: with one line that names the cause.
     """
     recipe, run = open_finished(path)
+    if untrusted:
+        # What a stage writes is in the run, wherever its recipe says that it lies.
+        refuse_untrusted(recipe.model_dump(mode="json", exclude={"output"}), source=str(run.recipe))
     with ranks.joined(resolve_device(recipe.device)):
         return _extend(path, recipe, run, given, fresh=fresh, progress=progress and ranks.is_main())
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -28,7 +27,7 @@ from mtpd import ranks
 from mtpd.data.packing import Sample
 from mtpd.errors import MtpdError
 from mtpd.evaluate.trunk_quality import TrunkQuality, negative_log_likelihood
-from mtpd.files import sealed, write_whole
+from mtpd.files import replacing, sealed, write_whole
 from mtpd.heads import Readout
 from mtpd.heads.adapters import ALPHA
 from mtpd.recipe import Recipe
@@ -94,12 +93,9 @@ class JointTrunk:
         """
         self._finish()
         if ranks.is_main():
-            beside = folder.with_name(f".{folder.name}.partial")
-            shutil.rmtree(beside, ignore_errors=True)
-            self.trunk.model.save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
-            shutil.rmtree(folder, ignore_errors=True)
-            beside.rename(folder)
+            with replacing(folder) as beside:
+                self.trunk.model.save_pretrained(beside)
+                tokenizer.save_pretrained(beside)
         ranks.barrier()
 
     def _finish(self) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from mtpd.data.models import load_model, resolve_device, resolve_dtype
 from mtpd.data.vocabulary import draft_size
+from mtpd.distill.arguments import loss_settings
 from mtpd.distill.estimate import Sizes, TextEstimate, estimate_disk, estimate_memory, estimate_text
 from mtpd.distill.run import check_row_length, real_tokens, with_native_depth
 from mtpd.distill.scaling import SPARE, Fit, Load, fits, host_memory
@@ -298,6 +299,12 @@ def training_load(
         tokens=recipe.train.rows_per_step * recipe.data.row_length,
         active=_active(layers, trunk.config),
         active_heads=round(often * _active([heads], trunk.config)),
+        row=recipe.data.row_length,
+        attended=trunk.depth * sizes.attended,
+        attended_heads=sizes.depth * sizes.attended,
+        between=sizes.between,
+        between_heads=sizes.between_heads,
+        sweeps=_sweeps(recipe, sizes.columns),
         depth=recipe.heads.depth,
         vocabulary=sizes.columns,
     )
@@ -305,6 +312,15 @@ def training_load(
 
 def _numbers(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _sweeps(recipe: Recipe, columns: int) -> int:
+    """Numbers that the loss reads and writes for a column and token, as counted with labels and the KL.
+
+    Other losses: 7 a depth with labels alone (ce), 12 with the KL alone, 40 with lk.
+    """
+    among = 0 < loss_settings(recipe).top_n < columns
+    return (14 if among else 7) + recipe.heads.depth * (20 if among else 15)
 
 
 def _active(modules: Iterable[torch.nn.Module], config: Any) -> int:

@@ -24,7 +24,7 @@ from mtpd.data.streams import stream_rows
 from mtpd.distill.safe_trainer import SafeTrainer
 from mtpd.distill.trainer import Metrics, Progress
 from mtpd.errors import UserError
-from mtpd.files import is_empty, write_whole
+from mtpd.files import is_empty, replacing, write_whole
 from mtpd.heads import build_heads, configure_heads, save_heads, start_heads
 from mtpd.heads.parallel import AnyParallel
 from mtpd.losses.pieces import in_pieces
@@ -172,8 +172,9 @@ def _pretrain(recipe: PretrainRecipe, *, progress: bool) -> Path:
     trainer.train_safely()
     whole.eval().requires_grad_(False)
     write_whole(run / "held-out.json", json.dumps(held_out_losses(whole, held_out, dtype=dtype), indent=2) + "\n")
-    model.to(dtype).save_pretrained(run / "model")
-    tokenizer.save_pretrained(run / "model")
+    with replacing(run / "model") as folder:
+        model.to(dtype).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     if heads is not None:
         heads.config = heads.config.model_copy(update={"trunk": trunk_fingerprint(model)})
         save_heads(heads, run / "heads")

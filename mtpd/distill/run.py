@@ -34,7 +34,7 @@ from mtpd.distill.outcome import decode, measure, show
 from mtpd.distill.training import train_heads
 from mtpd.errors import UserError, enough_memory
 from mtpd.evaluate.contamination import write_signatures
-from mtpd.heads import WEIGHTS, chain_of, load_heads, save_heads
+from mtpd.heads import WEIGHTS, chain_of, configure_heads, load_heads, save_heads
 from mtpd.recipe import Recipe, parse_recipe
 from mtpd.trunk import Trunk
 
@@ -177,6 +177,7 @@ def start(recipe: Recipe, run: RunDirectory, *, progress: bool) -> Session:
     if ranks.is_main() or not apart:
         trunk.check()
     check_row_length(recipe, trunk)
+    check_heads(recipe, trunk)
     if trunk.recurrent and recipe.evaluation.decode_prompts:
         raise UserError(
             f"evaluation.decode_prompts: {recipe.evaluation.decode_prompts} is not accepted for {trunk.name}, whose "
@@ -193,6 +194,12 @@ def check_row_length(recipe: Recipe, trunk: Trunk) -> None:
             f"data.row_length: {recipe.data.row_length} is longer than the context of {recipe.model}; "
             f"accepted: at most {trunk.context}"
         )
+
+
+def check_heads(recipe: Recipe, trunk: Trunk) -> None:
+    """Raises UserError if the trunk cannot have the heads of the recipe; those of a checkpoint are what they are."""
+    if recipe.heads.init != "native":
+        configure_heads(recipe.heads.model_dump(), trunk, vocabulary=0, fingerprint="")
 
 
 def real_tokens(model: Any, tokenizer: Any) -> int:

@@ -16,9 +16,10 @@ which gradients are reduced, at stage 3 the layers that are whole for a moment, 
 the heads in the trunk's number format, activations, the states of a batch, and the tile of the loss. At stage 3
 embedding and unembedding stay whole: each step reads all of both.
 
-The time of a step is that of its floating-point operations at a rate that is given, or that of its messages at a
-bandwidth that is given, whichever is longer, for the trunk and for the heads on their own: layers are fetched while
-others compute. Nothing is added for what does not overlap, so a real step takes longer.
+The time of a step is that of its work, for the trunk and for the heads on their own: the operations of its products at
+one rate, and the bytes that all else reads and writes at another. Messages go on meanwhile, and the longer of the two
+counts; or they follow it, where they are carried by what computes. What there is of each is counted in tests, and the
+time compared with steps that were measured. Kernels' starts, reading rows and waiting for each other are left out.
 """
 
 from __future__ import annotations
@@ -35,6 +36,12 @@ SHARDINGS: tuple[Sharding, ...] = ("none", "zero1", "zero2", "zero3", "zero3-cpu
 FLOAT32 = 4
 SPARE = 0.9
 """Share of a device's memory that a plan fills: allocators and libraries need the rest."""
+ALONE = (10, 0)
+"""Numbers read and written for each parameter that is trained, in one process: by the norm (1) and clipping (2) of
+gradients, and by AdamW (7: weight, gradient and two moments in, all but the gradient out)."""
+UPDATE = ((14, 0), (7, 18), (7, 18), (8, 24))
+"""The same by stage in several processes: for all parameters, and for the share of a process. Gradients go through buckets,
+and under DeepSpeed those of the share and its weights through copies, which are counted and not derived."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,18 @@ class Load:
     """Parameters of the trunk's layers that a token goes through: fewer than `layers` where it has experts."""
     active_heads: int
     """Parameters of the heads that a token goes through, all depths together."""
+    row: int
+    """Tokens of a row: attention compares each with all of them."""
+    attended: int
+    """Features of queries and values in the trunk, all layers together."""
+    attended_heads: int
+    """Those in the heads, all depths together."""
+    between: int
+    """Numbers of a token that are read and written between the products of a pass through the trunk."""
+    between_heads: int
+    """Those in the forward and backward pass of the heads, all depths together."""
+    sweeps: int
+    """Numbers that the loss reads and writes for a column and token, for the teacher and all depths together."""
     depth: int
     vocabulary: int
     """Tokens that the loss compares."""
@@ -122,28 +141,72 @@ class Machine:
     """What a step's time follows from. Rates are those that are reached, not those of the data sheet."""
 
     flops: float
-    """Floating-point operations a second of a device."""
+    """Floating-point operations a second of a device, in products."""
+    memory: float
+    """Bytes a second that a device reads and writes, together."""
     link: float
     """Bytes a second that a device receives from others in its machine."""
     network: float
     """Bytes a second that a machine receives from the others, which each of its devices gets."""
     devices: int = 8
     """In one machine."""
+    overlaps: bool = True
+    """Whether a device computes while messages are under way, as accelerators do. Processor cores carry them."""
 
     def bandwidth(self, ranks: int) -> float:
         """Of a collective operation of all ranks, in bytes a second that each receives."""
         return self.link if ranks <= self.devices else min(self.link, self.network)
 
+    def both(self, work: float, messages: float) -> float:
+        """Seconds that work and messages take together."""
+        return max(work, messages) if self.overlaps else work + messages
+
 
 def trunk_flops(load: Load) -> float:
-    """Of one forward pass over a micro batch; what attention adds for long rows is left out."""
-    return 2.0 * load.active * load.tokens
+    """Of one forward pass over a micro batch: 2 a parameter and token, and 2 a feature and pair of tokens."""
+    return 2.0 * load.tokens * (load.active + load.row * load.attended)
 
 
 def heads_flops(load: Load) -> float:
-    """Forward and backward of the heads, the teacher's logits, and two products with the unembedding a depth."""
+    """Forward and backward of the heads, the teacher's logits, and two products with the unembedding a depth.
+
+    Attention computes its weights anew in the backward pass: five products there, after two.
+    """
     logits = 2.0 * load.hidden * load.vocabulary * (1 + 2 * load.depth)
-    return load.tokens * (6.0 * load.active_heads + logits)
+    return load.tokens * (6.0 * load.active_heads + 7.0 * load.row * load.attended_heads + logits)
+
+
+def trunk_swept(load: Load) -> float:
+    """Bytes read and written between the products of a forward pass. In 16 bits, half of it is in 32 bits: norms."""
+    return load.tokens * load.between * (load.item + FLOAT32) / 2
+
+
+def heads_swept(load: Load) -> float:
+    """Bytes read and written between the products of the heads, and over the logits of the loss.
+
+    In 16 bits too: what autocast saves there, its casts of numbers and weights take.
+    """
+    return float(FLOAT32 * load.tokens * (load.between_heads + load.vocabulary * load.sweeps))
+
+
+def update_swept(load: Load, sharding: Sharding, ranks: int) -> float:
+    """Bytes read and written for gradients and weights of the heads: collecting, clipping, and AdamW's update."""
+    whole, shared = UPDATE[_stage(sharding)] if ranks > 1 else ALONE
+    return FLOAT32 * (whole * load.heads + shared * _part(load.heads, ranks))
+
+
+def received(load: Load, sharding: Sharding, ranks: int) -> tuple[float, float]:
+    """Bytes that a rank receives in an optimizer step of one micro batch: for the heads, and of the trunk's layers.
+
+    Gradients are summed everywhere, which brings in what the heads have twice; DeepSpeed does so at stages 1 and 2 too,
+    where new weights come back besides. At stage 3 gradients are shared out; weights are collected for the forward pass,
+    and for the backward pass those that were let go.
+    """
+    stage, share = _stage(sharding), (ranks - 1) / ranks
+    if stage < 3:
+        return (3 if stage else 2) * FLOAT32 * load.heads * share, 0.0
+    let_go = max(0, load.heads - LIVE_LAYERS * load.largest_head)
+    return FLOAT32 * (2 * load.heads + let_go) * share, load.layers * load.item * share
 
 
 def step_seconds(load: Load, sharding: Sharding, ranks: int, machine: Machine, *, stored: bool) -> float:
@@ -152,16 +215,12 @@ def step_seconds(load: Load, sharding: Sharding, ranks: int, machine: Machine, *
     Args:
         stored: the hidden states come from a store, and the trunk does not run.
     """
-    stage = _stage(sharding)
-    received = (ranks - 1) / ranks / machine.bandwidth(ranks)
-    heads = FLOAT32 * load.heads * received
-    # Gradients are reduced, and new weights come back; at stage 3 weights come for the forward and the backward pass.
-    exchanged = heads * (3 if stage == 3 else 2)
-    seconds = max(heads_flops(load) / machine.flops, exchanged)
+    of_heads, of_trunk = (each / machine.bandwidth(ranks) for each in received(load, sharding, ranks))
+    swept = heads_swept(load) + update_swept(load, sharding, ranks)
+    seconds = machine.both(heads_flops(load) / machine.flops + swept / machine.memory, of_heads)
     if stored:
         return seconds
-    fetched = load.layers * load.item * received if stage == 3 else 0.0
-    return seconds + max(trunk_flops(load) / machine.flops, fetched)
+    return seconds + machine.both(trunk_flops(load) / machine.flops + trunk_swept(load) / machine.memory, of_trunk)
 
 
 def _stage(sharding: Sharding) -> int:

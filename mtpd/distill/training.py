@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from mtpd.data.packing import PackedRows, Sample
-from mtpd.data.store import HiddenStates
+from mtpd.data.store import HiddenStates, MemoryStore
 from mtpd.distill.arguments import loss_settings, training_arguments
 from mtpd.distill.below import FinishedDepths
 from mtpd.distill.callbacks import MeasuringTrainer, stopping
@@ -73,9 +73,17 @@ def train_heads(
         arguments = training_arguments(recipe, dtype=dtype, device=trunk.device, **options)
         trunk.to(arguments.device)
         if arguments.world_size > 1 and store is not None and not all(row in store for row in range(len(rows))):
+            # A rank meets rows that another one has computed.
+            instead = (
+                "accepted: disk, where all processes read what each has computed"
+                if isinstance(store, MemoryStore)
+                else "`mtpd data store` fills a store ahead of training"
+            )
             logger.warning(
-                "data.hidden_states: several processes do not fill a store, the trunk runs in each epoch; "
-                "`mtpd data store` fills it ahead of training"
+                "data.hidden_states: %s: %d processes keep no states while they train, the trunk runs in each epoch; %s",
+                recipe.data.hidden_states,
+                arguments.world_size,
+                instead,
             )
             store = None
         if arguments.world_size > 1 and below is not None:

@@ -127,9 +127,11 @@ def load_recipe(path: Path | str | None, overrides: Sequence[str] = (), *, untru
     return _load(Recipe, path, overrides, untrusted=untrusted)
 
 
-def load_pretrain_recipe(path: Path | str | None, overrides: Sequence[str] = ()) -> PretrainRecipe:
+def load_pretrain_recipe(
+    path: Path | str | None, overrides: Sequence[str] = (), *, untrusted: bool = False
+) -> PretrainRecipe:
     """`load_recipe`, for `mtpd pretrain`."""
-    return _load(PretrainRecipe, path, overrides)
+    return _load(PretrainRecipe, path, overrides, untrusted=untrusted)
 
 
 def _load(

@@ -14,6 +14,7 @@ from mtpd.checkpoints.exports.run import Run, open_run
 from mtpd.checkpoints.native import find_heads
 from mtpd.checkpoints.tensors import cast, is_zero
 from mtpd.errors import MtpdError, UserError
+from mtpd.recipe.untrusted import refuse_code
 
 ENGINES = {
     "transformers": ("in-place", "hf-mtp", "glm4moe"),
@@ -32,7 +33,9 @@ FAMILIES_OF = {
 """The family to read an export back with, where its config does not tell."""
 
 
-def export(path: Path, output: Path, *, to: str, depth: int | None = None, perturb: bool = True) -> tuple[Layout, str]:
+def export(
+    path: Path, output: Path, *, to: str, depth: int | None = None, perturb: bool = True, untrusted: bool = False
+) -> tuple[Layout, str]:
     """Writes the heads of a run in a layout.
 
     Args:
@@ -40,6 +43,7 @@ def export(path: Path, output: Path, *, to: str, depth: int | None = None, pertu
         to: a layout, or an engine that one is chosen for.
         depth: how many depths; None is all.
         perturb: also loads what was written, as it is and with heads made noise, which must accept less.
+        untrusted: the run is somebody else's: code that comes with its model is not run, whatever its recipe says.
 
     Returns:
         The layout, and why it was chosen and what was found when it was read back.
@@ -51,6 +55,8 @@ def export(path: Path, output: Path, *, to: str, depth: int | None = None, pertu
     if output.exists():
         raise UserError(f"output: {output} exists; choose another output, or delete it first")
     run = open_run(path, depth=depth)
+    if untrusted:
+        refuse_code(run.recipe, source=str(path / "recipe.yaml"))
     layout, why = choose(run, to)
     with new_directory(output) as folder:
         layout.write(run, folder)

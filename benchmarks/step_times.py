@@ -1,0 +1,265 @@
+"""Steps of one process and of two, timed beside what the formula of `mtpd.distill.scaling` says of them.
+
+    python benchmarks/step_times.py --json tests/data/step-times.json
+
+A Llama with random weights, and chain heads for it, in float32; each process has a core and one thread. What the
+machine can do is measured first, by the processes at the same time, as they work in a step: operations a second of the
+products of a layer, a head and the loss; bytes a second of a sweep over what lies between them; bytes a second that
+gloo's collectives bring in. Then steps are timed: their median, without the first ones. `tests/test_scaling.py` holds
+what was found to the formula.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lab import machine
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from mtpd import ranks
+from mtpd.data.packing import PackedRows
+from mtpd.data.store import MemoryStore, fill
+from mtpd.distill.directory import RunDirectory
+from mtpd.distill.plan import plan
+from mtpd.distill.run import Session
+from mtpd.distill.scaling import Load, Machine, Sharding, step_seconds
+from mtpd.distill.training import train_heads
+from mtpd.heads import build_heads, configure_heads, start_heads
+from mtpd.recipe import Recipe, load_recipe
+from mtpd.trunk import Trunk
+
+MODEL: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "vocab_size": 16384,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+WORDS = ["heads.depth=2", "dtype=float32", "device=cpu", "train.rows_per_step=1"]
+CASES: dict[int, list[tuple[Sharding, int, bool]]] = {
+    # Sharding, tokens of a row, and whether the trunk's states are stored.
+    1: [("none", 512, False), ("none", 512, True), ("none", 128, False)],
+    2: [
+        *(("none", 512, False), ("none", 512, True), ("none", 128, False)),
+        *(("zero2", 512, False), ("zero2", 128, False)),
+        *(("zero3", 512, False), ("zero3", 512, True), ("zero3", 128, False)),
+    ],
+}
+WARM = 2
+"""Steps that are not counted."""
+
+
+def recipe_of(sharding: str, tokens: int, steps: int, folder: Path, *, name: str) -> Recipe:
+    preset = "null" if sharding == "none" else sharding
+    given = [f"model={folder}", f"output={folder / name}", f"data.row_length={tokens}", f"train.deepspeed={preset}"]
+    return load_recipe(None, [*WORDS, *given, f"train.max_steps={steps}", "train.save_steps=1000000"])
+
+
+def load_of(model: dict[str, Any], words: Sequence[str], tokens: int) -> Load:
+    """What the formula is given, from the configuration alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(model))
+        return plan(load_recipe(None, [*words, f"model={folder}", f"data.row_length={tokens}"])).load
+
+
+class Clock(TrainerCallback):
+    """Seconds of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._began)
+
+
+def timed(function: Callable[[], Any], *, runs: int = 5) -> float:
+    """Median seconds of a call, which all processes make at the same time."""
+    found = []
+    for _ in range(runs):
+        ranks.barrier()
+        began = time.perf_counter()
+        function()
+        found.append(time.perf_counter() - began)
+    return statistics.median(found)
+
+
+def product_rate(config: LlamaConfig, tokens: int, depth: int) -> float:
+    """Operations a second of the products of a step: forward of the trunk; forward and backward of heads and loss."""
+    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    # [out, in] of the linear layers of a decoder layer, and of the projection of a head.
+    linear = {(width, width): 4, (inner, width): 2, (width, inner): 1}
+    head = {**linear, (width, 2 * width): 1}
+    found: dict[tuple[int, int, int], float] = {}
+
+    def seconds(rows: int, inside: int, columns: int) -> float:
+        """Of a product [rows, inside] x [inside, columns], with another matrix each time, as in a step."""
+        shape = rows, inside, columns
+        if shape not in found:
+            left = torch.randn(rows, inside)
+            others = iter([torch.randn(columns, inside).T for _ in range(6)])
+            out = torch.empty(rows, columns)
+            torch.mm(left, next(others), out=out)
+            found[shape] = timed(lambda: torch.mm(left, next(others), out=out))
+        return found[shape]
+
+    operations = total = 0.0
+    for (out, inside), count in linear.items():
+        operations += layers * count * 2 * tokens * out * inside
+        total += layers * count * seconds(tokens, inside, out)
+    for (out, inside), count in head.items():
+        operations += depth * count * 6 * tokens * out * inside
+        forms = ((tokens, inside, out), (tokens, out, inside), (out, tokens, inside))
+        total += depth * count * sum(seconds(*form) for form in forms)
+    rows = min(256, tokens)
+    logits = 2 * tokens * width * config.vocab_size
+    operations += (1 + 2 * depth) * logits
+    total += tokens / rows * (1 + depth) * seconds(rows, width, config.vocab_size)
+    total += tokens / rows * depth * seconds(rows, config.vocab_size, width)
+    return operations / total
+
+
+def sweep_rate(config: LlamaConfig, tokens: int) -> float:
+    """Bytes a second, read and written ones together, of what makes a new tensor of two, as wide as an MLP is."""
+    one, other = (torch.randn(tokens, config.intermediate_size) for _ in range(2))
+    return 3 * one.nbytes / timed(lambda: torch.mul(one, other), runs=21)
+
+
+def link_rate(elements: int) -> float:
+    """Bytes a second that come in while gradients of so many elements are summed over the processes."""
+    tensor = torch.ones(elements)
+    dist.all_reduce(tensor)
+    count = dist.get_world_size()
+    return 2 * tensor.nbytes * (count - 1) / count / timed(lambda: dist.all_reduce(tensor))
+
+
+def rates(config: LlamaConfig, tokens: int, depth: int) -> dict[str, float]:
+    found = {"flops": product_rate(config, tokens, depth), "memory": sweep_rate(config, tokens)}
+    if ranks.count() > 1:
+        found["link"] = link_rate(6 * 2**20)
+    return found
+
+
+def steps(trunk: Trunk, sharding: Sharding, tokens: int, stored: bool, count: int, folder: Path) -> list[float]:
+    """Seconds of so many steps, as `mtpd distill` takes them."""
+    recipe = recipe_of(sharding, tokens, WARM + count, folder, name=f"{sharding}-{tokens}-{stored}")
+    config = configure_heads(recipe.heads.model_dump(), trunk, vocabulary=0, fingerprint="")
+    heads = build_heads(trunk, config)
+    start_heads(heads, trunk, "identity", lambda: [], seed=0)
+    ids = torch.randint(MODEL["vocab_size"], (4, tokens), generator=torch.Generator().manual_seed(0))
+    rows = PackedRows(ids, ids, torch.arange(tokens).expand(4, tokens), documents=4, cut=0, dropped=0)
+    store = MemoryStore(trunk, rows) if stored else None
+    if store is not None:
+        fill(store, trunk, rows, batch_rows=1, progress=False)
+    session = Session(recipe, RunDirectory(recipe.output), trunk, None, "", [2], False)
+    clock = Clock()
+    train_heads(session, heads, rows, store, [], callbacks=[clock])
+    return clock.seconds[WARM:]
+
+
+def work(folder: Path, count: int) -> None:
+    """What one process does; the first one writes what was found."""
+    torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["RANK"]) % len(cores)]})
+    torch.manual_seed(0)
+    config = LlamaConfig(**{key: value for key, value in MODEL.items() if key != "model_type"})
+    trunk = Trunk(LlamaForCausalLM(config).eval())
+    with ranks.joined(torch.device("cpu")):
+        found: dict[str, Any] = {"rates": {}, "steps": []}
+        for sharding, tokens, stored in CASES[ranks.count()]:
+            # The machine is not the same from one minute to the next.
+            now = rates(config, tokens, 2)
+            seconds = steps(trunk, sharding, tokens, stored, count, folder)
+            after = rates(config, tokens, 2)
+            case = {"sharding": sharding, "tokens": tokens, "stored": stored, "seconds": statistics.median(seconds)}
+            case["rates"] = {name: (now[name] + after[name]) / 2 for name in now}
+            found["steps"].append(case)
+            if ranks.is_main():
+                print(f"{ranks.count()} {case} {[round(each, 3) for each in seconds]}", flush=True)
+                (folder / "found.json").write_text(json.dumps(found))
+
+
+def in_processes(number: int, count: int) -> list[dict[str, Any]]:
+    """The steps of so many processes."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (Path(folder) / "config.json").write_text(json.dumps(MODEL))
+        common = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1"}
+        common |= {"MASTER_PORT": free.getsockname()[1], "OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1}
+        free.close()
+        command = [sys.executable, "-W", "ignore", __file__, "--work", folder, "--steps", str(count)]
+        each = [
+            subprocess.Popen(
+                command,
+                env=os.environ
+                | {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()},
+            )
+            for rank in range(number)
+        ]
+        codes = [process.wait() for process in each]
+        if any(codes):
+            raise SystemExit(f"the processes ended with {codes}")
+        found: list[dict[str, Any]] = json.loads((Path(folder) / "found.json").read_text())["steps"]
+        return [{"ranks": number, **case} for case in found]
+
+
+def machine_of(rates: dict[str, float]) -> Machine:
+    """As the formula takes it: gloo's messages are carried by the cores that compute."""
+    link = rates.get("link", float("inf"))
+    return Machine(flops=rates["flops"], memory=rates["memory"], link=link, network=link, overlaps=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work is not None:
+        work(options.work, options.steps)
+        return
+    found = [case for number in options.ranks for case in in_processes(number, options.steps)]
+    loads = {tokens: load_of(MODEL, WORDS, tokens) for tokens in {case["tokens"] for case in found}}
+    print("| processes | sharding | tokens | stored | measured, s | formula, s | formula / measured |")
+    print("|---|---|---|---|---|---|---|")
+    for case in found:
+        said = step_seconds(
+            loads[case["tokens"]], case["sharding"], case["ranks"], machine_of(case["rates"]), stored=case["stored"]
+        )
+        stored = "yes" if case["stored"] else "no"
+        name = "null" if case["sharding"] == "none" else case["sharding"]
+        print(
+            f"| {case['ranks']} | {name} | {case['tokens']} | {stored} | {case['seconds']:.3f} | {said:.3f} "
+            f"| {said / case['seconds']:.2f} |"
+        )
+    if options.json is not None:
+        about = {"machine": machine(), "date": date.today().isoformat(), "command": f"python {' '.join(sys.argv)}"}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({**about, "model": MODEL, "words": WORDS, "steps": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

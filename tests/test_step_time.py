@@ -1,0 +1,164 @@
+"""The formula of a step's time: what it counts against real steps, and the time against steps that were measured."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import in_fresh_ranks
+from step_counts import CountSteps
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mtpd.data.packing import PackedRows
+from mtpd.data.store import MemoryStore, fill
+from mtpd.distill.directory import RunDirectory
+from mtpd.distill.plan import plan
+from mtpd.distill.run import Session
+from mtpd.distill.scaling import (
+    Load,
+    Machine,
+    Sharding,
+    heads_flops,
+    heads_swept,
+    received,
+    step_seconds,
+    trunk_flops,
+    trunk_swept,
+    update_swept,
+)
+from mtpd.distill.training import train_heads
+from mtpd.heads import build_heads, configure_heads, start_heads
+from mtpd.recipe import load_recipe
+from mtpd.trunk import Trunk
+
+RECORD = Path(__file__).parent / "data" / "step-times.json"
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1024,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+SHAPE: dict[str, Any] = {key: value for key, value in MODEL.items() if key != "model_type"}
+WORDS = ["heads.depth=2", "dtype=float32", "device=cpu", "data.row_length=192", "train.rows_per_step=1"]
+DEEP = 5
+CASES: dict[int, list[tuple[Sharding, bool, int]]] = {
+    # Sharding, whether the trunk's states are stored, and depth.
+    1: [("none", True, 2), ("none", False, 2)],
+    2: [
+        *(("none", True, 2), ("zero1", True, 2), ("zero2", True, 2), ("zero3", True, 2)),
+        *(("zero3", False, 2), ("zero3", True, DEEP)),
+    ],
+}
+
+
+def load_of(model: dict[str, Any], words: list[str], folder: Path) -> Load:
+    """What the formula is given, from the configuration alone."""
+    (folder / "config.json").write_text(json.dumps(model))
+    return plan(load_recipe(None, [*words, f"model={folder}"])).load
+
+
+def counted(folder: str) -> dict[str, Any]:
+    """What the steps of a rank do, by sharding, and whether the trunk's states are stored."""
+    found = {}
+    count = int(os.environ["WORLD_SIZE"])
+    if count == 1:
+        # As without a launcher.
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
+    for sharding, stored, depth in CASES[count]:
+        torch.manual_seed(0)
+        trunk = Trunk(LlamaForCausalLM(LlamaConfig(**SHAPE)).eval())
+        name = "null" if sharding == "none" else sharding
+        case = f"{sharding}{' stored' * stored}{' deep' * (depth == DEEP)}"
+        run = Path(folder) / f"{count} {case}"
+        given = [f"train.deepspeed={name}", f"output={run}", f"heads.depth={depth}", "train.max_steps=2", "train.save_steps=9"]
+        recipe = load_recipe(None, [*WORDS, "model=none", *given])
+        config = configure_heads(recipe.heads.model_dump(), trunk, vocabulary=0, fingerprint="")
+        heads = build_heads(trunk, config)
+        start_heads(heads, trunk, "identity", lambda: [])
+        length = recipe.data.row_length
+        ids = torch.randint(1024, (4, length), generator=torch.Generator().manual_seed(0))
+        rows = PackedRows(ids, ids, torch.arange(length).expand(4, length), documents=4, cut=0, dropped=0)
+        store = MemoryStore(trunk, rows) if stored else None
+        if store is not None:
+            fill(store, trunk, rows, progress=False)
+        counter = CountSteps()
+        session = Session(recipe, RunDirectory(run), trunk, None, "", [2], False)
+        train_heads(session, heads, rows, store, [], callbacks=[counter])
+        found[case] = counter.of
+    return found
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """What was counted of one rank, and of the first of two."""
+    ended = in_fresh_ranks("test_step_time", "counted", str(tmp_path_factory.mktemp("counted")), counts=(1, 2))
+    for each in ended:
+        assert set(each.codes) == {0}, each.errors
+    return {count: each.values[0] for count, each in enumerate(ended, start=1)}
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    return load_of(MODEL, WORDS, tmp_path_factory.mktemp("model"))
+
+
+def total(step: dict[str, Any], what: str) -> int:
+    return sum(step[what].values())
+
+
+def test_products(steps: dict[int, dict[str, Any]], load: Load) -> None:
+    """Fault: a product that the formula forgets or counts twice: a depth's, the teacher's, one of the backward pass."""
+    alone, without = steps[1]["none"], steps[1]["none stored"]
+    assert total(without, "flops") == pytest.approx(heads_flops(load), rel=0.02)
+    assert total(alone, "flops") - total(without, "flops") == pytest.approx(trunk_flops(load), rel=0.02)
+
+
+@pytest.mark.parametrize("sharding", ["none", "zero1", "zero2", "zero3"])
+def test_messages(steps: dict[int, dict[str, Any]], load: Load, sharding: Sharding) -> None:
+    """Fault: weights or gradients that are sent more often than the formula says, or a frozen trunk's backward pass."""
+    of_heads, of_trunk = received(load, sharding, 2)
+    stored = total(steps[2][f"{sharding} stored"], "received")
+    assert stored == pytest.approx(of_heads, rel=0.01)
+    if sharding == "zero3":
+        assert total(steps[2][sharding], "received") - stored == pytest.approx(of_trunk, rel=0.01)
+        # Of more heads than stay whole, some are collected for the backward pass again.
+        deep = replace(load, heads=load.heads // 2 * DEEP)
+        assert total(steps[2]["zero3 stored deep"], "received") == pytest.approx(received(deep, sharding, 2)[0], rel=0.01)
+
+
+def test_sweeps(steps: dict[int, dict[str, Any]], load: Load) -> None:
+    """Fault: what lies between products is forgotten, or is taken to cost what it did when it was written otherwise."""
+    alone, without = steps[1]["none"], steps[1]["none stored"]
+    assert total(alone, "swept") - total(without, "swept") == pytest.approx(trunk_swept(load), rel=0.1)
+    assert total(without, "swept") == pytest.approx(heads_swept(load) + update_swept(load, "none", 1), rel=0.1)
+    for sharding in ("none", "zero1", "zero2", "zero3"):
+        more = total(steps[2][f"{sharding} stored"], "swept") - total(without, "swept")
+        assert more == pytest.approx(update_swept(load, sharding, 2) - update_swept(load, "none", 1), rel=0.15)
+
+
+def recorded() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(RECORD.read_text())
+    return found
+
+
+@pytest.mark.parametrize("case", recorded()["steps"], ids=lambda case: "-".join(map(str, list(case.values())[:4])))
+def test_times_that_were_measured(case: dict[str, Any], tmp_path: Path) -> None:
+    """Fault: a step that takes another time than docs/scaling.md says, with the rates of the machine it was taken on."""
+    about = recorded()
+    load = load_of(about["model"], [*about["words"], f"data.row_length={case['tokens']}"], tmp_path)
+    rates = case["rates"]
+    link = rates.get("link", 1.0)
+    machine = Machine(flops=rates["flops"], memory=rates["memory"], link=link, network=link, overlaps=False)
+    said = step_seconds(load, case["sharding"], case["ranks"], machine, stored=case["stored"])
+    assert said == pytest.approx(case["seconds"], rel=0.25)
