@@ -18,9 +18,16 @@ from mtpd.distill.scaling import Load, Machine, Sharding, fits, host_memory, mem
 from mtpd.recipe import load_recipe
 
 GPU_MEMORY = 80e9
-H100 = Machine(flops=0.4 * 989e12, memory=0.8 * 3.35e12, link=0.8 * 450e9, network=0.8 * 8 * 50e9)
-"""40% of the dense bfloat16 rate of an H100 SXM; 80% of the bandwidth of its memory, of one direction of NVLink 4, and of
-the eight ports of 400 Gb/s of a machine: what has come in through one of them is handed on inside."""
+H100 = Machine(
+    flops=0.4 * 989e12,
+    memory=0.8 * 3.35e12,
+    softmax=0.1 * 3.35e12,
+    link=0.8 * 450e9,
+    network=0.8 * 8 * 50e9,
+)
+"""40% of the dense bfloat16 rate of an H100 SXM; 80% of the bandwidth of its memory, of one direction of NVLink 4, and
+of the eight ports of 400 Gb/s of a machine: what has come in through one of them is handed on inside. A softmax takes
+as long as reading and writing 8 bytes."""
 RANKS = (8, 16, 32, 64, 128, 256, 512)
 SHARDED: tuple[Sharding, ...] = ("zero2", "zero3", "zero3-cpu")
 SETTINGS = ["heads.depth=4", "data.row_length=2048", "train.rows_per_step=2", "dtype=bfloat16", "device=cpu"]

@@ -3,10 +3,10 @@
     python benchmarks/step_times.py --json tests/data/step-times.json
 
 A Llama with random weights, and chain heads for it, in float32; each process has a core and one thread. What the
-machine can do is measured first, by the processes at the same time, as they work in a step: operations a second of the
-products of a layer, a head and the loss; bytes a second of a sweep over what lies between them; bytes a second that
-gloo's collectives bring in. Then steps are timed: their median, without the first ones. `tests/test_scaling.py` holds
-what was found to the formula.
+machine can do is measured before and after each case, by the processes at the same time, as they work in a step:
+operations a second of the products of a layer, a head and the loss; bytes a second of a sweep over what lies between
+them; numbers a second of a softmax; bytes a second that gloo's collectives bring in. Steps are timed as `mtpd distill`
+takes them: the median, without the first ones. `tests/test_step_time.py` holds what was found to the formula.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from mtpd.distill.run import Session
 from mtpd.distill.scaling import Load, Machine, Sharding, step_seconds
 from mtpd.distill.training import train_heads
 from mtpd.heads import build_heads, configure_heads, start_heads
+from mtpd.losses.fused import TILE_BYTES
 from mtpd.recipe import Recipe, load_recipe
 from mtpd.trunk import Trunk
 
@@ -53,7 +54,7 @@ MODEL: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
 }
-WORDS = ["heads.depth=2", "dtype=float32", "device=cpu", "train.rows_per_step=1"]
+WORDS = ["heads.depth=2", "dtype=float32", "device=cpu", "data.max_new_tokens=64", "train.rows_per_step=1"]
 CASES: dict[int, list[tuple[Sharding, int, bool]]] = {
     # Sharding, tokens of a row, and whether the trunk's states are stored.
     1: [("none", 512, False), ("none", 512, True), ("none", 128, False)],
@@ -117,8 +118,8 @@ def product_rate(config: LlamaConfig, tokens: int, depth: int) -> float:
         """Of a product [rows, inside] x [inside, columns], with another matrix each time, as in a step."""
         shape = rows, inside, columns
         if shape not in found:
-            left = torch.randn(rows, inside)
-            others = iter([torch.randn(columns, inside).T for _ in range(6)])
+            left = torch.full((rows, inside), 0.1)
+            others = iter([torch.full((columns, inside), 0.1).T for _ in range(6)])
             out = torch.empty(rows, columns)
             torch.mm(left, next(others), out=out)
             found[shape] = timed(lambda: torch.mm(left, next(others), out=out))
@@ -146,6 +147,12 @@ def sweep_rate(config: LlamaConfig, tokens: int) -> float:
     return 3 * one.nbytes / timed(lambda: torch.mul(one, other), runs=21)
 
 
+def softmax_rate(config: LlamaConfig) -> float:
+    """Numbers a second of a softmax over a tile of the loss."""
+    tile = torch.randn(max(1, TILE_BYTES // (4 * config.vocab_size)), config.vocab_size)
+    return tile.numel() / timed(lambda: torch.softmax(tile, dim=1), runs=21)
+
+
 def link_rate(elements: int) -> float:
     """Bytes a second that come in while gradients of so many elements are summed over the processes."""
     tensor = torch.ones(elements)
@@ -156,6 +163,7 @@ def link_rate(elements: int) -> float:
 
 def rates(config: LlamaConfig, tokens: int, depth: int) -> dict[str, float]:
     found = {"flops": product_rate(config, tokens, depth), "memory": sweep_rate(config, tokens)}
+    found["softmax"] = softmax_rate(config)
     if ranks.count() > 1:
         found["link"] = link_rate(6 * 2**20)
     return found
@@ -228,7 +236,8 @@ def in_processes(number: int, count: int) -> list[dict[str, Any]]:
 def machine_of(rates: dict[str, float]) -> Machine:
     """As the formula takes it: gloo's messages are carried by the cores that compute."""
     link = rates.get("link", float("inf"))
-    return Machine(flops=rates["flops"], memory=rates["memory"], link=link, network=link, overlaps=False)
+    own = {name: rates[name] for name in ("flops", "memory", "softmax")}
+    return Machine(**own, link=link, network=link, overlaps=False)
 
 
 def main() -> None:

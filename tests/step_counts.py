@@ -34,6 +34,7 @@ class StepCount(TorchDispatchMode):
     Attributes:
         flops: of matrix products and attention, by name.
         swept: bytes that everything else reads and writes, by name.
+        softmaxes: numbers of which softmaxes are taken.
         received: bytes that come in through collectives, by name, where each moves as little as it can.
         calls: of collectives.
     """
@@ -42,6 +43,7 @@ class StepCount(TorchDispatchMode):
         super().__init__()
         self.flops: Counter[str] = Counter()
         self.swept: Counter[str] = Counter()
+        self.softmaxes: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
 
@@ -51,6 +53,8 @@ class StepCount(TorchDispatchMode):
         if func.namespace == "c10d":
             self.received[name] += _received(packet, args)
             self.calls[name] += 1
+        elif packet == ATEN._softmax:
+            self.softmaxes[name] += output.numel()
         elif packet in FLOPS:
             self.flops[name] += FLOPS[packet](*args, **(kwargs or {}), out_val=output)
         elif func.namespace == "aten" and packet not in TOUCHES_NOTHING:
@@ -124,4 +128,5 @@ class CountSteps(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2:
             self.count.__exit__(None, None, None)
-            self.of = {name: dict(getattr(self.count, name)) for name in ("flops", "swept", "received", "calls")}
+            names = ("flops", "swept", "softmaxes", "received", "calls")
+            self.of = {name: dict(getattr(self.count, name)) for name in names}

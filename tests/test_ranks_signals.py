@@ -1,4 +1,4 @@
-"""Two ranks that are told to end, or killed, in the middle of training: all end, and the run goes on as if nothing was."""
+"""Two ranks that are told to end, or killed, amid training: both end, and the run goes on as if nothing had been."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from processes import Ended, in_fresh_ranks_each
 from safetensors.torch import load_file
 
-LIMIT = 60.0
+LIMIT = 170.0
 """Seconds in which all ranks have to end."""
 STEPS = 6
 SHARDINGS = ("null", "zero2", "zero3")
@@ -85,12 +85,12 @@ def steps(run: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_ranks_that_are_ended_amid_training_lose_nothing(runs: tuple[Path, dict[str, list[Ended]]], sharding: str) -> None:
-    """Fault: ranks that stop after different steps or hang, another code, a checkpoint of one, a resume that differs."""
+def test_ranks_that_are_ended_lose_nothing(runs: tuple[Path, dict[str, list[Ended]]], sharding: str) -> None:
+    """Fault: ranks that stop after different steps or hang, another code, no checkpoint, a resume that differs."""
     folder, ended = runs[0], runs[1][sharding]
     assert ended[0].codes == [0, 0], ended[0].errors
     said = ended[0].errors[0]
-    assert ("memory: 2 processes keep no states while they train" in said) == (sharding == "zero2")
+    assert ("memory: 2 processes keep no states in training" in said) == (sharding == "zero2")
     assert "mtpd data store" not in said
     for (number, step, hit), found in zip(ENDS[sharding], ended[1:], strict=False):
         said = "".join(found.errors)

@@ -161,11 +161,12 @@ LARGE = Load(
     attended_heads=65_000,
     between=50_000_000,
     between_heads=8_000_000,
-    sweeps=94,
+    sweeps=76,
+    softmaxes=10,
     depth=4,
     vocabulary=128_000,
 )
-MACHINE = Machine(flops=4e14, memory=2.7e12, link=4e11, network=3e11)
+MACHINE = Machine(flops=4e14, memory=2.7e12, softmax=3e11, link=4e11, network=3e11)
 
 
 def test_more_devices_hold_less_each() -> None:

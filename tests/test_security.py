@@ -148,7 +148,7 @@ def test_runs_that_are_not_trusted(finished_run: Path, capsys: pytest.CaptureFix
     commands = [["generate", "--prompt", "x"], ["chat"], ["bench"], ["eval"], ["extend", "--to", "4"]]
     for command in [*commands, ["export", "--to", "transformers", "-o", str(finished_run.parent / "out")]]:
         assert main([command[0], str(finished_run), *command[1:], "--untrusted"]) == 2
-        assert "trust_remote_code: true is not accepted" in capsys.readouterr().err
+        assert "trust_remote_code: true is not accepted" in capsys.readouterr().err.lower()
 
 
 def test_what_a_run_that_is_not_trusted_names(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

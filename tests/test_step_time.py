@@ -26,6 +26,7 @@ from mtpd.distill.scaling import (
     heads_flops,
     heads_swept,
     received,
+    softmaxes,
     step_seconds,
     trunk_flops,
     trunk_swept,
@@ -50,6 +51,7 @@ MODEL = {
 }
 SHAPE: dict[str, Any] = {key: value for key, value in MODEL.items() if key != "model_type"}
 WORDS = ["heads.depth=2", "dtype=float32", "device=cpu", "data.row_length=192", "train.rows_per_step=1"]
+WORDS.append("train.top_n=200")
 DEEP = 5
 CASES: dict[int, list[tuple[Sharding, bool, int]]] = {
     # Sharding, whether the trunk's states are stored, and depth.
@@ -81,7 +83,7 @@ def counted(folder: str) -> dict[str, Any]:
         name = "null" if sharding == "none" else sharding
         case = f"{sharding}{' stored' * stored}{' deep' * (depth == DEEP)}"
         run = Path(folder) / f"{count} {case}"
-        given = [f"train.deepspeed={name}", f"output={run}", f"heads.depth={depth}", "train.max_steps=2", "train.save_steps=9"]
+        given = [f"train.deepspeed={name}", f"output={run}", f"heads.depth={depth}", "train.max_steps=2"]
         recipe = load_recipe(None, [*WORDS, "model=none", *given])
         config = configure_heads(recipe.heads.model_dump(), trunk, vocabulary=0, fingerprint="")
         heads = build_heads(trunk, config)
@@ -134,7 +136,9 @@ def test_messages(steps: dict[int, dict[str, Any]], load: Load, sharding: Shardi
         assert total(steps[2][sharding], "received") - stored == pytest.approx(of_trunk, rel=0.01)
         # Of more heads than stay whole, some are collected for the backward pass again.
         deep = replace(load, heads=load.heads // 2 * DEEP)
-        assert total(steps[2]["zero3 stored deep"], "received") == pytest.approx(received(deep, sharding, 2)[0], rel=0.01)
+        assert total(steps[2]["zero3 stored deep"], "received") == pytest.approx(
+            received(deep, sharding, 2)[0], rel=0.01
+        )
 
 
 def test_sweeps(steps: dict[int, dict[str, Any]], load: Load) -> None:
@@ -142,6 +146,8 @@ def test_sweeps(steps: dict[int, dict[str, Any]], load: Load) -> None:
     alone, without = steps[1]["none"], steps[1]["none stored"]
     assert total(alone, "swept") - total(without, "swept") == pytest.approx(trunk_swept(load), rel=0.1)
     assert total(without, "swept") == pytest.approx(heads_swept(load) + update_swept(load, "none", 1), rel=0.1)
+    # The selection of the top n is none of PyTorch's operations.
+    assert total(without, "softmaxes") == pytest.approx(softmaxes(load) * (1 - 1 / load.softmaxes), rel=0.02)
     for sharding in ("none", "zero1", "zero2", "zero3"):
         more = total(steps[2][f"{sharding} stored"], "swept") - total(without, "swept")
         assert more == pytest.approx(update_swept(load, sharding, 2) - update_swept(load, "none", 1), rel=0.15)
@@ -154,11 +160,12 @@ def recorded() -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", recorded()["steps"], ids=lambda case: "-".join(map(str, list(case.values())[:4])))
 def test_times_that_were_measured(case: dict[str, Any], tmp_path: Path) -> None:
-    """Fault: a step that takes another time than docs/scaling.md says, with the rates of the machine it was taken on."""
+    """Fault: a step that takes another time than the formula says, with the rates of the machine it ran on."""
     about = recorded()
     load = load_of(about["model"], [*about["words"], f"data.row_length={case['tokens']}"], tmp_path)
     rates = case["rates"]
     link = rates.get("link", 1.0)
-    machine = Machine(flops=rates["flops"], memory=rates["memory"], link=link, network=link, overlaps=False)
+    own = {name: rates[name] for name in ("flops", "memory", "softmax")}
+    machine = Machine(**own, link=link, network=link, overlaps=False)
     said = step_seconds(load, case["sharding"], case["ranks"], machine, stored=case["stored"])
     assert said == pytest.approx(case["seconds"], rel=0.25)

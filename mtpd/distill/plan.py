@@ -304,7 +304,7 @@ def training_load(
         attended_heads=sizes.depth * sizes.attended,
         between=sizes.between,
         between_heads=sizes.between_heads,
-        sweeps=_sweeps(recipe, sizes.columns),
+        **_of_loss(recipe, sizes.columns),
         depth=recipe.heads.depth,
         vocabulary=sizes.columns,
     )
@@ -314,13 +314,14 @@ def _numbers(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _sweeps(recipe: Recipe, columns: int) -> int:
-    """Numbers that the loss reads and writes for a column and token, as counted with labels and the KL.
+def _of_loss(recipe: Recipe, columns: int) -> dict[str, int]:
+    """What the loss does for a column and token, as counted with labels and the KL.
 
-    Other losses: 7 a depth with labels alone (ce), 12 with the KL alone, 40 with lk.
+    Other losses: 5 sweeps a depth with labels alone (ce), 10 with the KL alone, 38 with lk.
     """
-    among = 0 < loss_settings(recipe).top_n < columns
-    return (14 if among else 7) + recipe.heads.depth * (20 if among else 15)
+    if 0 < loss_settings(recipe).top_n < columns:
+        return {"sweeps": 12 + 16 * recipe.heads.depth, "softmaxes": 2 + 2 * recipe.heads.depth}
+    return {"sweeps": 5 + 13 * recipe.heads.depth, "softmaxes": 1 + recipe.heads.depth}
 
 
 def _active(modules: Iterable[torch.nn.Module], config: Any) -> int:

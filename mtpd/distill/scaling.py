@@ -40,8 +40,8 @@ ALONE = (10, 0)
 """Numbers read and written for each parameter that is trained, in one process: by the norm (1) and clipping (2) of
 gradients, and by AdamW (7: weight, gradient and two moments in, all but the gradient out)."""
 UPDATE = ((14, 0), (7, 18), (7, 18), (8, 24))
-"""The same by stage in several processes: for all parameters, and for the share of a process. Gradients go through buckets,
-and under DeepSpeed those of the share and its weights through copies, which are counted and not derived."""
+"""The same by stage in several processes: for all parameters, and for the share of a process. Gradients go through
+buckets, and under DeepSpeed those of the share and its weights through copies, which are counted and not derived."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ class Load:
     """Those in the forward and backward pass of the heads, all depths together."""
     sweeps: int
     """Numbers that the loss reads and writes for a column and token, for the teacher and all depths together."""
+    softmaxes: int
+    """Softmaxes beside them, for the teacher and all depths; the selection of the likeliest columns is one more."""
     depth: int
     vocabulary: int
     """Tokens that the loss compares."""
@@ -144,6 +146,8 @@ class Machine:
     """Floating-point operations a second of a device, in products."""
     memory: float
     """Bytes a second that a device reads and writes, together."""
+    softmax: float
+    """Numbers a second of which a device computes the softmax. Exponentials take a processor longer than reading."""
     link: float
     """Bytes a second that a device receives from others in its machine."""
     network: float
@@ -189,6 +193,11 @@ def heads_swept(load: Load) -> float:
     return float(FLOAT32 * load.tokens * (load.between_heads + load.vocabulary * load.sweeps))
 
 
+def softmaxes(load: Load) -> float:
+    """Numbers of which the loss computes the softmax."""
+    return float(load.tokens * load.vocabulary * load.softmaxes)
+
+
 def update_swept(load: Load, sharding: Sharding, ranks: int) -> float:
     """Bytes read and written for gradients and weights of the heads: collecting, clipping, and AdamW's update."""
     whole, shared = UPDATE[_stage(sharding)] if ranks > 1 else ALONE
@@ -198,9 +207,9 @@ def update_swept(load: Load, sharding: Sharding, ranks: int) -> float:
 def received(load: Load, sharding: Sharding, ranks: int) -> tuple[float, float]:
     """Bytes that a rank receives in an optimizer step of one micro batch: for the heads, and of the trunk's layers.
 
-    Gradients are summed everywhere, which brings in what the heads have twice; DeepSpeed does so at stages 1 and 2 too,
-    where new weights come back besides. At stage 3 gradients are shared out; weights are collected for the forward pass,
-    and for the backward pass those that were let go.
+    Gradients are summed everywhere, which brings in what the heads have twice; DeepSpeed does so at stages 1 and 2
+    too, where new weights come back besides. At stage 3 gradients are shared out; weights are collected for the
+    forward pass, and for the backward pass those that were let go.
     """
     stage, share = _stage(sharding), (ranks - 1) / ranks
     if stage < 3:
@@ -217,7 +226,8 @@ def step_seconds(load: Load, sharding: Sharding, ranks: int, machine: Machine, *
     """
     of_heads, of_trunk = (each / machine.bandwidth(ranks) for each in received(load, sharding, ranks))
     swept = heads_swept(load) + update_swept(load, sharding, ranks)
-    seconds = machine.both(heads_flops(load) / machine.flops + swept / machine.memory, of_heads)
+    work = heads_flops(load) / machine.flops + swept / machine.memory + softmaxes(load) / machine.softmax
+    seconds = machine.both(work, of_heads)
     if stored:
         return seconds
     return seconds + machine.both(trunk_flops(load) / machine.flops + trunk_swept(load) / machine.memory, of_trunk)

@@ -80,7 +80,7 @@ def train_heads(
                 else "`mtpd data store` fills a store ahead of training"
             )
             logger.warning(
-                "data.hidden_states: %s: %d processes keep no states while they train, the trunk runs in each epoch; %s",
+                "data.hidden_states: %s: %d processes keep no states in training, the trunk runs in each epoch; %s",
                 recipe.data.hidden_states,
                 arguments.world_size,
                 instead,
