@@ -21,6 +21,7 @@ GPU_MEMORY = 80e9
 H100 = Machine(
     flops=0.4 * 989e12,
     memory=0.8 * 3.35e12,
+    copies=0.8 * 3.35e12,
     softmax=0.1 * 3.35e12,
     link=0.8 * 450e9,
     network=0.8 * 8 * 50e9,

@@ -5,8 +5,9 @@
 A Llama with random weights, and chain heads for it, in float32; each process has a core and one thread. What the
 machine can do is measured before and after each case, by the processes at the same time, as they work in a step:
 operations a second of the products of a layer, a head and the loss; bytes a second of a sweep over what lies between
-them; numbers a second of a softmax; bytes a second that gloo's collectives bring in. Steps are timed as `mtpd distill`
-takes them: the median, without the first ones. `tests/test_step_time.py` holds what was found to the formula.
+them, and of a copy of a layer's weights; numbers a second of a softmax; bytes a second that gloo's collectives bring
+in. Steps are timed as `mtpd distill` takes them: the median, without the first ones. `tests/test_step_time.py` holds
+what was found to the formula.
 """
 
 from __future__ import annotations
@@ -59,9 +60,14 @@ CASES: dict[int, list[tuple[Sharding, int, bool]]] = {
     # Sharding, tokens of a row, and whether the trunk's states are stored.
     1: [("none", 512, False), ("none", 512, True), ("none", 128, False)],
     2: [
-        *(("none", 512, False), ("none", 512, True), ("none", 128, False)),
-        *(("zero2", 512, False), ("zero2", 128, False)),
-        *(("zero3", 512, False), ("zero3", 512, True), ("zero3", 128, False)),
+        *(
+            ("none", 512, False),
+            ("none", 512, True),
+            ("zero2", 512, False),
+            ("zero3", 512, False),
+            ("zero3", 512, True),
+        ),
+        *(("none", 128, False), ("zero2", 128, False), ("zero3", 128, False)),
     ],
 }
 WARM = 2
@@ -112,39 +118,68 @@ def product_rate(config: LlamaConfig, tokens: int, depth: int) -> float:
     # [out, in] of the linear layers of a decoder layer, and of the projection of a head.
     linear = {(width, width): 4, (inner, width): 2, (width, inner): 1}
     head = {**linear, (width, 2 * width): 1}
-    found: dict[tuple[int, int, int], float] = {}
-
-    def seconds(rows: int, inside: int, columns: int) -> float:
-        """Of a product [rows, inside] x [inside, columns], with another matrix each time, as in a step."""
-        shape = rows, inside, columns
-        if shape not in found:
-            left = torch.full((rows, inside), 0.1)
-            others = iter([torch.full((columns, inside), 0.1).T for _ in range(6)])
-            out = torch.empty(rows, columns)
-            torch.mm(left, next(others), out=out)
-            found[shape] = timed(lambda: torch.mm(left, next(others), out=out))
-        return found[shape]
-
-    operations = total = 0.0
-    for (out, inside), count in linear.items():
-        operations += layers * count * 2 * tokens * out * inside
-        total += layers * count * seconds(tokens, inside, out)
-    for (out, inside), count in head.items():
-        operations += depth * count * 6 * tokens * out * inside
-        forms = ((tokens, inside, out), (tokens, out, inside), (out, tokens, inside))
-        total += depth * count * sum(seconds(*form) for form in forms)
     rows = min(256, tokens)
-    logits = 2 * tokens * width * config.vocab_size
-    operations += (1 + 2 * depth) * logits
-    total += tokens / rows * (1 + depth) * seconds(rows, width, config.vocab_size)
-    total += tokens / rows * depth * seconds(rows, config.vocab_size, width)
+    logits = Products(rows, config.vocab_size, width)
+    operations = total = 0.0
+    for shape in head:
+        one = Products(tokens, *shape)
+        forward = layers * linear.get(shape, 0) + depth * head[shape]
+        operations += one.operations * (forward + 2 * depth * head[shape])
+        total += forward * one.forward() + depth * head[shape] * (one.of_input() + one.of_weight())
+    operations += (1 + 2 * depth) * tokens / rows * logits.operations
+    total += tokens / rows * ((1 + depth) * logits.forward() + depth * logits.of_input())
+    # Two products forward, and five back.
+    attention = 4 * tokens**2 * width
+    forward, back = attention_seconds(config, tokens)
+    operations += (layers + 3.5 * depth) * attention
+    total += (layers + depth) * forward + depth * back
     return operations / total
+
+
+class Products:
+    """Those of a linear layer, with another matrix of weights each time, as in a step."""
+
+    def __init__(self, tokens: int, out: int, inside: int) -> None:
+        self.read, self.written = torch.full((tokens, inside), 0.1), torch.full((tokens, out), 0.1)
+        self.weights = [torch.full((out, inside), 0.1) for _ in range(6)]
+        self.operations = 2 * tokens * out * inside
+
+    def forward(self) -> float:
+        each = iter(self.weights * 2)
+        return timed(lambda: torch.mm(self.read, next(each).T, out=self.written))
+
+    def of_input(self) -> float:
+        each = iter(self.weights * 2)
+        return timed(lambda: torch.mm(self.written, next(each), out=self.read))
+
+    def of_weight(self) -> float:
+        each = iter(self.weights * 2)
+        return timed(lambda: torch.mm(self.written.T, self.read, out=next(each)))
+
+
+def attention_seconds(config: LlamaConfig, tokens: int) -> tuple[float, float]:
+    """Of the attention of a layer over a row: forward, and backward."""
+    shape = 1, config.num_attention_heads, tokens, config.hidden_size // config.num_attention_heads
+    parts = [torch.full(shape, 0.1, requires_grad=True) for _ in range(3)]
+    mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None]
+
+    def forward() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask)
+
+    alone = timed(forward)
+    return alone, timed(lambda: torch.autograd.grad(forward().sum(), parts)) - alone
 
 
 def sweep_rate(config: LlamaConfig, tokens: int) -> float:
     """Bytes a second, read and written ones together, of what makes a new tensor of two, as wide as an MLP is."""
     one, other = (torch.randn(tokens, config.intermediate_size) for _ in range(2))
     return 3 * one.nbytes / timed(lambda: torch.mul(one, other), runs=21)
+
+
+def copy_rate(elements: int) -> float:
+    """Bytes a second, read and written ones together, of a copy of so many numbers into new memory."""
+    tensor = torch.ones(elements)
+    return 2 * tensor.nbytes / timed(tensor.clone, runs=9)
 
 
 def softmax_rate(config: LlamaConfig) -> float:
@@ -164,6 +199,8 @@ def link_rate(elements: int) -> float:
 def rates(config: LlamaConfig, tokens: int, depth: int) -> dict[str, float]:
     found = {"flops": product_rate(config, tokens, depth), "memory": sweep_rate(config, tokens)}
     found["softmax"] = softmax_rate(config)
+    # As many as a decoder layer has, about.
+    found["copies"] = copy_rate(4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size)
     if ranks.count() > 1:
         found["link"] = link_rate(6 * 2**20)
     return found
@@ -186,7 +223,7 @@ def steps(trunk: Trunk, sharding: Sharding, tokens: int, stored: bool, count: in
     return clock.seconds[WARM:]
 
 
-def work(folder: Path, count: int) -> None:
+def work(folder: Path, count: int, shardings: Sequence[str], lengths: Sequence[int]) -> None:
     """What one process does; the first one writes what was found."""
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))
@@ -196,11 +233,15 @@ def work(folder: Path, count: int) -> None:
     trunk = Trunk(LlamaForCausalLM(config).eval())
     with ranks.joined(torch.device("cpu")):
         found: dict[str, Any] = {"rates": {}, "steps": []}
-        for sharding, tokens, stored in CASES[ranks.count()]:
+        before: dict[str, float] = {}
+        length = 0
+        chosen = [case for case in CASES[ranks.count()] if case[0] in shardings and case[1] in lengths]
+        for sharding, tokens, stored in chosen:
             # The machine is not the same from one minute to the next.
-            now = rates(config, tokens, 2)
+            now = before if tokens == length else rates(config, tokens, 2)
             seconds = steps(trunk, sharding, tokens, stored, count, folder)
             after = rates(config, tokens, 2)
+            before, length = after, tokens
             case = {"sharding": sharding, "tokens": tokens, "stored": stored, "seconds": statistics.median(seconds)}
             case["rates"] = {name: (now[name] + after[name]) / 2 for name in now}
             found["steps"].append(case)
@@ -209,15 +250,15 @@ def work(folder: Path, count: int) -> None:
                 (folder / "found.json").write_text(json.dumps(found))
 
 
-def in_processes(number: int, count: int) -> list[dict[str, Any]]:
-    """The steps of so many processes."""
+def in_processes(number: int, words: Sequence[str]) -> list[dict[str, Any]]:
+    """The steps of so many processes, of what the words of the command line chose."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         (Path(folder) / "config.json").write_text(json.dumps(MODEL))
         common = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1"}
         common |= {"MASTER_PORT": free.getsockname()[1], "OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1}
         free.close()
-        command = [sys.executable, "-W", "ignore", __file__, "--work", folder, "--steps", str(count)]
+        command = [sys.executable, "-W", "ignore", __file__, *words, "--work", folder]
         each = [
             subprocess.Popen(
                 command,
@@ -233,24 +274,30 @@ def in_processes(number: int, count: int) -> list[dict[str, Any]]:
         return [{"ranks": number, **case} for case in found]
 
 
+def name_of(case: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(case[key] for key in ("ranks", "sharding", "tokens", "stored"))
+
+
 def machine_of(rates: dict[str, float]) -> Machine:
     """As the formula takes it: gloo's messages are carried by the cores that compute."""
     link = rates.get("link", float("inf"))
-    own = {name: rates[name] for name in ("flops", "memory", "softmax")}
+    own = {name: rates[name] for name in ("flops", "memory", "copies", "softmax")}
     return Machine(**own, link=link, network=link, overlaps=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="keeps what it has of other cases")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--shardings", nargs="*", default=["none", "zero2", "zero3"])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[512, 128])
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work is not None:
-        work(options.work, options.steps)
+        work(options.work, options.steps, options.shardings, options.tokens)
         return
-    found = [case for number in options.ranks for case in in_processes(number, options.steps)]
+    found = [case for number in options.ranks for case in in_processes(number, sys.argv[1:])]
     loads = {tokens: load_of(MODEL, WORDS, tokens) for tokens in {case["tokens"] for case in found}}
     print("| processes | sharding | tokens | stored | measured, s | formula, s | formula / measured |")
     print("|---|---|---|---|---|---|---|")
@@ -265,7 +312,11 @@ def main() -> None:
             f"| {said / case['seconds']:.2f} |"
         )
     if options.json is not None:
-        about = {"machine": machine(), "date": date.today().isoformat(), "command": f"python {' '.join(sys.argv)}"}
+        own = f"{machine().partition(',')[0]}, one thread a process"
+        about = {"machine": own, "date": date.today().isoformat(), "command": f"python {' '.join(sys.argv)}"}
+        before = json.loads(options.json.read_text())["steps"] if options.json.is_file() else []
+        known = {name_of(case) for case in found}
+        found = [*(case for case in before if name_of(case) not in known), *found]
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({**about, "model": MODEL, "words": WORDS, "steps": found}, indent=1) + "\n")
 

@@ -23,6 +23,7 @@ from mtpd.distill.scaling import (
     Load,
     Machine,
     Sharding,
+    copied,
     heads_flops,
     heads_swept,
     received,
@@ -30,7 +31,7 @@ from mtpd.distill.scaling import (
     step_seconds,
     trunk_flops,
     trunk_swept,
-    update_swept,
+    updated,
 )
 from mtpd.distill.training import train_heads
 from mtpd.heads import build_heads, configure_heads, start_heads
@@ -122,8 +123,8 @@ def total(step: dict[str, Any], what: str) -> int:
 def test_products(steps: dict[int, dict[str, Any]], load: Load) -> None:
     """Fault: a product that the formula forgets or counts twice: a depth's, the teacher's, one of the backward pass."""
     alone, without = steps[1]["none"], steps[1]["none stored"]
-    assert total(without, "flops") == pytest.approx(heads_flops(load), rel=0.02)
-    assert total(alone, "flops") - total(without, "flops") == pytest.approx(trunk_flops(load), rel=0.02)
+    assert total(without, "flops") == pytest.approx(heads_flops(load), rel=0.01)
+    assert total(alone, "flops") - total(without, "flops") == pytest.approx(trunk_flops(load), rel=0.01)
 
 
 @pytest.mark.parametrize("sharding", ["none", "zero1", "zero2", "zero3"])
@@ -144,13 +145,21 @@ def test_messages(steps: dict[int, dict[str, Any]], load: Load, sharding: Shardi
 def test_sweeps(steps: dict[int, dict[str, Any]], load: Load) -> None:
     """Fault: what lies between products is forgotten, or is taken to cost what it did when it was written otherwise."""
     alone, without = steps[1]["none"], steps[1]["none stored"]
-    assert total(alone, "swept") - total(without, "swept") == pytest.approx(trunk_swept(load), rel=0.1)
-    assert total(without, "swept") == pytest.approx(heads_swept(load) + update_swept(load, "none", 1), rel=0.1)
+    assert total(alone, "swept") - total(without, "swept") == pytest.approx(trunk_swept(load), rel=0.05)
+    assert total(without, "swept") == pytest.approx(heads_swept(load) + updated(load, "none", 1), rel=0.05)
     # The selection of the top n is none of PyTorch's operations.
     assert total(without, "softmaxes") == pytest.approx(softmaxes(load) * (1 - 1 / load.softmaxes), rel=0.02)
-    for sharding in ("none", "zero1", "zero2", "zero3"):
-        more = total(steps[2][f"{sharding} stored"], "swept") - total(without, "swept")
-        assert more == pytest.approx(update_swept(load, sharding, 2) - update_swept(load, "none", 1), rel=0.15)
+
+
+@pytest.mark.parametrize("sharding", ["none", "zero1", "zero2", "zero3"])
+def test_copies(steps: dict[int, dict[str, Any]], load: Load, sharding: Sharding) -> None:
+    """Fault: gradients and weights that are copied more often than the formula says, or moments that are not shared."""
+    of_heads, of_trunk = copied(load, sharding, 2)
+    stored = total(steps[2][f"{sharding} stored"], "swept")
+    more = stored - total(steps[1]["none stored"], "swept")
+    assert more == pytest.approx(of_heads + updated(load, sharding, 2) - updated(load, "none", 1), rel=0.02)
+    if sharding == "zero3":
+        assert total(steps[2][sharding], "swept") - stored == pytest.approx(trunk_swept(load) + of_trunk, rel=0.05)
 
 
 def recorded() -> dict[str, Any]:
@@ -165,7 +174,8 @@ def test_times_that_were_measured(case: dict[str, Any], tmp_path: Path) -> None:
     load = load_of(about["model"], [*about["words"], f"data.row_length={case['tokens']}"], tmp_path)
     rates = case["rates"]
     link = rates.get("link", 1.0)
-    own = {name: rates[name] for name in ("flops", "memory", "softmax")}
+    own = {name: rates[name] for name in ("flops", "memory", "copies", "softmax")}
     machine = Machine(**own, link=link, network=link, overlaps=False)
     said = step_seconds(load, case["sharding"], case["ranks"], machine, stored=case["stored"])
-    assert said == pytest.approx(case["seconds"], rel=0.25)
+    # Nothing is added for what is left out, so that it is less than what was measured.
+    assert 0.7 * case["seconds"] < said < 1.02 * case["seconds"]

@@ -36,12 +36,14 @@ SHARDINGS: tuple[Sharding, ...] = ("none", "zero1", "zero2", "zero3", "zero3-cpu
 FLOAT32 = 4
 SPARE = 0.9
 """Share of a device's memory that a plan fills: allocators and libraries need the rest."""
-ALONE = (10, 0)
-"""Numbers read and written for each parameter that is trained, in one process: by the norm (1) and clipping (2) of
-gradients, and by AdamW (7: weight, gradient and two moments in, all but the gradient out)."""
-UPDATE = ((14, 0), (7, 18), (7, 18), (8, 24))
-"""The same by stage in several processes: for all parameters, and for the share of a process. Gradients go through
-buckets, and under DeepSpeed those of the share and its weights through copies, which are counted and not derived."""
+UPDATED = 10
+"""Numbers read and written, in place, for each parameter that a process updates: by the norm (1) and clipping (2) of
+its gradient, and by AdamW (7: weight, gradient and two moments in, all but the gradient out)."""
+COPIED = ((4, 0), (7, 8), (7, 8), (8, 14))
+"""The same by stage for what is copied, in several processes: for all parameters, and for the share of a process. These
+are the buckets in which gradients go, and what DeepSpeed copies besides; they are counted and not derived."""
+COLLECTED = 3.5
+"""The same for each parameter of the trunk's layers when it is collected at stage 3."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ class Machine:
     """Floating-point operations a second of a device, in products."""
     memory: float
     """Bytes a second that a device reads and writes, together."""
+    copies: float
+    """The same where much is copied into new memory: processors have to get it page by page."""
     softmax: float
     """Numbers a second of which a device computes the softmax. Exponentials take a processor longer than reading."""
     link: float
@@ -198,10 +202,17 @@ def softmaxes(load: Load) -> float:
     return float(load.tokens * load.vocabulary * load.softmaxes)
 
 
-def update_swept(load: Load, sharding: Sharding, ranks: int) -> float:
-    """Bytes read and written for gradients and weights of the heads: collecting, clipping, and AdamW's update."""
-    whole, shared = UPDATE[_stage(sharding)] if ranks > 1 else ALONE
-    return FLOAT32 * (whole * load.heads + shared * _part(load.heads, ranks))
+def updated(load: Load, sharding: Sharding, ranks: int) -> float:
+    """Bytes read and written in place, for what a process updates."""
+    return float(FLOAT32 * UPDATED * (_part(load.heads, ranks) if _stage(sharding) else load.heads))
+
+
+def copied(load: Load, sharding: Sharding, ranks: int) -> tuple[float, float]:
+    """Bytes read and written by copies of gradients and weights: for the heads, and of the trunk's layers."""
+    stage = _stage(sharding)
+    whole, shared = COPIED[stage] if ranks > 1 else (0, 0)
+    layers = COLLECTED * load.layers * load.item if stage == 3 else 0.0
+    return float(FLOAT32 * (whole * load.heads + shared * _part(load.heads, ranks))), layers
 
 
 def received(load: Load, sharding: Sharding, ranks: int) -> tuple[float, float]:
@@ -224,13 +235,17 @@ def step_seconds(load: Load, sharding: Sharding, ranks: int, machine: Machine, *
     Args:
         stored: the hidden states come from a store, and the trunk does not run.
     """
-    of_heads, of_trunk = (each / machine.bandwidth(ranks) for each in received(load, sharding, ranks))
-    swept = heads_swept(load) + update_swept(load, sharding, ranks)
-    work = heads_flops(load) / machine.flops + swept / machine.memory + softmaxes(load) / machine.softmax
-    seconds = machine.both(work, of_heads)
+    heads_in, trunk_in = received(load, sharding, ranks)
+    heads_copied, trunk_copied = copied(load, sharding, ranks)
+    bandwidth = machine.bandwidth(ranks)
+    swept = heads_swept(load) + updated(load, sharding, ranks)
+    work = heads_flops(load) / machine.flops + softmaxes(load) / machine.softmax
+    work += swept / machine.memory + heads_copied / machine.copies
+    seconds = machine.both(work, heads_in / bandwidth)
     if stored:
         return seconds
-    return seconds + machine.both(trunk_flops(load) / machine.flops + trunk_swept(load) / machine.memory, of_trunk)
+    work = trunk_flops(load) / machine.flops + trunk_swept(load) / machine.memory + trunk_copied / machine.copies
+    return seconds + machine.both(work, trunk_in / bandwidth)
 
 
 def _stage(sharding: Sharding) -> int:
