@@ -78,6 +78,12 @@ def _root(
     """Multi-token-prediction heads for any Hugging Face causal language model, by self-distillation."""
 
 
+def _speaks() -> bool:
+    """Whether this process tells the user how a command ended; of several ranks, one does."""
+    ranks = sys.modules.get("mtpd.ranks")  # brings in torch
+    return ranks is None or bool(ranks.speaks())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and gives back its exit code.
 
@@ -99,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in words:
             traceback.print_exc()
         return report_error(error)
-    if code in (INTERRUPTED, TERMINATED):
+    if code in (INTERRUPTED, TERMINATED) and _speaks():
         how = "the same command without --fresh" if "--fresh" in words else "the same command"
         say(f"{'interrupted' if code == INTERRUPTED else 'terminated'}; {how} resumes where this one stopped")
     return code or 0

@@ -14,7 +14,6 @@ from mtpd.checkpoints.exports.run import Run, open_run
 from mtpd.checkpoints.native import find_heads
 from mtpd.checkpoints.tensors import cast, is_zero
 from mtpd.errors import MtpdError, UserError
-from mtpd.recipe.untrusted import refuse_code
 
 ENGINES = {
     "transformers": ("in-place", "hf-mtp", "glm4moe"),
@@ -54,9 +53,7 @@ def export(
     """
     if output.exists():
         raise UserError(f"output: {output} exists; choose another output, or delete it first")
-    run = open_run(path, depth=depth)
-    if untrusted:
-        refuse_code(run.recipe, source=str(path / "recipe.yaml"))
+    run = open_run(path, depth=depth, untrusted=untrusted)
     layout, why = choose(run, to)
     with new_directory(output) as folder:
         layout.write(run, folder)

@@ -20,6 +20,7 @@ from mtpd.heads import WEIGHTS, check_weights, read_config
 from mtpd.heads.adapters import ALPHA
 from mtpd.heads.config import HeadsConfig
 from mtpd.recipe import Recipe, load_recipe
+from mtpd.recipe.untrusted import refuse_code
 
 SIZES = (
     "bos_token_id",
@@ -107,11 +108,12 @@ class Run:
         raise UserError(f"{self.base.shown}: has no tensor model.norm.weight, the gain of its final norm")
 
 
-def open_run(path: Path, *, depth: int | None = None) -> Run:
+def open_run(path: Path, *, depth: int | None = None, untrusted: bool = False) -> Run:
     """The heads of a run directory, or of one that `mtpd import` wrote.
 
     Args:
         depth: how many depths to export; None is all.
+        untrusted: the run is somebody else's: it may not say that code of its model is run.
 
     Raises:
         UserError: no run, no finished heads, heads of a kind that no layout has, or a depth that they lack.
@@ -123,6 +125,8 @@ def open_run(path: Path, *, depth: int | None = None) -> Run:
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: holds no heads; finish the run with mtpd distill {recipe_file}")
     recipe = load_recipe(recipe_file)
+    if untrusted:
+        refuse_code(recipe, source=str(recipe_file))
     config = read_config(folder)
     check_weights(folder, config)
     wanted = config.depth if depth is None else depth
