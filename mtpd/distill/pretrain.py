@@ -21,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from mtpd import alignment, ranks
 from mtpd.data.models import resolve_device, resolve_dtype, trunk_fingerprint
 from mtpd.data.streams import stream_rows
+from mtpd.distill.muon import muon_and_adamw
 from mtpd.distill.safe_trainer import SafeTrainer
 from mtpd.distill.trainer import Metrics, Progress
 from mtpd.errors import UserError
@@ -80,12 +81,29 @@ class PretrainModel(nn.Module):
 
 
 class PretrainTrainer(SafeTrainer):
-    """transformers' Trainer; logs the cross-entropy of each head, in nats a token."""
+    """transformers' Trainer; logs the cross-entropy of each head, in nats a token.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        muon: whether Muon steps on the matrices of the decoder layers.
+    """
+
+    def __init__(self, *args: Any, muon: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.muon = muon
         self._totals: Tensor | None = None
         self._steps = 0
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.muon and self.optimizer is None:
+            args, whole = self.args, self.model
+            self.optimizer = muon_and_adamw(
+                whole,
+                whole._trunk[0].decoder.layers,
+                lr=args.learning_rate,
+                weight_decay=args.weight_decay,
+                betas=(args.adam_beta1, args.adam_beta2),
+            )
+        return super().create_optimizer(model)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         result = super().compute_loss(model, inputs, *args, **kwargs)
@@ -164,6 +182,7 @@ def _pretrain(recipe: PretrainRecipe, *, progress: bool) -> Path:
         args=_arguments(recipe, dtype=dtype, device=device),
         train_dataset=[{"input_ids": row.long()} for row in rows],
         callbacks=[Metrics(run / "metrics.jsonl")],
+        muon=recipe.train.optimizer == "muon",
     )
     for each in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(each)
