@@ -15,7 +15,7 @@ from kinds import settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer
+from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer, TrainingArguments
 
 from mtpd.cli import main
 from mtpd.data import stdlib
@@ -116,7 +116,8 @@ def test_muon_steps_on_layers_and_adamw_on_the_rest(schedule: float) -> None:
     """Fault: a parameter that neither optimizer steps on, or both; a norm that decays; a rate that one alone gets."""
     model, other = joint(2), joint(2)
     other.load_state_dict(model.state_dict())
-    optimizer = muon_and_adamw(model, model._trunk[0].decoder.layers, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95))
+    args = TrainingArguments("unused", learning_rate=1e-2, weight_decay=0.1, adam_beta2=0.95, use_cpu=True)
+    optimizer = muon_and_adamw(model, model._trunk[0].decoder.layers, args)
     matrices = [each for name, each in other.named_parameters() if re.search(r"model\.layers\..*_proj", name)]
     assert len(matrices) == 7 * len(model._trunk[0].decoder.layers)
     rest = [each for each in other.parameters() if all(each is not matrix for matrix in matrices)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -50,9 +51,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         return loss
 
 
-def muon_and_adamw(
-    model: nn.Module, layers: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float]
-) -> MuonAndAdamW:
+def muon_and_adamw(model: nn.Module, layers: nn.Module, args: TrainingArguments) -> MuonAndAdamW:
     """Of all trained parameters of a model, whose matrices in `layers` are Muon's; other matrices alone decay too."""
     trained = [each for each in model.parameters() if each.requires_grad]
     inside = {id(each) for each in layers.parameters()}
@@ -60,7 +59,8 @@ def muon_and_adamw(
     own = {id(each) for each in matrices}
     rest = [each for each in trained if id(each) not in own]
     others = [
-        {"params": [each for each in rest if each.ndim > 1], "weight_decay": weight_decay},
+        {"params": [each for each in rest if each.ndim > 1], "weight_decay": args.weight_decay},
         {"params": [each for each in rest if each.ndim < 2], "weight_decay": 0.0},
     ]
-    return MuonAndAdamW(matrices, others, lr=lr, weight_decay=weight_decay, betas=betas)
+    betas = (args.adam_beta1, args.adam_beta2)
+    return MuonAndAdamW(matrices, others, lr=args.learning_rate, weight_decay=args.weight_decay, betas=betas)

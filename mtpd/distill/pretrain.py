@@ -81,29 +81,12 @@ class PretrainModel(nn.Module):
 
 
 class PretrainTrainer(SafeTrainer):
-    """transformers' Trainer; logs the cross-entropy of each head, in nats a token.
+    """transformers' Trainer; logs the cross-entropy of each head, in nats a token."""
 
-    Args:
-        muon: whether Muon steps on the matrices of the decoder layers.
-    """
-
-    def __init__(self, *args: Any, muon: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.muon = muon
         self._totals: Tensor | None = None
         self._steps = 0
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        if self.muon and self.optimizer is None:
-            args, whole = self.args, self.model
-            self.optimizer = muon_and_adamw(
-                whole,
-                whole._trunk[0].decoder.layers,
-                lr=args.learning_rate,
-                weight_decay=args.weight_decay,
-                betas=(args.adam_beta1, args.adam_beta2),
-            )
-        return super().create_optimizer(model)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         result = super().compute_loss(model, inputs, *args, **kwargs)
@@ -177,12 +160,15 @@ def _pretrain(recipe: PretrainRecipe, *, progress: bool) -> Path:
         tokenizer, recipe.data.held_out, row_length=recipe.data.row_length, limit=recipe.data.held_out_rows
     )
     write_whole(run / "recipe.yaml", dump(recipe))
+    arguments = _arguments(recipe, dtype=dtype, device=device)
+    # None is what transformers takes for its own AdamW.
+    optimizer = muon_and_adamw(whole, trunk.decoder.layers, arguments) if recipe.train.optimizer == "muon" else None
     trainer = PretrainTrainer(
         model=whole,
-        args=_arguments(recipe, dtype=dtype, device=device),
+        args=arguments,
+        optimizers=(optimizer, None),
         train_dataset=[{"input_ids": row.long()} for row in rows],
         callbacks=[Metrics(run / "metrics.jsonl")],
-        muon=recipe.train.optimizer == "muon",
     )
     for each in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(each)
