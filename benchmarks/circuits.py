@@ -173,9 +173,8 @@ def learn(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> 
             spent = train(trunk, heads, rows, steps=args.steps, rate=args.rate, seed=seed)
             form = circuit_of(heads).config.circuit
             known = {"name": structure, "r": form.components, "leaves": form.leaves, "m": args.shared_layers}
-            name = "-".join(map(str, [*known.values(), seed]))
-            save_heads(heads, args.run / "circuits" / name)
-            known |= {"seed": seed, "steps": args.steps}
+            known |= {"steps": args.steps, "seed": seed}
+            save_heads(heads, args.run / "circuits" / "-".join(map(str, known.values())))
             heads = heads.float().eval()
             logs = likelihood(exact, heads, held_out)
             write({**known, "mode": "held-out log p by depth", "seconds of training": spent, "log p": logs})
