@@ -253,8 +253,8 @@ def test_shipped_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main([*words, "--dry-run"]) == 0
     plan = re.sub(" +", " ", capsys.readouterr().out)
     assert "frozen 10,8" in plan
-    # Leaves of eight places, eight components and 259 tokens; sums of a root and six regions.
-    trained = 8 * 8 * 259 * 384 + (8 + 6 * 64) * (384 + 1)
+    # Tilted leaves of eight places, 32 components and 259 tokens; sums of a root and six regions.
+    trained = 8 * 259 * (384 + 32) + (32 + 6 * 32 * 32) * (384 + 1)
     assert f"trained {trained:,} parameters" in plan
 
 
