@@ -1,16 +1,15 @@
 """Circuit heads beside independent ones, on the byte model of `recipes/bytes-code.yaml`.
 
-    python benchmarks/circuits.py runs/bytes-code --part learn --json circuits.jsonl
-    python benchmarks/circuits.py runs/bytes-code --part learn --shared-layers 2 --structures btree --json layers.jsonl
-    python benchmarks/circuits.py runs/bytes-code --part steps --json steps.jsonl
-    python benchmarks/circuits.py runs/bytes-code --part drafts --json drafts.jsonl
+    python benchmarks/circuits.py learn runs/bytes-code --json circuits.jsonl
+    python benchmarks/circuits.py learn runs/bytes-code --shared-layers 2 --structures btree --json layers.jsonl
+    python benchmarks/circuits.py speed runs/bytes-code --json speed.jsonl
 
 learn: each circuit starts from the linear heads that were pretrained beside the model, learns on the same windows of
 the standard library, and drafts for held-out modules. Accepted tokens are drafts a round, tau is those and one more.
-steps: a training step beside that of ff, with the trunk's pass in it and with states from a store.
-drafts: the drafts of a window beside a pass of the trunk over one token.
-Times are medians of alternating runs, of the clock and of the processor (one thread): other work on the machine
-disturbs the second less. Each row is written as soon as it is known.
+The circuits are kept in the run.
+speed: those circuits and the pretrained heads decode at batch 1, in turns with the engine without heads and with
+transformers' `generate`; ratios are medians over runs. It wants a quiet machine.
+Each row is written as soon as it is known.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from lab import machine
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig
 
 from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.data.packing import Sample
@@ -34,19 +33,17 @@ from mtpd.data.streams import stream_rows
 from mtpd.decode.engine import Engine, Request
 from mtpd.decode.sampling import SampledDrafts, Sampling
 from mtpd.evaluate.offline import measure_offline
-from mtpd.heads import Batch, Heads, Readout, build_heads, configure_heads, load_heads, start_heads
-from mtpd.heads.base import Pick
+from mtpd.heads import Batch, Heads, Readout, build_heads, configure_heads, load_heads, save_heads, start_heads
 from mtpd.heads.circuit_heads import CircuitHeads
 from mtpd.heads.shared_layers import SharedLayerHeads
 from mtpd.losses.settings import LossSettings
 from mtpd.recipe.sections import CircuitRecipe, HeadsRecipe
-from mtpd.slots import Span
 from mtpd.trunk import Trunk
 
 STRUCTURES = ("ff", "cp", "hmm", "btree")
-FORMS = ("full", "shared", "tilted")
 GAMMA = 0.9
 DEPTH = 7
+PARALLEL = "parallel heads trained jointly"
 
 
 def new(
@@ -59,10 +56,10 @@ def new(
     seed: int = 0,
     shared_layers: int = 0,
 ) -> Heads:
-    """Heads with their first weights; of `components`, ff has one."""
-    circuit = CircuitRecipe.model_validate(
-        {"structure": structure, "components": 1 if structure == "ff" else components, "leaves": leaves}
-    )
+    """Heads with their first weights; ff has one component, and leaves of its own."""
+    if structure == "ff":
+        components, leaves = 1, "full"
+    circuit = CircuitRecipe.model_validate({"structure": structure, "components": components, "leaves": leaves})
     recipe = HeadsRecipe(kind="circuit", depth=DEPTH, circuit=circuit, shared_layers=shared_layers)
     heads = build_heads(trunk, configure_heads(recipe.model_dump(), trunk, vocabulary=0, fingerprint=""))
     start_heads(heads, trunk, "identity", lambda: (), seed=seed, source=source)
@@ -149,55 +146,19 @@ def along(trunk: Trunk, heads: Heads, rows: Tensor) -> dict[str, Any]:
     return {"accepted": sum(counts.car), "tau": counts.tau, "car": counts.car, "expected": counts.expected_acceptance}
 
 
-def wall_clock(
-    trunk: Trunk, heads: Heads, prompts: list[list[int]], *, sampled: bool, tokens: int, runs: int
-) -> dict[str, float]:
-    """Speed at batch 1, against the engine without heads and transformers' generate."""
-
-    def engine(each: Heads | None) -> Callable[[], None]:
-        def run() -> None:
-            drafts = SampledDrafts() if each is not None else Sampling()
-            decoder = Engine(
-                trunk, each, slots=1, capacity=len(prompts[0]) + tokens, choice=drafts if sampled else None
-            )
-            list(decoder.run(Request(prompt, tokens, seed) for seed, prompt in enumerate(prompts)))
-
-        return run
-
-    def plain() -> None:
-        torch.manual_seed(0)
-        config = GenerationConfig(
-            max_new_tokens=tokens, min_new_tokens=tokens, do_sample=sampled, top_k=0, pad_token_id=0
-        )
-        for prompt in prompts:
-            ids = torch.tensor([prompt])
-            trunk.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-
-    clock, processor = alternate(
-        {"heads": engine(heads), "engine without heads": engine(None), "transformers": plain}, runs=runs
-    )
-    return {
-        **{f"{name}, bytes/s": len(prompts) * tokens / seconds for name, seconds in clock.items()},
-        "speed-up": clock["transformers"] / clock["heads"],
-        "speed-up, processor": processor["transformers"] / processor["heads"],
-        "over the engine, processor": processor["engine without heads"] / processor["heads"],
-    }
-
-
 def learn(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> None:
     """Trains and measures each circuit."""
     model, tokenizer = load_model(str(args.run / "model"), dtype="bfloat16")
     trunk = Trunk(model, tokens=len(tokenizer))
     source = load_heads(args.run / "heads", trunk, fingerprint=trunk_fingerprint(model))
     rows = stream_rows(tokenizer, "stdlib", row_length=128)
-    # From the end of the library: what the model was trained on in random order.
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(9))[: args.rows]]
     held_out = stream_rows(tokenizer, "stdlib-held-out", row_length=128, limit=args.prompts)
     exact_model, _ = load_model(str(args.run / "model"), dtype="float32")
     exact = Trunk(exact_model, tokens=len(tokenizer))
     prompts = [row[:64].tolist() for row in held_out]
-    if args.joint:
-        _joint(args, exact, prompts, held_out, write)
+    if args.parallel:
+        _parallel(args, exact, prompts, held_out, write)
     for seed in args.seeds:
         for structure in args.structures:
             heads = new(
@@ -210,8 +171,10 @@ def learn(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> 
                 shared_layers=args.shared_layers,
             )
             spent = train(trunk, heads, rows, steps=args.steps, rate=args.rate, seed=seed)
-            known = {"name": structure, "r": args.components, "leaves": args.leaves, "m": args.shared_layers}
-            known |= {"seed": seed, "steps": args.steps}
+            form = circuit_of(heads).config.circuit
+            known = {"name": structure, "r": form.components, "leaves": form.leaves, "m": args.shared_layers}
+            known |= {"steps": args.steps, "seed": seed}
+            save_heads(heads, args.run / "circuits" / "-".join(map(str, known.values())))
             heads = heads.float().eval()
             logs = likelihood(exact, heads, held_out)
             write({**known, "mode": "held-out log p by depth", "seconds of training": spent, "log p": logs})
@@ -222,15 +185,9 @@ def learn(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> 
                 write({**known, "mode": f"{way}, along held-out text", **along(exact, heads, held_out)})
                 if args.decode:
                     write({**known, "mode": way, **decode(exact, heads, prompts, sampled=False, tokens=args.tokens)})
-                if args.speed and not circuit.joint:
-                    rates = wall_clock(exact, heads, prompts[:2], sampled=False, tokens=args.tokens, runs=args.runs)
-                    write({**known, "mode": f"wall clock, {way}", **rates})
-            if args.speed:
-                rates = wall_clock(exact, heads, prompts[:2], sampled=True, tokens=args.tokens, runs=args.runs)
-                write({**known, "mode": "wall clock, sampled", **rates})
 
 
-def _joint(
+def _parallel(
     args: argparse.Namespace,
     exact: Trunk,
     prompts: list[list[int]],
@@ -238,129 +195,104 @@ def _joint(
     write: Callable[[dict[str, Any]], None],
 ) -> None:
     """The linear heads that were pretrained beside the model."""
-    parallel = load_heads(args.run / "heads", exact).eval()
-    joint = {"name": "parallel heads trained jointly", "seed": 0}
+    heads = load_heads(args.run / "heads", exact).eval()
+    known = {"name": PARALLEL}
     for way in (False, True):
-        found = decode(exact, parallel, prompts, sampled=way, tokens=args.tokens)
-        write({**joint, "mode": "sampled" if way else "greedy", **found})
-    write({**joint, "mode": "greedy, along held-out text", **along(exact, parallel, held_out)})
-    for way in (False, True):
-        rates = wall_clock(exact, parallel, prompts[:2], sampled=way, tokens=args.tokens, runs=args.runs)
-        write({**joint, "mode": f"wall clock, {'sampled' if way else 'greedy'}", **rates})
+        found = decode(exact, heads, prompts, sampled=way, tokens=args.tokens)
+        write({**known, "mode": "sampled" if way else "greedy", **found})
+    write({**known, "mode": "greedy, along held-out text", **along(exact, heads, held_out)})
 
 
-def small_trunk(dtype: torch.dtype) -> Trunk:
-    """The model of `recipes/bytes-code.yaml`, with random weights."""
+def speed(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> None:
+    """Bytes a second of everything that `learn` kept."""
+    model, tokenizer = load_model(str(args.run / "model"), dtype=args.dtype)
+    trunk = Trunk(model, tokens=len(tokenizer))
+    rows = stream_rows(tokenizer, "stdlib-held-out", row_length=128, limit=args.prompts)
+    prompts = [row[:64].tolist() for row in rows]
+    kept = args.run / "circuits"
+    folders = {PARALLEL: args.run / "heads"}
+    folders |= {path.name: path for path in sorted(kept.iterdir()) if not args.names or path.name in args.names}
+    heads = {name: load_heads(path, trunk).to(trunk.dtype).eval() for name, path in folders.items()}
+    for sampled in (False, True):
+        ways: dict[str, tuple[Heads | None, int]] = {"engine without heads": (None, 0)}
+        ways |= {name: (each, 0) for name, each in heads.items()}
+        if not sampled:
+            ways |= {f"{PARALLEL}, tree of {nodes}": (heads[PARALLEL], nodes) for nodes in args.trees}
+        seconds: dict[str, list[float]] = {}
+        counted: dict[str, tuple[int, int]] = {}
+        for _ in range(args.runs + 1):
+            seconds.setdefault("generate", []).append(_plain(trunk, prompts, sampled=sampled, tokens=args.tokens))
+            for name, (each, nodes) in ways.items():
+                spent, counted[name] = _heads(trunk, each, prompts, nodes, sampled=sampled, tokens=args.tokens)
+                seconds.setdefault(name, []).append(spent)
+        for name, (tokens, forwards) in counted.items():
+            # The first run of each is the one that allocates.
+            ratio = [b / a for a, b in zip(seconds[name][1:], seconds["generate"][1:], strict=True)]
+            spent = statistics.median(seconds[name][1:])
+            row: dict[str, Any] = {"name": name, "mode": "sampled" if sampled else "greedy", "dtype": args.dtype}
+            row |= {"tau": tokens / forwards, "ms a round": 1e3 * spent / forwards}
+            write({**row, "over generate": statistics.median(ratio), "bytes/s": tokens / spent})
+
+
+def _heads(
+    trunk: Trunk, heads: Heads | None, prompts: list[list[int]], nodes: int, *, sampled: bool, tokens: int
+) -> tuple[float, tuple[int, int]]:
+    """Seconds, tokens and rounds of decoding all prompts, one at a time."""
+    choice = (Sampling() if heads is None else SampledDrafts()) if sampled else None
+    began = time.perf_counter()
+    engine = Engine(trunk, heads, slots=1, capacity=len(prompts[0]) + tokens, choice=choice, tree=nodes)
+    texts = list(engine.run(Request(prompt, tokens, seed) for seed, prompt in enumerate(prompts)))
+    spent = time.perf_counter() - began
+    # The first token of a text comes with the pass over its prompt.
+    return spent, (sum(len(text.tokens) - 1 for text in texts), sum(len(text.rounds) for text in texts))
+
+
+def _plain(trunk: Trunk, prompts: list[list[int]], *, sampled: bool, tokens: int) -> float:
+    """Seconds of transformers' generate, one byte at a time."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
-    config = LlamaConfig(vocab_size=320, max_position_embeddings=1024, **sizes)
-    return Trunk(LlamaForCausalLM(config).eval().to(dtype))
+    config = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=sampled, top_k=0, pad_token_id=0)
+    began = time.perf_counter()
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        trunk.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    return time.perf_counter() - began
 
 
-def steps(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> None:
-    """A training step relative to ff."""
-    trunk = small_trunk(torch.bfloat16)
-    ids = torch.randint(320, (4, 256))
-    for leaves in args.forms:
-        ways: dict[str, Callable[[], Any]] = {}
-        for structure in args.structures:
-            for stored in (False, True):
-                name = f"{structure}, {'stored states' if stored else 'with the trunk'}"
-                ways[name] = _step(trunk, structure, args.components, leaves, ids, stored=stored)
-        _, found = alternate(ways, runs=args.runs)
-        for name, seconds in found.items():
-            ratio = seconds / found[f"ff,{name.partition(',')[2]}"]
-            write({"name": f"step {name}", "r": args.components, "leaves": leaves, "ms": 1e3 * seconds, "to ff": ratio})
+def writer(path: Path) -> Callable[[dict[str, Any]], None]:
+    """Prints rows and adds them to a file."""
 
+    def write(row: dict[str, Any]) -> None:
+        row = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+        print(json.dumps(row), flush=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, "machine": machine()}) + "\n")
 
-def _step(
-    trunk: Trunk, structure: str, components: int, leaves: str, ids: Tensor, *, stored: bool
-) -> Callable[[], None]:
-    heads = new(trunk, structure, components, "full" if structure == "ff" else leaves)
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-4, fused=True)
-    settings = LossSettings(tuple(GAMMA**k for k in range(DEPTH)), (0.0,) * DEPTH)
-    readout = Readout.of(trunk, None)
-    kept = batch_of(trunk, ids, heads) if stored else None
-
-    def run() -> None:
-        batch = kept or batch_of(trunk, ids, heads)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss, _ = heads.loss(trunk, batch, readout, settings)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
-
-
-def drafts(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> None:
-    """The drafts of a window relative to a pass of the trunk."""
-    for dtype in (torch.float32, torch.bfloat16):
-        trunk = small_trunk(dtype)
-        for leaves in args.forms:
-            for components in (8, 32):
-                _drafts(trunk, components, leaves, args, write)
-
-
-def _drafts(
-    trunk: Trunk, components: int, leaves: str, args: argparse.Namespace, write: Callable[[dict[str, Any]], None]
-) -> None:
-    tokens = torch.randint(3, 250, (1, 128))
-    ways: dict[str, Callable[[], Any]] = {}
-    pick = {"max_product": Pick(lambda logits, _: logits.argmax(-1), joint=True)}
-    pick["conditionals"] = Pick(lambda logits, _: logits.argmax(-1))
-    engine = Engine(trunk, None, slots=1, capacity=128)
-    list(engine.run([Request(tokens[0, :64].tolist(), 2)]))
-    span = Span([64], 1, tokens.device)
-
-    def trunk_pass() -> None:
-        engine.unembedding(engine._pass(span.read(engine.tokens), span, engine.cache.go_on(span)))
-
-    ways["trunk"] = torch.inference_mode()(trunk_pass)
-    for structure in args.structures:
-        heads = new(trunk, structure, components, leaves, shared_layers=args.shared_layers).to(trunk.dtype).eval()
-        drafter = heads.drafter(trunk, slots=1, capacity=128)
-        for name, each in pick.items():
-            ways[f"{structure} {name}"] = torch.inference_mode()(
-                lambda drafter=drafter, each=each: drafter.draft(tokens, [64], DEPTH, each)
-            )
-    _, found = alternate(ways, runs=10 * args.runs)
-    base = found.pop("trunk")
-    for name, seconds in found.items():
-        known = {"r": components, "leaves": leaves, "m": args.shared_layers}
-        known |= {"dtype": str(trunk.dtype).removeprefix("torch.")}
-        write({"name": f"drafts {name}", **known, "ms": 1e3 * seconds, "to a trunk pass": seconds / base})
+    return write
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("learn", "speed"))
     parser.add_argument("run", type=Path, help="run directory of mtpd pretrain")
-    parser.add_argument("--part", choices=("learn", "steps", "drafts"), default="learn")
     parser.add_argument("--structures", nargs="+", choices=STRUCTURES, default=STRUCTURES)
-    parser.add_argument("--components", type=int, default=8)
-    parser.add_argument("--leaves", choices=FORMS, default="full", help="what learns")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="leaves that are timed")
+    parser.add_argument("--components", type=int, default=32)
+    parser.add_argument("--leaves", choices=("full", "shared", "tilted"), default="tilted", help="of all but ff")
     parser.add_argument("--shared-layers", type=int, default=0, help="layers of the trunk that learn adapters")
-    parser.add_argument("--joint", action="store_true", help="the parallel heads of the run, too")
-    parser.add_argument("--speed", action="store_true", help="the clock, too")
-    parser.add_argument("--decode", action="store_true", help="greedy texts too, which repeat themselves")
-    parser.add_argument("--rows", type=int, default=2400, help="rows of 128 bytes to learn from")
+    parser.add_argument("--parallel", action="store_true", help="learn: measure the pretrained heads too")
+    parser.add_argument("--decode", action="store_true", help="learn: greedy texts too, which repeat themselves")
+    parser.add_argument("--rows", type=int, default=2400, help="learn: rows of 128 bytes to learn from")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--names", nargs="*", help="speed: circuits of the run; all by default")
+    parser.add_argument("--trees", type=int, nargs="*", default=[8, 16], help="speed: trees of the pretrained heads")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="speed: number format")
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
-
-    def write(row: dict[str, Any]) -> None:
-        row = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
-        print(json.dumps(row), flush=True)
-        with open(args.json, "a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, "machine": machine()}) + "\n")
-
-    {"learn": learn, "steps": steps, "drafts": drafts}[args.part](args, write)
+    {"learn": learn, "speed": speed}[args.what](args, writer(args.json))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ from kinds import settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer
+from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer, TrainingArguments
 
 from mtpd.cli import main
 from mtpd.data import stdlib
 from mtpd.data.models import load_model, trunk_fingerprint
+from mtpd.distill.muon import muon_and_adamw
 from mtpd.distill.pretrain import PretrainModel
 from mtpd.heads import build_heads, configure_heads, load_heads, start_heads
 from mtpd.recipe import load_pretrain_recipe
@@ -110,9 +111,41 @@ def test_gradients_are_those_of_the_whole_sum(block: str) -> None:
             torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-3)
 
 
-def test_run_resumes_and_is_a_trunk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("schedule", [1.0, 0.5])
+def test_muon_steps_on_layers_and_adamw_on_the_rest(schedule: float) -> None:
+    """Fault: a parameter that neither optimizer steps on, or both; a norm that decays; a rate that one alone gets."""
+    model, other = joint(2), joint(2)
+    other.load_state_dict(model.state_dict())
+    args = TrainingArguments("unused", learning_rate=1e-2, weight_decay=0.1, adam_beta2=0.95, use_cpu=True)
+    optimizer = muon_and_adamw(model, model._trunk[0].decoder.layers, args)
+    matrices = [each for name, each in other.named_parameters() if re.search(r"model\.layers\..*_proj", name)]
+    assert len(matrices) == 7 * len(model._trunk[0].decoder.layers)
+    rest = [each for each in other.parameters() if all(each is not matrix for matrix in matrices)]
+    rate = {"lr": 1e-2 * schedule}
+    adamw: dict[str, Any] = {"fused": True, "betas": (0.9, 0.95), **rate}
+    plain: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw", **rate),
+        torch.optim.AdamW([each for each in rest if each.ndim > 1], weight_decay=0.1, **adamw),
+        torch.optim.AdamW([each for each in rest if each.ndim < 2], weight_decay=0.0, **adamw),
+    ]
+    for group in optimizer.param_groups:
+        group["lr"] *= schedule
+    ids = random_tokens(2, 20)
+    for _ in range(2):
+        for whole, steppers in ((model, [optimizer]), (other, plain)):
+            whole.zero_grad()
+            whole(ids)["loss"].backward()
+            for each in steppers:
+                each.step()
+    for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_run_resumes_and_is_a_trunk(optimizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fault: a resumed run that differs from one without a break; a checkpoint or heads that nothing can load."""
     common = ["pretrain", *SMALL, "heads.depth=2", "dtype=float32", "train.save_steps=2", "train.max_steps=4"]
+    common += [f"train.optimizer={optimizer}"]
     texts = tmp_path / "texts.jsonl"
     texts.write_text("\n".join(json.dumps({"text": f"line {i} " * 9}) for i in range(40)))
     common += [f"data.texts={texts}", f"data.held_out={texts}"]
@@ -220,8 +253,8 @@ def test_shipped_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main([*words, "--dry-run"]) == 0
     plan = re.sub(" +", " ", capsys.readouterr().out)
     assert "frozen 10,8" in plan
-    # Leaves of eight places, eight components and 259 tokens; sums of a root and six regions.
-    trained = 8 * 8 * 259 * 384 + (8 + 6 * 64) * (384 + 1)
+    # Tilted leaves of eight places, 32 components and 259 tokens; sums of a root and six regions.
+    trained = 8 * 259 * (384 + 32) + (32 + 6 * 32 * 32) * (384 + 1)
     assert f"trained {trained:,} parameters" in plan
 
 

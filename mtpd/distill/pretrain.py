@@ -21,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from mtpd import alignment, ranks
 from mtpd.data.models import resolve_device, resolve_dtype, trunk_fingerprint
 from mtpd.data.streams import stream_rows
+from mtpd.distill.muon import muon_and_adamw
 from mtpd.distill.safe_trainer import SafeTrainer
 from mtpd.distill.trainer import Metrics, Progress
 from mtpd.errors import UserError
@@ -159,9 +160,13 @@ def _pretrain(recipe: PretrainRecipe, *, progress: bool) -> Path:
         tokenizer, recipe.data.held_out, row_length=recipe.data.row_length, limit=recipe.data.held_out_rows
     )
     write_whole(run / "recipe.yaml", dump(recipe))
+    arguments = _arguments(recipe, dtype=dtype, device=device)
+    # None is what transformers takes for its own AdamW.
+    optimizer = muon_and_adamw(whole, trunk.decoder.layers, arguments) if recipe.train.optimizer == "muon" else None
     trainer = PretrainTrainer(
         model=whole,
-        args=_arguments(recipe, dtype=dtype, device=device),
+        args=arguments,
+        optimizers=(optimizer, None),
         train_dataset=[{"input_ids": row.long()} for row in rows],
         callbacks=[Metrics(run / "metrics.jsonl")],
     )

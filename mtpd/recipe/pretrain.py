@@ -33,14 +33,16 @@ class PretrainData(Section):
 
 
 class PretrainTraining(Section):
-    """Optimisation. All parameters are trained, with AdamW."""
+    """Optimisation. All parameters are trained."""
 
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the rows."""
     max_steps: int = Field(default=-1, ge=-1)
     """Optimizer steps; overrides `epochs` unless -1."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` steps on the matrices of the decoder layers, and AdamW on the rest. A step takes longer, far fewer do."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak learning rate."""
+    """Peak learning rate, the same for both optimizers."""
     scheduler: SCHEDULERS = "cosine"
     """Learning-rate schedule, by its name in transformers."""
     warmup_ratio: Share = 0.02
