@@ -32,7 +32,7 @@ from mtpd.distill.deepspeed_config import LIVE_LAYERS, bucket_elements
 
 Sharding = Literal["none", "zero1", "zero2", "zero3", "zero3-cpu", "zero3-nvme"]
 SHARDINGS: tuple[Sharding, ...] = ("none", "zero1", "zero2", "zero3", "zero3-cpu", "zero3-nvme")
-"""From the one that exchanges least to the one that needs least memory; "none" is train.deepspeed: null."""
+"""From the one that is tried first to the one that needs least memory; "none" is train.deepspeed: null."""
 FLOAT32 = 4
 SPARE = 0.9
 """Share of a device's memory that a plan fills: allocators and libraries need the rest."""
