@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import weakref
@@ -242,6 +243,22 @@ def test_refused(word: str, message: str, tmp_path: Path, capsys: pytest.Capture
     """Fault: a mistake in the recipe that shows as a traceback."""
     assert main(["pretrain", *SMALL, f"output={tmp_path / 'run'}", word]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_no_code_of_a_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: the Python of somebody else's tokenizer, which runs after a question that a script answers."""
+    folder, ran = tmp_path / "tokenizer", tmp_path / "ran"
+    folder.mkdir()
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    code = f"from transformers import ByT5Tokenizer\nopen({str(ran)!r}, 'w').close()\nclass Own(ByT5Tokenizer): pass\n"
+    (folder / "own.py").write_text(code)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    assert main(["pretrain", *SMALL, f"output={tmp_path / 'run'}", f"tokenizer={folder}"]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+    assert not ran.exists()
 
 
 def test_shipped_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -204,7 +204,7 @@ def _tokenizer(name: str) -> Any:
         # No sentinels: one token a byte, and padding, end and unknown.
         return ByT5Tokenizer(extra_ids=0)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise UserError(
