@@ -256,7 +256,8 @@ def test_no_code_of_a_tokenizer(
     code = f"from transformers import ByT5Tokenizer\nopen({str(ran)!r}, 'w').close()\nclass Own(ByT5Tokenizer): pass\n"
     (folder / "own.py").write_text(code)
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
-    assert main(["pretrain", *SMALL, f"output={tmp_path / 'run'}", f"tokenizer={folder}"]) == 2
+    words = [f"tokenizer={folder}", "train.max_steps=1", "data.row_length=16"]
+    assert main(["pretrain", *SMALL, *words, f"output={tmp_path / 'run'}"]) == 2
     assert "cannot be loaded" in capsys.readouterr().err
     assert not ran.exists()
 
