@@ -36,18 +36,13 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self._adamw = torch.optim.AdamW(others, lr=lr, betas=betas, fused=True)
         super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of both."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         # Loading a checkpoint puts others in their place.
         self._muon.param_groups, self._adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
-        for part in (self._muon, self._adamw):
-            part.state = self.state
-            part.step()
+        self._muon.state = self._adamw.state = self.state
+        loss: float | None = self._muon.step(closure)
+        self._adamw.step()
         return loss
 
 
