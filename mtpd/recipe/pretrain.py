@@ -40,7 +40,7 @@ class PretrainTraining(Section):
     max_steps: int = Field(default=-1, ge=-1)
     """Optimizer steps; overrides `epochs` unless -1."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon` steps on the matrices of the decoder layers, and AdamW on the rest. A step takes longer, far fewer do."""
+    """`muon` steps on the matrices of the decoder layers, AdamW on the rest: longer steps, but far fewer are needed."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate, the same for both optimizers."""
     scheduler: SCHEDULERS = "cosine"
