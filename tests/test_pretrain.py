@@ -13,10 +13,14 @@ import pytest
 import torch
 from architectures import random_tokens, tiny_model
 from kinds import settings
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, TrainingArguments
 
 from mtpd.cli import main
 from mtpd.data import stdlib
@@ -210,13 +214,24 @@ def test_a_model_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not list((tmp_path / "run").glob(".*"))
 
 
-def test_bytes_with_another_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fault: byte tokens that work with one architecture alone, from pretraining to the text that heads write."""
+def byte_fied(folder: Path) -> Path:
+    """The tokenizer of a subword model that was made one of bytes: its format, a token for each byte, and no merges."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = Tokenizer(BPE({"<s>": 0, "</s>": 1, **{byte: 2 + k for k, byte in enumerate(alphabet)}}, []))
+    tokens.pre_tokenizer, tokens.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "byte-fied"])
+def test_bytes_with_another_architecture(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: byte tokens that work with one architecture or tokenizer alone, from pretraining to what heads write."""
     sizes = "hidden_size: 16, intermediate_size: 16, num_hidden_layers: 2, num_attention_heads: 2, head_dim: 8"
     texts = tmp_path / "texts.jsonl"
     texts.write_text("\n".join(json.dumps({"text": f"line {i} " * 9}) for i in range(20)))
     model = f"model={{model_type: gemma3_text, {sizes}, num_key_value_heads: 1, sliding_window: 16}}"
     common = [model, *SMALL[1:], "dtype=float32", "train.max_steps=1", f"data.texts={texts}", f"data.held_out={texts}"]
+    common += [f"tokenizer={tokenizer if tokenizer == 'bytes' else byte_fied(tmp_path / 'tokenizer')}"]
     assert main(["pretrain", *common, f"output={tmp_path / 'whole'}"]) == 0
     run = ["distill", f"model={tmp_path / 'whole' / 'model'}", "dtype=float32", f"data.prompts={texts}"]
     run += ["data.held_out_count=2", "data.row_length=128", "data.max_new_tokens=12", "train.max_steps=1"]
@@ -224,10 +239,11 @@ def test_bytes_with_another_architecture(tmp_path: Path, capsys: pytest.CaptureF
     assert main([*run, f"output={tmp_path / 'run'}"]) == 0
     capsys.readouterr()
     assert main(["generate", str(tmp_path / "run"), "--raw", "--prompt", "line 1 é", "--max-new-tokens", "8"]) == 0
-    plain, tokenizer = load_model(str(tmp_path / "whole" / "model"), dtype="float32")
-    ids = tokenizer("line 1 é", return_tensors="pt")["input_ids"]
+    plain, loaded = load_model(str(tmp_path / "whole" / "model"), dtype="float32")
+    ids = loaded("line 1 é", return_tensors="pt")["input_ids"]
+    assert ids.shape[1] - (tokenizer == "bytes") == len("line 1 é".encode())
     text = plain.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
-    assert capsys.readouterr().out == tokenizer.decode(text, skip_special_tokens=True) + "\n"
+    assert capsys.readouterr().out == loaded.decode(text, skip_special_tokens=True) + "\n"
 
 
 @pytest.mark.parametrize(
