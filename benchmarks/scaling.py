@@ -62,11 +62,11 @@ FURTHER = {"DeepSeek-V3, 671B": ["heads.shared=true"]}
 """A head is a layer with 256 experts there: one for all depths, as the model itself was trained."""
 
 
-def load_of(name: str) -> Load:
+def load_of(name: str, *words: str) -> Load:
     """Counts parameters on the meta device, as a plan does."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(CONFIGS[name]))
-        return plan(load_recipe(None, [f"model={folder}", *SETTINGS, *FURTHER.get(name, [])])).load
+        return plan(load_recipe(None, [f"model={folder}", *SETTINGS, *FURTHER.get(name, []), *words])).load
 
 
 def amount(bytes_: float) -> str:
@@ -106,11 +106,25 @@ def table(name: str, load: Load) -> str:
     return "\n".join(lines)
 
 
+def long_rows(name: str, tokens: int, ranks: int) -> str:
+    """A table of rows that are split over more and more GPUs, in Markdown."""
+    lines = ["| GPUs to a row | zero2, GB | step, ms | a row, ms |", "|---|---|---|---|"]
+    for parts in (1, 2, 4, 8):
+        words = ["train.rows_per_step=1", f"data.row_length={tokens}", f"train.sequence_parallel={parts}"]
+        load = load_of(name, *words, "train.deepspeed=zero2")
+        needed = sum(memory(load, "zero2", ranks).values())
+        seconds = step_seconds(load, "zero2", ranks, H100, stored=False)
+        cells = [str(parts), amount(needed), f"{1000 * seconds:,.0f}", f"{1000 * seconds * parts / ranks:,.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(CONFIGS), choices=list(CONFIGS))
     options = parser.parse_args()
     print("\n\n".join(table(name, load_of(name)) for name in options.models))
+    print(f"\n### Long rows\n\n{long_rows('Llama-3.1-8B', 131_072, 8)}")
 
 
 if __name__ == "__main__":

@@ -73,9 +73,13 @@ def speaks() -> bool:
     return _speaks
 
 
-def share(items: Sequence[Item]) -> list[Item]:
-    """What falls to this rank of a list that all ranks have: each item to one rank, in turns."""
-    return list(items[rank() :: count()])
+def share(items: Sequence[Item], *, together: int = 1) -> list[Item]:
+    """What falls to this rank of a list that all ranks have: each item to one rank, in turns.
+
+    Args:
+        together: so many neighbouring ranks get the same items.
+    """
+    return list(items[rank() // together :: count() // together])
 
 
 def barrier() -> None:
@@ -195,7 +199,10 @@ def joined(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group(_control)
     _control = None
     if alone:
-        dist.destroy_process_group()
+        # DeepSpeed keeps groups of its own, which have to go too where another run follows in these processes.
+        deepspeed = sys.modules.get("deepspeed.comm")
+        owner = deepspeed if deepspeed is not None and deepspeed.is_initialized() else dist
+        owner.destroy_process_group()
 
 
 class _Listener(threading.Thread):

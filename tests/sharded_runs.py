@@ -23,10 +23,14 @@ from transformers import TrainerCallback
 
 from mtpd.alignment import IGNORED
 from mtpd.data.packing import PackedRows, Sample
+from mtpd.data.store import MemoryStore, fill
+from mtpd.distill.below import FinishedDepths
 from mtpd.distill.directory import RunDirectory
+from mtpd.distill.joint import AdaptedTrunk, FullTrunk
 from mtpd.distill.run import Session
 from mtpd.distill.training import train_heads
 from mtpd.heads import Heads, save_heads
+from mtpd.heads.chain import ChainHeads
 from mtpd.recipe import parse_recipe
 from mtpd.trunk import Trunk
 
@@ -42,7 +46,10 @@ class Case:
         resume: a checkpoint of another run of the same folder, as "case/checkpoint-N", from which it goes on.
         form: of the heads, by its name in tests/kinds.py; None for a chain.
         loss: what they are trained on.
-        further: other keys of the recipe.
+        parts: of each row, in as many processes.
+        after: depths that are finished, and not trained.
+        train: other keys of that section of the recipe.
+        further: other keys of the recipe. States are kept in memory where they say so, else not.
     """
 
     deepspeed: str | None
@@ -54,6 +61,9 @@ class Case:
     architecture: str = "llama"
     form: str | None = None
     loss: str = "mtp_d"
+    parts: int = 1
+    after: int = 0
+    train: dict[str, Any] = field(default_factory=dict)
     further: dict[str, Any] = field(default_factory=dict)
 
 
@@ -85,6 +95,7 @@ def run_case(name: str, case: Case, folder: Path, callbacks: Sequence[TrainerCal
             "heads": {"depth": 2},
             "train": {
                 "deepspeed": case.deepspeed,
+                "sequence_parallel": case.parts,
                 "rows_per_step": case.rows_per_step,
                 "gradient_accumulation": case.accumulation,
                 "loss": case.loss,
@@ -93,6 +104,7 @@ def run_case(name: str, case: Case, folder: Path, callbacks: Sequence[TrainerCal
                 "logging_steps": 1,
                 "save_steps": 0 if "evaluation" in case.further else 10,
                 "save_total_limit": 9,
+                **case.train,
             },
             **case.further,
         }
@@ -110,7 +122,25 @@ def run_case(name: str, case: Case, folder: Path, callbacks: Sequence[TrainerCal
     session = Session(recipe, RunDirectory(run), trunk, None, "", [2], False)
     heads = new_heads(trunk, case.form)
     samples = [Sample.of("one", *architectures.greedy_text("llama", 5, 16))] if recipe.evaluation.steps else []
-    train_heads(session, heads, rows_of(case.rows), None, samples, callbacks=callbacks)
+    rows = rows_of(case.rows)
+    options: dict[str, Any] = {}
+    store = MemoryStore(trunk, rows) if recipe.data.hidden_states == "memory" else None
+    if store is not None:
+        fill(store, trunk, rows, progress=False)
+    if case.after:
+        assert isinstance(heads, ChainHeads)
+        options["below"] = FinishedDepths(trunk, heads.first(case.after), None)
+        for head in heads.chain()[: case.after]:
+            head.requires_grad_(False)
+    if recipe.trunk.train != "frozen":
+        session.trunk = trunk = copy.deepcopy(trunk)
+        settings = {"loss_weight": 0.5, "original_teacher": recipe.trunk.teacher == "original"}
+        adapted = recipe.trunk.train == "lora"
+        joint = AdaptedTrunk(trunk, rank=4, seed=0, **settings) if adapted else FullTrunk(trunk, **settings)
+        options["joint"] = joint
+    train_heads(session, heads, rows, store, samples, callbacks=callbacks, **options)
+    if first and "joint" in options:
+        options["joint"].save(run)
     if first:
         save_heads(heads, run / "heads")
 
@@ -211,6 +241,9 @@ class Watch(TrainerCallback):
 
 
 BF16 = {"dtype": "bfloat16"}
+STORED = {"data": {"hidden_states": "memory"}}
+ADAPTED = {"trunk": {"train": "lora", "teacher": "detached"}, "data": {"hidden_states": "recompute"}}
+JOINT = {"trunk": {"train": "full"}}
 MEASURED = {"evaluation": {"steps": 2, "steps_prompts": 1, "max_new_tokens": 16}}
 CASES: dict[str, Case] = {
     # Four rows a step, each in another way.
@@ -225,6 +258,20 @@ CASES: dict[str, Case] = {
     "zero3-circuit": Case("zero3", steps=4, form="cp-shared", loss="ce"),
     "zero2-bf16": Case("zero2", steps=6, further=BF16),
     "zero3-measured": Case("zero3", steps=4, further=MEASURED),
+    # Both processes have a part of each of the four rows of a step.
+    "split": Case("zero1", rows_per_step=4, parts=2),
+    "split-zero3": Case("zero3", rows_per_step=2, accumulation=2, parts=2),
+    "split-uneven": Case("zero2", rows=9, rows_per_step=4, steps=8, parts=2),
+    "split-tied": Case("zero2", rows_per_step=4, steps=6, architecture="qwen2", parts=2),
+    "split-circuit": Case("zero2", rows_per_step=4, steps=4, form="cp-shared", loss="ce", parts=2),
+    "split-bf16": Case("zero2", rows_per_step=4, steps=6, further=BF16, parts=2),
+    "split-extended": Case(
+        "zero2", rows_per_step=4, steps=4, parts=2, after=1, train={"checkpoint_blocks": True}, further=STORED
+    ),
+    "split-adapted": Case("zero2", rows_per_step=4, steps=4, parts=2, form="decoder", further=ADAPTED),
+    "split-joint": Case("zero1", rows_per_step=4, steps=4, parts=2, further=JOINT),
+    "split-measured": Case("zero3", rows_per_step=4, steps=4, parts=2, further=MEASURED),
+    "split-resumed": Case("zero2", rows_per_step=2, accumulation=2, resume="one/checkpoint-10", parts=2),
     # They go on from step 10 of the run in one process, or of one in two.
     "ddp-resumed": Case(None, resume="one/checkpoint-10"),
     "zero2-resumed": Case("zero2", resume="zero3/checkpoint-10"),

@@ -31,6 +31,9 @@ WORDS = [
 ]
 
 
+SPLIT = "train.sequence_parallel=2"
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     """A run by one process, the same by two of which each takes half of every step's rows, and a mistake of a user."""
@@ -43,6 +46,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
         [*half, f"output={folder / 'two'}"],
         ["extend", str(folder / "two"), "--to", "4", "--steps", "2"],
         [*half, f"output={folder / 'apart'}", "train.deepspeed=zero3", "evaluation.decode_prompts=0"],
+        [*WORDS, f"output={folder / 'split'}", "train.rows_per_step=2", "train.deepspeed=zero2", SPLIT],
+        ["extend", str(folder / "split"), "--to", "4", "--steps", "2"],
         [*half, f"output={folder / 'none'}"],
     ]
     return folder, in_fresh_ranks("processes", "run_commands", lines, [free_port() for _ in lines])[0]
@@ -54,14 +59,15 @@ def both(pair: tuple[Path, Ended]) -> tuple[Path, Path]:
     return pair[0] / "one", pair[0] / "two"
 
 
-@pytest.mark.parametrize("name", ["two", "apart"])
+@pytest.mark.parametrize("name", ["two", "apart", "split"])
 def test_two_ranks_make_the_run_of_one(pair: tuple[Path, Ended], name: str) -> None:
     """Fault: ranks that answer other prompts, store other states, train on other rows, or write over each other.
 
-    Apart: the trunk's layers are shared out over the ranks, and neither ever has all of them.
+    Apart: the trunk's layers are shared out over the ranks, and neither ever has all of them. Split: both ranks have a
+    part of each row, of its states too.
     """
     both = one, two = pair[0] / "one", pair[0] / name
-    assert {path.name for path in one.iterdir() if name == "two" or "decoded" not in path.name} == {
+    assert {path.name for path in one.iterdir() if name != "apart" or "decoded" not in path.name} == {
         path.name for path in two.iterdir() if path.name != "extended"
     }
     for name in ("responses.jsonl", "held-out.jsonl"):
@@ -92,9 +98,10 @@ def test_two_ranks_make_the_run_of_one(pair: tuple[Path, Ended], name: str) -> N
     assert (two / "metrics.jsonl").read_text().count('"loss"') == 4
 
 
-def test_two_ranks_extend_heads(both: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("name", ["two", "split"])
+def test_two_ranks_extend_heads(pair: tuple[Path, Ended], name: str) -> None:
     """Fault: a stage that each rank begins anew, or new depths that are not trained."""
-    stage = both[1] / "extended" / "copies-4"
+    stage = pair[0] / name / "extended" / "copies-4"
     before, after = (load_file(stage / name / "model.safetensors") for name in ("heads-before", "heads"))
     assert torch.equal(before["layers.0.project.weight"], after["layers.0.project.weight"])
     assert not torch.equal(before["layers.3.project.weight"], after["layers.3.project.weight"])
@@ -118,8 +125,8 @@ def test_one_rank_speaks_and_mistakes_are_one_line(pair: tuple[Path, Ended]) -> 
     """Fault: what each rank repeats, a mistake after which ranks wait for another, or one that loses its exit code."""
     ended = pair[1]
     assert ended.codes == [0, 0], ended.errors
-    assert ended.values == [[0, 0, 0, 2], [0, 0, 0, 1]]
-    assert [output.count("done: ") for output in ended.outputs] == [3, 0]
+    assert ended.values == [[0, 0, 0, 0, 0, 2], [0, 0, 0, 0, 0, 1]]
+    assert [output.count("done: ") for output in ended.outputs] == [5, 0]
     assert ended.outputs[1] == ""
     said = [line for errors in ended.errors for line in errors.splitlines() if line.startswith("mtpd: error")]
     assert len(said) == 1

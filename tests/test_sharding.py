@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from sharded_runs import BF16, CASES, Case, in_ranks, metrics, rows_of, run_case
+from sharded_runs import ADAPTED, BF16, CASES, JOINT, Case, in_ranks, metrics, rows_of, run_case
 
 from mtpd.distill.deepspeed_config import DeepSpeedSettings, bucket_elements, load_settings
 from mtpd.distill.rows import RowOrder, TrainingRows
@@ -24,6 +24,9 @@ ALONE = {
     "one-tied": Case(None, accumulation=2, steps=6, architecture="qwen2"),
     "one-circuit": Case(None, accumulation=2, steps=4, form="cp-shared", loss="ce"),
     "one-bf16": Case(None, accumulation=2, steps=6, further=BF16),
+    "one-extended": Case(None, accumulation=2, steps=4, after=1),
+    "one-adapted": Case(None, accumulation=2, steps=4, form="decoder", further=ADAPTED),
+    "one-joint": Case(None, accumulation=2, steps=4, further=JOINT),
 }
 """What two processes are to repeat."""
 
@@ -56,17 +59,27 @@ def furthest(run: Path, other: Path) -> float:
         *((name, "one-uneven") for name in ("ddp-uneven", "zero3-uneven")),
         ("zero3-tied", "one-tied"),
         ("zero3-circuit", "one-circuit"),
+        *((name, "one") for name in ("split", "split-zero3")),
+        *((f"split-{name}", f"one-{name}") for name in ("uneven", "tied", "circuit", "extended", "adapted", "joint")),
     ],
 )
 def test_processes_train_what_one_process_trains(runs: Path, name: str, alone: str) -> None:
-    """Fault: rows read twice or never, a loss averaged by process and not by token, accumulation divided by twice."""
+    """Fault: rows read twice or never, a loss averaged by process and not by token, accumulation divided by twice.
+
+    Of split rows: tokens or teacher rows of the next part are missing, or its labels are counted twice.
+    """
     ours, theirs = metrics(runs / name), metrics(runs / alone)
     assert len(ours) == len(theirs) == CASES[name].steps
     for key in {"loss", "grad_norm", "ce_1", "ce_2", "kl_1", "learning_rate"} & theirs[0].keys():
         assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs], rel=1e-5), key
     # Counts of all processes, and so the same shares.
-    assert [line["train_car_1"] for line in ours] == pytest.approx([line["train_car_1"] for line in theirs], abs=1e-7)
+    for key in {"train_car_1", "train_car_2"} & theirs[0].keys():
+        assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs], abs=1e-7)
     assert furthest(runs / name, runs / alone) < 1e-5
+    for weights in (runs / alone).glob("trunk-*.safetensors"):
+        trained = load_file(runs / name / weights.name)
+        for key, tensor in load_file(weights).items():
+            torch.testing.assert_close(trained[key], tensor, rtol=0, atol=1e-5)
 
 
 def test_micro_batches_of_one_process(runs: Path, tmp_path: Path) -> None:
@@ -76,7 +89,7 @@ def test_micro_batches_of_one_process(runs: Path, tmp_path: Path) -> None:
         assert furthest(tmp_path / name, runs / "one") < 1e-5
 
 
-@pytest.mark.parametrize("name", ["ddp-resumed", "zero2-resumed", "zero3-resumed"])
+@pytest.mark.parametrize("name", ["ddp-resumed", "zero2-resumed", "zero3-resumed", "split-resumed"])
 def test_runs_go_on_elsewhere(runs: Path, name: str) -> None:
     """Fault: moments, learning rate or place in the data are lost between one process and two, or between stages."""
     ours, theirs = metrics(runs / name), metrics(runs / "one")
@@ -126,18 +139,20 @@ def test_checkpoints_hold_whole_heads(runs: Path) -> None:
         assert not list(folder.glob("global_step*"))
 
 
-def test_heads_are_trained_in_float32_beside_a_bfloat16_trunk(runs: Path) -> None:
+@pytest.mark.parametrize("name", ["zero2-bf16", "split-bf16"])
+def test_heads_are_trained_in_float32_beside_a_bfloat16_trunk(runs: Path, name: str) -> None:
     """Fault: DeepSpeed casts the heads to bfloat16, in which small updates are lost; or nothing is computed in it."""
-    assert all(tensor.dtype == torch.float32 for tensor in heads_of(runs / "zero2-bf16").values())
-    ours, theirs = metrics(runs / "zero2-bf16"), metrics(runs / "one-bf16")
+    assert all(tensor.dtype == torch.float32 for tensor in heads_of(runs / name).values())
+    ours, theirs = metrics(runs / name), metrics(runs / "one-bf16")
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=2e-3)
     exact = metrics(runs / "one")
     assert ours[0]["loss"] != pytest.approx(exact[0]["loss"], rel=1e-6)
 
 
-def test_the_best_heads_of_a_sharded_run(runs: Path) -> None:
+@pytest.mark.parametrize("name", ["zero3-measured", "split-measured"])
+def test_the_best_heads_of_a_sharded_run(runs: Path, name: str) -> None:
     """Fault: acceptance is measured with heads that have no elements, or the best ones are not put back."""
-    run = runs / "zero3-measured"
+    run = runs / name
     state = json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())
     measured = [line["eval_tau"] for line in state["log_history"] if "eval_tau" in line]
     assert len(measured) == 2
@@ -241,7 +256,7 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
         ({"train": {"deepspeed": "zero3"}, "trunk": {"train": "lora"}}, "accepted: null, zero1, zero2"),
         ({"train": {"deepspeed": "zero3-cpu"}, "heads": {"shared_layers": 1}}, "accepted: null, zero1, zero2"),
         ({"train": {"arguments": {"deepspeed": "mine.json"}}}, "the recipe key train.deepspeed"),
-        ({"train": {"arguments": {"parallelism_config": {"sp_size": 2}}}}, "DeepSpeed's Ulysses"),
+        ({"train": {"arguments": {"parallelism_config": {"sp_size": 2}}}}, "train.sequence_parallel"),
         ({"train": {"arguments": {"fsdp": True}}}, "train.arguments.fsdp"),
     ],
 )

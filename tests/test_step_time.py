@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from processes import in_fresh_ranks
-from step_counts import CountSteps
+from step_counts import ULYSSES, CountSteps
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtpd.data.packing import PackedRows
@@ -54,12 +54,13 @@ SHAPE: dict[str, Any] = {key: value for key, value in MODEL.items() if key != "m
 WORDS = ["heads.depth=2", "dtype=float32", "device=cpu", "data.row_length=192", "train.rows_per_step=1"]
 WORDS.append("train.top_n=200")
 DEEP = 5
-CASES: dict[int, list[tuple[Sharding, bool, int]]] = {
-    # Sharding, whether the trunk's states are stored, and depth.
+CASES: dict[int, list[tuple[Sharding, bool, int] | tuple[Sharding, bool, int, int]]] = {
+    # Sharding, whether the trunk's states are stored, depth, and the processes that share a row.
     1: [("none", True, 2), ("none", False, 2)],
     2: [
         *(("none", True, 2), ("zero1", True, 2), ("zero2", True, 2), ("zero3", True, 2)),
         *(("zero3", False, 2), ("zero3", True, DEEP)),
+        *(("zero2", False, 2, 2), ("zero3", False, 2, 2), ("zero3", True, 2, 2)),
     ],
 }
 
@@ -78,13 +79,15 @@ def counted(folder: str) -> dict[str, Any]:
         # As without a launcher.
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             del os.environ[name]
-    for sharding, stored, depth in CASES[count]:
+    for sharding, stored, depth, *shared in CASES[count]:
+        parts = shared[0] if shared else 1
         torch.manual_seed(0)
         trunk = Trunk(LlamaForCausalLM(LlamaConfig(**SHAPE)).eval())
         name = "null" if sharding == "none" else sharding
-        case = f"{sharding}{' stored' * stored}{' deep' * (depth == DEEP)}"
+        case = f"{sharding}{' stored' * stored}{' deep' * (depth == DEEP)}{' split' * (parts > 1)}"
         run = Path(folder) / f"{count} {case}"
         given = [f"train.deepspeed={name}", f"output={run}", f"heads.depth={depth}", "train.max_steps=2"]
+        given.append(f"train.sequence_parallel={parts}")
         recipe = load_recipe(None, [*WORDS, "model=none", *given])
         config = configure_heads(recipe.heads.model_dump(), trunk, vocabulary=0, fingerprint="")
         heads = build_heads(trunk, config)
@@ -109,6 +112,12 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]
     for each in ended:
         assert set(each.codes) == {0}, each.errors
     return {count: each.values[0] for count, each in enumerate(ended, start=1)}
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    words = [*WORDS, "train.deepspeed=zero2", "train.sequence_parallel=2"]
+    return load_of(MODEL, words, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +149,20 @@ def test_messages(steps: dict[int, dict[str, Any]], load: Load, sharding: Shardi
         assert total(steps[2]["zero3 stored deep"], "received") == pytest.approx(
             received(deep, sharding, 2)[0], rel=0.01
         )
+
+
+def test_split_rows(steps: dict[int, dict[str, Any]], load: Load, split: Load) -> None:
+    """Fault: a part is taken for a row, attention for that of a part, or nothing for what ranks exchange for it."""
+    stored = steps[2]["zero3 stored split"]
+    assert split.tokens == load.tokens // 2
+    assert total(stored, "flops") == pytest.approx(heads_flops(split), rel=0.01)
+    for sharding in ("zero2", "zero3"):
+        step = steps[2][f"{sharding} split"]
+        assert total(step, "flops") == pytest.approx(heads_flops(split) + trunk_flops(split), rel=0.01)
+        assert total(step, "received") == pytest.approx(sum(received(split, sharding, 2)), rel=0.01)
+    # The exchange by itself.
+    found = stored["received"][ULYSSES]
+    assert found == pytest.approx(split.tokens / 2 * split.exchanged_heads, rel=0.05)
 
 
 def test_sweeps(steps: dict[int, dict[str, Any]], load: Load) -> None:

@@ -296,21 +296,25 @@ def fill(
     *,
     batch_rows: int = 8,
     before_last: int = 0,
+    together: int = 1,
     progress: bool = True,
 ) -> None:
     """Runs the trunk over all rows that the store lacks; ranks that share it, each over its share of them.
 
     Args:
+        trunk: gives the states of whole rows, also where ranks run it together.
         batch_rows: rows a forward pass of the trunk.
         before_last: how many layers stand above the states.
+        together: so many neighbouring ranks run the trunk over the same rows, and the first of them keeps the states.
     """
+    keeper = store if ranks.rank() % together == 0 else None
     missing = [row for row in range(len(rows)) if row not in store]
     joint = store if isinstance(store, DiskStore) and store.shared else None
     passes = -(-len(missing) // batch_rows)
     if joint is not None:
         # The first rank has the largest share.
-        passes = -(-len(missing[:: ranks.count()]) // batch_rows)
-        missing = ranks.share(missing)
+        passes = -(-len(missing[:: ranks.count() // together]) // batch_rows)
+        missing = ranks.share(missing, together=together)
     bar = tqdm(
         total=len(missing) * rows.row_length,
         desc="hidden states",
@@ -322,7 +326,7 @@ def fill(
         try:
             for first in range(0, len(missing), batch_rows):
                 batch = [{**rows[row], "row": torch.tensor(row)} for row in missing[first : first + batch_rows]]
-                with_hidden(collate(batch), trunk, store, before_last=before_last)
+                with_hidden(collate(batch), trunk, keeper, before_last=before_last)
                 bar.update(len(batch) * rows.row_length)
         except (KeyboardInterrupt, SystemExit):
             store.flush()

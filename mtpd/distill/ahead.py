@@ -6,12 +6,13 @@ from pathlib import Path
 
 from mtpd import ranks
 from mtpd.data.models import resolve_device
-from mtpd.data.store import DiskStore, fill
+from mtpd.data.store import DiskStore
 from mtpd.data.vocabulary import coverage, save_vocabulary
 from mtpd.distill.apart import trunk_apart
 from mtpd.distill.directory import open_together
 from mtpd.distill.first_heads import vocabulary_of
 from mtpd.distill.run import (
+    fill_store,
     hidden_states,
     real_tokens,
     split_prompts,
@@ -43,14 +44,7 @@ def store_hidden_states(recipe: Recipe, *, progress: bool = True) -> Path:
             rows = training_rows(session, prompts)
             store = hidden_states(session, rows, prompts)
             assert isinstance(store, DiskStore)
-            fill(
-                store,
-                session.trunk,
-                rows,
-                batch_rows=recipe.train.rows_per_step,
-                before_last=recipe.heads.shared_layers,
-                progress=session.progress,
-            )
+            fill_store(session, rows, store)
     return store.directory
 
 

@@ -29,12 +29,18 @@ class FinishedDepths:
         return self.heads.depth
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
-        """States [B, T, D] for a batch with `input_ids`, `position_ids`, `hidden` and the numbers of its rows."""
+        """States [B, T, D] for a batch with `input_ids`, `position_ids`, `hidden` and the numbers of its rows.
+
+        Parts of rows come with what follows them, `ahead`.
+        """
         return stored_states(batch, self.store, self._states, device=self.trunk.device)
 
     @torch.no_grad()
     def _states(self, batch: dict[str, Tensor]) -> Tensor:
-        states = self.heads(self.trunk, batch["hidden"], batch["input_ids"], position_ids_BT=batch["position_ids"])
+        tokens = batch["input_ids"]
+        if "ahead" in batch:
+            tokens = torch.cat([tokens, batch["ahead"][:, 0]], dim=1)
+        states = self.heads(self.trunk, batch["hidden"], tokens, position_ids_BT=batch["position_ids"])
         return states[-1].to(self.trunk.dtype)
 
     def flush(self) -> None:

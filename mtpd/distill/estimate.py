@@ -55,7 +55,7 @@ def estimate_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, *, 
     """Counts what is at hand, and takes `limit` for the rest.
 
     Args:
-        processes: that train together.
+        processes: that have rows of their own.
 
     Raises:
         UserError: a file that is missing or unreadable, prompts that the tokenizer's template refuses.
@@ -195,6 +195,11 @@ class Sizes:
         )
 
     @property
+    def exchanged(self) -> int:
+        """Features of a token that ranks which share rows exchange in a layer: what attention reads and gives."""
+        return self.projected + (self.projected - self.cached)
+
+    @property
     def between(self) -> int:
         """Numbers of a token that the trunk reads and writes between its products, counted in a llama.
 
@@ -228,7 +233,7 @@ def estimate_memory(
     """
     data, item = recipe.data, sizes.item
     weights = sizes.frozen * item
-    batch_tokens = recipe.train.rows_per_step * data.row_length
+    batch_tokens = recipe.train.rows_per_step * data.row_length // recipe.train.sequence_parallel
     # What autograd keeps of a head, counted in a llama block: 22 D of norms, projection and residuals.
     elements = 22 * sizes.hidden + 2 * sizes.projected + 4 * sizes.inner + 6 * sizes.hidden * sizes.experts
     # Losses of the teacher's true probabilities read its logits over all tokens.

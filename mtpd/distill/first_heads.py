@@ -12,6 +12,7 @@ from mtpd.data.packing import PackedRows, collate
 from mtpd.data.store import HiddenStates, with_hidden
 from mtpd.data.vocabulary import draft_vocabulary, load_vocabulary
 from mtpd.distill.rows import TrainingRows
+from mtpd.distill.split_rows import shared_trunk
 from mtpd.heads import WEIGHTS, Heads, build_heads, configure_heads, load_heads, save_heads, start_heads
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) ->
     """Heads with their first weights, kept in `heads-before/`."""
     run, trunk = session.run, session.trunk
     if not ranks.from_main((run.heads_before / WEIGHTS).is_file):
-        if ranks.is_main() or trunk.partitioned:
+        if ranks.is_main() or trunk.partitioned or session.recipe.train.sequence_parallel > 1:
             heads = _started(session, rows, store)
             if store is not None:
                 # The states that the start was fitted to are those that training reads, also after an interruption.
@@ -76,7 +77,8 @@ def fitting_batches(
         collate([training[index] for index in chosen[first : first + size]]) for first in range(0, len(chosen), size)
     ]
     before_last = session.recipe.heads.shared_layers
-    return [with_hidden(batch, session.trunk, store, before_last=before_last) for batch in batches]
+    with shared_trunk(session.recipe, session.trunk) as trunk:
+        return [with_hidden(batch, trunk, store, before_last=before_last) for batch in batches]
 
 
 def vocabulary_of(session: Session, rows: PackedRows) -> torch.Tensor | None:

@@ -57,6 +57,11 @@ class JointTrunk:
         self.learning_rate = learning_rate
         self.dtype = trunk.dtype
 
+    @property
+    def trunks(self) -> list[Trunk]:
+        """The trunk, and that of the teacher where it is another one."""
+        return [self.trunk]
+
     def states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Hidden states [B, T, D] of the trunk as it is, with gradient."""
         states: Tensor = self.trunk.decoder(
@@ -158,6 +163,10 @@ class FullTrunk(JointTrunk):
         self.before = Trunk(copy.deepcopy(trunk.model), tokens=trunk.tokens) if self.original_teacher else None
         trunk.model.float().requires_grad_(True)
         self.parameters = dict(trunk.model.named_parameters())
+
+    @property
+    def trunks(self) -> list[Trunk]:
+        return [self.trunk] if self.before is None else [self.trunk, self.before]
 
     @contextmanager
     def original(self) -> Iterator[Trunk]:

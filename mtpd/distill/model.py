@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mtpd import alignment
 from mtpd.distill.joint import JointTrunk
+from mtpd.distill.split_rows import SplitRows
 from mtpd.errors import UserError
 from mtpd.heads import Batch, Heads, Readout
 from mtpd.losses.fused import multi_depth_loss
@@ -31,6 +32,7 @@ class DistillModel(nn.Module):
         after: depths up to this one are finished: they are given as states, and have no loss.
         joint: trains the trunk too.
         autocast: number format in which the heads are computed, where the trainer does not see to it.
+        split: this process has parts of rows.
     """
 
     accepts_loss_kwargs = True
@@ -46,9 +48,11 @@ class DistillModel(nn.Module):
         after: int = 0,
         joint: JointTrunk | None = None,
         autocast: torch.dtype | None = None,
+        split: SplitRows | None = None,
     ) -> None:
         super().__init__()
         self.autocast = autocast
+        self.split = split
         self.compiled = compiled
         self.after = after
         self.joint = joint
@@ -79,6 +83,7 @@ class DistillModel(nn.Module):
         position_ids: Tensor,
         hidden: Tensor | None = None,
         below: Tensor | None = None,
+        ahead: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """The loss per response token.
@@ -87,47 +92,59 @@ class DistillModel(nn.Module):
             input_ids, labels, position_ids: packed rows [B, T]; labels are -100 outside of responses.
             hidden: the frozen trunk's states [B, T, D] that heads read, if they were kept; the trunk runs otherwise.
             below: states [B, T, D] of depth `after`, where that is not 0.
+            ahead: of parts of rows, ids, labels and positions [B, 3, A] that follow them.
             num_items_in_batch: response tokens of the whole optimizer step; those of this batch by default.
         """
         # Only where it is asked for: autocast that is not enabled would switch off that of the trainer.
         with torch.autocast(input_ids.device.type, self.autocast) if self.autocast is not None else nullcontext():
-            total = self._sum(input_ids, labels, position_ids, hidden, below)
+            total = self._sum(input_ids, labels, position_ids, hidden, below, ahead)
         if num_items_in_batch is None:
             num_items_in_batch = (labels != alignment.IGNORED).sum()
         return {"loss": total / num_items_in_batch}
 
     def _sum(
-        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, hidden: Tensor | None, below: Tensor | None
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor,
+        hidden: Tensor | None,
+        below: Tensor | None,
+        ahead: Tensor | None,
     ) -> Tensor:
         """The loss summed over tokens, and over depths."""
-        main: Tensor | None = None
         teacher: Tensor | None = None
         readout = self.readout
         if self.joint is not None:
             readout = self.joint.readout(readout)
             states = self.joint.states(input_ids, position_ids)
             teacher = states.detach() if hidden is None else hidden
-            main = self._main_head_loss(readout, states, input_ids, labels, position_ids)
             hidden = states
         elif hidden is None:
             before_last = self.heads.shared_layers
             hidden = self.trunk.hidden(input_ids, position_ids=position_ids, before_last=before_last)
+        if self.split is not None:
+            assert ahead is not None, "what follows the parts"
+            known = hidden if teacher is None else teacher
+            teacher = torch.cat([known, self.split.following(known)], dim=1)
+            input_ids, labels, position_ids = (
+                torch.cat([own, next_], dim=1)
+                for own, next_ in zip((input_ids, labels, position_ids), ahead.unbind(1), strict=True)
+            )
         batch = Batch(input_ids, labels, position_ids, hidden, teacher=teacher, below=below, after=self.after)
+        main = None if self.joint is None else self._main_head_loss(readout, batch)
         total, self.sums = self.heads.loss(self.trunk, batch, readout, self.settings, compiled=self.compiled)
         return total if main is None else total + main
 
-    def _main_head_loss(
-        self, readout: Readout, states_BTD: Tensor, input_ids: Tensor, labels: Tensor, position_ids: Tensor
-    ) -> Tensor:
+    def _main_head_loss(self, readout: Readout, batch: Batch) -> Tensor:
         """The main head's weighted cross-entropy on the tokens of responses: that of depth 0."""
         assert self.joint is not None
-        states_PD = states_BTD.flatten(0, 1)
+        states_PD = batch.flat(batch.hidden)
         loss, _ = multi_depth_loss(
             [states_PD],
             states_PD,
             readout.main,
-            targets_P=[alignment.target_tokens(input_ids, 0).flatten()],
-            masks_P=[alignment.counted(labels, position_ids, 0).flatten()],
+            targets_P=[batch.tokens(0)],
+            masks_P=[batch.counted(0)],
             settings=LossSettings((self.joint.loss_weight,), (0.0,)),
             after=-1,
             compiled=self.compiled,

@@ -20,11 +20,14 @@ from mtpd.distill.arguments import loss_settings
 from mtpd.distill.estimate import Sizes, TextEstimate, estimate_disk, estimate_memory, estimate_text
 from mtpd.distill.run import check_row_length, real_tokens, with_native_depth
 from mtpd.distill.scaling import SPARE, Fit, Load, fits, host_memory
+from mtpd.distill.split_rows import check_split
 from mtpd.heads import Heads, build_heads, configure_heads
 from mtpd.recipe import Recipe, stages_of
 from mtpd.trunk import Trunk
 
 WIDTH = 100
+POSITION = 8
+"""Bytes of the number of a position, which goes with what attention reads of a token."""
 SHARDED_BY_DEEPSPEED = {
     "none": "nothing has to be sharded",
     "zero1": "the optimizer state of the heads is sharded",
@@ -66,12 +69,15 @@ class Plan:
     given: bool
     """Whether the devices are those that were asked for, and not those of this machine."""
     processes: int
-    """That train: one for each device that was asked for. Without a launcher there is one, whatever is at hand."""
+    """That train: one for each device that was asked for, or as many as there have to be, whatever is at hand."""
 
     @property
     def shardings(self) -> list[Fit]:
         """The ways to shard over the devices, from the first to be tried on."""
         found = fits(self.load, self.devices, self.device_memory)
+        if self.load.parts > 1:
+            # Without DeepSpeed rows are not shared.
+            found = [fit for fit in found if fit.sharding != "none"]
         # A trunk that is trained is whole everywhere.
         return found if not self.of_trunk else [fit for fit in found if not fit.sharding.startswith("zero3")]
 
@@ -172,8 +178,9 @@ class Plan:
 
     def _steps(self) -> str:
         train = self.recipe.train
-        rows = train.rows_per_step * train.gradient_accumulation * self.processes
+        rows = train.rows_per_step * train.gradient_accumulation * (self.processes // train.sequence_parallel)
         together = f", {self.processes} processes" if self.processes > 1 else ""
+        together += f", {train.sequence_parallel} to a row" if train.sequence_parallel > 1 else ""
         return f"{amount(self.text.steps)} optimizer steps of {rows:,} rows{together}"
 
     def _passes(self) -> str:
@@ -213,6 +220,8 @@ def plan(recipe: Recipe, *, devices: int | None = None, device_memory: float | N
     dtype = resolve_dtype(recipe.dtype, device)
     trunk = Trunk(model, tokens=real_tokens(model, tokenizer) if tokenizer is not None else None)
     check_row_length(recipe, trunk)
+    processes = devices or recipe.train.sequence_parallel
+    check_split(recipe, trunk, processes=processes)
     rows = trunk.unembedding.weight.shape[0]
     columns = min(draft_size(recipe.heads.vocabulary) or rows, trunk.tokens or rows)
     restricted = columns if columns < rows else 0
@@ -239,7 +248,7 @@ def plan(recipe: Recipe, *, devices: int | None = None, device_memory: float | N
         ),
         "full": frozen,
     }[recipe.trunk.train]
-    text = estimate_text(recipe, tokenizer, processes=devices or 1)
+    text = estimate_text(recipe, tokenizer, processes=processes // recipe.train.sequence_parallel)
     wanted = recipe.evaluation.dtype
     decoding = dtype if wanted == "trunk" else resolve_dtype(wanted, device)
     memory = estimate_memory(
@@ -266,7 +275,7 @@ def plan(recipe: Recipe, *, devices: int | None = None, device_memory: float | N
         devices=count,
         device_memory=bytes_of_each if device_memory is None else 1e9 * device_memory,
         given=devices is not None or device_memory is not None,
-        processes=devices or 1,
+        processes=processes,
     )
 
 
@@ -284,6 +293,7 @@ def training_load(
     blocks = list(parts) if parts is not None and len(parts) else [heads]
     # A block that serves all depths is gone through once for each.
     often = recipe.heads.depth / len(blocks)
+    parts = recipe.train.sequence_parallel
     # What the formula says itself; of a trunk that is trained in float32, its copy in its own number format.
     sharded = {"trunk", "trunk, float32", "trunk in its number format", "adapters of the trunk, float32"}
     sharded |= {"heads, float32", "gradients", "optimizer"}
@@ -296,7 +306,7 @@ def training_load(
         hidden=sizes.hidden,
         item=sizes.item,
         beside={name: part for name, part in training.items() if name not in sharded and part},
-        tokens=recipe.train.rows_per_step * recipe.data.row_length,
+        tokens=recipe.train.rows_per_step * recipe.data.row_length // parts,
         active=_active(layers, trunk.config),
         active_heads=round(often * _active([heads], trunk.config)),
         row=recipe.data.row_length,
@@ -307,6 +317,9 @@ def training_load(
         **_of_loss(recipe, sizes.columns),
         depth=recipe.heads.depth,
         vocabulary=sizes.columns,
+        parts=parts,
+        exchanged=trunk.depth * (sizes.exchanged * sizes.item + parts * POSITION),
+        exchanged_heads=sizes.depth * (2 * sizes.exchanged * sizes.item + parts * POSITION),
     )
 
 

@@ -31,6 +31,7 @@ from mtpd.distill.directory import RunDirectory, finish_provenance, open_togethe
 from mtpd.distill.first_heads import new_heads
 from mtpd.distill.measuring import set_apart, spread
 from mtpd.distill.outcome import decode, measure, show
+from mtpd.distill.split_rows import check_split, shared_trunk
 from mtpd.distill.training import train_heads
 from mtpd.errors import UserError, enough_memory
 from mtpd.evaluate.contamination import write_signatures
@@ -176,6 +177,7 @@ def start(recipe: Recipe, run: RunDirectory, *, progress: bool) -> Session:
     trunk = Trunk(model, tokens=real_tokens(model, tokenizer))
     if ranks.is_main() or not apart:
         trunk.check()
+        check_split(recipe, trunk, processes=ranks.count())
     check_row_length(recipe, trunk)
     check_heads(recipe, trunk)
     if trunk.recurrent and recipe.evaluation.decode_prompts:
@@ -300,12 +302,20 @@ def fill_together(session: Session, rows: PackedRows, store: HiddenStates | None
     In training a rank meets rows that another one has computed, and would compute them again.
     """
     if isinstance(store, DiskStore) and store.shared:
+        fill_store(session, rows, store)
+
+
+def fill_store(session: Session, rows: PackedRows, store: HiddenStates) -> None:
+    """Fills a store, in as many rows at a time as training has."""
+    recipe = session.recipe
+    with shared_trunk(recipe, session.trunk) as trunk:
         fill(
             store,
-            session.trunk,
+            trunk,
             rows,
-            batch_rows=session.recipe.train.rows_per_step,
-            before_last=session.recipe.heads.shared_layers,
+            batch_rows=recipe.train.rows_per_step,
+            before_last=recipe.heads.shared_layers,
+            together=recipe.train.sequence_parallel,
             progress=session.progress,
         )
 

@@ -86,6 +86,12 @@ class Load:
     depth: int
     vocabulary: int
     """Tokens that the loss compares."""
+    parts: int = 1
+    """Ranks that share each row: `tokens` are those of a part."""
+    exchanged: int = 0
+    """Bytes of a token that these ranks exchange for the attention of the trunk, all layers together."""
+    exchanged_heads: int = 0
+    """Those for the heads, forward and backward, all depths together."""
 
 
 def memory(load: Load, sharding: Sharding, ranks: int) -> dict[str, int]:
@@ -220,13 +226,16 @@ def received(load: Load, sharding: Sharding, ranks: int) -> tuple[float, float]:
 
     Gradients are summed everywhere, which brings in what the heads have twice; DeepSpeed does so at stages 1 and 2
     too, where new weights come back besides. At stage 3 gradients are shared out; weights are collected for the
-    forward pass, and for the backward pass those that were let go.
+    forward pass, and for the backward pass those that were let go. Ranks that share rows exchange what attention reads
+    and gives, of their part, in each layer, and of the heads' layers once more in the backward pass.
     """
     stage, share = _stage(sharding), (ranks - 1) / ranks
+    elsewhere = load.tokens * (load.parts - 1) / load.parts
+    of_heads, of_layers = elsewhere * load.exchanged_heads, elsewhere * load.exchanged
     if stage < 3:
-        return (3 if stage else 2) * FLOAT32 * load.heads * share, 0.0
+        return (3 if stage else 2) * FLOAT32 * load.heads * share + of_heads, of_layers
     let_go = max(0, load.heads - LIVE_LAYERS * load.largest_head)
-    return FLOAT32 * (2 * load.heads + let_go) * share, load.layers * load.item * share
+    return FLOAT32 * (2 * load.heads + let_go) * share + of_heads, load.layers * load.item * share + of_layers
 
 
 def step_seconds(load: Load, sharding: Sharding, ranks: int, machine: Machine, *, stored: bool) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from mtpd.alignment import IGNORED
 from mtpd.data.packing import PackedRows, collate
 from mtpd.data.store import HiddenStates, with_hidden
 from mtpd.distill import checkpointing
@@ -26,6 +26,7 @@ from mtpd.distill.optimizer_state import OPTIMIZER, load_state, put_state, save_
 from mtpd.distill.rows import RowOrder, TrainingRows
 from mtpd.distill.safe_trainer import SafeTrainer
 from mtpd.distill.sharding import gathered, make_whole
+from mtpd.distill.split_rows import PartOfStates
 from mtpd.files import write_whole, writing
 from mtpd.heads import load_heads, save_heads
 from mtpd.losses.settings import LossSettings
@@ -52,16 +53,18 @@ class HeadTrainer(SafeTrainer):
         progress: bool = True,
         skip_bad_batches: int = 0,
     ) -> None:
+        split = model.split
+        places = {} if split is None else {"parts": split.parts, "ahead": split.ahead}
         super().__init__(
             model=model,
             args=args,
-            train_dataset=TrainingRows(rows, multiple=_round(args)),
+            train_dataset=TrainingRows(rows, multiple=_round(args, **places), **places),
             data_collator=collate,
             callbacks=list(callbacks),
             skip_bad_batches=skip_bad_batches,
         )
         assert (below.depth if below is not None else 0) == model.after, "the depths without a loss"
-        self.store = store
+        self.store = store if store is None or split is None else PartOfStates(store, split)
         self.below = below
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -84,12 +87,12 @@ class HeadTrainer(SafeTrainer):
     @property
     def step_rows(self) -> int:
         """Rows of an optimizer step, of all processes."""
-        args = self.args
-        return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+        args, split = self.args, self.distill_model.split
+        together = args.world_size // (1 if split is None else split.parts)
+        return int(args.train_batch_size * args.gradient_accumulation_steps * together)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        # Rows that only fill a round are not counted.
-        tokens = (inputs["labels"] != IGNORED).any(1).sum() * inputs["labels"].shape[1]
+        tokens = inputs.pop("tokens").sum()
         inputs = self.with_states(inputs)
         result = super().compute_loss(model, inputs, *args, **kwargs)
         sums = self.distill_model.sums
@@ -101,14 +104,25 @@ class HeadTrainer(SafeTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         before = self._totals
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        with self._attending(inputs):
+            loss = super().training_step(model, inputs, *args, **kwargs)
         if self.skipping:
             self._totals = before
         return loss
 
+    def _attending(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
+        """Attention over whole rows, where this process has parts of them."""
+        model = self.distill_model
+        if model.split is None:
+            return nullcontext()
+        trunks = [model.trunk] if model.joint is None else model.joint.trunks
+        finished = [] if self.below is None else [self.below.heads]
+        positions = inputs["position_ids"].to(self.args.device)
+        return model.split.attending(positions, *(trunk.decoder for trunk in trunks), model.heads, *finished)
+
     def suspects(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """The states of what is not trained; a trunk that is partitioned cannot give them to one process."""
-        if any(hasattr(parameter, "ds_id") for parameter in self.distill_model.trunk.decoder.layers.parameters()):
+        """The states of what is not trained; a trunk that needs all processes cannot give them to one."""
+        if self.distill_model.trunk.partitioned or self.distill_model.split is not None:
             return {}
         found = self.with_states(inputs)
         return {name: found[name] for name in ("hidden", "below") if name in found}
@@ -192,7 +206,7 @@ class HeadTrainer(SafeTrainer):
         if self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(rows)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._order = RowOrder(rows, seed=seed)
+        self._order = RowOrder(rows, seed=seed, batch=self.args.train_batch_size)
         return self._order
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -252,11 +266,11 @@ class HeadTrainer(SafeTrainer):
             self._chosen = self.state.best_model_checkpoint
 
 
-def _round(args: TrainingArguments) -> int:
+def _round(args: TrainingArguments, *, parts: int = 1, **_: Any) -> int:
     """Rows of one micro batch of all processes: what a sampler that is split has to give a multiple of."""
     if args.world_size == 1 or args.dataloader_drop_last:
         return 1
-    return int(args.train_batch_size * args.world_size)
+    return int(args.train_batch_size * args.world_size // parts)
 
 
 def _name(settings: LossSettings) -> str:

@@ -22,6 +22,7 @@ from mtpd.distill.joint import JointTrunk
 from mtpd.distill.model import DistillModel
 from mtpd.distill.optimizer_state import rows_of_a_step
 from mtpd.distill.sharding import deepspeed_running, partitioned
+from mtpd.distill.split_rows import SplitRows
 from mtpd.distill.trainer import Metrics, train
 from mtpd.errors import UserError, enough_memory
 from mtpd.heads import Heads
@@ -57,6 +58,7 @@ def train_heads(
     settings = load_settings(recipe.train.deepspeed)
     after = 0 if below is None else below.depth
     with ExitStack() as running:
+        parts = recipe.train.sequence_parallel
         options: dict[str, Any] = {"accumulation": accumulation(recipe, session.run.path, processes())}
         if settings is not None:
             if settings.stage == 3 and (joint is not None or heads.shared_layers):
@@ -92,6 +94,7 @@ def train_heads(
             trunk,
             heads,
             loss_settings(recipe, depth=heads.depth, after=after),
+            split=SplitRows(parts, ahead=heads.depth + 1) if parts > 1 else None,
             compiled=recipe.train.compile,
             checkpoint_blocks=recipe.train.checkpoint_blocks,
             after=after,
@@ -130,7 +133,7 @@ def processes() -> int:
 
 
 def accumulation(recipe: Recipe, directory: Path, processes: int) -> int:
-    """Micro batches of an optimizer step in each process.
+    """Micro batches of an optimizer step in each process, or in those that share rows.
 
     A run that goes on with another number of processes keeps the rows of its steps: they decide what a step is.
 
@@ -140,18 +143,21 @@ def accumulation(recipe: Recipe, directory: Path, processes: int) -> int:
     Raises:
         UserError: these processes cannot have as many rows in a step.
     """
-    train = recipe.train
+    train, parts = recipe.train, recipe.train.sequence_parallel
+    at_once = train.rows_per_step * (processes // parts)
     found = (rows_of_a_step(checkpoint) for checkpoint in sorted(directory.glob("checkpoint-*")))
     before = next((rows for rows in found if rows), None)
-    if before is None or before == train.rows_per_step * train.gradient_accumulation * processes:
+    if before is None or before == at_once * train.gradient_accumulation:
         return train.gradient_accumulation
-    micro = train.rows_per_step * processes
-    if before % micro:
-        counts = [n for n in range(1, before // train.rows_per_step + 1) if before // train.rows_per_step % n == 0]
+    if before % at_once:
+        most = before // train.rows_per_step
+        counts = [parts * n for n in range(1, most + 1) if most % n == 0]
         raise UserError(
-            f"{directory}: its steps have {before} rows, and {processes} processes have {micro} at a time "
+            f"{directory}: its steps have {before} rows, and {processes} processes have {at_once} at a time "
             f"(train.rows_per_step: {train.rows_per_step}); accepted numbers of processes: "
             + ", ".join(map(str, counts))
         )
-    logger.warning("%s: steps of %d rows go on as %d micro batches in each process", directory, before, before // micro)
-    return before // micro
+    logger.warning(
+        "%s: steps of %d rows go on as %d micro batches in each process", directory, before, before // at_once
+    )
+    return before // at_once

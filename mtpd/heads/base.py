@@ -30,6 +30,9 @@ class Batch:
     """Packed rows with the trunk's states: ids, labels and positions [B, T], states [B, T, D].
 
     The states are those that heads read: after the final norm, or before their shared layers.
+
+    Of rows that are split, this is a part. Ids, labels, positions and the teacher's states go on behind it, with A more
+    [B, T + A] that belong to the next part: heads read and predict those tokens, and have no loss at their positions.
     """
 
     input_ids: Tensor
@@ -44,13 +47,25 @@ class Batch:
     """Depths up to this one are finished: they have no loss."""
 
     @property
+    def own_positions(self) -> Tensor:
+        """Positions [B, T] of what the heads compute."""
+        return self.position_ids[:, : self.hidden.shape[1]]
+
+    @property
     def teacher_PD(self) -> Tensor:
         """States [P, D] of the teacher rows."""
         return (self.hidden if self.teacher is None else self.teacher).flatten(0, 1)
 
+    def flat(self, states_BTD: Tensor) -> Tensor:
+        """States [P, D] at flat positions; those that belong to the next part are 0."""
+        ahead = self.input_ids.shape[1] - states_BTD.shape[1]
+        return (nn.functional.pad(states_BTD, (0, 0, 0, ahead)) if ahead else states_BTD).flatten(0, 1)
+
     def counted(self, depth: int) -> Tensor:
         """Which flat positions have loss at a depth, [P] bool."""
-        return alignment.counted(self.labels, self.position_ids, depth).flatten()
+        mask = alignment.counted(self.labels, self.position_ids, depth)
+        mask[:, self.hidden.shape[1] :] = False
+        return mask.flatten()
 
     def tokens(self, depth: int) -> Tensor:
         """The token x_{t+depth+1} that this depth predicts at each flat position; 0 is the main head. [P]"""
@@ -218,7 +233,7 @@ class StateHeads(Heads):
     def forward(
         self, trunk: Trunk, hidden_BTD: Tensor, input_ids_BT: Tensor, *, position_ids_BT: Tensor
     ) -> list[Tensor]:
-        """Teacher-forced states of depth 1..K, each [B, T, D]."""
+        """Teacher-forced states of depth 1..K, each [B, T, D]; tokens may go on behind the T positions."""
         raise NotImplementedError
 
     def blocks(self) -> Iterable[nn.Module]:
@@ -227,7 +242,7 @@ class StateHeads(Heads):
     def trained_states(self, trunk: Trunk, batch: Batch) -> list[Tensor]:
         """States of the depths that have loss."""
         assert not batch.after, "depths that do not read each other's states are trained together"
-        return self(trunk, batch.hidden, batch.input_ids, position_ids_BT=batch.position_ids)
+        return self(trunk, batch.hidden, batch.input_ids, position_ids_BT=batch.own_positions)
 
     def loss(
         self, trunk: Trunk, batch: Batch, readout: Readout, settings: LossSettings, *, compiled: bool = False
@@ -235,7 +250,7 @@ class StateHeads(Heads):
         states = self.trained_states(trunk, batch)
         depths = range(batch.after + 1, batch.after + 1 + len(states))
         return multi_depth_loss(
-            [state.flatten(0, 1) for state in states],
+            [batch.flat(state) for state in states],
             batch.teacher_PD,
             readout.draft,
             targets_P=[readout.columns[batch.tokens(k)] for k in depths],

@@ -131,10 +131,11 @@ class ChainHeads(StateHeads):
 
         Args:
             hidden_BTD: the trunk's states h^0; or h^after, to compute the depths past `after` alone.
+            input_ids_BT: the tokens, which may go on behind the T positions.
         """
         states, state = [], hidden_BTD
         for depth, head in enumerate(self.chain()[after:], start=after + 1):
-            embed_BTD = trunk.embed(alignment.tokens_read(input_ids_BT, depth))
+            embed_BTD = trunk.embed(alignment.tokens_read(input_ids_BT, depth)[:, : hidden_BTD.shape[1]])
             state = head(embed_BTD, state, position_ids_BT=position_ids_BT)
             states.append(state)
         return states
@@ -142,7 +143,7 @@ class ChainHeads(StateHeads):
     def trained_states(self, trunk: Trunk, batch: Batch) -> list[Tensor]:
         state = batch.below if batch.after else batch.hidden
         assert state is not None, "the states that the first trained depth reads"
-        return self(trunk, state, batch.input_ids, position_ids_BT=batch.position_ids, after=batch.after)
+        return self(trunk, state, batch.input_ids, position_ids_BT=batch.own_positions, after=batch.after)
 
     def drafter(self, trunk: Trunk, *, slots: int, capacity: int) -> ChainDrafter:
         """A new drafting state for texts in slots."""

@@ -97,7 +97,7 @@ class LogitHeads(Heads):
         """
         if compiled:
             raise UserError(f"train.compile: true does nothing for heads of kind {self.config.kind}; accepted: false")
-        hidden_PD = batch.hidden.flatten(0, 1)
+        hidden_PD = batch.flat(batch.hidden)
         masks_PK = torch.stack([batch.counted(k) for k in range(1, self.depth + 1)], dim=1)
         columns_Pn = torch.stack([readout.columns[batch.tokens(k)] for k in range(self.depth + 1)], dim=1)
         at = masks_PK[:, 0].nonzero().squeeze(1)
@@ -172,7 +172,7 @@ class LogitHeads(Heads):
     def _accepted(self, batch: Batch, columns: Tensor, masks: Tensor, rows: Tensor, readout: Readout) -> Tensor:
         """Of these rows, those of which the first k drafts are the main head's choice, by depth [K]."""
         teacher_PD = batch.teacher_PD
-        hidden = exact(batch.hidden.flatten(0, 1)[rows])
+        hidden = exact(batch.flat(batch.hidden)[rows])
         seen = self.look(hidden, columns)
         agree = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         found = []

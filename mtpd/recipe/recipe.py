@@ -21,6 +21,7 @@ from mtpd.recipe.rules import (
     evaluation_problems,
     extend_problems,
     sharding_problems,
+    split_problems,
     train_problems,
     trunk_problems,
 )
@@ -76,6 +77,7 @@ class Recipe(Section):
         problems += trunk_problems(self.trunk, self.heads, self.data, self.train, self.extend)
         problems += extend_problems(self.extend, self.heads, self.evaluation)
         problems += sharding_problems(self.train, self.trunk, self.heads, self.dtype)
+        problems += split_problems(self.train, self.heads, self.data, self.extend)
         for problem in problems:
             raise ValueError(problem)
         return self

@@ -38,8 +38,7 @@ OWNED_ARGUMENTS = {
 
 
 UNSERVED_ARGUMENTS = {
-    "parallelism_config": "null: rows are not split over processes (DeepSpeed's Ulysses hands each a part of a row, "
-    "and a head reads tokens and teacher rows of the next part); lower data.row_length, or set train.checkpoint_blocks",
+    "parallelism_config": "null, or the recipe key train.sequence_parallel",
     "fsdp": "null, or the recipe key train.deepspeed",
     "fsdp_config": "null, or the recipe key train.deepspeed",
 }
@@ -199,6 +198,47 @@ def sharding_problems(train: TrainRecipe, trunk: TrunkRecipe, heads: HeadsRecipe
         problems.append(
             f"train.deepspeed: {train.deepspeed} is not accepted with heads.shared_layers: {heads.shared_layers}, "
             "whose gradient passes through layers of the trunk; accepted: null, zero1, zero2"
+        )
+    return problems
+
+
+DECIDED_BY_PARTS = ("accelerator_config", "dataloader_drop_last", "train_sampling_strategy")
+"""transformers.TrainingArguments that would give a process other parts of rows than those that are its own."""
+
+
+def split_problems(train: TrainRecipe, heads: HeadsRecipe, data: DataRecipe, extend: ExtendRecipe) -> list[str]:
+    parts = train.sequence_parallel
+    if parts == 1:
+        return []
+    problems = []
+    if train.deepspeed is None:
+        problems.append(
+            f"train.sequence_parallel: {parts} is not accepted without DeepSpeed, whose Ulysses splits rows; accepted: "
+            f"1, or train.deepspeed: {', '.join(DEEPSPEED_PRESETS)}"
+        )
+    # A part is followed by the next one alone.
+    deepest = max([heads.depth, *(stages_of(extend, heads.depth) if extend.to or extend.auto else [])])
+    least = parts * (deepest + 1)
+    if data.row_length % parts or data.row_length < least:
+        problems.append(
+            f"data.row_length: {data.row_length} is not accepted with train.sequence_parallel: {parts} and {deepest} "
+            f"heads; accepted: a multiple of {parts}, at least {least}"
+        )
+    if heads.shared_layers:
+        problems.append(
+            f"train.sequence_parallel: {parts} is not accepted with heads.shared_layers: {heads.shared_layers}; "
+            "accepted: 1"
+        )
+    problems += [
+        f"train.arguments.{name}: is not accepted with train.sequence_parallel, which decides what each process reads; "
+        "accepted: null"
+        for name in DECIDED_BY_PARTS
+        if train.arguments.get(name)
+    ]
+    if not train.arguments.get("average_tokens_across_devices", True):
+        problems.append(
+            "train.arguments.average_tokens_across_devices: false is not accepted with train.sequence_parallel, whose "
+            "parts of a row have different numbers of tokens; accepted: true"
         )
     return problems
 

@@ -194,13 +194,16 @@ class TrainRecipe(Section):
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are scaled down to this norm; 0 for no limit."""
     rows_per_step: Count = 8
-    """Rows in one micro batch of one process."""
+    """Rows in one micro batch of one process, or of those that share them."""
     gradient_accumulation: Count = 1
     """Micro batches in one optimizer step."""
     deepspeed: Text | None = Field(default=None, examples=["zero2", "zero3", "my-deepspeed.json"])
     """Shards training over processes through DeepSpeed. zero1, zero2: the heads' optimizer state, and their gradients
     too; zero3: the layers of the trunk as well; zero3-cpu, zero3-nvme: those in host memory or on a disk. Or the path
     of a DeepSpeed JSON. null: each process holds everything."""
+    sequence_parallel: Count = 1
+    """Processes that share each row, through DeepSpeed's Ulysses: for rows too long for one. Needs `deepspeed`; the
+    number of processes is a multiple, and so are the attention heads of the model."""
     save_steps: int = Field(default=0, ge=0)
     """Steps from one checkpoint to the next; 0 for one after each epoch."""
     save_total_limit: Count = 2

@@ -1,0 +1,291 @@
+"""Rows that are split over processes: sequence parallelism through DeepSpeed's Ulysses (arXiv 2309.14509).
+
+N neighbouring ranks share each row of T tokens; the one with part i has tokens i T/N to (i+1) T/N, and computes for
+these all that a token does by itself. Two things look further:
+
+- attention, of trunk and heads. DeepSpeed's `UlyssesSPAttentionHF` (ALST, arXiv 2506.13996) gives each rank the whole
+  row for its share of the attention heads, and brings back what they attended to;
+- heads, which read and predict tokens ahead and are compared with the teacher there. The tokens come with the part
+  (`mtpd.distill.rows`), the trunk's states from the next rank.
+
+Each rank's loss is its share of the sum, and gradients pass through the exchange, so that their sum over ranks is that
+of whole rows: to sharding, the parts are rows like others.
+
+Legend: B rows, L positions of a part, A positions ahead, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mtpd import alignment
+from mtpd.data.store import HiddenStates
+from mtpd.distill.sharding import TIMEOUT, deepspeed_running
+from mtpd.errors import UserError
+from mtpd.recipe import Recipe
+from mtpd.trunk import Trunk
+
+ATTENTION = "mtpd_split_rows"
+"""Name of the attention below among those of transformers."""
+SLIDING = "sliding_attention"
+CORE = "sdpa"
+"""Name of what computes a rank's share of the attention heads: PyTorch's scaled dot product."""
+
+
+class SplitRows:
+    """This rank's place among those that share rows. All ranks make one.
+
+    Args:
+        parts: N.
+        ahead: A, how many positions heads look ahead; at most L.
+    """
+
+    def __init__(self, parts: int, ahead: int) -> None:
+        import deepspeed
+
+        # DeepSpeed's own view of the processes, of which Ulysses asks; there is one as soon as an engine trains.
+        deepspeed.init_distributed(verbose=False)
+        world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        assert world % parts == 0, "each row has all of its parts"
+        self.parts, self.ahead, self.part = parts, ahead, rank % parts
+        for first in range(0, world, parts):
+            group = torch.distributed.new_group(list(range(first, first + parts)), timeout=TIMEOUT)
+            if first <= rank < first + parts:
+                self.group: Any = group
+        self._ulysses: dict[tuple[int, ...], Any] = {}
+        self._core: Any = ALL_ATTENTION_FUNCTIONS[CORE]
+        self._position_ids: Tensor | None = None
+        self._documents: list[list[int]] | None = None
+        """Lengths of the documents of each row."""
+
+    @contextmanager
+    def attending(self, position_ids_BL: Tensor, *modules: nn.Module) -> Iterator[None]:
+        """Within it, the attention of these modules is over whole rows, of which they are given this rank's part."""
+        configs = _configs(modules)
+        self._position_ids, self._documents = position_ids_BL, None
+        AttentionInterface.register(ATTENTION, self._attend)
+        try:
+            for config in configs:
+                config._attn_implementation = ATTENTION
+            yield
+        finally:
+            for config in configs:
+                config._attn_implementation = CORE
+
+    def whole(self, states_BLD: Tensor) -> Tensor:
+        """The states [B, T, D] of whole rows, from those of all their parts, without gradient."""
+        own = states_BLD.detach().contiguous()
+        found = [torch.empty_like(own) for _ in range(self.parts)]
+        torch.distributed.all_gather(found, own, group=self.group)
+        return torch.cat(found, dim=1)
+
+    def following(self, states_BLD: Tensor) -> Tensor:
+        """The first A states [B, A, D] of the next part, without gradient; 0 behind the last part."""
+        first = states_BLD.detach()[:, : self.ahead].contiguous()
+        found = [torch.empty_like(first) for _ in range(self.parts)]
+        torch.distributed.all_gather(found, first, group=self.group)
+        return found[self.part + 1] if self.part + 1 < self.parts else torch.zeros_like(first)
+
+    def _attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of this rank's part, with what transformers gives to its own functions."""
+        # Where ranks outnumber the heads of keys and values, DeepSpeed repeats these and changes this number.
+        groups = getattr(module, "num_key_value_groups", None)
+        try:
+            attended, weights = self._exchange(query, key)(
+                module, query, key, value, None, **{**kwargs, "position_ids": self._position_ids}
+            )
+        finally:
+            if groups is not None:
+                module.num_key_value_groups = groups
+        return attended.view(*attended.shape[:2], query.shape[1], -1), weights
+
+    def _exchange(self, query: Tensor, key: Tensor) -> Any:
+        from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+        rows, heads, _, size = query.shape
+        shape = (rows, heads, key.shape[1], size)
+        if shape not in self._ulysses:
+            self._ulysses[shape] = UlyssesSPAttentionHF(
+                attn=self._whole_rows,
+                batch_size=rows,
+                attn_head_count=heads,
+                attn_head_size=size,
+                kv_head_count=key.shape[1],
+                num_hidden_layers=1,
+                process_group=self.group,
+                seq_length_is_variable=True,
+            )
+        return self._ulysses[shape]
+
+    def _whole_rows(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """Attention [B, T, heads, size] over whole rows, for this rank's share of the heads [B, heads, T, size].
+
+        Documents come one after the other, so that there is never a mask of T x T.
+        """
+        if self._documents is None:
+            numbers = alignment.document_ids(kwargs["position_ids"]).cpu()
+            self._documents = [row.unique_consecutive(return_counts=True)[1].tolist() for row in numbers]
+        window, rows = _window(module), []
+        for row, lengths in enumerate(self._documents):
+            queries, keys, values = (each[row : row + 1].split(lengths, dim=2) for each in (query, key, value))
+            documents = [
+                self._document(module, *document, window=window, kwargs=kwargs)
+                for document in zip(queries, keys, values, strict=True)
+            ]
+            rows.append(torch.cat(documents, dim=1))
+        return torch.cat(rows), None
+
+    def _document(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Attention [1, n, heads, size] inside of a document of n tokens, each of which sees the last `window`."""
+        length = query.shape[2]
+        if window is None or length <= window:
+            return self._core(module, query, key, value, None, **kwargs)[0]
+        found = []
+        for start in range(0, length, window):
+            end, first = min(start + window, length), max(0, start - window + 1)
+            places = torch.arange(first, end, device=query.device)
+            back = places[start - first :, None] - places
+            seen = ((back >= 0) & (back < window))[None, None]
+            keys, values = key[:, :, first:end], value[:, :, first:end]
+            found.append(self._core(module, query[:, :, start:end], keys, values, seen, **kwargs)[0])
+        return torch.cat(found, dim=1)
+
+
+class SharedTrunk:
+    """A trunk that the ranks of rows run together; each of them gets the states of whole rows."""
+
+    def __init__(self, trunk: Trunk, split: SplitRows) -> None:
+        self._trunk, self._split = trunk, split
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trunk, name)
+
+    def hidden(self, input_ids: Tensor, *, position_ids: Tensor | None = None, before_last: int = 0) -> Tensor:
+        """States [B, T, D]. All ranks of these rows call it with the same; each alone where there are no positions."""
+        assert not before_last, "shared layers and split rows exclude each other"
+        if position_ids is None:
+            return self._trunk.hidden(input_ids)
+        split = self._split
+        ids, positions = (each.chunk(split.parts, dim=1)[split.part] for each in (input_ids, position_ids))
+        with split.attending(positions, self._trunk.decoder):
+            return split.whole(self._trunk.hidden(ids, position_ids=positions))
+
+
+@contextmanager
+def shared_trunk(recipe: Recipe, trunk: Trunk) -> Iterator[Any]:
+    """The trunk as training runs it: itself, or run by the ranks that share rows. All ranks come here."""
+    parts = recipe.train.sequence_parallel
+    if parts == 1:
+        yield trunk
+        return
+    with deepspeed_running(trunk.device):
+        yield SharedTrunk(trunk, SplitRows(parts, ahead=0))
+
+
+class PartOfStates:
+    """Of the states of rows that are all kept, the part of this process."""
+
+    def __init__(self, whole: HiddenStates, split: SplitRows) -> None:
+        self.whole, self.split = whole, split
+
+    def __contains__(self, row: object) -> bool:
+        return row in self.whole
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self.whole[row].chunk(self.split.parts)[self.split.part]
+
+    def put(self, rows: Sequence[int], hidden_BTD: Tensor) -> None:
+        """Nothing is missing."""
+        raise AssertionError("a part of a row is not kept")
+
+    def flush(self) -> None:
+        self.whole.flush()
+
+
+def check_split(recipe: Recipe, trunk: Trunk, *, processes: int) -> None:
+    """Proves on a few tokens that Ulysses can take the trunk's attention, and that there are processes for it.
+
+    Raises:
+        UserError: it cannot, with the reason and the accepted numbers of parts.
+    """
+    parts = recipe.train.sequence_parallel
+    if parts == 1:
+        return
+    if processes % parts:
+        raise UserError(
+            f"train.sequence_parallel: {parts} is not accepted with {processes} processes; accepted: a number that "
+            "divides theirs (--launcher and --processes start them)"
+        )
+    refused = f"train.sequence_parallel: {parts} is not accepted for {trunk.name}, "
+    configs = _configs([trunk.decoder])
+    odd = {str(config._attn_implementation) for config in configs} - {CORE}
+    odd |= set(getattr(trunk.config, "layer_types", None) or []) - {"full_attention", SLIDING}
+    if odd or getattr(trunk.config, "attention_chunk_size", None):
+        reason = ", ".join(sorted(odd)) or "chunks"
+        raise UserError(f"{refused}which attends by {reason}; accepted: 1, or full and sliding attention by {CORE}")
+    seen = _shapes(trunk, configs)
+    if len(seen) != trunk.depth:
+        raise UserError(f"{refused}whose attention does not go through transformers; accepted: 1")
+    for heads, shared, width, wide, by_head in seen:
+        if width != wide or by_head:
+            reason = f"have {by_head} of their own" if by_head else f"have keys of {width} and values of {wide} numbers"
+            raise UserError(f"{refused}whose attention heads {reason}, which Ulysses cannot exchange; accepted: 1")
+        possible = [n for n in range(1, heads + 1) if heads % n == 0 and (shared % n == 0 or n % shared == 0)]
+        if parts not in possible:
+            raise UserError(
+                f"{refused}with {heads} attention heads and {shared} of keys and values; accepted: "
+                + ", ".join(map(str, possible))
+            )
+
+
+@torch.no_grad()
+def _shapes(trunk: Trunk, configs: list[PretrainedConfig]) -> list[tuple[int, int, int, int, str]]:
+    """Of each call of an attention: heads, those of keys and values, their sizes, and tensors that come by head."""
+    inside, seen = ALL_ATTENTION_FUNCTIONS[CORE], []
+
+    def look(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+        by_head = ", ".join(
+            name
+            for name, each in kwargs.items()
+            if isinstance(each, Tensor) and name != "position_ids" and query.shape[1] in each.shape
+        )
+        seen.append((query.shape[1], key.shape[1], query.shape[-1], value.shape[-1], by_head))
+        return inside(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register(ATTENTION, look)
+    try:
+        for config in configs:
+            config._attn_implementation = ATTENTION
+        trunk.hidden(torch.zeros(1, 5, dtype=torch.long, device=trunk.device))
+    finally:
+        for config in configs:
+            config._attn_implementation = CORE
+    return seen
+
+
+def _configs(modules: Any) -> list[PretrainedConfig]:
+    """The configurations in which modules look up how to attend."""
+    found = [getattr(part, "config", None) for module in modules for part in module.modules()]
+    return list({id(each): each for each in found if isinstance(each, PretrainedConfig)}.values())
+
+
+def _window(module: Any) -> int | None:
+    """How many tokens a layer looks at, itself included; None for all."""
+    kinds = getattr(module.config, "layer_types", None)
+    if kinds is not None and kinds[module.layer_idx] != SLIDING:
+        return None
+    window = getattr(module.config, "sliding_window", None)
+    return None if window is None else int(window)
