@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from sharded_runs import ADAPTED, BF16, CASES, JOINT, Case, in_ranks, metrics, rows_of, run_case
+from sharded_runs import ADAPTED, BF16, CASES, JOINT, LENGTH, Case, in_ranks, metrics, rows_of, run_case
 
+from mtpd.distill import row_attention
 from mtpd.distill.deepspeed_config import DeepSpeedSettings, bucket_elements, load_settings
 from mtpd.distill.rows import RowOrder, TrainingRows
 from mtpd.distill.training import accumulation
@@ -80,6 +81,21 @@ def test_processes_train_what_one_process_trains(runs: Path, name: str, alone: s
         trained = load_file(runs / name / weights.name)
         for key, tensor in load_file(weights).items():
             torch.testing.assert_close(trained[key], tensor, rtol=0, atol=1e-5)
+
+
+def test_attention_document_after_document(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: long rows are trained on something else than short ones."""
+    monkeypatch.setattr(row_attention, "LONG", LENGTH)
+    attended = []
+    inside = row_attention.RowAttention.attend
+    monkeypatch.setattr(
+        row_attention.RowAttention, "attend", lambda *args, **kwargs: attended.append(1) or inside(*args, **kwargs)
+    )
+    for name in ("one", "one-extended", "one-joint"):
+        attended.clear()
+        run_case(name, ALONE[name], tmp_path)
+        assert attended
+        assert furthest(tmp_path / name, runs / name) < 1e-5
 
 
 def test_micro_batches_of_one_process(runs: Path, tmp_path: Path) -> None:

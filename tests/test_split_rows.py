@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mtpd.distill.optimizer_state import OPTIMIZER, STEP_ROWS
+from mtpd.distill.row_attention import LONG, RowAttention, by_documents
 from mtpd.distill.rows import RowOrder, TrainingRows
 from mtpd.distill.split_rows import SharedTrunk, SplitRows, check_split
 from mtpd.distill.training import accumulation
@@ -53,7 +54,7 @@ def differences(parts: int) -> dict[str, dict[str, float]]:
         tokens = torch.nn.functional.pad(ids, (0, DEPTH + 1))[:, own.start : own.stop + DEPTH + 1]
         weights = torch.randn(*ids.shape, trunk.hidden_size, generator=torch.Generator().manual_seed(5))
         whole, whole_states, whole_slope = along(trunk, heads, ids, ids, positions, weights)
-        with split.attending(positions[:, own], trunk.decoder, heads):
+        with split.attending(trunk.decoder, heads):
             part, states, slope = along(trunk, heads, ids[:, own], tokens, positions[:, own], weights[:, own])
         # Of what ranks lose, the sum is what one process loses; here of each rank that shares these rows.
         torch.distributed.all_reduce(slope)
@@ -88,6 +89,32 @@ def along(
 
 def apart(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.mark.parametrize("name", [name for name in architectures.ARCHITECTURES if name != "gemma2"])
+def test_attention_document_after_document(name: str) -> None:
+    """Fault: documents see each other, a window is lost, or a batch has the documents of the one before."""
+    trunk = architectures.tiny_trunk(name)
+    heads = architectures.random_heads(trunk, depth=DEPTH)
+    ids, positions = packed()
+    weights = torch.randn(*ids.shape, trunk.hidden_size, generator=torch.Generator().manual_seed(5))
+    plain = along(trunk, heads, ids, ids, positions, weights)
+    fewer = trunk.hidden(ids[1:], position_ids=positions[1:])
+    with RowAttention().attending(trunk.decoder, heads):
+        assert apart(trunk.hidden(ids[1:], position_ids=positions[1:]), fewer) < 2e-5
+        found = along(trunk, heads, ids, ids, positions, weights)
+    assert apart(found[0], plain[0]) < 2e-5
+    assert max(apart(ours, theirs) for ours, theirs in zip(found[1], plain[1], strict=True)) < 2e-5
+    assert apart(found[2], plain[2]) < 2e-5
+    assert torch.equal(trunk.hidden(ids, position_ids=positions), plain[0])
+
+
+def test_long_rows_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: a model that attends in a way of its own is trained on something else where rows are long."""
+    assert by_documents(architectures.tiny_trunk("llama"), LONG - 1) is None
+    assert by_documents(architectures.tiny_trunk("llama"), LONG) is not None
+    assert by_documents(architectures.tiny_trunk("gemma2"), LONG) is None
+    assert by_documents(odd_trunk("recurrent"), LONG) is None
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +188,9 @@ def test_attention_that_transformers_does_not_see() -> None:
     trunk = Trunk(architectures.tiny_model("llama"))
     attention: Any = trunk.decoder.layers[1].self_attn
     attention.forward = lambda hidden_states, **kwargs: (attention.o_proj(hidden_states), None)
-    with pytest.raises(UserError, match="whose attention does not go through transformers; accepted: 1"):
+    with pytest.raises(
+        UserError, match="whose attention does not go through transformers with its positions; accepted: 1"
+    ):
         check_split(recipe_with(2), trunk, processes=2)
     assert trunk.config._attn_implementation == "sdpa"
 

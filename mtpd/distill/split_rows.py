@@ -17,30 +17,22 @@ Legend: B rows, L positions of a part, A positions ahead, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import Tensor
 
-from mtpd import alignment
 from mtpd.data.store import HiddenStates
+from mtpd.distill.row_attention import CORE, RowAttention, by_documents, served, shapes
 from mtpd.distill.sharding import TIMEOUT, deepspeed_running
 from mtpd.errors import UserError
 from mtpd.recipe import Recipe
 from mtpd.trunk import Trunk
 
-ATTENTION = "mtpd_split_rows"
-"""Name of the attention below among those of transformers."""
-SLIDING = "sliding_attention"
-CORE = "sdpa"
-"""Name of what computes a rank's share of the attention heads: PyTorch's scaled dot product."""
 
-
-class SplitRows:
-    """This rank's place among those that share rows. All ranks make one.
+class SplitRows(RowAttention):
+    """This rank's place among those that share rows, and their attention. All ranks make one.
 
     Args:
         parts: N.
@@ -48,6 +40,7 @@ class SplitRows:
     """
 
     def __init__(self, parts: int, ahead: int) -> None:
+        super().__init__()
         import deepspeed
 
         # DeepSpeed's own view of the processes, of which Ulysses asks; there is one as soon as an engine trains.
@@ -60,24 +53,6 @@ class SplitRows:
             if first <= rank < first + parts:
                 self.group: Any = group
         self._ulysses: dict[tuple[int, ...], Any] = {}
-        self._core: Any = ALL_ATTENTION_FUNCTIONS[CORE]
-        self._position_ids: Tensor | None = None
-        self._documents: list[list[int]] | None = None
-        """Lengths of the documents of each row."""
-
-    @contextmanager
-    def attending(self, position_ids_BL: Tensor, *modules: nn.Module) -> Iterator[None]:
-        """Within it, the attention of these modules is over whole rows, of which they are given this rank's part."""
-        configs = _configs(modules)
-        self._position_ids, self._documents = position_ids_BL, None
-        AttentionInterface.register(ATTENTION, self._attend)
-        try:
-            for config in configs:
-                config._attn_implementation = ATTENTION
-            yield
-        finally:
-            for config in configs:
-                config._attn_implementation = CORE
 
     def whole(self, states_BLD: Tensor) -> Tensor:
         """The states [B, T, D] of whole rows, from those of all their parts, without gradient."""
@@ -93,20 +68,23 @@ class SplitRows:
         torch.distributed.all_gather(found, first, group=self.group)
         return found[self.part + 1] if self.part + 1 < self.parts else torch.zeros_like(first)
 
-    def _attend(
+    def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention of this rank's part, with what transformers gives to its own functions."""
+    ) -> tuple[Tensor, None]:
+        """Attention of this rank's part."""
+        self._given = kwargs["position_ids"]
         # Where ranks outnumber the heads of keys and values, DeepSpeed repeats these and changes this number.
         groups = getattr(module, "num_key_value_groups", None)
         try:
-            attended, weights = self._exchange(query, key)(
-                module, query, key, value, None, **{**kwargs, "position_ids": self._position_ids}
-            )
+            attended, _ = self._exchange(query, key)(module, query, key, value, None, **kwargs)
         finally:
             if groups is not None:
                 module.num_key_value_groups = groups
-        return attended.view(*attended.shape[:2], query.shape[1], -1), weights
+        return attended.view(*attended.shape[:2], query.shape[1], -1), None
+
+    def _lengths(self, position_ids_BT: Tensor, given: Tensor) -> list[list[int]]:
+        # Positions of whole rows are gathered anew for each layer; those of this rank's part stay the same.
+        return super()._lengths(position_ids_BT, self._given)
 
     def _exchange(self, query: Tensor, key: Tensor) -> Any:
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
@@ -115,7 +93,7 @@ class SplitRows:
         shape = (rows, heads, key.shape[1], size)
         if shape not in self._ulysses:
             self._ulysses[shape] = UlyssesSPAttentionHF(
-                attn=self._whole_rows,
+                attn=super().attend,
                 batch_size=rows,
                 attn_head_count=heads,
                 attn_head_size=size,
@@ -125,43 +103,6 @@ class SplitRows:
                 seq_length_is_variable=True,
             )
         return self._ulysses[shape]
-
-    def _whole_rows(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        """Attention [B, T, heads, size] over whole rows, for this rank's share of the heads [B, heads, T, size].
-
-        Documents come one after the other, so that there is never a mask of T x T.
-        """
-        if self._documents is None:
-            numbers = alignment.document_ids(kwargs["position_ids"]).cpu()
-            self._documents = [row.unique_consecutive(return_counts=True)[1].tolist() for row in numbers]
-        window, rows = _window(module), []
-        for row, lengths in enumerate(self._documents):
-            queries, keys, values = (each[row : row + 1].split(lengths, dim=2) for each in (query, key, value))
-            documents = [
-                self._document(module, *document, window=window, kwargs=kwargs)
-                for document in zip(queries, keys, values, strict=True)
-            ]
-            rows.append(torch.cat(documents, dim=1))
-        return torch.cat(rows), None
-
-    def _document(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, kwargs: dict[str, Any]
-    ) -> Tensor:
-        """Attention [1, n, heads, size] inside of a document of n tokens, each of which sees the last `window`."""
-        length = query.shape[2]
-        if window is None or length <= window:
-            return self._core(module, query, key, value, None, **kwargs)[0]
-        found = []
-        for start in range(0, length, window):
-            end, first = min(start + window, length), max(0, start - window + 1)
-            places = torch.arange(first, end, device=query.device)
-            back = places[start - first :, None] - places
-            seen = ((back >= 0) & (back < window))[None, None]
-            keys, values = key[:, :, first:end], value[:, :, first:end]
-            found.append(self._core(module, query[:, :, start:end], keys, values, seen, **kwargs)[0])
-        return torch.cat(found, dim=1)
 
 
 class SharedTrunk:
@@ -180,16 +121,18 @@ class SharedTrunk:
             return self._trunk.hidden(input_ids)
         split = self._split
         ids, positions = (each.chunk(split.parts, dim=1)[split.part] for each in (input_ids, position_ids))
-        with split.attending(positions, self._trunk.decoder):
+        with split.attending(self._trunk.decoder):
             return split.whole(self._trunk.hidden(ids, position_ids=positions))
 
 
 @contextmanager
 def shared_trunk(recipe: Recipe, trunk: Trunk) -> Iterator[Any]:
-    """The trunk as training runs it: itself, or run by the ranks that share rows. All ranks come here."""
+    """The trunk as training runs it over packed rows, by the ranks that share rows together. All ranks come here."""
     parts = recipe.train.sequence_parallel
     if parts == 1:
-        yield trunk
+        attention = by_documents(trunk, recipe.data.row_length)
+        with nullcontext() if attention is None else attention.attending(trunk.decoder):
+            yield trunk
         return
     with deepspeed_running(trunk.device):
         yield SharedTrunk(trunk, SplitRows(parts, ahead=0))
@@ -230,16 +173,9 @@ def check_split(recipe: Recipe, trunk: Trunk, *, processes: int) -> None:
             "divides theirs (--launcher and --processes start them)"
         )
     refused = f"train.sequence_parallel: {parts} is not accepted for {trunk.name}, "
-    configs = _configs([trunk.decoder])
-    odd = {str(config._attn_implementation) for config in configs} - {CORE}
-    odd |= set(getattr(trunk.config, "layer_types", None) or []) - {"full_attention", SLIDING}
-    if odd or getattr(trunk.config, "attention_chunk_size", None):
-        reason = ", ".join(sorted(odd)) or "chunks"
-        raise UserError(f"{refused}which attends by {reason}; accepted: 1, or full and sliding attention by {CORE}")
-    seen = _shapes(trunk, configs)
-    if len(seen) != trunk.depth:
-        raise UserError(f"{refused}whose attention does not go through transformers; accepted: 1")
-    for heads, shared, width, wide, by_head in seen:
+    if reason := served(trunk):
+        raise UserError(f"{refused}{reason}; accepted: 1, or full and sliding attention by {CORE} in transformers")
+    for heads, shared, width, wide, by_head in shapes(trunk):
         if width != wide or by_head:
             reason = f"have {by_head} of their own" if by_head else f"have keys of {width} and values of {wide} numbers"
             raise UserError(f"{refused}whose attention heads {reason}, which Ulysses cannot exchange; accepted: 1")
@@ -249,43 +185,3 @@ def check_split(recipe: Recipe, trunk: Trunk, *, processes: int) -> None:
                 f"{refused}with {heads} attention heads and {shared} of keys and values; accepted: "
                 + ", ".join(map(str, possible))
             )
-
-
-@torch.no_grad()
-def _shapes(trunk: Trunk, configs: list[PretrainedConfig]) -> list[tuple[int, int, int, int, str]]:
-    """Of each call of an attention: heads, those of keys and values, their sizes, and tensors that come by head."""
-    inside, seen = ALL_ATTENTION_FUNCTIONS[CORE], []
-
-    def look(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-        by_head = ", ".join(
-            name
-            for name, each in kwargs.items()
-            if isinstance(each, Tensor) and name != "position_ids" and query.shape[1] in each.shape
-        )
-        seen.append((query.shape[1], key.shape[1], query.shape[-1], value.shape[-1], by_head))
-        return inside(module, query, key, value, attention_mask, **kwargs)
-
-    AttentionInterface.register(ATTENTION, look)
-    try:
-        for config in configs:
-            config._attn_implementation = ATTENTION
-        trunk.hidden(torch.zeros(1, 5, dtype=torch.long, device=trunk.device))
-    finally:
-        for config in configs:
-            config._attn_implementation = CORE
-    return seen
-
-
-def _configs(modules: Any) -> list[PretrainedConfig]:
-    """The configurations in which modules look up how to attend."""
-    found = [getattr(part, "config", None) for module in modules for part in module.modules()]
-    return list({id(each): each for each in found if isinstance(each, PretrainedConfig)}.values())
-
-
-def _window(module: Any) -> int | None:
-    """How many tokens a layer looks at, itself included; None for all."""
-    kinds = getattr(module.config, "layer_types", None)
-    if kinds is not None and kinds[module.layer_idx] != SLIDING:
-        return None
-    window = getattr(module.config, "sliding_window", None)
-    return None if window is None else int(window)

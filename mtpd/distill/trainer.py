@@ -23,6 +23,7 @@ from mtpd.distill import checkpointing
 from mtpd.distill.below import FinishedDepths
 from mtpd.distill.model import DistillModel
 from mtpd.distill.optimizer_state import OPTIMIZER, load_state, put_state, save_state, state_of
+from mtpd.distill.row_attention import by_documents
 from mtpd.distill.rows import RowOrder, TrainingRows
 from mtpd.distill.safe_trainer import SafeTrainer
 from mtpd.distill.sharding import gathered, make_whole
@@ -66,6 +67,7 @@ class HeadTrainer(SafeTrainer):
         assert (below.depth if below is not None else 0) == model.after, "the depths without a loss"
         self.store = store if store is None or split is None else PartOfStates(store, split)
         self.below = below
+        self._attention = split or by_documents(model.trunk, rows.row_length)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         if progress:
@@ -104,21 +106,20 @@ class HeadTrainer(SafeTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         before = self._totals
-        with self._attending(inputs):
+        with self._attending():
             loss = super().training_step(model, inputs, *args, **kwargs)
         if self.skipping:
             self._totals = before
         return loss
 
-    def _attending(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
-        """Attention over whole rows, where this process has parts of them."""
-        model = self.distill_model
-        if model.split is None:
+    def _attending(self) -> AbstractContextManager[None]:
+        """Attention of parts of rows, or document after document where rows are long."""
+        if self._attention is None:
             return nullcontext()
+        model = self.distill_model
         trunks = [model.trunk] if model.joint is None else model.joint.trunks
         finished = [] if self.below is None else [self.below.heads]
-        positions = inputs["position_ids"].to(self.args.device)
-        return model.split.attending(positions, *(trunk.decoder for trunk in trunks), model.heads, *finished)
+        return self._attention.attending(*(trunk.decoder for trunk in trunks), model.heads, *finished)
 
     def suspects(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """The states of what is not trained; a trunk that needs all processes cannot give them to one."""
