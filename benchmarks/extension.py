@@ -185,7 +185,7 @@ def _step(
 
     def step(batch: dict[str, torch.Tensor]) -> None:
         states = {"below": below(batch)} if below is not None else {}
-        inputs = {name: tensor for name, tensor in batch.items() if name != "row"}
+        inputs = {name: tensor for name, tensor in batch.items() if name not in ("row", "tokens")}
         with torch.autocast(lab.trunk.device.type, lab.trunk.dtype):
             loss = model(**inputs, **states)["loss"]
         loss.backward()

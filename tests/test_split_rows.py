@@ -197,7 +197,7 @@ def test_attention_that_transformers_does_not_see() -> None:
 
 def test_processes_that_rows_cannot_be_split_over() -> None:
     """Fault: without a launcher, or with three processes, some parts of a row are nowhere."""
-    with pytest.raises(UserError, match="train.sequence_parallel: 2 is not accepted with 3 processes"):
+    with pytest.raises(UserError, match="train.sequence_parallel: 2 is not accepted with 3 processes; accepted: 1, or"):
         check_split(recipe_with(2), architectures.tiny_trunk("llama"), processes=3)
 
 

@@ -25,8 +25,6 @@ ATTENTION = "mtpd_rows"
 SLIDING = "sliding_attention"
 CORE = "sdpa"
 """Name of what computes inside of a document: PyTorch's scaled dot product."""
-
-
 LONG = 1024
 """Tokens of a row from which on this is faster on a processor (docs/results.md); accelerators were not measured."""
 

@@ -168,9 +168,10 @@ def check_split(recipe: Recipe, trunk: Trunk, *, processes: int) -> None:
     if parts == 1:
         return
     if processes % parts:
+        there = f"{processes} process{'es' * (processes > 1)}"
         raise UserError(
-            f"train.sequence_parallel: {parts} is not accepted with {processes} processes; accepted: a number that "
-            "divides theirs (--launcher and --processes start them)"
+            f"train.sequence_parallel: {parts} is not accepted with {there}; accepted: 1, or a number that divides "
+            "theirs (torchrun, deepspeed or `mtpd distill --launcher` start more)"
         )
     refused = f"train.sequence_parallel: {parts} is not accepted for {trunk.name}, "
     if reason := served(trunk):

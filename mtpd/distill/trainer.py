@@ -55,11 +55,11 @@ class HeadTrainer(SafeTrainer):
         skip_bad_batches: int = 0,
     ) -> None:
         split = model.split
-        places = {} if split is None else {"parts": split.parts, "ahead": split.ahead}
+        parts, ahead = (1, 0) if split is None else (split.parts, split.ahead)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=TrainingRows(rows, multiple=_round(args, **places), **places),
+            train_dataset=TrainingRows(rows, multiple=_round(args, parts), parts=parts, ahead=ahead),
             data_collator=collate,
             callbacks=list(callbacks),
             skip_bad_batches=skip_bad_batches,
@@ -267,8 +267,8 @@ class HeadTrainer(SafeTrainer):
             self._chosen = self.state.best_model_checkpoint
 
 
-def _round(args: TrainingArguments, *, parts: int = 1, **_: Any) -> int:
-    """Rows of one micro batch of all processes: what a sampler that is split has to give a multiple of."""
+def _round(args: TrainingArguments, parts: int) -> int:
+    """Rows of one micro batch of all processes, `parts` of which share a row: a sampler gives a multiple of it."""
     if args.world_size == 1 or args.dataloader_drop_last:
         return 1
     return int(args.train_batch_size * args.world_size // parts)
