@@ -64,9 +64,13 @@ class Depths(BaseModel):
         best = max(each.tokens_per_second for each in self.depths)
         return next(each.depth for each in self.depths if each.tokens_per_second * PAYS >= best)
 
-    def speedup(self, depth: int) -> float:
-        """Tokens/s against plain decoding."""
+    def speed_up(self, depth: int) -> float:
+        """Tokens/s against transformers' `generate`."""
         return self.depths[depth].tokens_per_second / self.plain_tokens_per_second
+
+    def speed_up_over_engine(self, depth: int) -> float:
+        """Tokens/s against the same engine without drafts."""
+        return self.depths[depth].tokens_per_second / self.depths[0].tokens_per_second
 
     def save(self, path: Path) -> None:
         write_whole(path, json.dumps(sealed(self.model_dump(mode="json", by_alias=True)), indent=1) + "\n")
@@ -207,7 +211,7 @@ def depths_pay_table(found: Depths, before: Acceptance | None = None) -> Table:
             f"{each.draft_ms - previous.draft_ms:.1f}" if previous is not None else "",
             f"{each.round_ms:.1f}",
             f"{each.tokens_per_second:.1f}",
-            f"{found.speedup(each.depth):.2f}x",
+            f"{found.speed_up(each.depth):.2f}x",
             style="bold" if each.depth == found.fastest else None,
         )
     return table

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
-from mtpd.evaluate.gate import Comparison, Verdict, label
+from mtpd.evaluate.gate import COMPARED, Comparison, Verdict, label
 from mtpd.evaluate.intervals import Estimate
 from mtpd.evaluate.report import TOTAL
 from mtpd.evaluate.trunk_quality import TrunkQuality
@@ -28,7 +28,7 @@ def markdown(
     if verdict is not None:
         lines += [f"{MARKS[verdict.outcome]} **{verdict.line}**", ""]
     if comparison is not None:
-        names = [name for name in ("car_1", "tau", "speedup") if name in comparison.suites[None]]
+        names = [name for name in COMPARED if name in comparison.suites[None]]
         lines += _row(["suite", "prompts", *map(label, names)], head=True)
         for suite, changes in comparison.suites.items():
             cells = [f"{changes[n].before:.3f} → {changes[n].after:.3f} ({changes[n].shown()})" for n in names]

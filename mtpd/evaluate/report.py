@@ -63,7 +63,7 @@ def decoded_table(before: Acceptance, after: Acceptance, *, apart: frozenset[str
             f"{first[name].tau:.2f} → {suite.tau:.2f}",
             f"{_rate(suite.tokens, suite.plain_seconds):.1f}",
             f"{_rate(first[name].tokens, first[name].seconds):.1f} → {_rate(suite.tokens, suite.seconds):.1f}",
-            f"{first[name].speedup or 0:.2f}x → {suite.speedup or 0:.2f}x",
+            f"{first[name].speed_up or 0:.2f}x → {suite.speed_up or 0:.2f}x",
             f"{suite.identical}/{suite.prompts}" + (f", {suite.ties} at a tie" if suite.ties else ""),
             style="bold" if name == TOTAL else None,
         )

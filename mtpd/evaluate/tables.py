@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rich.table import Table
 
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
-from mtpd.evaluate.gate import Change, Comparison, label
+from mtpd.evaluate.gate import COMPARED, Change, Comparison, label
 from mtpd.evaluate.intervals import Estimate
 from mtpd.evaluate.report import TOTAL
 from mtpd.evaluate.trunk_quality import TrunkQuality
@@ -48,9 +48,9 @@ def _offline_cells(suite: SuiteCounts, found: Mapping[str, Estimate]) -> list[st
 def _decoded_cells(suite: SuiteCounts, found: Mapping[str, Estimate]) -> list[str]:
     plain = suite.tokens / suite.plain_seconds if suite.plain_seconds else 0.0
     ours = suite.tokens / suite.seconds if suite.seconds else 0.0
-    speedup = found["speedup"].text(2) if "speedup" in found else ""
+    speed_up = found["speed_up"].text(2) if "speed_up" in found else ""
     same = f"{suite.identical}/{suite.prompts}" + (f", {suite.ties} at a tie" if suite.ties else "")
-    return [speedup, f"{plain:.1f}", f"{ours:.1f}", same]
+    return [speed_up, f"{plain:.1f}", f"{ours:.1f}", same]
 
 
 def depths_table(acceptance: Acceptance, estimates: Estimates) -> Table:
@@ -75,7 +75,7 @@ def comparison_table(comparison: Comparison) -> Table:
     """CAR_1, tau and speed-up of each suite before and after, and by how much they changed."""
     table = Table(title="Change on the same prompts (95% intervals, paired)", title_justify="left")
     table.add_column("suite")
-    names = [name for name in ("car_1", "tau", "speedup") if name in comparison.suites[None]]
+    names = [name for name in COMPARED if name in comparison.suites[None]]
     for column in ("prompts", *(label(name) for name in names)):
         table.add_column(column, justify="right")
     for name, changes in comparison.suites.items():
