@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from mtpd.data.answering import plain_generation
+from mtpd.data.generation import plain_generation
 from mtpd.data.packing import Sample
 from mtpd.decode import generate
 from mtpd.evaluate.acceptance import PromptCounts, SuiteCounts
