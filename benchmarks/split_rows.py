@@ -29,7 +29,7 @@ from mtpd.heads import build_heads, configure_heads, start_heads
 from mtpd.parallel import ranks
 from mtpd.recipe import load_recipe
 from mtpd.run.directory import RunDirectory
-from mtpd.run.distill import Session
+from mtpd.run.session import Session
 from mtpd.run.training import train_heads
 from mtpd.trunk import Trunk
 

@@ -40,7 +40,7 @@ from mtpd.plan.plan import plan
 from mtpd.plan.scaling import Load, Machine, Sharding, step_seconds
 from mtpd.recipe import Recipe, load_recipe
 from mtpd.run.directory import RunDirectory
-from mtpd.run.distill import Session
+from mtpd.run.session import Session
 from mtpd.run.training import train_heads
 from mtpd.trunk import Trunk
 

@@ -28,7 +28,7 @@ from mtpd.heads import Heads, save_heads
 from mtpd.heads.chain import ChainHeads
 from mtpd.recipe import parse_recipe
 from mtpd.run.directory import RunDirectory
-from mtpd.run.distill import Session
+from mtpd.run.session import Session
 from mtpd.run.training import train_heads
 from mtpd.train.finished_depths import FinishedDepths
 from mtpd.train.joint_trunk import AdaptedTrunk, FullTrunk

@@ -34,7 +34,7 @@ from mtpd.plan.scaling import (
 )
 from mtpd.recipe import load_recipe
 from mtpd.run.directory import RunDirectory
-from mtpd.run.distill import Session
+from mtpd.run.session import Session
 from mtpd.run.training import train_heads
 from mtpd.trunk import Trunk
 

@@ -16,14 +16,13 @@ Legend: B rows, L positions of a part, A positions ahead, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtpd.data.store import HiddenStates
 from mtpd.errors import UserError
 from mtpd.parallel.document_attention import CORE, RowAttention, by_documents, served, shapes
 from mtpd.parallel.partition import TIMEOUT, deepspeed_running
@@ -136,26 +135,6 @@ def shared_trunk(recipe: Recipe, trunk: Trunk) -> Iterator[Any]:
         return
     with deepspeed_running(trunk.device):
         yield SharedTrunk(trunk, SplitRows(parts, ahead=0))
-
-
-class PartOfStates:
-    """Of the states of rows that are all kept, the part of this process."""
-
-    def __init__(self, whole: HiddenStates, split: SplitRows) -> None:
-        self.whole, self.split = whole, split
-
-    def __contains__(self, row: object) -> bool:
-        return row in self.whole
-
-    def __getitem__(self, row: int) -> Tensor:
-        return self.whole[row].chunk(self.split.parts)[self.split.part]
-
-    def put(self, rows: Sequence[int], hidden_BTD: Tensor) -> None:
-        """Nothing is missing."""
-        raise AssertionError("a part of a row is not kept")
-
-    def flush(self) -> None:
-        self.whole.flush()
 
 
 def check_split(recipe: Recipe, trunk: Trunk, *, processes: int) -> None:

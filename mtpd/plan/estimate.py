@@ -18,7 +18,7 @@ from mtpd.data.prompts import Prompt, load_prompts, render
 from mtpd.data.sources import at_hand
 from mtpd.losses.fused import block_size
 from mtpd.recipe import Recipe
-from mtpd.run.distill import split_prompts
+from mtpd.run.material import split_prompts
 from mtpd.train.arguments import loss_settings
 
 CHARACTERS_PER_TOKEN = 4

@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from mtpd.data.models import load_model, resolve_device, resolve_dtype
+from mtpd.data.models import load_model, real_tokens, resolve_device, resolve_dtype
 from mtpd.data.vocabulary import draft_size
 from mtpd.heads import Heads, build_heads, configure_heads
 from mtpd.parallel.sequence import check_split
 from mtpd.plan.estimate import Sizes, TextEstimate, estimate_disk, estimate_memory, estimate_text
 from mtpd.plan.scaling import SPARE, Fit, Load, fits, host_memory
 from mtpd.recipe import Recipe, stages_of
-from mtpd.run.distill import check_row_length, real_tokens, with_native_depth
+from mtpd.run.session import check_row_length, with_native_depth
 from mtpd.train.arguments import loss_settings
 from mtpd.trunk import Trunk
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -19,11 +19,9 @@ from mtpd.files import fingerprint_file
 from mtpd.heads import WEIGHTS, Heads, build_heads, load_heads
 from mtpd.parallel import ranks
 from mtpd.run.directory import RunDirectory, measured
-from mtpd.run.held_out import spread
+from mtpd.run.material import spread
+from mtpd.run.session import Session
 from mtpd.trunk import Trunk
-
-if TYPE_CHECKING:
-    from mtpd.run.distill import Session
 
 
 def measure(session: Session, heads: Heads, samples: Sequence[Sample], folder: Path, path: Path) -> None:

@@ -33,17 +33,17 @@ from mtpd.recipe import ExtendRecipe, Recipe, dump, parse_recipe, stages_of
 from mtpd.recipe.untrusted import refuse_untrusted
 from mtpd.run.acceptance import measure
 from mtpd.run.directory import RunDirectory
-from mtpd.run.distill import (
-    Session,
+from mtpd.run.finished import open_finished
+from mtpd.run.material import (
     fill_together,
     hidden_states,
     measured_samples,
+    set_apart,
     split_prompts,
-    start,
+    spread,
     training_rows,
 )
-from mtpd.run.finished import open_finished
-from mtpd.run.held_out import set_apart, spread
+from mtpd.run.session import Session, start
 from mtpd.run.training import train_heads
 from mtpd.train.finished_depths import FinishedDepths
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtpd.data.models import load_model, resolve_dtype, trunk_fingerprint
+from mtpd.data.models import load_model, real_tokens, resolve_dtype, trunk_fingerprint
 from mtpd.data.responses import end_tokens
 from mtpd.errors import UserError
 from mtpd.evaluate.contamination import TrainedPrompts, read_trained
@@ -14,7 +14,6 @@ from mtpd.files import read_sealed
 from mtpd.heads import WEIGHTS, Heads, load_heads
 from mtpd.recipe import Recipe, load_recipe
 from mtpd.run.directory import RunDirectory
-from mtpd.run.distill import real_tokens
 from mtpd.trunk import Trunk
 
 

@@ -15,8 +15,8 @@ from mtpd.files import read_sealed
 from mtpd.heads import Heads
 from mtpd.parallel import ranks
 from mtpd.run.directory import RunDirectory
-from mtpd.run.distill import Session
-from mtpd.run.held_out import spread
+from mtpd.run.material import spread
+from mtpd.run.session import Session
 from mtpd.run.training import train_heads
 from mtpd.train.joint_trunk import AdaptedTrunk, FullTrunk, JointTrunk, PerplexityLimit, main_head_quality
 from mtpd.trunk import Trunk

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from mtpd.data.packing import PackedRows, collate
@@ -13,10 +11,8 @@ from mtpd.formats.importing import native_heads
 from mtpd.heads import WEIGHTS, Heads, build_heads, configure_heads, load_heads, save_heads, start_heads
 from mtpd.parallel import ranks
 from mtpd.parallel.sequence import shared_trunk
+from mtpd.run.session import Session
 from mtpd.train.rows import TrainingRows
-
-if TYPE_CHECKING:
-    from mtpd.run.distill import Session
 
 
 def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) -> Heads:

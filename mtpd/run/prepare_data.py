@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mtpd.data.models import resolve_device
+from mtpd.data.models import real_tokens, resolve_device
 from mtpd.data.store import DiskStore
 from mtpd.data.vocabulary import coverage, save_vocabulary
 from mtpd.errors import UserError
@@ -12,15 +12,9 @@ from mtpd.parallel import ranks
 from mtpd.parallel.partitioned_trunk import trunk_apart
 from mtpd.recipe import Recipe
 from mtpd.run.directory import open_together
-from mtpd.run.distill import (
-    fill_store,
-    hidden_states,
-    real_tokens,
-    split_prompts,
-    start,
-    training_rows,
-)
+from mtpd.run.material import fill_store, hidden_states, split_prompts, training_rows
 from mtpd.run.new_heads import vocabulary_of
+from mtpd.run.session import start
 
 
 def store_hidden_states(recipe: Recipe, *, progress: bool = True) -> Path:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -21,6 +21,7 @@ from mtpd.parallel.deepspeed_config import load_settings
 from mtpd.parallel.partition import deepspeed_running, partitioned
 from mtpd.parallel.sequence import SplitRows
 from mtpd.recipe import Recipe
+from mtpd.run.session import Session
 from mtpd.train.arguments import loss_settings, training_arguments
 from mtpd.train.finished_depths import FinishedDepths
 from mtpd.train.joint_trunk import JointTrunk
@@ -28,9 +29,6 @@ from mtpd.train.measuring_trainer import MeasuringTrainer, stopping
 from mtpd.train.model import DistillModel
 from mtpd.train.optimizer_state import rows_of_a_step
 from mtpd.train.trainer import Metrics, train
-
-if TYPE_CHECKING:
-    from mtpd.run.distill import Session
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ batch has one part of its rows, and the next process gets the next part of the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from torch.utils.data import Dataset, Sampler
 
 from mtpd.alignment import IGNORED
 from mtpd.data.packing import PackedRows
+from mtpd.data.store import HiddenStates
+from mtpd.parallel.sequence import SplitRows
 
 
 class TrainingRows(Dataset[dict[str, Tensor]]):
@@ -87,3 +89,23 @@ class RowOrder(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+
+class PartOfStates:
+    """Of the states of rows that are all kept, the part of this process."""
+
+    def __init__(self, whole: HiddenStates, split: SplitRows) -> None:
+        self.whole, self.split = whole, split
+
+    def __contains__(self, row: object) -> bool:
+        return row in self.whole
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self.whole[row].chunk(self.split.parts)[self.split.part]
+
+    def put(self, rows: Sequence[int], hidden_BTD: Tensor) -> None:
+        """Nothing is missing."""
+        raise AssertionError("a part of a row is not kept")
+
+    def flush(self) -> None:
+        self.whole.flush()

@@ -24,12 +24,11 @@ from mtpd.heads import load_heads, save_heads
 from mtpd.losses.settings import LossSettings
 from mtpd.parallel.document_attention import by_documents
 from mtpd.parallel.partition import gathered, make_whole
-from mtpd.parallel.sequence import PartOfStates
 from mtpd.train import checkpoints
 from mtpd.train.finished_depths import FinishedDepths
 from mtpd.train.model import DistillModel
 from mtpd.train.optimizer_state import OPTIMIZER, load_state, put_state, save_state, state_of
-from mtpd.train.rows import RowOrder, TrainingRows
+from mtpd.train.rows import PartOfStates, RowOrder, TrainingRows
 from mtpd.train.safe_trainer import SafeTrainer
 
 
