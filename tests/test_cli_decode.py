@@ -19,8 +19,8 @@ from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.decode.model import Drafting
 from mtpd.errors import UserError
 from mtpd.heads import save_heads
-from mtpd.loading import load, write_drafting
 from mtpd.recipe import dump, parse_recipe
+from mtpd.run.loading import load, write_drafting
 from mtpd.trunk import Trunk
 
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mtpd.cli.arguments import Debug, UntrustedRun
 from mtpd.cli.generate import Depth, Dtype, Run, Tree
+from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
 
 
@@ -43,7 +43,7 @@ def bench(
         from mtpd.data.responses import end_tokens
         from mtpd.decode.speed import PARTS, breakdown, compare
         from mtpd.decode.speed import tune as find
-        from mtpd.loading import load, write_drafting
+        from mtpd.run.loading import load, write_drafting
 
         ways = ["mtpd", *[way for way in against.split(",") if way]]
         model = load(run, dtype=dtype, depth=depth, tree=tree, untrusted=untrusted)

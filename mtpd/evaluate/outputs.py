@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.gate import COMPARED, Comparison, Verdict, label
 from mtpd.evaluate.intervals import Estimate
-from mtpd.evaluate.report import TOTAL
+from mtpd.evaluate.run_tables import TOTAL
 from mtpd.evaluate.trunk_quality import TrunkQuality
 
 Estimates = Mapping[str | None, Mapping[str, Estimate]]

@@ -9,7 +9,7 @@ from rich.table import Table
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.gate import COMPARED, Change, Comparison, label
 from mtpd.evaluate.intervals import Estimate
-from mtpd.evaluate.report import TOTAL
+from mtpd.evaluate.run_tables import TOTAL
 from mtpd.evaluate.trunk_quality import TrunkQuality
 
 Estimates = Mapping[str | None, Mapping[str, Estimate]]
