@@ -34,6 +34,8 @@ def bench(
 ) -> None:
     """Measure tokens/s of a run's heads against other ways of decoding, greedy, in one process.
 
+    One prompt at a time, every number of drafts is measured too, and kept in the run for its report.
+
     Example:
 
         mtpd bench runs/demo --against plain,transformers --tune
@@ -43,6 +45,9 @@ def bench(
         from mtpd.data.responses import end_tokens
         from mtpd.decode.speed import PARTS, breakdown, compare
         from mtpd.decode.speed import tune as find
+        from mtpd.evaluate.compare import console
+        from mtpd.evaluate.depths import depths_pay_table
+        from mtpd.run.depths import depths_of_run
         from mtpd.run.loading import load, write_drafting
 
         ways = ["mtpd", *[way for way in against.split(",") if way]]
@@ -63,6 +68,7 @@ def bench(
             model, texts, ways=ways, max_new_tokens=max_new_tokens, end_tokens=ends, batch=batch, runs=runs
         )
         parts = breakdown(model, texts[:2], batch=batch)
+        by_depth = depths_of_run(run, model, texts, end_tokens=ends) if batch == 1 else None
         typer.echo(
             f"{len(texts)} prompts of {suite}, {batch} at a time, {model.trunk.dtype}; "
             f"a round: {described(model.drafting)}"
@@ -71,6 +77,8 @@ def bench(
             typer.echo(line)
         shares = ", ".join(f"{part} {100 * parts.share(part):.0f}%" for part in PARTS)
         typer.echo(f"a round: {1000 * sum(parts.seconds.values()) / parts.rounds:.1f} ms ({shares})")
+        if by_depth is not None:
+            console().print(depths_pay_table(by_depth))
 
 
 def described(drafting: Any) -> str:
