@@ -18,6 +18,7 @@ from mtpd.cli import main
 from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.decode.model import Drafting
 from mtpd.errors import UserError
+from mtpd.evaluate.acceptance import RANDOM
 from mtpd.heads import save_heads
 from mtpd.loading import load, write_drafting
 from mtpd.recipe import dump, parse_recipe
@@ -177,4 +178,8 @@ def test_bench(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert out.startswith(f"{found}: ")
     assert f"a round: {found}\n" in out
     assert main(["bench", str(run), *limits, "--batch", "2"]) == 0
-    assert "2 at a time" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2 at a time" in out
+    # The model is random, and a speed-up over generate never stands alone.
+    assert RANDOM in out
+    assert [line.split(":")[0] for line in out.splitlines() if "mtpd is" in line] == ["plain", "engine"]
