@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "losses": BELOW | {"trunk", "alignment"},
     "decode": BELOW | {"heads", "losses", "fast", "slots", "trunk", "alignment"},
     "data": BELOW | {"ranks", "decode", "heads", "losses", "trunk", "alignment"},
-    "loading": BELOW | {"recipe", "data", "decode", "heads", "trunk"},
+    "loading": BELOW | {"recipe", "data", "decode", "evaluate", "heads", "trunk"},
     "checkpoints": BELOW | {"recipe_text", "recipe", "evaluate", "decode", "data", "heads", "trunk", "alignment"},
     "evaluate": BELOW | {"recipe_text", "decode", "data", "heads", "losses", "trunk", "alignment"},
     "distill": BELOW
