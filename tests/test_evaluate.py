@@ -212,7 +212,9 @@ def test_acceptance_file(tmp_path: Path) -> None:
     before.save(tmp_path / "acceptance.json")
     assert Acceptance.load(tmp_path / "acceptance.json") == before
     content = json.loads((tmp_path / "acceptance.json").read_text())
-    assert set(content) == {"schema", "mode", "sampling", "settings", "trunk", "heads", "versions", "suites", "sha256"}
+    assert set(content) == {
+        *("schema", "mode", "sampling", "settings", "trunk", "heads", "random_trunk", "versions", "suites", "sha256")
+    }
     assert content["schema"] == 2
     assert set(content["suites"]["chat"]) == set(SuiteCounts.model_fields)
 

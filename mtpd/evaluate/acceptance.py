@@ -23,6 +23,12 @@ from mtpd.errors import UserError
 from mtpd.evaluate.versions import library_versions
 from mtpd.files import read_sealed, sealed, write_whole
 
+RANDOM = (
+    "The model predicts text no better than chance, as random weights do: these numbers show that everything runs, "
+    "and say nothing about heads."
+)
+"""Stands beside every table of an acceptance file whose trunk is random."""
+
 Settings = dict[str, str | int | float | bool | None]
 """What a measurement depends on besides trunk and heads: names and plain values."""
 
@@ -226,6 +232,8 @@ class Acceptance(BaseModel):
     """Number format, tokens drafted a round, and what else all suites share; null in files of schema 1."""
     trunk: str
     heads: str
+    random_trunk: bool = False
+    """The trunk predicts prompts no better than chance: its weights are random, and the counts mean nothing."""
     versions: dict[str, str] = Field(default_factory=library_versions)
     suites: dict[str, SuiteCounts]
 

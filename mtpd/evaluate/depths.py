@@ -20,6 +20,7 @@ from mtpd.decode.engine import Engine, Request
 from mtpd.decode.speed import PARTS, generated, now, watch
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
+from mtpd.evaluate.run_tables import say_if_random
 from mtpd.evaluate.versions import machine
 from mtpd.files import read_sealed, sealed, write_whole
 from mtpd.heads import Heads
@@ -191,12 +192,14 @@ def depths_pay_table(found: Depths, before: Acceptance | None = None) -> Table:
         before: acceptance of the same depths before training, shown beside.
     """
     title = (
-        f"Which depth pays ({found.prompts} prompts, {found.max_new_tokens} tokens, {found.dtype}; plain generate "
-        f"{found.plain_tokens_per_second:.1f} tokens/s)"
+        f"Which depth pays ({found.prompts} prompts, {found.max_new_tokens} tokens, {found.dtype}; transformers' "
+        f"generate {found.plain_tokens_per_second:.1f} tokens/s)"
     )
     table = Table(title=title, title_justify="left")
-    columns = ("drafts", "CAR = marginal tau", "draft ms", "marginal ms", "round ms", "tokens/s", "speed-up")
-    for column in columns:
+    if before is not None:
+        say_if_random(table, before)
+    columns = ("drafts", "CAR = marginal tau", "draft ms", "marginal ms", "round ms", "tokens/s")
+    for column in (*columns, "speed-up over generate", "speed-up over no drafts"):
         table.add_column(column, justify="right")
     first = before.total().car if before is not None else []
     for each, previous in zip(found.depths, [None, *found.depths], strict=False):
@@ -211,6 +214,7 @@ def depths_pay_table(found: Depths, before: Acceptance | None = None) -> Table:
             f"{each.round_ms:.1f}",
             f"{each.tokens_per_second:.1f}",
             f"{found.speed_up(each.depth):.2f}x",
+            f"{found.speed_up_over_engine(each.depth):.2f}x",
             style="bold" if each.depth == found.fastest else None,
         )
     return table

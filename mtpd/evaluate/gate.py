@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from mtpd.errors import UserError
-from mtpd.evaluate.acceptance import Acceptance, PromptCounts, Settings
+from mtpd.evaluate.acceptance import RANDOM, Acceptance, PromptCounts, Settings
 from mtpd.evaluate.intervals import RESAMPLES, Array, Estimate, estimate, paired_differences
 
 MINIMUM_PROMPTS = 50
@@ -80,7 +80,7 @@ class Change:
 def _percent(estimate: Estimate) -> str:
     """An interval in hundredths: [-2.80, -1.40]"""
     if estimate.low is None or estimate.high is None:
-        return "[too few prompts]"
+        return "[too few prompts for an interval]"
     return f"[{100 * estimate.low:+.2f}, {100 * estimate.high:+.2f}]"
 
 
@@ -151,7 +151,7 @@ def compare(
             after.setdefault(name, []).append(new)
     if not before:
         raise UserError(f"{names[1]}: all {left_out} prompts were trained on; nothing is left to compare")
-    notes = []
+    notes = [RANDOM] if baseline.random_trunk or candidate.random_trunk else []
     if left_out:
         notes.append(f"{left_out} prompts are left out of the comparison: a run was trained on them, or nearly")
     if texts:

@@ -70,8 +70,9 @@ def intervals(
             summed[name] = sums
     if summed:
         total = acceptance.total(summed)
-        sums = sum(summed.values(), start=np.zeros(()))
-        if not all(map(len, summed.values())):
+        if all(map(len, summed.values())):
+            sums = np.sum(list(summed.values()), axis=0)
+        else:
             # Some suites are too small to draw within them: prompts are drawn from all of them.
             rows = [row for name in summed for row in acceptance.suites[name].rows or []]
             sums = _resampled_sums("", rows, total.depth, resamples, seed)

@@ -85,7 +85,9 @@ def render_report(contents: ReportContents) -> str:
         sections=sections,
         offline=offline,
         decoded=decoded,
-        verdict=verdict([each["measured"] for each in offline], [each["measured"] for each in decoded], contents.depths),
+        verdict=verdict(
+            [each["measured"] for each in offline], [each["measured"] for each in decoded], contents.depths
+        ),
         facts=_facts(contents, sections[0]),
         curves=_curves(contents.metrics),
         depths_charts=_depths_charts(contents.depths),
