@@ -5,9 +5,9 @@
 
 Random models of each kind are exported in each layout and number format, with heads whose attention and MLP add nothing
 yet: the check must not depend on what heads have learned. For each seed of the noise every kind of tensor is spoiled. A
-false alarm is a tensor that is read and said to be unread. Power is how many kinds are caught of a loader that is given the same numbers
-for that kind whatever the file holds. Both are decided by how far outputs move, of which the extremes are shown.
-ATEN_CPU_CAPABILITY=default or avx2 and ONEDNN_MAX_CPU_ISA=AVX2 make PyTorch compute as on older machines.
+false alarm is a tensor that is read and said to be unread. Power is how many kinds are caught of a loader that is given
+the same numbers for that kind whatever the file holds. Both are decided by how far outputs move, of which the extremes
+are shown. ATEN_CPU_CAPABILITY=default or avx2 and ONEDNN_MAX_CPU_ISA=AVX2 make PyTorch compute as on older machines.
 """
 
 from __future__ import annotations

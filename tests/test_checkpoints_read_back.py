@@ -31,7 +31,9 @@ from mtpd.formats.tensors import is_zero
 from mtpd.heads import HeadsConfig, build_heads
 from mtpd.trunk import Trunk
 
-READ = re.compile(r"read back by (\w+).*, every tensor of the heads: CAR_1 ([\d.]+), with noise for heads ([\d.]+), 92 places")
+READ = re.compile(
+    r"read back by (\w+).*, every tensor of the heads: CAR_1 ([\d.]+), with noise for heads ([\d.]+), 92 places"
+)
 
 
 @pytest.mark.parametrize(

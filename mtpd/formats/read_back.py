@@ -41,8 +41,8 @@ CHOOSES_ONLY = "e_score_correction_bias"
 """Decides which experts are asked, and may leave their choice as it is."""
 
 MOVES = 1e-3
-"""Share of its size by which an output moves at least where a tensor is read (docs/results.md: 0.02 and more where it
-is, less than 1e-5 where it is not)."""
+"""Share of its size by which an output moves at least where a tensor is read (docs/results.md: 0.05 and more where it
+is, nothing where it is not)."""
 
 Reader = Callable[[Path], list[Tensor]]
 """What the heads in a directory compute: for each head its states, or its logits, [B, T, D] or [B, T, V]."""
@@ -100,9 +100,9 @@ def read_back(run: Run, folder: Path, *, layout: str, family: str | None) -> str
     if ignored:
         more = f" and {len(ignored) - 1} more" * (len(ignored) > 1)
         raise MtpdError(
-            f"export {layout}: {name} does not read {ignored[0]}{more}: other numbers there leave what it drafts as it is; "
-            f"`mtpd inspect {run.path}` lists the layouts that fit, `mtpd generate {run.path}` decodes without any, and "
-            "--no-perturb writes this one all the same"
+            f"export {layout}: {name} does not read {ignored[0]}{more}: other numbers there leave what it drafts as it "
+            f"is; `mtpd inspect {run.path}` lists the layouts that fit, `mtpd generate {run.path}` decodes without "
+            "any, and --no-perturb writes this one all the same"
         )
     count = texts.ids[:, :-2].numel()
     return (
@@ -131,7 +131,8 @@ def movements(
     for kind in kinds:
         copy.spoil(kind, draw=1)
         found[kind] = [
-            float((moved - still).norm() / still.norm()) for moved, still in zip(reader(copy.folder), start, strict=True)
+            float((moved - still).norm() / still.norm())
+            for moved, still in zip(reader(copy.folder), start, strict=True)
         ]
         copy.spoil(kind)
         if bar is not None:
