@@ -29,7 +29,6 @@ from transformers import GenerationConfig
 
 from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.data.packing import Sample
-from mtpd.data.streams import stream_rows
 from mtpd.decode.engine import Engine, Request
 from mtpd.decode.sampling import SampledDrafts, Sampling
 from mtpd.evaluate.offline import measure_offline
@@ -37,6 +36,7 @@ from mtpd.heads import Batch, Heads, Readout, build_heads, configure_heads, load
 from mtpd.heads.circuit_heads import CircuitHeads
 from mtpd.heads.shared_layers import SharedLayerHeads
 from mtpd.losses.settings import LossSettings
+from mtpd.pretrain.streams import stream_rows
 from mtpd.recipe.sections import CircuitRecipe, HeadsRecipe
 from mtpd.trunk import Trunk
 

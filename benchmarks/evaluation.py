@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from lab import machine, write_rows
 
-from mtpd.distill.reopen import reopen
 from mtpd.evaluate.acceptance import Acceptance, PromptCounts, SuiteCounts
 from mtpd.evaluate.decoded import measure_decoded
 from mtpd.evaluate.gate import compare, judge
 from mtpd.evaluate.measure import Model, prompts_alone, respond
 from mtpd.evaluate.offline import measure_offline
 from mtpd.evaluate.suites import load_suite, questions
+from mtpd.run.finished import reopen
 
 Pair = tuple[PromptCounts, PromptCounts]
 

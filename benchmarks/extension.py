@@ -25,15 +25,15 @@ from lab import Lab, machine, recipe, spread, write_rows
 
 from mtpd.data.packing import PackedRows, Sample, collate
 from mtpd.data.store import HiddenStates, MemoryStore, with_hidden
-from mtpd.distill.arguments import loss_settings
-from mtpd.distill.below import FinishedDepths
-from mtpd.distill.model import DistillModel
-from mtpd.distill.rows import TrainingRows
 from mtpd.evaluate.depths import measure_depths
 from mtpd.heads import Heads, load_heads, save_heads
 from mtpd.heads.initialise import initialise
 from mtpd.heads.looped import Form, extended
 from mtpd.recipe import Recipe
+from mtpd.train.arguments import loss_settings
+from mtpd.train.finished_depths import FinishedDepths
+from mtpd.train.model import DistillModel
+from mtpd.train.rows import TrainingRows
 
 FORMS: tuple[Form, ...] = ("copies", "adapters", "shared")
 

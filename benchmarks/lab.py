@@ -23,16 +23,16 @@ from mtpd.data.prompts import load_prompts, render
 from mtpd.data.responses import end_tokens, generate_responses
 from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, fill, store_key, with_hidden
 from mtpd.data.vocabulary import draft_vocabulary
-from mtpd.distill.arguments import loss_settings, training_arguments
-from mtpd.distill.below import FinishedDepths
-from mtpd.distill.model import DistillModel
-from mtpd.distill.rows import TrainingRows
-from mtpd.distill.trainer import HeadTrainer
 from mtpd.errors import MtpdError
 from mtpd.evaluate.acceptance import SuiteCounts
 from mtpd.evaluate.offline import measure_offline
 from mtpd.heads import Heads, build_heads, configure_heads, start_heads
 from mtpd.recipe import Recipe, parse_recipe
+from mtpd.train.arguments import loss_settings, training_arguments
+from mtpd.train.finished_depths import FinishedDepths
+from mtpd.train.model import DistillModel
+from mtpd.train.rows import TrainingRows
+from mtpd.train.trainer import HeadTrainer
 from mtpd.trunk import Trunk
 
 

@@ -19,12 +19,12 @@ from lab import machine
 from measure import alternate
 
 from mtpd.data.models import load_model
-from mtpd.distill.model import DistillModel
-from mtpd.distill.row_attention import RowAttention
 from mtpd.heads import build_heads, configure_heads
 from mtpd.heads.initialise import initialise
 from mtpd.losses.settings import LossSettings
+from mtpd.parallel.document_attention import RowAttention
 from mtpd.recipe import load_recipe
+from mtpd.train.model import DistillModel
 from mtpd.trunk import Trunk
 
 DEPTH, VOCABULARY, TOKENS = 4, 8192, 2048

@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py
 
-Nothing is measured: the numbers come from the formula of `mtpd.distill.scaling`, and from the rates below.
+Nothing is measured: the numbers come from the formula of `mtpd.plan.scaling`, and from the rates below.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mtpd.distill.plan import plan
-from mtpd.distill.scaling import Load, Machine, Sharding, fits, host_memory, memory, step_seconds
+from mtpd.plan.plan import plan
+from mtpd.plan.scaling import Load, Machine, Sharding, fits, host_memory, memory, step_seconds
 from mtpd.recipe import load_recipe
 
 GPU_MEMORY = 80e9

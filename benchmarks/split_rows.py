@@ -24,13 +24,13 @@ from measure import peak_bytes
 from step_times import MODEL, WARM, WORDS, Clock
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mtpd import ranks
 from mtpd.data.packing import PackedRows
-from mtpd.distill.directory import RunDirectory
-from mtpd.distill.run import Session
-from mtpd.distill.training import train_heads
 from mtpd.heads import build_heads, configure_heads, start_heads
+from mtpd.parallel import ranks
 from mtpd.recipe import load_recipe
+from mtpd.run.directory import RunDirectory
+from mtpd.run.session import Session
+from mtpd.run.training import train_heads
 from mtpd.trunk import Trunk
 
 PROCESSES = 2

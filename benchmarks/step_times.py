@@ -1,4 +1,4 @@
-"""Steps of one process and of two, timed beside what the formula of `mtpd.distill.scaling` says of them.
+"""Steps of one process and of two, timed beside what the formula of `mtpd.plan.scaling` says of them.
 
     python benchmarks/step_times.py --json tests/data/step-times.json
 
@@ -31,17 +31,17 @@ import torch.distributed as dist
 from lab import machine
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from mtpd import ranks
 from mtpd.data.packing import PackedRows
 from mtpd.data.store import MemoryStore, fill
-from mtpd.distill.directory import RunDirectory
-from mtpd.distill.plan import plan
-from mtpd.distill.run import Session
-from mtpd.distill.scaling import Load, Machine, Sharding, step_seconds
-from mtpd.distill.training import train_heads
 from mtpd.heads import build_heads, configure_heads, start_heads
 from mtpd.losses.fused import TILE_BYTES
+from mtpd.parallel import ranks
+from mtpd.plan.plan import plan
+from mtpd.plan.scaling import Load, Machine, Sharding, step_seconds
 from mtpd.recipe import Recipe, load_recipe
+from mtpd.run.directory import RunDirectory
+from mtpd.run.session import Session
+from mtpd.run.training import train_heads
 from mtpd.trunk import Trunk
 
 MODEL: dict[str, Any] = {

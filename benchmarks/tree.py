@@ -19,10 +19,10 @@ from typing import Any
 from lab import machine
 
 from mtpd.data.models import load_model
-from mtpd.data.streams import stream_rows
 from mtpd.decode.engine import Engine, Request
 from mtpd.decode.sampling import Sampling
 from mtpd.heads import load_heads
+from mtpd.pretrain.streams import stream_rows
 from mtpd.trunk import Trunk
 
 

@@ -8,17 +8,16 @@ which show in seconds that all works, and gain nothing.
 
 import sys
 
-from mtpd import Acceptance, load_recipe
-from mtpd.distill import distill
+import mtpd
 
 SMALL = ["heads.depth=2", "data.limit=32", "evaluation.prompts_limit=7", "evaluation.max_new_tokens=32"]
 
 
 def main(model: str = "tiny", output: str = "runs/quickstart") -> None:
-    recipe = load_recipe(None, [f"model={model}", f"output={output}", *SMALL])
-    run = distill(recipe)
+    recipe = mtpd.load_recipe(None, [f"model={model}", f"output={output}", *SMALL])
+    run = mtpd.distill(recipe)
     for name in ("acceptance-before.json", "acceptance.json"):
-        held_out = Acceptance.load(run / name).total()
+        held_out = mtpd.Acceptance.load(run / name).total()
         car = " ".join(f"CAR_{k}={share:.2f}" for k, share in enumerate(held_out.car, start=1))
         print(f"{name}: tau={held_out.tau:.2f} tokens per forward pass, {car}")
     print(f"the heads are in {run / 'heads'}")

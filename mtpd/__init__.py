@@ -1,12 +1,9 @@
 """Multi-token-prediction heads for any Hugging Face causal language model, by self-distillation.
 
-    from mtpd import Acceptance, load_recipe
-    from mtpd.distill import distill
-
-    run = distill(load_recipe("recipes/demo.yaml", ["heads.depth=2"]))
-    print(Acceptance.load(run / "acceptance.json").total().tau)
-
     import mtpd
+
+    run = mtpd.distill(mtpd.load_recipe("recipes/demo.yaml", ["heads.depth=2"]))
+    print(mtpd.Acceptance.load(run / "acceptance.json").total().tau)
 
     model = mtpd.load("runs/demo")
     model.generate(**model.tokenizer("Hello", return_tensors="pt"), max_new_tokens=64)
@@ -20,15 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mtpd.evaluate.acceptance import Acceptance
-    from mtpd.loading import load
     from mtpd.recipe import Recipe, load_recipe
+    from mtpd.run.distill import distill
+    from mtpd.run.loading import load
 
-__all__ = ["Acceptance", "Recipe", "__version__", "load", "load_recipe"]
+__all__ = ["Acceptance", "Recipe", "__version__", "distill", "load", "load_recipe"]
 
 _HOMES = {
     "Acceptance": "mtpd.evaluate.acceptance",
     "Recipe": "mtpd.recipe",
-    "load": "mtpd.loading",
+    "distill": "mtpd.run.distill",
+    "load": "mtpd.run.loading",
     "load_recipe": "mtpd.recipe",
 }
 

@@ -19,9 +19,9 @@ import architectures
 
 from mtpd.alignment import IGNORED
 from mtpd.data.packing import Sample
-from mtpd.distill.model import DistillModel
 from mtpd.heads import Heads
 from mtpd.losses.fused import LossSettings
+from mtpd.train.model import DistillModel
 from mtpd.trunk import Trunk
 
 torch.set_num_threads(1)

@@ -149,7 +149,7 @@ if __name__ == "__main__":
     import deepspeed  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
 
-    import mtpd.distill.run  # noqa: F401
+    import mtpd.run.distill  # noqa: F401
 
     module, function, calls, seconds = json.loads(sys.argv[1])
     work = getattr(importlib.import_module(module), function)

@@ -24,14 +24,14 @@ from transformers import TrainerCallback
 from mtpd.alignment import IGNORED
 from mtpd.data.packing import PackedRows, Sample
 from mtpd.data.store import MemoryStore, fill
-from mtpd.distill.below import FinishedDepths
-from mtpd.distill.directory import RunDirectory
-from mtpd.distill.joint import AdaptedTrunk, FullTrunk
-from mtpd.distill.run import Session
-from mtpd.distill.training import train_heads
 from mtpd.heads import Heads, save_heads
 from mtpd.heads.chain import ChainHeads
 from mtpd.recipe import parse_recipe
+from mtpd.run.directory import RunDirectory
+from mtpd.run.session import Session
+from mtpd.run.training import train_heads
+from mtpd.train.finished_depths import FinishedDepths
+from mtpd.train.joint_trunk import AdaptedTrunk, FullTrunk
 from mtpd.trunk import Trunk
 
 LENGTH = 16

@@ -16,13 +16,13 @@ from conftest import learn
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mtpd.checkpoints.directory import Checkpoint
-from mtpd.checkpoints.engines import with_vllm
-from mtpd.checkpoints.exports.export import export
-from mtpd.checkpoints.native import find_heads
 from mtpd.cli import main
 from mtpd.decode import generate
 from mtpd.errors import MtpdError, UserError
+from mtpd.formats.directory import Checkpoint
+from mtpd.formats.engines import with_vllm
+from mtpd.formats.export import export
+from mtpd.formats.find_heads import find_heads
 from mtpd.heads import Heads, HeadsConfig, build_heads, load_heads, save_heads
 from mtpd.heads.looped import extended
 from mtpd.trunk import Trunk
@@ -185,7 +185,7 @@ def test_a_trained_trunk_is_exported(tmp_path: Path) -> None:
 
 def test_an_export_that_lost_a_tensor_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault: a layout that writes less than it should, and a directory that looks finished."""
-    from mtpd.checkpoints.exports import hf_mtp
+    from mtpd.formats.layouts import hf_mtp
 
     run = llama_run(tmp_path, depth=1)
     whole = hf_mtp.as_family

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
-from mtpd.checkpoints.arrange import as_family
-from mtpd.checkpoints.directory import Checkpoint
-from mtpd.checkpoints.families import FAMILIES
-from mtpd.checkpoints.importing import OTHERS, import_heads
-from mtpd.checkpoints.native import find_heads
-from mtpd.checkpoints.tensors import read_header
+from mtpd.formats.directory import Checkpoint
+from mtpd.formats.families import FAMILIES
+from mtpd.formats.find_heads import find_heads
+from mtpd.formats.importing import OTHERS, import_heads
+from mtpd.formats.tensors import read_header
+from mtpd.formats.to_family import as_family
 from mtpd.heads import load_heads
 from mtpd.trunk import Trunk
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mtpd.checkpoints.directory import Checkpoint, write_sharded
-from mtpd.checkpoints.importing import import_heads
-from mtpd.checkpoints.native import find_heads
-from mtpd.checkpoints.tensors import stored
 from mtpd.cli import main
 from mtpd.evaluate.acceptance import Acceptance
+from mtpd.formats.directory import Checkpoint, write_sharded
+from mtpd.formats.find_heads import find_heads
+from mtpd.formats.importing import import_heads
+from mtpd.formats.tensors import stored
 
 DISTILL = [
     "heads=native",
@@ -132,7 +132,7 @@ def broken(case: str, folder: Path) -> list[str]:
     if case == "unknown family":
         native.save_model(native.base_model("transformers"), folder)
         native.add_tensors(folder, {"model.nextn.0.enorm.weight": torch.ones(4)})
-        return ["no known family (llama)", "model.nextn.0.enorm.weight", "mtpd/checkpoints/families"]
+        return ["no known family (llama)", "model.nextn.0.enorm.weight", "mtpd/formats/families"]
     if case == "none":
         native.save_model(native.base_model("transformers"), folder)
         return ["has no MTP heads"]
@@ -247,7 +247,7 @@ def test_tensors_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     write_sharded(folder, {name: stored(wide.get(name, tensor)) for name, tensor in tensors.items()}, limit=4 * 10**7)
     del wide
     assert len(list(folder.glob("*.safetensors"))) >= 3
-    monkeypatch.setattr("mtpd.checkpoints.tensors.CHUNK", 2**20)
+    monkeypatch.setattr("mtpd.formats.tensors.CHUNK", 2**20)
     grown = peak(lambda: import_heads(str(folder), tmp_path / "run"))
     written = (tmp_path / "run" / "heads" / "model.safetensors").stat().st_size
     assert written > 110e6

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import MtpCache
 
 from mtpd.alignment import tokens_read
-from mtpd.checkpoints.directory import Checkpoint
-from mtpd.checkpoints.engines.with_transformers import mtp_model
-from mtpd.checkpoints.exports.export import export
-from mtpd.checkpoints.native import find_heads
 from mtpd.errors import UserError
+from mtpd.formats.directory import Checkpoint
+from mtpd.formats.engines.with_transformers import mtp_model
+from mtpd.formats.export import export
+from mtpd.formats.find_heads import find_heads
 from mtpd.heads import Heads
 from mtpd.heads.norms import gain, set_gain
 from mtpd.trunk import Trunk

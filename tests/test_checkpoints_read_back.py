@@ -14,16 +14,16 @@ from test_checkpoints_export import finished_run
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from mtpd.checkpoints.directory import Checkpoint
-from mtpd.checkpoints.engines.with_transformers import mtp_model
-from mtpd.checkpoints.exports import mimo
-from mtpd.checkpoints.exports.export import export
-from mtpd.checkpoints.families import FAMILIES
-from mtpd.checkpoints.native import find_heads
-from mtpd.checkpoints.perturbed import perturbed
 from mtpd.cli import main
 from mtpd.decode.transformers_mtp import mtp_in_transformers
 from mtpd.errors import MtpdError
+from mtpd.formats.directory import Checkpoint
+from mtpd.formats.engines.with_transformers import mtp_model
+from mtpd.formats.export import export
+from mtpd.formats.families import FAMILIES
+from mtpd.formats.find_heads import find_heads
+from mtpd.formats.layouts import mimo
+from mtpd.formats.noise_check import perturbed
 
 READ = re.compile(r"read back by (\w+).*: CAR_1 ([\d.]+), with noise for heads ([\d.]+), 92 places")
 

@@ -36,9 +36,9 @@ def mtpd(*words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
 
 def replace_distill(monkeypatch: pytest.MonkeyPatch, run: Callable[..., object]) -> None:
     """Puts a function in the place of the distillation, to see what the command line makes of its errors."""
-    module = types.ModuleType("mtpd.distill.run")
+    module = types.ModuleType("mtpd.run.distill")
     module.distill = run  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "mtpd.distill.run", module)
+    monkeypatch.setitem(sys.modules, "mtpd.run.distill", module)
 
 
 def raising(error: BaseException) -> Callable[..., object]:
@@ -238,12 +238,12 @@ def test_a_real_interrupt_of_the_process(tmp_path: Path) -> None:
             import signal, sys, time, types
             # Tests that run in the background of a shell inherit that the signal is ignored.
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            module = types.ModuleType("mtpd.distill.run")
+            module = types.ModuleType("mtpd.run.distill")
             def distill(recipe, *, fresh, resume):
                 print("running", flush=True)
                 time.sleep(60)
             module.distill = distill
-            sys.modules["mtpd.distill.run"] = module
+            sys.modules["mtpd.run.distill"] = module
             from mtpd.cli import main
             sys.exit(main(["distill", "model=demo"]))
         """)

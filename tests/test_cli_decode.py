@@ -21,8 +21,8 @@ from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import RANDOM
 from mtpd.evaluate.depths import Depth, Depths
 from mtpd.heads import save_heads
-from mtpd.loading import load, write_drafting
 from mtpd.recipe import dump, parse_recipe
+from mtpd.run.loading import load, write_drafting
 from mtpd.trunk import Trunk
 
 

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from mtpd.cli import main
 from mtpd.data.builtin_models import tiny_tokenizer
-from mtpd.distill import trainer
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.recipe import load_recipe
+from mtpd.train import trainer
 
 ROOT = Path(__file__).parents[1]
 PADDING = 5
@@ -168,7 +168,7 @@ def test_a_finished_run_is_not_repeated(
     heads = (output / "heads" / "model.safetensors").read_bytes()
     metrics = (output / "metrics.jsonl").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr("mtpd.distill.run.train_heads", None)
+        patch.setattr("mtpd.run.distill.train_heads", None)
         assert main(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")} == files
     assert (output / "metrics.jsonl").read_text() == metrics

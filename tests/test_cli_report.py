@@ -16,7 +16,7 @@ from test_cli_eval import SHORT, measure
 
 from mtpd.cli import main
 from mtpd.evaluate.acceptance import Acceptance
-from mtpd.evaluate.samples import read_samples
+from mtpd.report.samples import read_samples
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 """Programs that open the report; Debian has the first as a package."""

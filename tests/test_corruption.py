@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 
 from mtpd.data import responses, store
-from mtpd.distill import checkpointing
-from mtpd.distill.directory import RunDirectory, warn_of_changes
-from mtpd.distill.reopen import trained_prompts
-from mtpd.distill.run import distill
 from mtpd.errors import MtpdError
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.heads import check_weights, read_config
-from mtpd.loading import load
 from mtpd.recipe import load_recipe
+from mtpd.run.directory import RunDirectory, warn_of_changes
+from mtpd.run.distill import distill
+from mtpd.run.finished import trained_prompts
+from mtpd.run.loading import load
+from mtpd.train import checkpoints
 
 FLIPS = 60
 """Bits of each file, drawn by a seed."""
@@ -70,7 +70,7 @@ def index(file: Path) -> Any:
 
 
 def checkpoint(file: Path) -> Any:
-    found = checkpointing.damage(file.parent)
+    found = checkpoints.damage(file.parent)
     if found is not None:
         raise MtpdError(found)
     return "whole"

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 from zygote import Zygote
 
-from mtpd.distill.checkpointing import COMPLETE, damage
 from mtpd.evaluate.acceptance import Acceptance
+from mtpd.train.checkpoints import COMPLETE, damage
 
 KILLS = 30
 

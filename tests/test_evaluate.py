@@ -23,7 +23,7 @@ from mtpd.evaluate import decoded as decoded_module
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.decoded import measure_decoded, parted_at_tie
 from mtpd.evaluate.offline import measure_offline
-from mtpd.evaluate.report import decoded_table, offline_table, plot_car, with_total
+from mtpd.evaluate.run_tables import decoded_table, offline_table, plot_car, with_total
 from mtpd.heads import Heads
 from mtpd.losses import reference
 from mtpd.trunk import Trunk

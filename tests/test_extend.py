@@ -16,12 +16,12 @@ from seals import edited, with_its_weights
 
 import mtpd
 from mtpd.cli import main
-from mtpd.distill import extend as extending
-from mtpd.distill.reopen import reopen
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.depths import Depth, Depths
 from mtpd.heads import load_heads
 from mtpd.recipe import load_recipe
+from mtpd.run import extend as extending
+from mtpd.run.finished import reopen
 
 
 def words(output: Path, *further: str) -> list[str]:

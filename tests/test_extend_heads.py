@@ -13,12 +13,12 @@ from torch import Tensor
 
 from mtpd import alignment
 from mtpd.alignment import IGNORED
-from mtpd.distill.model import DistillModel
 from mtpd.errors import UserError
 from mtpd.heads import Heads, load_heads, save_heads
 from mtpd.heads.config import HeadsConfig
 from mtpd.heads.looped import extended
 from mtpd.losses.settings import LossSettings
+from mtpd.train.model import DistillModel
 from mtpd.trunk import Trunk
 
 FORMS = ["copies", "shared", "adapters"]

@@ -11,8 +11,8 @@ from architectures import random_tokens, tiny_model
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from mtpd import fast
-from mtpd.fast import Product, faster, faster_logits, slot_attention
+from mtpd import packed_modules
+from mtpd.packed_modules import Product, faster, faster_logits, slot_attention
 from mtpd.trunk import Trunk, Unembedding
 
 
@@ -25,9 +25,9 @@ def test_a_twin_computes_the_same(name: str, trunk: Trunk) -> None:
             expected, found = (module(input_ids=ids).last_hidden_state for module in (trunk.decoder, twin))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert faster(trunk.decoder) is twin
-    replaced = [part for part in twin.modules() if isinstance(part, fast._PackedLinear)]
+    replaced = [part for part in twin.modules() if isinstance(part, packed_modules._PackedLinear)]
     assert replaced
-    assert not any(isinstance(part, fast._PackedLinear) for part in trunk.decoder.modules())
+    assert not any(isinstance(part, packed_modules._PackedLinear) for part in trunk.decoder.modules())
     assert trunk.config._attn_implementation in ("sdpa", "eager")
 
 
@@ -47,10 +47,10 @@ def test_a_twin_follows_its_parameters() -> None:
 
 def test_nothing_is_packed_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault: copies of the weights that drive a machine out of memory."""
-    monkeypatch.setattr(fast.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(packed_modules.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     model: Any = tiny_model("llama")
     twin: Any = faster(model)
-    assert not any(isinstance(part, fast._PackedLinear) for part in twin.modules())
+    assert not any(isinstance(part, packed_modules._PackedLinear) for part in twin.modules())
     ids = random_tokens(2, 5)
     with torch.no_grad():
         assert torch.equal(twin(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -15,7 +15,7 @@ from mtpd.evaluate.acceptance import Acceptance
 from mtpd.files import sealed
 from mtpd.heads import CONFIG, HeadsConfig, read_config
 from mtpd.recipe import Recipe, dump, load_recipe, parse_recipe
-from mtpd.recipe_text import to_yaml
+from mtpd.recipe.text import to_yaml
 
 
 def cases(count: int) -> Any:

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtpd.alignment import IGNORED
-from mtpd.distill.model import DistillModel
 from mtpd.heads import HeadsConfig, build_heads
 from mtpd.losses.fused import LossSettings
+from mtpd.train.model import DistillModel
 from mtpd.trunk import Trunk
 
 X = IGNORED

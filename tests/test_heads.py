@@ -13,10 +13,10 @@ from transformers import LlamaForCausalLM
 
 import mtpd.heads
 from mtpd.alignment import IGNORED
-from mtpd.distill.model import DistillModel
 from mtpd.errors import UserError
 from mtpd.heads import CONFIG, WEIGHTS, Heads, load_heads, save_heads
 from mtpd.losses.fused import LossSettings
+from mtpd.train.model import DistillModel
 from mtpd.trunk import Trunk
 
 SETTINGS = LossSettings((0.3,) * 3, (0.5,) * 3, top_n=20)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from mtpd import alignment
 from mtpd.alignment import IGNORED
-from mtpd.distill.model import DistillModel
 from mtpd.errors import UnsupportedModel
 from mtpd.heads import Heads
 from mtpd.heads.initialise import _silence, fit, initialise, source_layers
 from mtpd.heads.norms import gain
 from mtpd.losses.fused import LossSettings
+from mtpd.train.model import DistillModel
 from mtpd.trunk import Trunk
 
 

@@ -20,9 +20,9 @@ import mtpd
 from mtpd.alignment import IGNORED
 from mtpd.cli import main
 from mtpd.data.models import load_model
-from mtpd.distill.joint import AdaptedTrunk, FullTrunk
-from mtpd.distill.model import DistillModel
 from mtpd.losses.settings import LossSettings
+from mtpd.train.joint_trunk import AdaptedTrunk, FullTrunk
+from mtpd.train.model import DistillModel
 from mtpd.trunk import Trunk
 
 

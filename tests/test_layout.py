@@ -15,24 +15,24 @@ MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "interrupts": set(),
-    "ranks": {"errors", "interrupts"},
-    "launch": {"errors"},
-    "recipe_text": BELOW,
-    "recipe": BELOW | {"recipe_text"},
+    "recipe": BELOW,
     "alignment": BELOW,
     "trunk": BELOW | {"alignment"},
     "slots": BELOW | {"trunk"},
-    "fast": BELOW | {"trunk"},
-    "heads": BELOW | {"losses", "trunk", "fast", "slots", "alignment"},
+    "packed_modules": BELOW | {"trunk"},
     "losses": BELOW | {"trunk", "alignment"},
-    "decode": BELOW | {"heads", "losses", "fast", "slots", "trunk", "alignment"},
-    "data": BELOW | {"ranks", "decode", "heads", "losses", "trunk", "alignment"},
-    "loading": BELOW | {"recipe", "data", "decode", "evaluate", "heads", "trunk"},
-    "checkpoints": BELOW | {"recipe_text", "recipe", "evaluate", "decode", "data", "heads", "trunk", "alignment"},
-    "evaluate": BELOW | {"recipe_text", "decode", "data", "heads", "losses", "trunk", "alignment"},
-    "distill": BELOW
-    | {"ranks", "recipe_text", "recipe", "checkpoints", "evaluate", "decode", "data", "heads", "losses"}
-    | {"trunk", "alignment"},
+    "heads": BELOW | {"losses", "trunk", "packed_modules", "slots", "alignment"},
+    "decode": BELOW | {"heads", "losses", "packed_modules", "slots", "trunk", "alignment"},
+    "parallel": BELOW | {"recipe", "trunk", "alignment"},
+    "data": BELOW | {"parallel", "decode", "heads", "losses", "trunk", "alignment"},
+    "evaluate": BELOW | {"recipe", "decode", "data", "heads", "losses", "trunk", "alignment"},
+    "report": BELOW | {"evaluate", "data", "heads"},
+    "formats": BELOW | {"recipe", "evaluate", "decode", "data", "heads", "trunk", "alignment"},
+    "train": BELOW | {"recipe", "parallel", "evaluate", "data", "heads", "losses", "trunk", "alignment"},
+    "pretrain": BELOW | {"recipe", "parallel", "train", "data", "heads", "losses", "trunk", "alignment"},
+    "run": BELOW
+    | {"recipe", "parallel", "train", "report", "formats", "evaluate", "decode", "data", "heads", "losses", "trunk"},
+    "plan": BELOW | {"recipe", "run", "train", "parallel", "data", "heads", "losses", "trunk"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 MAY_IMPORT["__main__"] = {"cli"}

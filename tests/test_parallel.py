@@ -14,7 +14,6 @@ from test_evaluate import both, greedy_samples
 from mtpd import alignment
 from mtpd.alignment import IGNORED
 from mtpd.decode.engine import Engine, Request
-from mtpd.distill.model import DistillModel
 from mtpd.errors import UserError
 from mtpd.evaluate.offline import measure_offline
 from mtpd.heads import Batch, Heads, Readout, configure_heads, load_heads, save_heads, start_heads
@@ -22,6 +21,7 @@ from mtpd.heads.circuit_heads import CircuitHeads
 from mtpd.heads.logit_heads import LogitHeads, divergence
 from mtpd.losses import reference
 from mtpd.losses.settings import LossSettings
+from mtpd.train.model import DistillModel
 from mtpd.trunk import Trunk
 
 LIMIT = 24

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from mtpd.cli import main
 from mtpd.data.prompts import load_prompts
-from mtpd.distill.plan import Plan, plan
-from mtpd.distill.run import distill
 from mtpd.heads.norms import gain
+from mtpd.plan.plan import Plan, plan
 from mtpd.recipe import Recipe, load_recipe
+from mtpd.run.distill import distill
 
 ROOT = Path(__file__).parents[1]
 # Those of bytes are for a model that has to be pretrained first; tests/test_pretrain.py has them.

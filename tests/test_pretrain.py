@@ -25,9 +25,9 @@ from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer, PreTrainedTok
 from mtpd.cli import main
 from mtpd.data import stdlib
 from mtpd.data.models import load_model, trunk_fingerprint
-from mtpd.distill.muon import muon_and_adamw
-from mtpd.distill.pretrain import PretrainModel
 from mtpd.heads import build_heads, configure_heads, load_heads, start_heads
+from mtpd.pretrain.muon import muon_and_adamw
+from mtpd.pretrain.pretrain import PretrainModel
 from mtpd.recipe import load_pretrain_recipe
 from mtpd.trunk import Trunk
 

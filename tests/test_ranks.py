@@ -12,8 +12,8 @@ import pytest
 import torch
 from processes import in_ranks
 
-from mtpd import ranks
 from mtpd.errors import UserError
+from mtpd.parallel import ranks
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from processes import in_ranks
 
-from mtpd import ranks
 from mtpd.data import responses, store
 from mtpd.data.models import load_model
 from mtpd.data.packing import PackedRows, Sample, pack
@@ -20,6 +19,7 @@ from mtpd.data.prompts import Prompt
 from mtpd.data.responses import generate_responses
 from mtpd.data.store import DiskStore, fill
 from mtpd.errors import UserError
+from mtpd.parallel import ranks
 from mtpd.trunk import Trunk
 
 CPU = torch.device("cpu")

@@ -18,10 +18,10 @@ import torch
 from processes import Ended, free_port, in_fresh_ranks
 from safetensors.torch import load_file
 
-from mtpd import launch
 from mtpd.cli import main
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance
+from mtpd.parallel import launch
 
 ROOT = Path(__file__).parents[1]
 WORDS = [

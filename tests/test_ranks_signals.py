@@ -43,7 +43,7 @@ def words(folder: Path, output: Path, sharding: str) -> list[str]:
 def run(words: Sequence[str], number: int, step: int, hit: Sequence[int]) -> None:
     """One rank of a run, to which a signal may come amid the work of a step."""
     from mtpd.cli import main
-    from mtpd.distill.trainer import HeadTrainer
+    from mtpd.train.trainer import HeadTrainer
 
     # As in a terminal, whatever the tests run under.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from test_crash import words
 
 from mtpd.cli import main
-from mtpd.distill import checkpointing
-from mtpd.distill.trainer import HeadTrainer, Metrics
 from mtpd.errors import OutOfMemory, enough_memory
 from mtpd.files import fingerprint_file, sealed
+from mtpd.train import checkpoints
+from mtpd.train.trainer import HeadTrainer, Metrics
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_a_checkpoint_at_the_end_is_not_trained_further(folder: Path, monkeypatc
     assert whole(broken) == []
     assert main(at_end) == 0
     (broken / "heads" / "model.safetensors").unlink()
-    assert checkpointing.ended(broken / "checkpoint-3")
+    assert checkpoints.ended(broken / "checkpoint-3")
     assert main(at_end) == 0
     assert heads(broken) == heads(peaceful)
 
@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint_is_named_and_left_out(
         at_step(4, lambda: signal.raise_signal(signal.SIGTERM), patch)
         assert main(arguments) == 143
     newest = run / "checkpoint-5"
-    files = [file for file in sorted(newest.iterdir()) if file.name != checkpointing.COMPLETE]
+    files = [file for file in sorted(newest.iterdir()) if file.name != checkpoints.COMPLETE]
     assert len(files) >= 6
     for file in files:
         content = file.read_bytes()
@@ -148,17 +148,17 @@ def test_a_damaged_checkpoint_is_named_and_left_out(
                 file.unlink()
             else:
                 file.write_bytes(damaged)
-            found = checkpointing.damage(newest)
+            found = checkpoints.damage(newest)
             assert found is not None
             assert str(file) in found
-            assert checkpointing.last_checkpoint(run) == run / "checkpoint-4"
+            assert checkpoints.last_checkpoint(run) == run / "checkpoint-4"
         file.write_bytes(content)
-        assert checkpointing.damage(newest) is None
+        assert checkpoints.damage(newest) is None
     # The best heads so far are lost: what comes after them is, too.
-    best = checkpointing.best_step(newest)
+    best = checkpoints.best_step(newest)
     assert best in (2, 4)
     (run / f"checkpoint-{best}" / "model.safetensors").write_bytes(b"")
-    assert checkpointing.last_checkpoint(run) == (None if best == 2 else run / "checkpoint-2")
+    assert checkpoints.last_checkpoint(run) == (None if best == 2 else run / "checkpoint-2")
     capsys.readouterr()
     assert main(arguments) == 0
     assert f"checkpoint-{best}/model.safetensors is damaged" in capsys.readouterr().err.replace("\n", "")
@@ -174,28 +174,28 @@ def test_links_are_not_followed_into_other_folders(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoint-1"
     folder.mkdir(parents=True)
     (folder / "optimizer.pt").write_bytes(b"anything")
-    checkpointing.complete(folder, 1)
-    assert checkpointing.damage(folder) is None
+    checkpoints.complete(folder, 1)
+    assert checkpoints.damage(folder) is None
     (folder / "optimizer.pt").unlink()
     (folder / "optimizer.pt").symlink_to(outside)
-    assert "is a link" in str(checkpointing.damage(folder))
+    assert "is a link" in str(checkpoints.damage(folder))
 
 
 def test_old_checkpoints_go_after_the_new_one_is_whole(tmp_path: Path) -> None:
     """Fault: the last whole checkpoint is deleted for one that is not, or the best one is."""
     for step in (1, 2, 3, 4):
-        folder = checkpointing.folder_of(tmp_path, step)
+        folder = checkpoints.folder_of(tmp_path, step)
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(bytes([step]))
         if step < 4:
-            checkpointing.complete(folder, step)
-    checkpointing.rotate(tmp_path, keep=1, best=None)
+            checkpoints.complete(folder, step)
+    checkpoints.rotate(tmp_path, keep=1, best=None)
     assert whole(tmp_path) == [3]
     assert (tmp_path / "checkpoint-4").exists(), "one that is being written"
-    checkpointing.complete(checkpointing.folder_of(tmp_path, 4), 4)
-    checkpointing.rotate(tmp_path, keep=1, best=3)
+    checkpoints.complete(checkpoints.folder_of(tmp_path, 4), 4)
+    checkpoints.rotate(tmp_path, keep=1, best=3)
     assert whole(tmp_path) == [3, 4]
-    checkpointing.rotate(tmp_path, keep=1, best=None)
+    checkpoints.rotate(tmp_path, keep=1, best=None)
     assert whole(tmp_path) == [4]
 
 

@@ -1,4 +1,4 @@
-"""The formula of `mtpd.distill.scaling` against the tensors that one and two processes hold, and plans made of it."""
+"""The formula of `mtpd.plan.scaling` against the tensors that one and two processes hold, and plans made of it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sharded_runs import Case, new_heads, run_case
 from transformers import TrainerCallback
 
 from mtpd.cli import main
-from mtpd.distill.estimate import Sizes
-from mtpd.distill.plan import plan, training_load
-from mtpd.distill.scaling import SPARE, Load, Machine, Sharding, fits, host_memory, memory, step_seconds
+from mtpd.plan.estimate import Sizes
+from mtpd.plan.plan import plan, training_load
+from mtpd.plan.scaling import SPARE, Load, Machine, Sharding, fits, host_memory, memory, step_seconds
 from mtpd.recipe import load_recipe
 
 SHARDINGS: tuple[Sharding, ...] = ("none", "zero1", "zero2", "zero3", "zero3-cpu")

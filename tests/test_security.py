@@ -15,16 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mtpd.checkpoints.exports.card import model_card
 from mtpd.cli import main
-from mtpd.distill import checkpointing
-from mtpd.distill.reporting import report_run
 from mtpd.errors import UserError
-from mtpd.evaluate.samples import Samples, SampleText
 from mtpd.evaluate.suites import load_suite
 from mtpd.files import sealed
-from mtpd.loading import load
+from mtpd.formats.model_card import model_card
 from mtpd.recipe import load_recipe
+from mtpd.report.samples import Samples, SampleText
+from mtpd.run.loading import load
+from mtpd.run.report import report_run
+from mtpd.train import checkpoints
 
 SCRIPT = "</td><script>alert(1)</script><img src=x onerror=alert(1)>\"'|\n# heading"
 
@@ -74,8 +74,8 @@ def test_no_pickle_is_read_where_weights_are(
     # Of one's own run, and marked as whole: even then transformers unpickles tensors and plain values alone.
     newest = finished_run / "checkpoint-8"
     torch.save({"state": Payload(mark)}, newest / "scheduler.pt")
-    checkpointing.complete(newest, 8)
-    assert checkpointing.damage(newest) is None
+    checkpoints.complete(newest, 8)
+    assert checkpoints.damage(newest) is None
     with pytest.raises(pickle.UnpicklingError):
         torch.load(newest / "scheduler.pt", weights_only=True)
     assert not mark.exists()

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from sharded_runs import ADAPTED, BF16, CASES, JOINT, LENGTH, Case, in_ranks, metrics, rows_of, run_case
 
-from mtpd.distill import row_attention
-from mtpd.distill.deepspeed_config import DeepSpeedSettings, bucket_elements, load_settings
-from mtpd.distill.rows import RowOrder, TrainingRows
-from mtpd.distill.training import accumulation
 from mtpd.errors import UserError
+from mtpd.parallel import document_attention
+from mtpd.parallel.deepspeed_config import DeepSpeedSettings, bucket_elements, load_settings
 from mtpd.recipe import DEEPSPEED_PRESETS, parse_recipe
+from mtpd.run.training import accumulation
+from mtpd.train.rows import RowOrder, TrainingRows
 
 ALONE = {
     "one": Case(None, accumulation=2),
@@ -85,11 +85,11 @@ def test_processes_train_what_one_process_trains(runs: Path, name: str, alone: s
 
 def test_attention_document_after_document(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault: long rows are trained on something else than short ones."""
-    monkeypatch.setattr(row_attention, "LONG", LENGTH)
+    monkeypatch.setattr(document_attention, "LONG", LENGTH)
     attended = []
-    inside = row_attention.RowAttention.attend
+    inside = document_attention.RowAttention.attend
     monkeypatch.setattr(
-        row_attention.RowAttention, "attend", lambda *args, **kwargs: attended.append(1) or inside(*args, **kwargs)
+        document_attention.RowAttention, "attend", lambda *args, **kwargs: attended.append(1) or inside(*args, **kwargs)
     )
     for name in ("one", "one-extended", "one-joint"):
         attended.clear()

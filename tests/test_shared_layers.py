@@ -20,19 +20,19 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from mtpd.alignment import IGNORED
-from mtpd.checkpoints.exports.export import unfit
-from mtpd.checkpoints.exports.layouts import LAYOUTS
 from mtpd.cli import main
 from mtpd.data.models import load_model
 from mtpd.data.packing import Sample, pack
 from mtpd.data.store import DiskStore, store_key
 from mtpd.decode.engine import Engine, Request
 from mtpd.decode.sampling import SampledDrafts, Sampling
-from mtpd.distill.model import DistillModel
 from mtpd.errors import MtpdError, UserError
+from mtpd.formats.export import unfit
+from mtpd.formats.layouts.table import LAYOUTS
 from mtpd.heads import Heads, HeadsConfig, Readout, build_heads, configure_heads, load_heads, save_heads, start_heads
 from mtpd.heads.shared_layers import SharedLayerHeads
 from mtpd.losses.settings import LossSettings
+from mtpd.train.model import DistillModel
 from mtpd.trunk import Trunk
 
 LAYERS, LIMIT = 5, 16

@@ -15,13 +15,13 @@ from sharded_runs import rows_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mtpd.distill.optimizer_state import OPTIMIZER, STEP_ROWS
-from mtpd.distill.row_attention import LONG, RowAttention, by_documents
-from mtpd.distill.rows import RowOrder, TrainingRows
-from mtpd.distill.split_rows import SharedTrunk, SplitRows, check_split
-from mtpd.distill.training import accumulation
 from mtpd.errors import UserError
+from mtpd.parallel.document_attention import LONG, RowAttention, by_documents
+from mtpd.parallel.sequence import SharedTrunk, SplitRows, check_split
 from mtpd.recipe import parse_recipe
+from mtpd.run.training import accumulation
+from mtpd.train.optimizer_state import OPTIMIZER, STEP_ROWS
+from mtpd.train.rows import RowOrder, TrainingRows
 from mtpd.trunk import Trunk
 
 DOCUMENTS = ((37, 8, 19), (64,), (5, 30, 29))

@@ -16,10 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtpd.data.packing import PackedRows
 from mtpd.data.store import MemoryStore, fill
-from mtpd.distill.directory import RunDirectory
-from mtpd.distill.plan import plan
-from mtpd.distill.run import Session
-from mtpd.distill.scaling import (
+from mtpd.heads import build_heads, configure_heads, start_heads
+from mtpd.plan.plan import plan
+from mtpd.plan.scaling import (
     Load,
     Machine,
     Sharding,
@@ -33,9 +32,10 @@ from mtpd.distill.scaling import (
     trunk_swept,
     updated,
 )
-from mtpd.distill.training import train_heads
-from mtpd.heads import build_heads, configure_heads, start_heads
 from mtpd.recipe import load_recipe
+from mtpd.run.directory import RunDirectory
+from mtpd.run.session import Session
+from mtpd.run.training import train_heads
 from mtpd.trunk import Trunk
 
 RECORD = Path(__file__).parent / "data" / "step-times.json"

@@ -17,7 +17,7 @@ from mtpd.evaluate.depths import Depth, Depths, depths_pay_table
 from mtpd.evaluate.gate import compare
 from mtpd.evaluate.intervals import intervals
 from mtpd.evaluate.outputs import junit, markdown
-from mtpd.evaluate.report import decoded_table, offline_table
+from mtpd.evaluate.run_tables import decoded_table, offline_table
 from mtpd.evaluate.tables import comparison_table, depths_table, suites_table
 from mtpd.evaluate.trunk_quality import at_chance
 from mtpd.trunk import Trunk

@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file
 
 from mtpd.cli import main
-from mtpd.distill import callbacks, trainer
 from mtpd.evaluate.acceptance import Acceptance
+from mtpd.train import measuring_trainer, trainer
 
 
 def words(output: Path, *further: str) -> list[str]:
@@ -41,14 +41,14 @@ def weights(folder: Path) -> bytes:
 def test_the_best_heads_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault: the last heads are kept instead of the best, or names that do not fit load nothing without a word."""
     taus = iter([1.2, 1.5, 1.1, 1.3])
-    real = callbacks.MeasuringTrainer._measure
+    real = measuring_trainer.MeasuringTrainer._measure
 
     def set_tau(self: Any) -> Any:
         found = real(self)
         tau = next(taus)
         return found.model_copy(update={"drafted": [100, 100], "accepted": [round(100 * (tau - 1)), 0]})
 
-    monkeypatch.setattr(callbacks.MeasuringTrainer, "_measure", set_tau)
+    monkeypatch.setattr(measuring_trainer.MeasuringTrainer, "_measure", set_tau)
     run = tmp_path / "run"
     assert main(words(run)) == 0
     assert measured(run) == pytest.approx({2: 1.2, 4: 1.5, 6: 1.1, 8: 1.3})
@@ -96,13 +96,13 @@ def test_training_stops_early_and_a_resumed_run_stops_at_the_same_step(
 ) -> None:
     """Fault: patience is not looked at, or an interrupted run forgets the best tau or how long ago it was."""
     by_step = {2: 1.5, 4: 1.2, 6: 1.3, 8: 1.4}
-    real = callbacks.MeasuringTrainer._measure
+    real = measuring_trainer.MeasuringTrainer._measure
 
     def set_tau(self: Any) -> Any:
         share = by_step[self.state.global_step] - 1
         return real(self).model_copy(update={"drafted": [100, 100], "accepted": [round(100 * share), 0]})
 
-    monkeypatch.setattr(callbacks.MeasuringTrainer, "_measure", set_tau)
+    monkeypatch.setattr(measuring_trainer.MeasuringTrainer, "_measure", set_tau)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     further = ["evaluation.patience=2", "train.save_total_limit=3"]
     assert main(words(whole, *further)) == 0

@@ -26,8 +26,8 @@ from mtpd.decode.model import Drafting, Model
 from mtpd.decode.sampling import SampledDrafts, Sampling, temperature_and_top_p
 from mtpd.errors import UserError
 from mtpd.heads import Heads, save_heads
-from mtpd.loading import load
 from mtpd.recipe import dump, parse_recipe
+from mtpd.run.loading import load
 from mtpd.slots import attention_masks
 from mtpd.trunk import Trunk
 

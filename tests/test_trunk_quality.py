@@ -17,9 +17,9 @@ from mtpd.data.prompts import Prompt
 from mtpd.errors import UserError
 from mtpd.evaluate.measure import Model
 from mtpd.evaluate.offline import walk_offline
-from mtpd.evaluate.samples import read_samples, token_depths, write_samples
 from mtpd.evaluate.suites import Question
 from mtpd.evaluate.trunk_quality import last_number, negative_log_likelihood, right_answers, trunk_quality
+from mtpd.report.samples import read_samples, token_depths, write_samples
 
 
 def test_perplexity_is_that_of_the_whole_model(name: str) -> None:
@@ -104,7 +104,7 @@ def test_samples_hold_the_text(tmp_path: Path) -> None:
 
 def test_pieces_of_characters_with_several_tokens() -> None:
     """Fault: half characters are shown, or a token of one is lost."""
-    from mtpd.evaluate.samples import _pieces
+    from mtpd.report.samples import _pieces
 
     tokenizer = tiny_tokenizer()
     words = "é, 你好 🎉!"

@@ -71,9 +71,9 @@ def serve(said: str) -> None:
     import mtpd.cli
     import mtpd.data.responses
     import mtpd.data.store
-    import mtpd.distill.extend
-    import mtpd.distill.run
-    import mtpd.distill.trained_trunk
+    import mtpd.run.distill
+    import mtpd.run.extend
+    import mtpd.run.joint_training
 
     torch.set_num_threads(1)
     # Many small writes, so that something is being written most of the time.

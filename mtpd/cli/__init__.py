@@ -28,9 +28,9 @@ from mtpd.cli import (
     report,
     verify,
 )
-from mtpd.cli.arguments import Debug
 from mtpd.cli.errors import report as report_error
 from mtpd.cli.errors import say
+from mtpd.cli.options import Debug
 from mtpd.interrupts import INTERRUPTED, TERMINATED, Terminated, terminable
 
 app = typer.Typer(
@@ -80,7 +80,7 @@ def _root(
 
 def _speaks() -> bool:
     """Whether this process tells the user how a command ended; of several ranks, one does."""
-    ranks = sys.modules.get("mtpd.ranks")  # brings in torch
+    ranks = sys.modules.get("mtpd.parallel.ranks")  # brings in torch
     return ranks is None or bool(ranks.speaks())
 
 

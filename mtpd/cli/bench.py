@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mtpd.cli.arguments import Debug, UntrustedRun
 from mtpd.cli.generate import Depth, Dtype, Run, Tree
+from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
 
 
@@ -50,7 +50,7 @@ def bench(
         from mtpd.decode.speed import tune as find
         from mtpd.evaluate.acceptance import RANDOM
         from mtpd.evaluate.trunk_quality import at_chance
-        from mtpd.loading import load, write_drafting
+        from mtpd.run.loading import load, write_drafting
 
         # A speed-up over generate counts its slower loop in, so that of the drafts alone stands beside it.
         ways = [*dict.fromkeys(["mtpd", *[way for way in against.split(",") if way], "engine"])]

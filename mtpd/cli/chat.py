@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli.arguments import Debug, UntrustedRun
 from mtpd.cli.generate import Depth, Dtype, Run, Seed, Temperature, Tokens, TopP, Tree, summary
+from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
 
 
@@ -33,8 +33,8 @@ def chat(
         mtpd chat runs/demo
     """
     with quiet_libraries(debug=debug):
-        from mtpd.decode.session import Session, settings  # brings in torch
-        from mtpd.loading import load
+        from mtpd.decode.stream_text import Session, settings  # brings in torch
+        from mtpd.run.loading import load
 
         session = Session(
             load(run, dtype=dtype, depth=depth, tree=tree, untrusted=untrusted), settings(temperature, top_p, seed)

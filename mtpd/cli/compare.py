@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli.arguments import Debug
 from mtpd.cli.eval import JunitFile, MarkdownFile
+from mtpd.cli.options import Debug
 
 
 def compare(

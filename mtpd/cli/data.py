@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli.arguments import Debug, RecipeArguments, Untrusted, split_arguments
 from mtpd.cli.errors import disk_full
+from mtpd.cli.options import Debug, RecipeArguments, Untrusted, split_arguments
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.recipe import load_recipe
 
@@ -32,8 +32,8 @@ def store(
     path, overrides = split_arguments(arguments)
     recipe = load_recipe(path, overrides, untrusted=untrusted)
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
-        from mtpd import ranks  # brings in torch
-        from mtpd.distill.ahead import store_hidden_states
+        from mtpd.parallel import ranks  # brings in torch
+        from mtpd.run.prepare_data import store_hidden_states
 
         try:
             directory = store_hidden_states(recipe)
@@ -65,8 +65,8 @@ def vocab(
     path, overrides = split_arguments(arguments)
     recipe = load_recipe(path, overrides, untrusted=untrusted)
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
-        from mtpd import ranks  # brings in torch
-        from mtpd.distill.ahead import count_vocabulary
+        from mtpd.parallel import ranks  # brings in torch
+        from mtpd.run.prepare_data import count_vocabulary
 
         count, share = count_vocabulary(recipe, out)
         if ranks.speaks():

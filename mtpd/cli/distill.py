@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli.arguments import (
+from mtpd.cli.errors import disk_full, unexpected
+from mtpd.cli.options import (
     DRY_RUN_OPTIONS,
     LAUNCH_OPTIONS,
     Debug,
@@ -19,10 +20,9 @@ from mtpd.cli.arguments import (
     given_words,
     split_arguments,
 )
-from mtpd.cli.errors import disk_full, unexpected
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.errors import MtpdError, UserError
-from mtpd.launch import launch
+from mtpd.parallel.launch import launch
 from mtpd.recipe import Recipe, load_recipe
 
 
@@ -122,14 +122,14 @@ def _check_options(
 
 
 def _plan(recipe: Recipe, *, devices: int | None, memory: float | None) -> str:
-    from mtpd.distill.plan import plan  # brings in torch
+    from mtpd.plan.plan import plan  # brings in torch
 
     return plan(recipe, devices=devices, device_memory=memory).table()
 
 
 def _run(recipe: Recipe, *, fresh: bool, resume: str) -> None:
-    from mtpd import ranks  # brings in torch
-    from mtpd.distill.run import distill as run
+    from mtpd.parallel import ranks  # brings in torch
+    from mtpd.run.distill import distill as run
 
     try:
         path = run(recipe, fresh=fresh, resume=resume)

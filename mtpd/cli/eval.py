@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from mtpd.cli.arguments import Debug
+from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
 
 RESPONSES = Path("~/.cache/mtpd/responses")
@@ -82,7 +82,7 @@ def evaluate(
         mtpd eval runs/demo --against baselines/main.json --max-drop 0.01
     """
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
-        from mtpd.distill.evaluation import Request, evaluate_run  # brings in torch
+        from mtpd.run.evaluate import Request, evaluate_run  # brings in torch
 
         request = Request(
             run=run,

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli.arguments import Debug, UntrustedRun
 from mtpd.cli.import_ import Output
+from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
 
 
@@ -42,7 +42,7 @@ def export(
         mtpd export runs/demo --to vllm --depth 1 -o out
     """
     with quiet_libraries(debug=debug):
-        from mtpd.checkpoints.exports.export import export as write  # brings in torch
+        from mtpd.formats.export import export as write  # brings in torch
 
         layout, why = write(run, output, to=to, depth=depth, perturb=perturb, untrusted=untrusted)
         typer.echo(f"{output}: layout {layout.name} ({why}); README.md there says how it is served")

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from mtpd.cli.arguments import Debug
 from mtpd.cli.errors import disk_full
 from mtpd.cli.eval import RunArgument
+from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.errors import UserError
 
@@ -73,8 +73,8 @@ def extend(
     }
     given: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
-        from mtpd import ranks  # brings in torch
-        from mtpd.distill.extend import extend as run_stages
+        from mtpd.parallel import ranks  # brings in torch
+        from mtpd.run.extend import extend as run_stages
 
         try:
             path: Path = run_stages(run, given, fresh=fresh, untrusted=untrusted)

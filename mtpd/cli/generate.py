@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mtpd.cli.arguments import Debug, UntrustedRun
+from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.errors import UserError
 
@@ -57,8 +57,8 @@ def generate(
         mtpd generate runs/demo --prompt "Name three rivers."
     """
     with quiet_libraries(debug=debug):
-        from mtpd.decode.session import Session, settings  # brings in torch
-        from mtpd.loading import load
+        from mtpd.decode.stream_text import Session, settings  # brings in torch
+        from mtpd.run.loading import load
 
         text = prompt if prompt is not None else sys.stdin.read()
         if not text.strip():

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli.arguments import Debug
 from mtpd.cli.import_ import Output
 from mtpd.cli.inspect import FamilyOption
+from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
 
 
@@ -26,7 +26,7 @@ def graft(
         mtpd graft ./tuned --from Qwen/Qwen3.5-4B -o ./tuned-mtp
     """
     with quiet_libraries(debug=debug):
-        from mtpd.checkpoints.importing import graft as join  # brings in torch
+        from mtpd.formats.importing import graft as join  # brings in torch
 
         native = join(base, original=original, output=output, family=family)
         heads = f"{native.count} head{'s' * (native.count > 1)} of family {native.family.name}"

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli.arguments import Debug
 from mtpd.cli.inspect import BaseOption, Checkpoint, FamilyOption
+from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="The directory to write, which must not exist.")]
@@ -35,7 +35,7 @@ def import_heads(
         mtpd import Qwen/Qwen3.5-4B -o runs/qwen
     """
     with quiet_libraries(debug=debug):
-        from mtpd.checkpoints.importing import import_heads as read  # brings in torch
+        from mtpd.formats.importing import import_heads as read  # brings in torch
 
         native = read(checkpoint, output, family=family, base=base, depth=depth, trust_remote_code=trust_remote_code)
         typer.echo(f"{native.count} head{'s' * (native.count > 1)} of family {native.family.name}: {output}")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli.arguments import Debug
+from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
 
 Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint directory or a hub id.")]
@@ -31,7 +31,7 @@ def inspect(
         mtpd inspect Qwen/Qwen3.5-4B
     """
     with quiet_libraries(debug=debug):
-        from mtpd.checkpoints.inspect import inspect as look  # brings in torch
+        from mtpd.formats.inspect import inspect as look  # brings in torch
 
         for line in look(path, family=family, base=base):
             typer.echo(line)

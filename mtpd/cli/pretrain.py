@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from mtpd.cli.arguments import Debug, RecipeArguments, Untrusted, split_arguments
+from mtpd.cli.options import Debug, RecipeArguments, Untrusted, split_arguments
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.recipe import load_pretrain_recipe
 
@@ -25,6 +25,6 @@ def pretrain(
     path, overrides = split_arguments(arguments)
     recipe = load_pretrain_recipe(path, overrides, untrusted=untrusted)
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
-        from mtpd.distill.pretrain import pretrain as run  # brings in torch
+        from mtpd.pretrain.pretrain import pretrain as run  # brings in torch
 
         typer.echo(f"done: {run(recipe)}")

@@ -6,7 +6,7 @@ import json
 
 import typer
 
-from mtpd.cli.arguments import Debug, RecipeArguments, Untrusted, split_arguments
+from mtpd.cli.options import Debug, RecipeArguments, Untrusted, split_arguments
 from mtpd.recipe import Recipe, dump, load_recipe
 
 app = typer.Typer(no_args_is_help=True, help="Show, check or document recipes.")

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli.arguments import Debug
 from mtpd.cli.eval import RunArgument
+from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
 
 
@@ -34,7 +34,7 @@ def report(
         mtpd report runs/demo --against baselines/main.json -o report.html
     """
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
-        from mtpd.distill.reporting import report_run  # brings in torch
+        from mtpd.run.report import report_run  # brings in torch
 
         for path in report_run(run, output=output, against=against):
             typer.echo(f"written: {path}")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from mtpd.cli.arguments import Debug
+from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
 
 
@@ -41,7 +41,7 @@ def verify(
         mtpd verify out --engine vllm
     """
     with quiet_libraries(debug=debug):
-        from mtpd.checkpoints.verify import verify as serve  # brings in torch
+        from mtpd.formats.verify import verify as serve  # brings in torch
 
         found = serve(
             path,

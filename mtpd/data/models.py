@@ -259,3 +259,9 @@ def _explain(error: Exception, name: str, *, local: bool, reachable: bool) -> Us
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def real_tokens(model: Any, tokenizer: Any) -> int:
+    """Rows of the vocabulary that are tokens; those past them only pad the matrix to a round size."""
+    rows = model.get_output_embeddings().weight.shape[0]
+    return min(rows, max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1))

@@ -24,14 +24,14 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mtpd import ranks
-from mtpd.data.answering import Task, answers, plain_answers
+from mtpd.data.generation import Task, answers, plain_answers
 from mtpd.data.packing import Sample
 from mtpd.data.prompts import Prompt, render
 from mtpd.decode.choice import Choice, Greedy
 from mtpd.decode.sampling import Sampling, temperature_and_top_p
 from mtpd.errors import MtpdError, UserError
 from mtpd.files import fingerprint_json, intact, sealed, write_whole, writing
+from mtpd.parallel import ranks
 from mtpd.trunk import Trunk
 
 logger = logging.getLogger(__name__)

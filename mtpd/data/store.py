@@ -33,10 +33,10 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mtpd import ranks
 from mtpd.data.packing import PackedRows, collate
 from mtpd.errors import MtpdError
 from mtpd.files import fingerprint, fingerprint_file, fingerprint_json, intact, sealed, write_whole
+from mtpd.parallel import ranks
 from mtpd.trunk import Trunk
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from mtpd.decode.choice import Choice, Greedy
 from mtpd.decode.counts import Counts
 from mtpd.decode.engine import Engine, Request, Text, check_tree
-from mtpd.decode.processed import Processed, independent
+from mtpd.decode.hf_processors import Processed, independent
 from mtpd.decode.sampling import SampledDrafts, Sampling
 from mtpd.errors import UserError
 from mtpd.heads import Heads

@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from mtpd.data.answering import plain_generation
+from mtpd.data.generation import plain_generation
 from mtpd.data.packing import Sample
 from mtpd.decode import Counts, generate
 from mtpd.evaluate.acceptance import PromptCounts, SuiteCounts

@@ -20,7 +20,7 @@ from mtpd.decode.engine import Engine, Request
 from mtpd.decode.speed import generated, now
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
-from mtpd.evaluate.report import say_if_random
+from mtpd.evaluate.run_tables import say_if_random
 from mtpd.files import read_sealed, sealed, write_whole
 from mtpd.heads.chain import ChainHeads
 from mtpd.trunk import Trunk

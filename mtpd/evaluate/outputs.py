@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from mtpd.evaluate.acceptance import RANDOM, Acceptance, SuiteCounts
 from mtpd.evaluate.gate import COMPARED, Comparison, Verdict, label
-from mtpd.evaluate.report import TOTAL
+from mtpd.evaluate.run_tables import TOTAL
 from mtpd.evaluate.tables import Estimates, interval_note
 from mtpd.evaluate.trunk_quality import TrunkQuality
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.gate import COMPARED, Change, Comparison, label
 from mtpd.evaluate.intervals import FEWEST, Estimate
-from mtpd.evaluate.report import DECODED_COLUMNS, NOT_MEASURED, TOTAL, rate, say_if_random
+from mtpd.evaluate.run_tables import DECODED_COLUMNS, NOT_MEASURED, TOTAL, rate, say_if_random
 from mtpd.evaluate.trunk_quality import TrunkQuality
 
 Estimates = Mapping[str | None, Mapping[str, Estimate]]

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from mtpd import alignment
-from mtpd.fast import forget
 from mtpd.heads.config import HeadsConfig
 from mtpd.losses.fused import multi_depth_loss
 from mtpd.losses.settings import LossSettings, LossSums
+from mtpd.packed_modules import forget
 from mtpd.slots import Span
 from mtpd.trunk import Trunk, Unembedding
 

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from mtpd.errors import UserError
-from mtpd.fast import faster
 from mtpd.heads.base import Batch, Drafter, Heads, Readout
 from mtpd.heads.circuit import MAXIMUM, drawing, new_circuit
 from mtpd.heads.circuit_leaves import TINY, FullLeaves, Leaves, SharedLeaves, TiltedLeaves
@@ -30,6 +29,7 @@ from mtpd.heads.logit_heads import LogitHeads
 from mtpd.heads.parallel import matching
 from mtpd.heads.regression import shift_maps
 from mtpd.losses.settings import LossSettings, LossSums
+from mtpd.packed_modules import faster
 from mtpd.trunk import Trunk, Unembedding
 
 STARTS = ("regression", "identity")

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from mtpd.errors import UnsupportedModel, UserError
-from mtpd.fast import faster, stamp
 from mtpd.heads.adapters import adapted, without_adapter
 from mtpd.heads.base import Along, Batch, Drafter, Heads, Pick, Readout
 from mtpd.heads.config import HeadsConfig
 from mtpd.losses.settings import LossSettings, LossSums
+from mtpd.packed_modules import faster, stamp
 from mtpd.slots import SlotCache, Span
 from mtpd.trunk import Trunk
 

@@ -34,8 +34,8 @@ from mtpd.recipe.sections import (
     TrainRecipe,
     TrunkRecipe,
 )
+from mtpd.recipe.text import COMMAND_LINE, apply_override, explain, nest, read_mapping, to_yaml
 from mtpd.recipe.untrusted import refuse_untrusted
-from mtpd.recipe_text import COMMAND_LINE, apply_override, explain, nest, read_mapping, to_yaml
 
 NATIVE = "heads.init=native"
 """What `heads=native` on the command line stands for."""

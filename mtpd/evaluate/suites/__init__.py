@@ -33,7 +33,7 @@ from mtpd.data.prompts import Prompt, read_row
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Settings
 from mtpd.files import escapes
-from mtpd.recipe_text import explain, read_mapping
+from mtpd.recipe.text import explain, read_mapping
 
 FOLDER = Path(__file__).parent
 TEMPLATES = ImmutableSandboxedEnvironment(undefined=StrictUndefined)

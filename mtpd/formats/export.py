@@ -1,0 +1,156 @@
+"""Writing an export: which layout, the directory, the check of what was written, and its model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mtpd.errors import MtpdError, UserError
+from mtpd.formats.directory import Checkpoint, new_directory, write_json
+from mtpd.formats.exported_run import Run, open_run
+from mtpd.formats.find_heads import find_heads
+from mtpd.formats.layouts.in_place import native_of
+from mtpd.formats.layouts.table import LAYOUTS, Layout
+from mtpd.formats.model_card import CARD, OWN_CARD, SAYS, about, model_card
+from mtpd.formats.read_back import read_back
+from mtpd.formats.tensors import cast, is_zero
+from mtpd.formats.to_family import first_heads
+
+ENGINES = {
+    "transformers": ("in-place", "hf-mtp", "glm4moe"),
+    "vllm": ("in-place", "mimo-draft", "mimo", "glm4moe", "medusa"),
+    "sglang": ("in-place", "mimo-draft", "fastmtp"),
+}
+"""Layouts that an engine loads, in the order in which they are tried."""
+
+FAMILIES_OF = {
+    "hf-mtp": "transformers",
+    "mimo-draft": "fastmtp",
+    "mimo": "fastmtp",
+    "fastmtp": "fastmtp",
+    "medusa": "medusa",
+}
+"""The family to read an export back with, where its config does not tell."""
+
+
+def export(
+    path: Path, output: Path, *, to: str, depth: int | None = None, perturb: bool = True, untrusted: bool = False
+) -> tuple[Layout, str]:
+    """Writes the heads of a run in a layout.
+
+    Args:
+        path: the run directory.
+        to: a layout, or an engine that one is chosen for.
+        depth: how many depths; None is all.
+        perturb: also loads what was written, as it is and with heads made noise, which must accept less.
+        untrusted: the run is somebody else's: code that comes with its model is not run, whatever its recipe says.
+
+    Returns:
+        The layout, and why it was chosen and what was found when it was read back.
+
+    Raises:
+        UserError: the heads do not fit; the message has the alternative.
+        MtpdError: what was written does not hold what it should.
+    """
+    if output.exists():
+        raise UserError(f"output: {output} exists; choose another output, or delete it first")
+    run = open_run(path, depth=depth, untrusted=untrusted)
+    layout, why = choose(run, to)
+    with new_directory(output) as folder:
+        layout.write(run, folder)
+        check(run, layout, folder)
+        if perturb:
+            why += f"; {read_back(run, folder, layout=layout.name, family=FAMILIES_OF.get(layout.name))}"
+        # A link to a file of the base must not be written through.
+        (folder / SAYS).unlink(missing_ok=True)
+        write_json(folder / SAYS, about(run, layout.name))
+        card = folder / (OWN_CARD if (folder / CARD).exists() else CARD)
+        card.unlink(missing_ok=True)
+        card.write_text(model_card(run, layout, output), encoding="utf-8")
+    return layout, why
+
+
+def choose(run: Run, to: str) -> tuple[Layout, str]:
+    """The layout of that name, or the first that an engine of that name loads and the run fits.
+
+    Raises:
+        UserError: no such layout, or none that fits.
+    """
+    if to in LAYOUTS:
+        reason = unfit(run, LAYOUTS[to])
+        if reason:
+            raise UserError(f"--to {to}: {reason}")
+        return LAYOUTS[to], "as asked for"
+    if to not in ENGINES:
+        raise UserError(f"--to {to}: is not known; accepted: {', '.join([*ENGINES, *LAYOUTS])}")
+    if run.config.kind == "chain" and native_of(run) is not None:
+        names: tuple[str, ...] = ("in-place",)
+    else:
+        names = tuple(name for name in ENGINES[to] if name != "in-place" and LAYOUTS[name].kind == run.config.kind)
+        if not names:
+            raise UserError(
+                f"--to {to}: has no layout for {run.config.kind} heads; accepted: mtpd's own decoding (`mtpd generate`)"
+            )
+    reasons: dict[str, str] = {}
+    for name in names:
+        reason = unfit(run, LAYOUTS[name])
+        if reason is None:
+            passed = "".join(f"; not {other}: {why}" for other, why in reasons.items())
+            return LAYOUTS[name], f"{LAYOUTS[name].about}{passed}"
+        reasons[name] = reason
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise UserError(f"--to {to}: no layout fits this run. {told}")
+
+
+def unfit(run: Run, layout: Layout) -> str | None:
+    """Why a run does not fit a layout, with the alternative; None if it does."""
+    if run.config.kind != layout.kind:
+        fitting = [name for name, each in LAYOUTS.items() if each.kind == run.config.kind]
+        accepted = ", ".join(fitting) or "mtpd's own decoding (`mtpd generate`)"
+        return f"the layout is for {layout.kind} heads, and these are {run.config.kind} heads; accepted: {accepted}"
+    if run.config.shared_layers:
+        return (
+            f"the heads read {run.config.shared_layers} adapted layers of the trunk (heads.shared_layers), for which "
+            "it has no place; accepted: mtpd's own decoding (`mtpd generate`)"
+        )
+    return layout.refused(run)
+
+
+def check(run: Run, layout: Layout, folder: Path) -> None:
+    """Reads the export back: every tensor of the heads, by name and value, none besides, and the files beside them.
+
+    Raises:
+        MtpdError: naming what is missing or differs.
+    """
+    try:
+        written = Checkpoint(folder)
+        native = find_heads(written, family=FAMILIES_OF.get(layout.name), base=run.base)
+    except UserError as error:
+        raise MtpdError(f"export {layout.name}: what was written cannot be read back: {error}") from error
+    found = native.tensors
+    if layout.name == "medusa":
+        expected = first_heads(run.tensors, run.depth)
+    else:
+        expected = run.heads(run.written if layout.name == "in-place" else native.count)
+    if layout.name == "glm4moe":
+        # MLPs are cut into experts, and signs may be moved: names and shapes are what can be compared.
+        expected, found = ({n: t for n, t in each.items() if ".mlp." not in n} for each in (expected, found))
+        odd = sorted(n for n, t in expected.items() if n in found and t.shape != found[n].shape)
+        unlike = find_heads(written).cannot_run
+        if unlike:
+            raise MtpdError(f"export glm4moe: {unlike}")
+    else:
+        # Numbers are rounded to the format of what they replace.
+        odd = sorted(n for n, t in expected.items() if n in found and not cast(t, found[n].dtype).same(found[n]))
+    odd = sorted(set(expected) - set(found)) or odd
+    if odd:
+        raise MtpdError(f"export {layout.name}: {odd[0]} was not written as it is in {run.path}")
+    # A base may have more heads than those that were trained; MiMo's layers have biases, which are zeros elsewhere.
+    further = set() if layout.name == "in-place" else set(found) - set(expected)
+    unexpected = sorted(name for name in further if not (name.endswith(".bias") and is_zero(found[name])))
+    if unexpected:
+        raise MtpdError(f"export {layout.name}: {unexpected[0]} was written, which {run.path} does not have")
+    # A draft model has no words of its own: engines take the base's tokenizer.
+    if layout.name in ("hf-mtp", "mimo", "fastmtp", "glm4moe"):
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            if (run.base.path / file).is_file() and not (folder / file).is_file():
+                raise MtpdError(f"export {layout.name}: {file} of the base was not copied")

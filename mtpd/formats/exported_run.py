@@ -1,0 +1,171 @@
+"""What is exported: the heads of a run, and the checkpoint of their base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtpd.errors import UserError
+from mtpd.formats.directory import Checkpoint
+from mtpd.formats.find_heads import base_tensor
+from mtpd.formats.importing import open_checkpoint
+from mtpd.formats.layer_names import Tensors
+from mtpd.formats.tensors import FLOATS, Stored, cast, computed, read_header
+from mtpd.formats.to_family import by_depth
+from mtpd.heads import WEIGHTS, check_weights, read_config
+from mtpd.heads.adapters import ALPHA
+from mtpd.heads.config import HeadsConfig
+from mtpd.recipe import Recipe, load_recipe
+from mtpd.recipe.untrusted import refuse_code
+
+SIZES = (
+    "bos_token_id",
+    "eos_token_id",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "pad_token_id",
+    "rms_norm_eps",
+    "vocab_size",
+)
+"""What the config of any decoder says of its sizes and special tokens: the layouts that rewrite a base keep it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Heads and their base, nothing of them in memory.
+
+    Attributes:
+        model: the name of the base.
+        depth: how many depths are exported; the heads may have more.
+        tensors: those of the blocks, as `mtpd.heads` names and arranges them.
+        adapters: those of depths that have an adapter on their block.
+    """
+
+    path: Path
+    recipe: Recipe
+    model: str
+    base: Checkpoint
+    config: HeadsConfig
+    depth: int
+    tensors: Tensors
+    adapters: Tensors
+
+    @property
+    def blocks(self) -> int:
+        """How many different blocks the exported depths have, adapters counted in."""
+        adapters = self.config.adapters or [0] * self.config.depth
+        kinds = zip(self.config.block_of, adapters, range(self.config.depth), strict=True)
+        return len({(block, depth if rank else -1) for block, rank, depth in list(kinds)[: self.depth]})
+
+    @property
+    def recycles(self) -> bool:
+        """Whether one block is enough: it is used at every depth, or there is one depth."""
+        return self.blocks == 1
+
+    @property
+    def written(self) -> int:
+        """How many heads a layout gets that has one for each depth, or one for all."""
+        return 1 if self.recycles else self.depth
+
+    @property
+    def model_type(self) -> str:
+        return str(self.base.text_config.get("model_type", ""))
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Number format of the exported heads: the base's own, or bfloat16 beside a quantised one."""
+        embedding = base_tensor(self.base, "embedding")
+        known = embedding is not None and embedding.dtype in FLOATS
+        return embedding.dtype if embedding is not None and known else torch.bfloat16
+
+    def heads(self, count: int) -> Tensors:
+        """The tensors of `count` heads in the export's number format, a shared block written out for each."""
+        tensors = by_depth(self.tensors, self.config.block_of[:count])
+        for depth, rank in enumerate(self.config.adapters[:count]):
+            if rank:
+                tensors |= with_adapter(self.adapters, tensors, depth)
+        return {name: cast(tensor, self.dtype) for name, tensor in tensors.items()}
+
+    def base_norm(self) -> Stored:
+        """The gain of the base's final norm."""
+        for name in ("model.norm.weight", "model.language_model.norm.weight", "language_model.model.norm.weight"):
+            if name in self.base.tensors:
+                return self.base.tensors[name]
+        raise UserError(f"{self.base.shown}: has no tensor model.norm.weight, the gain of its final norm")
+
+
+def open_run(path: Path, *, depth: int | None = None, untrusted: bool = False) -> Run:
+    """The heads of a run directory, or of one that `mtpd import` wrote.
+
+    Args:
+        depth: how many depths to export; None is all.
+        untrusted: the run is somebody else's: it may not say that code of its model is run.
+
+    Raises:
+        UserError: no run, no finished heads, heads of a kind that no layout has, or a depth that they lack.
+    """
+    recipe_file, folder = path / "recipe.yaml", path / "heads"
+    if not recipe_file.is_file():
+        why = " (imported heads that mtpd cannot compute; `mtpd graft` moves them)" * (path / "import.json").is_file()
+        raise UserError(f"{path}: holds no run (no {recipe_file.name}){why}; give what mtpd distill or import wrote")
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder}: holds no heads; finish the run with mtpd distill {recipe_file}")
+    recipe = load_recipe(recipe_file)
+    if untrusted:
+        refuse_code(recipe, source=str(recipe_file))
+    config = read_config(folder)
+    check_weights(folder, config)
+    wanted = config.depth if depth is None else depth
+    if not 1 <= wanted <= config.depth:
+        raise UserError(f"depth: {wanted} is not accepted; accepted: 1 to {config.depth}, the heads of {path}")
+    found = read_header(folder / WEIGHTS)[0]
+    tensors = {name: tensor for name, tensor in found.items() if name.startswith("layers.")}
+    adapters = {name: tensor for name, tensor in found.items() if name.startswith("adapted.")}
+    # A run that trained its trunk too holds it.
+    model = str(path / "trunk") if (path / "trunk" / "config.json").is_file() else recipe.model
+    return Run(path, recipe, model, open_checkpoint(model), config, wanted, tensors, adapters)
+
+
+def with_adapter(adapters: Tensors, tensors: Tensors, depth: int) -> Tensors:
+    """The weights of a depth (from 0 on) with its adapter merged into them: W + s B A."""
+    merged: Tensors = {}
+    prefix, first = f"adapted.{depth + 1}.", ".lora_A.default.weight"
+    for name, down in adapters.items():
+        if name.startswith(prefix) and name.endswith(first):
+            module = name.removeprefix(prefix).removesuffix(first)
+            up = adapters[f"{prefix}{module}.lora_B.default.weight"]
+            weight = tensors[f"layers.{depth}.{module}.weight"]
+            merged[f"layers.{depth}.{module}.weight"] = computed(weight, partial(_merge, up=up, down=down))
+    return merged
+
+
+def _merge(weight: torch.Tensor, *, up: Stored, down: Stored) -> torch.Tensor:
+    return weight + (ALPHA * (up.load().float() @ down.load().float())).to(weight.dtype)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As config.json has it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def changed_config(base: Checkpoint, **changes: Any) -> dict[str, Any]:
+    """The base's config with keys set where the language model's are."""
+    config = dict(base.config)
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = {**config["text_config"], **changes}
+        return config
+    return config | changes

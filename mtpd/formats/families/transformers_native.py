@@ -1,0 +1,13 @@
+"""transformers' own: `num_mtp_layers`, and DeepSeek's names around a layer of any architecture."""
+
+from mtpd.formats.families.table import Family, layered
+
+FAMILY = Family(
+    name="transformers",
+    title="transformers' own (any architecture)",
+    model_types=(),
+    counts=("num_mtp_layers",),
+    names=layered("model.layers.{n}"),
+    engines=("transformers",),
+    reference="transformers modeling_layers.MtpModel",
+)

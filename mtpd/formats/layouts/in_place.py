@@ -1,0 +1,77 @@
+"""The base's own MTP tensors replaced: for bases that have heads. Files without any are the base's own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from mtpd.errors import MtpdError, UserError
+from mtpd.formats.directory import link_others
+from mtpd.formats.exported_run import Run
+from mtpd.formats.find_heads import Native, find_heads
+from mtpd.formats.tensors import Stored, cast, chunks
+from mtpd.formats.to_family import as_family
+
+
+def native_of(run: Run) -> Native | None:
+    """The heads that the base has, or None."""
+    try:
+        return find_heads(run.base)
+    except UserError:
+        return None
+
+
+def refused(run: Run) -> str | None:
+    try:
+        native = find_heads(run.base)
+    except UserError as error:
+        return f"{error}; accepted: hf-mtp"
+    if native.cannot_run:
+        return f"{run.base.shown}: {native.cannot_run}"
+    if run.written > native.count:
+        return (
+            f"the base has {native.count} MTP heads and the run {run.written}; accepted: --depth {native.count}, or "
+            "hf-mtp"
+        )
+    return None
+
+
+def write(run: Run, folder: Path) -> None:
+    """Files with heads are copied and the tensors' bytes overwritten: headers and all else stay as they are."""
+    native = find_heads(run.base)
+    tensors = run.heads(run.written)
+    found = as_family(
+        tensors,
+        native.family,
+        heads=run.written,
+        layers=run.base.layers,
+        model_type=native.model_type,
+        per_head=native.family.per_head(run.base.text_config),
+    )
+    changed = {name: fitting(name, tensor, native) for name, tensor in found.items()}
+    # What is the same already stays a link.
+    changed = {name: tensor for name, tensor in changed.items() if not tensor.same(native.raw[name])}
+    files = {run.base.file_of[name] for name in changed}
+    link_others(run.base.path, folder, without=files)
+    for file in sorted(files):
+        shutil.copyfile(run.base.path / file, folder / file)
+        with (folder / file).open("r+b") as opened:
+            for name, tensor in changed.items():
+                where = native.raw[name].where
+                if run.base.file_of[name] == file:
+                    assert where is not None, "a tensor of a checkpoint lies in a file"
+                    opened.seek(where[1])
+                    for piece in chunks(tensor):
+                        opened.write(piece)
+
+
+def fitting(name: str, tensor: Stored, native: Native) -> Stored:
+    """The tensor in the number format of the one that it replaces."""
+    if name not in native.raw:
+        raise MtpdError(
+            f"{native.checkpoint.shown}: has no tensor {name}, which the heads have; they are of another base"
+        )
+    old = native.raw[name]
+    if old.shape != tensor.shape:
+        raise MtpdError(f"{native.checkpoint.shown}: {name} has the shape {old.shape}, and the heads' {tensor.shape}")
+    return cast(tensor, old.dtype)

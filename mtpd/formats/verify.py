@@ -1,0 +1,204 @@
+"""`mtpd verify`: an exported directory in a real engine, beside mtpd's own decoding of the same prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from mtpd.data.generation import plain_generation
+from mtpd.data.models import load_model
+from mtpd.data.prompts import load_prompts, render
+from mtpd.decode import Counts, generate
+from mtpd.errors import UserError
+from mtpd.evaluate.decoded import parted_at_tie
+from mtpd.formats.directory import Checkpoint
+from mtpd.formats.engines import with_transformers, with_vllm
+from mtpd.formats.engines.result import Served
+from mtpd.formats.export import FAMILIES_OF
+from mtpd.formats.find_heads import find_heads
+from mtpd.formats.importing import open_checkpoint
+from mtpd.formats.model_card import SAYS, read_says
+from mtpd.formats.noise_check import accepts_less, perturbed
+from mtpd.heads import load_heads
+from mtpd.trunk import Trunk
+
+LAYOUTS = {
+    "transformers": ("hf-mtp", "in-place", "glm4moe"),
+    "vllm": ("mimo-draft", "mimo", "glm4moe", "in-place", "medusa"),
+}
+CONFIDENCE = 1.96
+"""Standard deviations of the interval that a difference has to be inside of: 95%."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What an engine did, beside what mtpd does with the same heads."""
+
+    layout: str
+    served: Served
+    plain: list[list[int]]
+    counts: Counts
+    ties: int
+    """Texts that differ from plain decoding from a tie on: two tokens whose logits agree to rounding."""
+    perturbed: Served | None
+
+    @property
+    def same(self) -> int:
+        return sum(a == b for a, b in zip(self.served.texts, self.plain, strict=True))
+
+    @property
+    def text_ok(self) -> bool:
+        return self.same + self.ties == len(self.plain)
+
+    def position(self, k: int) -> tuple[float, float, tuple[float, float]]:
+        """CAR of the engine and of mtpd up to depth k + 1, and the interval of mtpd's."""
+        accepted, drafted = self.counts.accepted[k], self.counts.drafted[k]
+        return self.served.car[k], accepted / max(1, drafted), interval(accepted, drafted)
+
+    @property
+    def acceptance_ok(self) -> bool:
+        return all(low <= theirs <= high for theirs, _, (low, high) in map(self.position, range(len(self.served.car))))
+
+    @property
+    def perturbation_ok(self) -> bool | None:
+        """Whether perturbed heads accept less; None where hardly anything was accepted before, or it was not tried."""
+        return None if self.perturbed is None else accepts_less(self.served.car[0], self.perturbed.car[0])
+
+    @property
+    def ok(self) -> bool:
+        return self.text_ok and self.acceptance_ok and self.perturbation_ok is not False
+
+    def lines(self) -> list[str]:
+        """The result, one finding a line."""
+        said = [
+            f"{self.served.version}, layout {self.layout}: {self.same} of {len(self.plain)} texts are the plain "
+            f"model's" + f", {self.ties} part from it at a tie" * bool(self.ties)
+        ]
+        for k in range(len(self.served.car)):
+            theirs, ours, (low, high) = self.position(k)
+            inside = "inside" if low <= theirs <= high else "OUTSIDE"
+            said.append(
+                f"CAR_{k + 1}: engine {theirs:.3f} ({self.served.accepted[k]} of {self.served.drafted[k]}), mtpd "
+                f"{ours:.3f} ({self.counts.accepted[k]} of {self.counts.drafted[k]}), gap {theirs - ours:+.3f}, "
+                f"{inside} the 95% interval {low:.3f} to {high:.3f}"
+            )
+        if self.perturbed is not None:
+            found = {True: "less: the heads are read", False: "NOT LESS: the heads are not read", None: "undecided"}
+            said.append(f"perturbed heads: CAR_1 {self.perturbed.car[0]:.3f}, {found[self.perturbation_ok]}")
+        return said
+
+
+def verify(
+    folder: Path,
+    *,
+    engine: str,
+    prompts: str = "builtin-held-out",
+    limit: int = 8,
+    max_new_tokens: int = 64,
+    drafts: int | None = None,
+    run: Path | None = None,
+    environment: Path | None = None,
+    perturb: bool = True,
+) -> Verified:
+    """Serves an export in float32 and compares texts and acceptance with mtpd's own.
+
+    Args:
+        folder: what `mtpd export` wrote.
+        engine: transformers or vllm.
+        prompts: as `data.prompts` of a recipe.
+        limit: prompts at most, spread over the source.
+        drafts: a round; None is the depth of the export.
+        run: the run that was exported; None is where it was then.
+        environment: of vLLM; None is one in mtpd's cache, made on first use.
+        perturb: also serves the directory with perturbed heads, which must accept less.
+
+    Raises:
+        UserError: no export, or one that the engine does not load.
+    """
+    says = read_says(folder)
+    if says is None:
+        raise UserError(f"{folder}: has no {SAYS}, so it is no export of mtpd; give the output of mtpd export")
+    layout = str(says["layout"])
+    if engine not in LAYOUTS or layout not in LAYOUTS[engine]:
+        able = [name for name, layouts in LAYOUTS.items() if layout in layouts]
+        raise UserError(f"--engine {engine}: does not load layout {layout}; accepted: {', '.join(able) or 'none'}")
+    depth = drafts or int(says["depth"])
+    model, tokenizer = load_model(str(says["base"]), dtype="float32", device="cpu")
+    trunk = Trunk(model)
+    heads = load_heads(Path(run or says["run"]) / "heads", trunk)
+    # Engines draft over all tokens.
+    heads.vocabulary = heads.get_buffer("vocabulary")[:0]
+    if depth > heads.depth:
+        raise UserError(f"drafts: {depth} is not accepted; accepted: 1 to {heads.depth}, the heads of the run")
+    heads.shorten(depth)
+    chosen = load_prompts(prompts)
+    chosen = chosen[:: max(1, len(chosen) // limit)][:limit]
+    texts = [render(tokenizer, prompt) for prompt in chosen]
+    plain, counts = [], Counts(heads.depth)
+    for prompt in texts:
+        ids = torch.tensor(prompt)
+        plain.append(plain_text(trunk, ids, max_new_tokens))
+        _, found = generate(trunk, heads.float(), ids, max_new_tokens=max_new_tokens, end_tokens=[])
+        counts.drafted = [a + b for a, b in zip(counts.drafted, found.drafted, strict=True)]
+        counts.accepted = [a + b for a, b in zip(counts.accepted, found.accepted, strict=True)]
+    native = find_heads(Checkpoint(folder), family=FAMILIES_OF.get(layout), base=Checkpoint(folder))
+    with perturbed(native) if perturb else nullcontext() as copy:
+        asked = [(folder, texts), *([(copy.folder, texts[:2])] if copy is not None else [])]
+        served, *others = _serve(engine, asked, says, max_new_tokens, depth, environment)
+    ties = sum(
+        theirs != ours and parted_at_tie(trunk, torch.tensor(prompt), ours, theirs)
+        for prompt, theirs, ours in zip(texts, served.texts, plain, strict=True)
+    )
+    return Verified(layout, served, plain, counts, ties, others[0] if others else None)
+
+
+def plain_text(trunk: Trunk, prompt: torch.Tensor, max_new_tokens: int) -> list[int]:
+    """Greedy text of transformers' `generate` without drafts, end tokens or not."""
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+    with plain_generation(trunk.model), torch.inference_mode():
+        output = trunk.model.generate(
+            prompt[None], attention_mask=torch.ones_like(prompt)[None], generation_config=config
+        )
+    return output[0, len(prompt) :].tolist()
+
+
+def _serve(
+    engine: str,
+    asked: Sequence[tuple[Path, Sequence[Sequence[int]]]],
+    says: dict[str, object],
+    max_new_tokens: int,
+    depth: int,
+    environment: Path | None,
+) -> list[Served]:
+    """Serves prompts with one directory after the other."""
+    if engine == "transformers":
+        return [with_transformers.serve(folder, each, max_new_tokens=max_new_tokens) for folder, each in asked]
+    models = [_for_vllm(folder.resolve(), prompts, says, depth) for folder, prompts in asked]
+    return with_vllm.serve(with_vllm.environment(environment), models, max_new_tokens=max_new_tokens)
+
+
+def _for_vllm(folder: Path, prompts: Sequence[Sequence[int]], says: dict[str, object], depth: int) -> with_vllm.Asked:
+    speculative: dict[str, object] = {"method": "mtp", "num_speculative_tokens": depth}
+    if says["layout"] not in ("mimo-draft", "medusa"):
+        return with_vllm.Asked(folder, prompts, speculative, {})
+    # The base is served as it is; vLLM looks for heads where its config names some.
+    overrides = {"num_nextn_predict_layers": 1} if says["layout"] == "mimo-draft" else {}
+    speculative["method"] = "mtp" if says["layout"] == "mimo-draft" else "medusa"
+    speculative["model"] = str(folder)
+    return with_vllm.Asked(open_checkpoint(str(says["base"])).path.resolve(), prompts, speculative, overrides)
+
+
+def interval(accepted: int, drafted: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share (J. Am. Stat. Assoc. 22, 1927)."""
+    if not drafted:
+        return 0.0, 1.0
+    share, z2 = accepted / drafted, CONFIDENCE**2
+    middle = (share + z2 / (2 * drafted)) / (1 + z2 / drafted)
+    half = CONFIDENCE / (1 + z2 / drafted) * math.sqrt(share * (1 - share) / drafted + z2 / (4 * drafted**2))
+    return middle - half, middle + half

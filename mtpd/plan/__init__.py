@@ -1,0 +1,1 @@
+"""Memory, disk and steps of a run, from sizes alone: `--dry-run`."""

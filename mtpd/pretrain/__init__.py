@@ -1,0 +1,1 @@
+"""Models trained from scratch with heads beside them: `mtpd pretrain`."""

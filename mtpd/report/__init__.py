@@ -1,0 +1,1 @@
+"""The HTML report of a run: its page, charts and token view."""

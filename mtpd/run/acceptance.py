@@ -1,0 +1,125 @@
+"""What comes out of a run: acceptance before and after training, offline and decoded, and how it is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+
+from mtpd.data.models import load_model, resolve_dtype
+from mtpd.data.packing import Sample
+from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
+from mtpd.evaluate.decoded import measure_decoded
+from mtpd.evaluate.offline import measure_offline
+from mtpd.evaluate.run_tables import decoded_table, offline_table, plot_car
+from mtpd.evaluate.trunk_quality import at_chance
+from mtpd.files import fingerprint_file
+from mtpd.heads import WEIGHTS, Heads, build_heads, load_heads
+from mtpd.parallel import ranks
+from mtpd.run.directory import RunDirectory, measured
+from mtpd.run.material import spread
+from mtpd.run.session import Session
+from mtpd.trunk import Trunk
+
+
+def measure(session: Session, heads: Heads, samples: Sequence[Sample], folder: Path, path: Path) -> None:
+    """Offline acceptance of the heads of a folder, written to `path` unless it is there. All ranks call it.
+
+    The main rank measures; where the trunk is partitioned, all do, on the same texts.
+    """
+    if ranks.from_main(lambda: measured(path, folder)):
+        return
+    if ranks.is_main() or session.trunk.partitioned:
+        suites = measured_offline(session, heads, samples)
+        chance = at_chance(session.trunk, [sample.prompt_ids for sample in samples])
+        if ranks.is_main():
+            acceptance_of(session, session.trunk, heads, folder, "offline", suites, chance=chance).save(path)
+    ranks.barrier()
+
+
+def measured_offline(session: Session, heads: Heads, samples: Sequence[Sample]) -> dict[str, SuiteCounts]:
+    """Counts of a copy in the trunk's number format."""
+    with torch.no_grad():
+        trained = heads.training
+        heads.eval()
+        copy = build_heads(session.trunk, heads.config)
+        copy.load_state_dict(heads.state_dict())
+        copy.to(session.trunk.dtype).eval()
+        heads.train(trained)
+    return measure_offline(session.trunk, copy, samples, end_tokens=session.ends, progress=session.progress)
+
+
+def acceptance_of(
+    session: Session,
+    trunk: Trunk,
+    heads: Heads,
+    folder: Path,
+    mode: Literal["offline", "decoded"],
+    suites: dict[str, SuiteCounts],
+    *,
+    chance: bool,
+) -> Acceptance:
+    """The acceptance file of a measurement on held-out prompts, with the settings that it was made with.
+
+    Args:
+        chance: the trunk predicts their text no better than chance.
+    """
+    evaluation = session.recipe.evaluation
+    limit = evaluation.prompts_limit if mode == "offline" else evaluation.decode_prompts
+    for suite in suites.values():
+        suite.settings = {"limit": limit, "max_new_tokens": evaluation.max_new_tokens, "seed": session.recipe.seed}
+    return Acceptance(
+        mode=mode,
+        settings={"dtype": str(trunk.dtype).removeprefix("torch."), "drafts": heads.depth},
+        trunk=session.fingerprint,
+        heads=fingerprint_file(folder / WEIGHTS),
+        random_trunk=chance,
+        suites=suites,
+    )
+
+
+def decode(session: Session, samples: Sequence[Sample]) -> None:
+    """Decodes with the heads before and after training, beside plain `generate`; writes both acceptance files."""
+    run, evaluation = session.run, session.recipe.evaluation
+    if measured(run.decoded_before, run.heads_before) and measured(run.decoded, run.heads):
+        return
+    trunk = session.trunk
+    wanted = trunk.dtype if evaluation.dtype == "trunk" else resolve_dtype(evaluation.dtype, trunk.device)
+    if wanted != trunk.dtype:
+        model, _ = load_model(
+            session.recipe.model,
+            dtype=evaluation.dtype,
+            device=session.recipe.device,
+            trust_remote_code=session.recipe.trust_remote_code,
+        )
+        trunk = Trunk(model, tokens=session.trunk.tokens)
+    folders = {run.decoded_before: run.heads_before, run.decoded: run.heads}
+    heads = {path.name: load_heads(folder, trunk).to(wanted) for path, folder in folders.items()}
+    for each in heads.values():
+        each.shorten(evaluation.decode_depth or each.depth)
+    chosen = spread(list(samples), evaluation.decode_prompts)
+    results = measure_decoded(
+        trunk,
+        heads,
+        chosen,
+        max_new_tokens=evaluation.max_new_tokens,
+        end_tokens=session.ends,
+        progress=session.progress,
+    )
+    chance = at_chance(trunk, [sample.prompt_ids for sample in chosen])
+    for path, folder in folders.items():
+        suites = results[path.name]
+        acceptance_of(session, trunk, heads[path.name], folder, "decoded", suites, chance=chance).save(path)
+
+
+def show(run: RunDirectory, console: Console, apart: frozenset[str]) -> None:
+    """Tables on the terminal and the picture of CAR by depth."""
+    before, after = Acceptance.load(run.acceptance_before), Acceptance.load(run.acceptance)
+    plot_car(run.plot, {"before training": before, "after training": after}, apart=apart)
+    console.print(offline_table(before, after, apart=apart))
+    if run.decoded.is_file():
+        console.print(decoded_table(Acceptance.load(run.decoded_before), Acceptance.load(run.decoded), apart=apart))
+    console.print(f"CAR by depth: {run.plot}")

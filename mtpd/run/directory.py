@@ -1,0 +1,224 @@
+"""The run directory: what is in it, and whether it belongs to this recipe."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mtpd.errors import UserError
+from mtpd.evaluate.acceptance import Acceptance
+from mtpd.evaluate.versions import library_versions
+from mtpd.files import fingerprint_file, is_empty, read_sealed, sealed, sweep, write_whole, writing
+from mtpd.formats.importing import IMPORTED
+from mtpd.heads import WEIGHTS
+from mtpd.parallel import ranks
+from mtpd.recipe import Recipe, dump, load_recipe
+from mtpd.train.checkpoints import named_checkpoint
+
+logger = logging.getLogger(__name__)
+
+RECIPE = "recipe.yaml"
+LATER = ("heads.", "train.", "evaluation.")
+"""Keys that decide nothing before there are heads."""
+AFTERWARDS = ("extend.", "train.deepspeed")
+"""Keys that decide nothing about the run itself: each stage of an extension has a directory of its own, and a run can
+go on sharded in another way."""
+
+
+class RunDirectory:
+    """Names of the files of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / RECIPE
+        self.provenance = path / "provenance.json"
+        self.responses = path / "responses.jsonl"
+        self.held_out = path / "held-out.jsonl"
+        self.hidden_states = path / "hidden-states"
+        self.trained_prompts = path / "trained-prompts.safetensors"
+        self.metrics = path / "metrics.jsonl"
+        self.heads_before = path / "heads-before"
+        self.heads = path / "heads"
+        self.acceptance_before = path / "acceptance-before.json"
+        self.acceptance = path / "acceptance.json"
+        self.decoded_before = path / "acceptance-decoded-before.json"
+        self.decoded = path / "acceptance-decoded.json"
+        self.plot = path / "car.png"
+        self.evaluation = path / "evaluation.json"
+        self.evaluation_decoded = path / "evaluation-decoded.json"
+        self.samples = path / "samples.json"
+        self.trunk = path / "trunk"
+        self.report = path / "report.html"
+        self.perplexity = path / "perplexity.json"
+        self.held_out_after = path / "held-out-after.jsonl"
+        self.depths = path / "depths.json"
+        self.offload = path / "offload"
+        self.stage = path / "stage.json"
+        self.extended = path / "extended"
+
+
+def open_run(recipe: Recipe, *, fresh: bool, resume: str = "auto") -> RunDirectory:
+    """The run directory of a recipe: new, or the one that an earlier call left.
+
+    Args:
+        fresh: deletes what an earlier run left. Only a directory that holds a run is ever deleted.
+        resume: `auto`, or a checkpoint that has to be there.
+
+    Raises:
+        UserError: the directory belongs to another recipe, or holds something else, or no such checkpoint.
+    """
+    run = RunDirectory(recipe.output)
+    holds_run = run.recipe.is_file()
+    if run.path.is_file() or (not holds_run and not is_empty(run.path)):
+        raise UserError(f"output: {run.path} exists and is no run directory; choose another output")
+    if run.stage.is_file():
+        raise UserError(
+            f"output: {run.path} is a stage of an extension; mtpd extend on the run it is in goes on with it"
+        )
+    if (run.path / IMPORTED).is_file():
+        raise UserError(f"output: {run.path} holds imported heads; choose another output, such as {run.path}-distilled")
+    # A recipe alone is what a mistake in it leaves (no such model, say): the mended one takes its place.
+    begun = holds_run and any(path != run.recipe for path in run.path.iterdir())
+    if begun and fresh:
+        shutil.rmtree(run.path)
+        begun = False
+    changed = False
+    if begun:
+        differing = _differences(load_recipe(run.recipe), recipe)
+        changed = any(key.startswith(AFTERWARDS) for key in differing)
+        differing = [key for key in differing if not key.startswith(AFTERWARDS)]
+        if not run.heads_before.exists():
+            # Responses and hidden states alone know nothing of the heads that will learn from them.
+            changed = changed or any(key.startswith(LATER) for key in differing)
+            differing = [key for key in differing if not key.startswith(LATER)]
+        if differing:
+            raise UserError(
+                f"output: {run.path} holds a run of another recipe (differs in {', '.join(differing[:4])}); "
+                "choose another output, or start over with --fresh"
+            )
+    if resume != "auto":
+        named_checkpoint(run.path, resume)
+        if (run.heads / WEIGHTS).is_file():
+            raise UserError(
+                f"--resume: {resume} is not accepted, the run has its trained heads; accepted: auto (or delete "
+                f"{run.heads} to train again from a checkpoint)"
+            )
+    with writing(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        sweep(run.path)
+    if not begun or changed:
+        write_whole(run.recipe, dump(recipe))
+    return run
+
+
+def open_together(recipe: Recipe, *, fresh: bool, resume: str = "auto") -> RunDirectory:
+    """The run directory, opened (and with `fresh` emptied) by the main rank.
+
+    Raises:
+        UserError: as `open_run`, and for a recipe that gives all ranks the same device.
+    """
+    if ranks.count() > 1 and ":" in recipe.device:
+        raise UserError(
+            f"device: {recipe.device} is one device, and there are {ranks.count()} processes, of which each takes its "
+            f"own; accepted: auto, {recipe.device.partition(':')[0]}"
+        )
+    if ranks.is_main():
+        open_run(recipe, fresh=fresh, resume=resume)
+    ranks.barrier()
+    run = RunDirectory(recipe.output)
+    ranks.wait_for(run.recipe)
+    return run
+
+
+def _differences(old: Recipe, new: Recipe) -> list[str]:
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    # Where it lies is not what it is: a moved run directory is still the same run.
+    return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key) and key != "output")
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        name: leaf for key, part in value.items() for name, leaf in _flat(part, f"{prefix}.{key}".strip(".")).items()
+    }
+
+
+def measured(path: Path, folder: Path) -> bool:
+    """Whether there is an acceptance file, of the heads that are in the folder now.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return path.is_file() and Acceptance.load(path).heads == fingerprint_file(folder / WEIGHTS)
+
+
+def write_provenance(run: RunDirectory, *, trunk: str, rows: str, prompts: Sequence[str]) -> None:
+    """Where the heads come from: versions, commit, command, and fingerprints of trunk, data and prompts.
+
+    Args:
+        trunk: fingerprint of the trunk.
+        rows: fingerprint of the packed rows that were trained on.
+        prompts: fingerprints of the prompts trained on, to find suites that meet them.
+    """
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    if run.provenance.is_file():
+        try:
+            started = read_sealed(run.provenance, refusal="not a provenance").get("started", started)
+        except UserError as error:
+            logger.warning("%s; written anew", error)
+    content = {
+        "schema": 1,
+        "started": started,
+        "command": sys.argv,
+        "git_commit": _git_commit(),
+        "versions": library_versions(),
+        "trunk": trunk,
+        "rows": rows,
+        "prompts": sorted(prompts),
+    }
+    write_whole(run.provenance, json.dumps(sealed(content), indent=2) + "\n")
+
+
+def finish_provenance(run: RunDirectory) -> None:
+    """Adds the SHA-256 of the files of a finished run that have no seal of their own."""
+    content = read_sealed(run.provenance, refusal="not a provenance")
+    content["files"] = {path.name: fingerprint_file(path) for path in (run.recipe, run.metrics) if path.is_file()}
+    write_whole(run.provenance, json.dumps(sealed(content), indent=2) + "\n")
+
+
+def warn_of_changes(run: RunDirectory) -> None:
+    """Warns of files that are not those that the run finished with.
+
+    Raises:
+        UserError: the provenance cannot be read.
+    """
+    # A stage of an extension has the provenance of the run that it is in, and a recipe of its own.
+    if not run.provenance.is_file() or run.stage.is_file():
+        return
+    for name, digest in read_sealed(run.provenance, refusal="not a provenance").get("files", {}).items():
+        if fingerprint_file(run.path / name) != digest if (run.path / name).is_file() else True:
+            logger.warning(
+                "%s: is missing, damaged or was edited: its SHA-256 is not the one in %s",
+                run.path / name,
+                run.provenance.name,
+            )
+
+
+def _git_commit() -> str | None:
+    """Commit of the source tree that runs, or None for an installed package."""
+    here = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False
+        )
+    except OSError:
+        return None
+    return found.stdout.strip() or None

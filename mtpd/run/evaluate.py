@@ -1,0 +1,202 @@
+"""`mtpd eval` from beginning to end: open the run, measure its heads on suites, compare, write."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mtpd.data.models import resolve_device, trunk_fingerprint
+from mtpd.errors import UserError
+from mtpd.evaluate import gate, outputs, tables
+from mtpd.evaluate.acceptance import Acceptance
+from mtpd.evaluate.compare import console, show_comparison
+from mtpd.evaluate.intervals import intervals
+from mtpd.evaluate.measure import Model, Trace, measure_suites, respond
+from mtpd.evaluate.suites import Question, Suite, load_suite, questions
+from mtpd.evaluate.trunk_quality import TrunkQuality, trunk_quality
+from mtpd.files import fingerprint_file, write_whole
+from mtpd.heads import WEIGHTS
+from mtpd.parallel import ranks
+from mtpd.recipe import Recipe
+from mtpd.recipe.untrusted import refuse_code
+from mtpd.report.samples import write_samples
+from mtpd.run.directory import RunDirectory, warn_of_changes
+from mtpd.run.finished import FinishedRun, open_finished, original_trunk, reopen, trained_prompts, trunk_name
+
+logger = logging.getLogger(__name__)
+
+Suites = dict[str, tuple[Suite, list[Question]]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `mtpd eval` was asked for; the options of the command say what each means."""
+
+    run: Path
+    suites: Sequence[str] | None
+    suite_dir: Path | None
+    mode: Literal["offline", "decoded"] | None
+    output: Path | None
+    heads: str
+    drafts: int | None
+    limit: int | None
+    max_new_tokens: int | None
+    responses: Path
+    against: Path | None
+    max_drop: float
+    write_baseline: Path | None
+    check_trunk: bool
+    markdown: Path | None
+    junit: Path | None
+    untrusted: bool = False
+
+
+def evaluate_run(request: Request, *, progress: bool = True) -> int:
+    """Measures, prints and writes; gives the exit code.
+
+    Raises:
+        UserError: a mistake in the request or in a file that it names.
+    """
+    # Everything that can be wrong with files is found before a model is loaded.
+    recipe, run = open_finished(request.run, heads=request.heads)
+    warn_of_changes(run)
+    with ranks.joined(resolve_device(recipe.device)):
+        # What is measured is speed as well: one rank works, and the others wait.
+        return _evaluate(request, recipe, run, progress=progress) if ranks.is_main() else 0
+
+
+def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: bool) -> int:
+    began = time.monotonic()
+    if request.untrusted:
+        refuse_code(recipe, source=str(run.recipe))
+    baseline = None if request.against is None else Acceptance.load(request.against)
+    gate.check_max_drop(request.max_drop)
+    mode = request.mode or ("offline" if baseline is None else baseline.mode)
+    suites = _suites(request, baseline)
+    between = f"{request.against} and {request.run}"
+    if baseline is not None:
+        gate.check_rows(baseline, str(request.against))
+        gate.check_suites(baseline, {name: suite.settings for name, (suite, _) in suites.items()}, between)
+    finished = reopen(request.run, heads=request.heads)
+    if baseline is not None:
+        gate.check_trunk(baseline, finished.fingerprint, between)
+    if mode == "decoded":
+        finished = finished.in_dtype(recipe.evaluation.dtype)
+    heads = finished.heads(request.heads)
+    if request.drafts is not None:
+        if request.drafts > heads.depth:
+            raise UserError(f"--drafts: {request.drafts} is more than there are heads; accepted: 1 to {heads.depth}")
+        heads.shorten(request.drafts)
+    model = Model(finished.trunk, finished.tokenizer, finished.fingerprint, finished.ends)
+    acceptance, trace = measure_suites(
+        model,
+        heads,
+        suites,
+        heads_fingerprint=fingerprint_file(request.run / request.heads / WEIGHTS),
+        mode=mode,
+        responses=request.responses,
+        trained=trained_prompts(run),
+        progress=progress,
+    )
+    path = request.output or (run.evaluation if mode == "offline" else run.evaluation_decoded)
+    acceptance.save(path)
+    if mode == "offline" and request.heads == "heads":
+        write_samples(run.samples, model, heads, trace.samples)
+    estimates = intervals(acceptance)
+    to = console(quiet=not progress)
+    to.print(tables.suites_table(acceptance, estimates))
+    to.print(tables.depths_table(acceptance, estimates))
+    to.print(_speed(acceptance, trace), highlight=False, soft_wrap=True)
+    warn_of_control(acceptance)
+    quality = _check_trunk(request, finished, suites, progress=progress) if request.check_trunk else None
+    if quality is not None:
+        to.print(tables.quality_table(quality))
+    comparison = verdict = None
+    if baseline is not None:
+        comparison = gate.compare(baseline, acceptance, names=(str(request.against), str(path)))
+        verdict = gate.judge(comparison, max_drop=request.max_drop)
+        show_comparison(to, comparison, verdict)
+    if request.markdown is not None:
+        text = outputs.markdown(acceptance, estimates, comparison=comparison, verdict=verdict, quality=quality)
+        write_whole(request.markdown, text)
+    if request.junit is not None:
+        text = outputs.junit(acceptance, estimates, seconds=time.monotonic() - began, verdict=verdict)
+        write_whole(request.junit, text)
+    if request.write_baseline is not None and (verdict is None or verdict.outcome == "passed"):
+        acceptance.save(request.write_baseline)
+        to.print(f"baseline: {request.write_baseline}", highlight=False, soft_wrap=True)
+    to.print(f"written: {path}", highlight=False, soft_wrap=True)
+    return 0 if verdict is None else verdict.exit_code
+
+
+def _suites(request: Request, baseline: Acceptance | None) -> Suites:
+    names = request.suites
+    if names is None:
+        names = ["demo"] if baseline is None else list(baseline.suites)
+    if not names:
+        raise UserError("--suite: names no suite; accepted: names with commas between them, such as gsm8k,humaneval")
+    repeated = sorted({name for name in names if list(names).count(name) > 1})
+    if repeated:
+        raise UserError(f"--suite: {', '.join(repeated)} is named twice")
+    suites: Suites = {}
+    for name in names:
+        # What the command does not say is as the baseline had it.
+        limit = request.limit or _setting(baseline, name, "limit")
+        max_new_tokens = request.max_new_tokens or _setting(baseline, name, "max_new_tokens")
+        suite = load_suite(
+            name, request.suite_dir, limit=limit, max_new_tokens=max_new_tokens, untrusted=request.untrusted
+        )
+        suites[name] = (suite, questions(name, suite))
+    return suites
+
+
+def _setting(baseline: Acceptance | None, suite: str, key: str) -> int | None:
+    found = None if baseline is None or suite not in baseline.suites else baseline.suites[suite].settings
+    value = (found or {}).get(key)
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _speed(acceptance: Acceptance, trace: Trace) -> str:
+    prompts = acceptance.total().prompts
+    text = f"measured {prompts} prompts in {trace.measuring:.1f} s, {prompts / max(trace.measuring, 1e-9):.2f} a s"
+    if acceptance.mode == "decoded":
+        return text + " (both baselines included)"
+    return text + f"; the responses took {trace.responses:.1f} s before that (kept for later calls)"
+
+
+def warn_of_control(acceptance: Acceptance) -> None:
+    """Warns if drafts meet targets that are one position off: then the alignment is wrong, or the text repeats."""
+    total = acceptance.total()
+    if total.control is not None and total.car[0] > 0.05 and total.control.car[0] > 0.5 * total.car[0]:
+        logger.warning(
+            "the control has not collapsed: CAR_1 %.3f, and %.3f against targets moved by one position; "
+            "either the text repeats single tokens, or the numbers are wrong",
+            total.car[0],
+            total.control.car[0],
+        )
+
+
+def _check_trunk(
+    request: Request, finished: FinishedRun, suites: Suites, *, progress: bool
+) -> Mapping[str, tuple[TrunkQuality, TrunkQuality]]:
+    """The main head before and after the run, on the responses of the model before it."""
+    changed = trunk_name(finished.recipe, finished.run) != finished.recipe.model
+    original = original_trunk(finished)
+    after = Model(finished.trunk, finished.tokenizer, finished.fingerprint, finished.ends)
+    before = after
+    if changed:
+        before = Model(original, finished.tokenizer, trunk_fingerprint(original.model), finished.ends)
+    found = {}
+    for name, (suite, asked) in suites.items():
+        texts = respond(before, name, suite, asked, request.responses, progress=progress)
+        first = trunk_quality(before.trunk, before.tokenizer, asked, texts, texts, match=suite.match)
+        second = first
+        if changed:
+            own = respond(after, name, suite, asked, request.responses, progress=progress) if suite.match else texts
+            second = trunk_quality(after.trunk, after.tokenizer, asked, texts, own, match=suite.match)
+        found[name] = (first, second)
+    return found

@@ -1,0 +1,292 @@
+"""`mtpd extend`: more heads out of those of a finished run, stage after stage, and which depth pays.
+
+Each stage is a run directory of its own, `extended/FORM-DEPTH` in the run it extends: whatever reads runs reads it. A
+repeated call goes on after the last whole file of the newest stage.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mtpd.data.models import resolve_device
+from mtpd.data.packing import PackedRows, Sample
+from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, store_key
+from mtpd.errors import UserError
+from mtpd.evaluate.acceptance import Acceptance
+from mtpd.evaluate.depths import Depths, depths_pay_table, measure_depths
+from mtpd.evaluate.run_tables import plot_car
+from mtpd.files import fingerprint_file, read_sealed, sealed, write_whole
+from mtpd.heads import WEIGHTS, build_heads, chain_of, load_heads, save_heads
+from mtpd.heads.chain import ChainHeads
+from mtpd.heads.looped import extended
+from mtpd.parallel import ranks
+from mtpd.parallel.partitioned_trunk import trunk_apart
+from mtpd.recipe import ExtendRecipe, Recipe, dump, parse_recipe, stages_of
+from mtpd.recipe.untrusted import refuse_untrusted
+from mtpd.run.acceptance import measure
+from mtpd.run.directory import RunDirectory
+from mtpd.run.finished import open_finished
+from mtpd.run.material import (
+    fill_together,
+    hidden_states,
+    measured_samples,
+    set_apart,
+    split_prompts,
+    spread,
+    training_rows,
+)
+from mtpd.run.session import Session, start
+from mtpd.run.training import train_heads
+from mtpd.train.finished_depths import FinishedDepths
+
+DECODED_PROMPTS, DECODED_TOKENS = 4, 64
+"""Held-out prompts that every number of drafts decodes, and tokens of each, at most."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What all stages share."""
+
+    session: Session
+    """Of the run that is extended."""
+    samples: list[Sample]
+    chosen_by: list[Sample]
+    rows: Callable[[], tuple[PackedRows, HiddenStates | None]]
+    """Rows to train on and what keeps their hidden states; not called where nothing is trained."""
+
+
+def extend(
+    path: Path, given: Mapping[str, Any], *, fresh: bool = False, progress: bool = True, untrusted: bool = False
+) -> Path:
+    """Extends the heads of a finished run.
+
+    Args:
+        given: keys of the recipe's `extend` section, in place of what the run's recipe says.
+        fresh: deletes what an earlier call left of these stages.
+        untrusted: the run is somebody else's, and so is what its recipe names.
+
+    Returns:
+        The directory of the last stage, or the run itself if no stage pays.
+
+    Raises:
+        UserError, MtpdError: with one line that names the cause.
+    """
+    recipe, run = open_finished(path)
+    if untrusted:
+        # What a stage writes is in the run, wherever its recipe says that it lies.
+        refuse_untrusted(recipe.model_dump(mode="json", exclude={"output"}), source=str(run.recipe))
+    with ranks.joined(resolve_device(recipe.device)):
+        return _extend(path, recipe, run, given, fresh=fresh, progress=progress and ranks.is_main())
+
+
+def _extend(
+    path: Path, recipe: Recipe, run: RunDirectory, given: Mapping[str, Any], *, fresh: bool, progress: bool
+) -> Path:
+    console = Console(quiet=not progress, width=None if sys.stdout.isatty() else 132)
+    if run.stage.is_file():
+        raise UserError(f"{path}: is a stage of an extension; give the run directory that it is in")
+    recipe = _with_section(recipe, given)
+    session = start(recipe, run, progress=progress)
+    with trunk_apart(session.trunk, recipe, device=resolve_device(recipe.device), folder=run.offload):
+        return _extend_run(session, console, fresh=fresh)
+
+
+def _extend_run(session: Session, console: Console, *, fresh: bool) -> Path:
+    recipe, run = session.recipe, session.run
+    heads = chain_of(load_heads(run.heads, session.trunk, fingerprint=session.fingerprint), what="mtpd extend")
+    prompts = split_prompts(recipe)
+    samples, apart = measured_samples(session, prompts.held_out)
+    samples, chosen_by = set_apart(recipe, samples, apart)
+
+    def rows() -> tuple[PackedRows, HiddenStates | None]:
+        packed = training_rows(session, prompts.train)
+        return packed, hidden_states(session, packed, prompts.train)
+
+    return extend_heads(Material(session, samples, chosen_by, rows), heads, console, fresh=fresh)
+
+
+def _with_section(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
+    section = {**recipe.extend.model_dump(), **given}
+    if section["to"] is None and not section["auto"]:
+        raise UserError(f"--to: is missing; accepted: a number of heads above {recipe.heads.depth}, or --auto")
+    values = {**recipe.model_dump(mode="json"), "extend": section}
+    return parse_recipe(values, source="mtpd extend")
+
+
+def extend_heads(material: Material, heads: ChainHeads, console: Console, *, fresh: bool = False) -> Path:
+    """All stages that the recipe says; with `extend.auto`, as long as the newest depths pay."""
+    session = material.session
+    settings = session.recipe.extend
+    reached = session.run
+    for depth in stages_of(settings, heads.depth):
+        if settings.auto and not _pays(material, heads, reached, console):
+            return reached.path
+        stage = _stage_directory(session.run, settings, depth)
+        if ranks.is_main():
+            _begin(stage, session, settings, heads, reached, depth, fresh=fresh)
+        ranks.barrier()
+        ranks.wait_for(stage.stage)
+        heads = _run_stage(material, stage, heads, depth)
+        _show(material, stage, heads, console)
+        reached = stage
+    if settings.auto:
+        _pays(material, heads, reached, console)
+    return reached.path
+
+
+def _stage_directory(run: RunDirectory, settings: ExtendRecipe, depth: int) -> RunDirectory:
+    untrained = "-untrained" if settings.steps == 0 else ""
+    return RunDirectory(run.extended / f"{settings.form}-{depth}{untrained}")
+
+
+def _begin(
+    stage: RunDirectory,
+    session: Session,
+    settings: ExtendRecipe,
+    heads: ChainHeads,
+    base: RunDirectory,
+    depth: int,
+    *,
+    fresh: bool,
+) -> None:
+    """Makes the directory of a stage, or finds that it is the same stage.
+
+    Raises:
+        UserError: it holds a stage with other settings, or from other heads.
+    """
+    content = {
+        "from": heads.depth,
+        "to": depth,
+        "heads": fingerprint_file(base.heads / WEIGHTS),
+        **settings.model_dump(include={"form", "rank", "steps", "learning_rate"}),
+    }
+    if stage.stage.is_file() and not fresh:
+        found = read_sealed(stage.stage, refusal="not a stage of an extension")
+        other = [key for key, value in content.items() if found.get(key) != value]
+        if other:
+            raise UserError(
+                f"{stage.path}: holds a stage with other {', '.join(other)}; start over with --fresh, or delete it"
+            )
+        return
+    if stage.path.exists():
+        shutil.rmtree(stage.path)
+    stage.path.mkdir(parents=True)
+    # Stages are read as runs, and what is not in them is that of the run.
+    write_whole(stage.recipe, dump(session.recipe.model_copy(update={"output": stage.path})))
+    for name in (session.run.provenance, session.run.trained_prompts):
+        if name.is_file():
+            shutil.copy2(name, stage.path / name.name)
+    write_whole(stage.stage, json.dumps(sealed(content), indent=1) + "\n")
+
+
+def _run_stage(material: Material, stage: RunDirectory, old: ChainHeads, depth: int) -> ChainHeads:
+    """Loops, trains and measures, or goes on with it."""
+    recipe = _stage_recipe(material.session.recipe, stage.path)
+    # A checkpoint that a user names is one of the run.
+    session = replace(material.session, run=stage, recipe=recipe, resume="auto")
+    settings, trunk = session.recipe.extend, session.trunk
+    if not ranks.from_main((stage.heads / WEIGHTS).is_file):
+        heads = extended(old, trunk, depth=depth, form=settings.form, rank=settings.rank, seed=session.recipe.seed)
+        if ranks.is_main() and not (stage.heads_before / WEIGHTS).is_file():
+            save_heads(heads, stage.heads_before)
+        measure(session, heads, material.samples, stage.heads_before, stage.acceptance_before)
+        if settings.steps != 0:
+            rows, store = material.rows()
+            fill_together(session, rows, store)
+            # Blocks that serve all depths are trained on all of them.
+            finished = None
+            if settings.form != "shared":
+                finished = FinishedDepths(trunk, old, _store_of_states(session, rows, old))
+            train_heads(session, heads, rows, store, material.chosen_by, finished)
+        if ranks.is_main():
+            save_heads(heads, stage.heads)
+        ranks.barrier()
+    trained = chain_of(load_heads(stage.heads, trunk, fingerprint=session.fingerprint), what="mtpd extend")
+    measure(session, trained, material.samples, stage.heads, stage.acceptance)
+    return trained
+
+
+def _stage_recipe(recipe: Recipe, output: Path) -> Recipe:
+    """Where a stage lies, and how long and how fast it trains."""
+    changes: dict[str, Any] = {}
+    if recipe.extend.steps:
+        changes["max_steps"] = recipe.extend.steps
+    if recipe.extend.learning_rate is not None:
+        changes["learning_rate"] = recipe.extend.learning_rate
+    return recipe.model_copy(update={"output": output, "train": recipe.train.model_copy(update=changes)})
+
+
+def _store_of_states(session: Session, rows: PackedRows, old: ChainHeads) -> HiddenStates | None:
+    """What keeps the states of the deepest finished head: as the recipe keeps those of the trunk."""
+    data = session.recipe.data
+    if data.hidden_states == "recompute":
+        return None
+    if data.hidden_states == "memory":
+        return MemoryStore(session.trunk, rows)
+    key = store_key(session.fingerprint, session.tokenizer, [], rows)
+    key["heads"] = read_sealed(session.run.stage, refusal="not a stage of an extension")["heads"]
+    return DiskStore(session.run.hidden_states, session.trunk, rows, key=key, together=True)
+
+
+def _measured_depths(material: Material, heads: ChainHeads, run: RunDirectory) -> Depths | None:
+    """Which depth pays, measured once and kept; None where the recipe decodes nothing."""
+    session = material.session
+    if not session.recipe.evaluation.decode_prompts:
+        return None
+    if ranks.is_main() and not run.depths.is_file():
+        copy = chain_of(build_heads(session.trunk, heads.config), what="mtpd extend")
+        copy.load_state_dict(heads.state_dict())
+        prompts = spread(material.samples, min(DECODED_PROMPTS, session.recipe.evaluation.decode_prompts))
+        found = measure_depths(
+            session.trunk,
+            copy.to(session.trunk.dtype).eval(),
+            [sample.prompt_ids for sample in prompts],
+            max_new_tokens=min(DECODED_TOKENS, session.recipe.evaluation.max_new_tokens),
+            end_tokens=session.ends,
+            acceptance=Acceptance.load(run.acceptance).total(),
+        )
+        found.save(run.depths)
+    ranks.barrier()
+    return Depths.load(run.depths)
+
+
+def _pays(material: Material, heads: ChainHeads, run: RunDirectory, console: Console) -> bool:
+    """Whether the deepest head is the fastest number of drafts: only then can a deeper one gain anything."""
+    found = _measured_depths(material, heads, run)
+    assert found is not None, "extend.auto is refused without evaluation.decode_prompts"
+    if not run.stage.is_file():
+        console.print(depths_pay_table(found))
+    pays = found.fastest == heads.depth
+    if not pays:
+        console.print(
+            f"{run.path}: {found.fastest} of {heads.depth} drafts are the fastest here; a further stage does not pay",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return pays
+
+
+def _show(material: Material, stage: RunDirectory, heads: ChainHeads, console: Console) -> None:
+    """Acceptance and speed of a stage, by depth."""
+    before, after = Acceptance.load(stage.acceptance_before), Acceptance.load(stage.acceptance)
+    apart = frozenset(Path(source).stem for source in material.session.recipe.evaluation.extra)
+    if ranks.is_main():
+        plot_car(stage.plot, {"looped, untrained": before, "after training": after}, apart=apart)
+    owned = sum(parameter.numel() for parameter in heads.parameters())
+    console.print(
+        f"{stage.path}: {heads.depth} drafts from {owned:,} parameters; tau {before.total().tau:.3f} untrained, "
+        f"{after.total().tau:.3f} now",
+        highlight=False,
+        soft_wrap=True,
+    )
+    found = _measured_depths(material, heads, stage)
+    if found is not None:
+        console.print(depths_pay_table(found, before))

@@ -1,0 +1,179 @@
+"""What a run trains on and is measured on: prompts, responses, packed rows, hidden states, held-out samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mtpd.data.packing import PackedRows, Sample, pack
+from mtpd.data.prompts import Prompt, given_sample, load_prompts, split_held_out
+from mtpd.data.responses import generate_responses
+from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, fill, store_key
+from mtpd.errors import UserError, enough_memory
+from mtpd.parallel.sequence import shared_trunk
+from mtpd.recipe import Recipe
+from mtpd.run.session import Session
+
+
+def split_prompts(recipe: Recipe) -> Any:
+    """Prompts to train on and held-out prompts, with nothing in both."""
+    data = recipe.data
+    prompts = load_prompts(data.prompts, split=data.split, subset=data.subset, limit=data.limit, seed=recipe.seed)
+    held_out: list[Prompt] | None = None
+    if data.held_out is not None or data.prompts == "builtin":
+        source = data.held_out or "builtin"
+        held_out = load_prompts("builtin-held-out" if source == "builtin" else source, seed=recipe.seed)
+    return split_held_out(prompts, held_out, count=data.held_out_count, seed=recipe.seed)
+
+
+def training_rows(session: Session, prompts: Sequence[Prompt]) -> PackedRows:
+    """Responses of the trunk (or of the data) to all prompts, and given text, packed into rows."""
+    data = session.recipe.data
+    if data.responses == "trunk":
+        samples = respond(
+            session,
+            prompts,
+            session.run.responses,
+            temperature=data.temperature,
+            top_p=data.top_p,
+            max_new_tokens=data.max_new_tokens,
+        )
+    else:
+        samples = [given_sample(session.tokenizer, prompt, end_tokens=session.ends) for prompt in prompts]
+    samples += [given_sample(session.tokenizer, text, end_tokens=session.ends) for text in given_texts(session.recipe)]
+    return pack(samples, row_length=data.row_length, alone=session.trunk.recurrent)
+
+
+def given_texts(recipe: Recipe) -> list[Prompt]:
+    """Further texts to train on, which have their own responses."""
+    return [
+        text
+        for given in recipe.data.given
+        for text in load_prompts(
+            given.prompts, split=given.split, subset=given.subset, limit=given.limit, seed=recipe.seed
+        )
+    ]
+
+
+def respond(
+    session: Session,
+    prompts: Sequence[Prompt],
+    path: Path,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> list[Sample]:
+    """Answers of the trunk; greedy unless a temperature says otherwise."""
+    batch = session.recipe.data.generation_batch
+    with enough_memory("generating responses", f"lower data.generation_batch ({batch} now)"):
+        return generate_responses(
+            session.trunk.model,
+            session.tokenizer,
+            prompts,
+            path,
+            trunk=session.fingerprint,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            batch=batch,
+            seed=session.recipe.seed,
+            max_length=session.trunk.context,
+            together=True,
+            progress=session.progress,
+        )
+
+
+def hidden_states(session: Session, rows: PackedRows, prompts: Sequence[Prompt]) -> HiddenStates | None:
+    """What keeps the states that heads read, if the recipe keeps them; it may have none of them yet."""
+    data = session.recipe.data
+    if data.hidden_states == "recompute":
+        return None
+    if data.hidden_states == "memory":
+        return MemoryStore(session.trunk, rows)
+    key = store_key(
+        session.fingerprint,
+        session.tokenizer,
+        [prompt.fingerprint for prompt in prompts],
+        rows,
+        before_last=session.recipe.heads.shared_layers,
+    )
+    return DiskStore(data.store or session.run.hidden_states, session.trunk, rows, key=key, together=True)
+
+
+def fill_together(session: Session, rows: PackedRows, store: HiddenStates | None) -> None:
+    """Fills a store on the disk ahead of training where there are several ranks, each with its share of the rows.
+
+    In training a rank meets rows that another one has computed, and would compute them again.
+    """
+    if isinstance(store, DiskStore) and store.shared:
+        fill_store(session, rows, store)
+
+
+def fill_store(session: Session, rows: PackedRows, store: HiddenStates) -> None:
+    """Fills a store, in as many rows at a time as training has."""
+    recipe = session.recipe
+    with shared_trunk(recipe, session.trunk) as trunk:
+        fill(
+            store,
+            trunk,
+            rows,
+            batch_rows=recipe.train.rows_per_step,
+            before_last=recipe.heads.shared_layers,
+            together=recipe.train.sequence_parallel,
+            progress=session.progress,
+        )
+
+
+def measured_samples(session: Session, held_out: Sequence[Prompt]) -> tuple[list[Sample], frozenset[str]]:
+    """Greedy answers to the held-out prompts, and to those of further suites.
+
+    Returns:
+        The samples, and the names of the further suites.
+    """
+    evaluation = session.recipe.evaluation
+    chosen = spread(list(held_out), evaluation.prompts_limit)
+    apart: list[str] = []
+    for source in evaluation.extra:
+        name = Path(source).stem
+        apart.append(name)
+        extra = load_prompts(source, limit=evaluation.prompts_limit, seed=session.recipe.seed)
+        chosen += [Prompt(f"{name}:{prompt.id}", prompt.prompt, family=name) for prompt in extra]
+    samples = respond(session, chosen, session.run.held_out, max_new_tokens=evaluation.max_new_tokens)
+    return samples, frozenset(apart)
+
+
+def set_apart(recipe: Recipe, samples: Sequence[Sample], apart: frozenset[str]) -> tuple[list[Sample], list[Sample]]:
+    """Samples to measure the finished heads on, and those that choose among checkpoints while training.
+
+    None is in both: heads chosen for their tau on some prompts look better on them than they are.
+
+    Raises:
+        UserError: nothing would be left to measure on.
+    """
+    if not recipe.evaluation.steps:
+        return list(samples), []
+    held_out = [sample for sample in samples if sample.family not in apart]
+    chosen = spread(held_out, recipe.evaluation.steps_prompts)
+    if len(chosen) == len(held_out):
+        raise UserError(
+            f"evaluation.steps_prompts: {recipe.evaluation.steps_prompts} of {len(held_out)} measured prompts leave "
+            f"none to measure the finished heads on; accepted: less than {len(held_out)}"
+        )
+    names = {sample.id for sample in chosen}
+    return [sample for sample in samples if sample.id not in names], chosen
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` items, taken in turns from each family so that all are represented."""
+    families: dict[str, list[Any]] = {}
+    for item in items:
+        families.setdefault(item.family, []).append(item)
+    turns = [
+        family[turn]
+        for turn in range(max(map(len, families.values()), default=0))
+        for family in families.values()
+        if turn < len(family)
+    ]
+    return turns[:count]

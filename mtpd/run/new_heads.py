@@ -1,0 +1,87 @@
+"""Heads with their first weights."""
+
+from __future__ import annotations
+
+import torch
+
+from mtpd.data.packing import PackedRows, collate
+from mtpd.data.store import HiddenStates, with_hidden
+from mtpd.data.vocabulary import draft_vocabulary, load_vocabulary
+from mtpd.formats.importing import native_heads
+from mtpd.heads import WEIGHTS, Heads, build_heads, configure_heads, load_heads, save_heads, start_heads
+from mtpd.parallel import ranks
+from mtpd.parallel.sequence import shared_trunk
+from mtpd.run.session import Session
+from mtpd.train.rows import TrainingRows
+
+
+def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) -> Heads:
+    """Heads with their first weights, kept in `heads-before/`."""
+    run, trunk = session.run, session.trunk
+    if not ranks.from_main((run.heads_before / WEIGHTS).is_file):
+        if ranks.is_main() or trunk.partitioned or session.recipe.train.sequence_parallel > 1:
+            heads = _started(session, rows, store)
+            if store is not None:
+                # The states that the start was fitted to are those that training reads, also after an interruption.
+                store.flush()
+            if ranks.is_main():
+                save_heads(heads, run.heads_before)
+        ranks.barrier()
+    return load_heads(run.heads_before, trunk, fingerprint=session.fingerprint)
+
+
+def _started(session: Session, rows: PackedRows, store: HiddenStates | None) -> Heads:
+    trunk, recipe = session.trunk, session.recipe
+    vocabulary = vocabulary_of(session, rows)
+    if recipe.heads.init == "native":
+        return native_heads(
+            recipe.model,
+            trunk,
+            depth=recipe.heads.depth,
+            shared=recipe.heads.shared,
+            vocabulary=vocabulary,
+            fingerprint=session.fingerprint,
+        )
+    size = 0 if vocabulary is None else len(vocabulary)
+    heads = build_heads(
+        trunk,
+        configure_heads(recipe.heads.model_dump(), trunk, vocabulary=size, fingerprint=session.fingerprint),
+    )
+    if vocabulary is not None:
+        heads.get_buffer("vocabulary").copy_(vocabulary)
+    source = None
+    if recipe.heads.source is not None:
+        source = load_heads(recipe.heads.source, trunk, fingerprint=session.fingerprint)
+    start_heads(
+        heads,
+        trunk,
+        recipe.heads.init,
+        lambda: fitting_batches(session, rows, store),
+        seed=recipe.seed,
+        source=source,
+    )
+    return heads
+
+
+def fitting_batches(
+    session: Session, rows: PackedRows, store: HiddenStates | None, tokens: int = 100_000
+) -> list[dict[str, torch.Tensor]]:
+    """Rows with hidden states, enough for a regression."""
+    training, size = TrainingRows(rows), session.recipe.train.rows_per_step
+    chosen = range(min(len(rows), -(-tokens // rows.row_length)))
+    batches = [
+        collate([training[index] for index in chosen[first : first + size]]) for first in range(0, len(chosen), size)
+    ]
+    before_last = session.recipe.heads.shared_layers
+    with shared_trunk(session.recipe, session.trunk) as trunk:
+        return [with_hidden(batch, trunk, store, before_last=before_last) for batch in batches]
+
+
+def vocabulary_of(session: Session, rows: PackedRows) -> torch.Tensor | None:
+    """Token ids of the draft vocabulary, or None where all tokens can be drafted."""
+    trunk, wanted = session.trunk, session.recipe.heads.vocabulary
+    tokens = trunk.tokens or trunk.unembedding.weight.shape[0]
+    if isinstance(wanted, str):
+        return load_vocabulary(wanted, tokens=tokens)
+    always = {*session.ends, *session.tokenizer.all_special_ids}
+    return draft_vocabulary(rows, wanted, tokens=tokens, always=always)

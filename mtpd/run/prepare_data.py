@@ -1,0 +1,69 @@
+"""What training reads, made ahead of it: `mtpd data store` and `mtpd data vocab`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mtpd.data.models import real_tokens, resolve_device
+from mtpd.data.store import DiskStore
+from mtpd.data.vocabulary import coverage, save_vocabulary
+from mtpd.errors import UserError
+from mtpd.parallel import ranks
+from mtpd.parallel.partitioned_trunk import trunk_apart
+from mtpd.recipe import Recipe
+from mtpd.run.directory import open_together
+from mtpd.run.material import fill_store, hidden_states, split_prompts, training_rows
+from mtpd.run.new_heads import vocabulary_of
+from mtpd.run.session import start
+
+
+def store_hidden_states(recipe: Recipe, *, progress: bool = True) -> Path:
+    """Computes the hidden states of all training rows of a recipe ahead of training, by all ranks.
+
+    The responses that they need are written into the run directory, where training finds them.
+
+    Returns:
+        The directory of the store.
+
+    Raises:
+        UserError, MtpdError: with one line that names the cause.
+    """
+    if recipe.data.hidden_states != "disk":
+        raise UserError(f"data.hidden_states: {recipe.data.hidden_states} stores nothing on the disk; accepted: disk")
+    with ranks.joined(resolve_device(recipe.device)):
+        session = start(recipe, open_together(recipe, fresh=False), progress=progress and ranks.is_main())
+        device = resolve_device(recipe.device)
+        with trunk_apart(session.trunk, recipe, device=device, folder=session.run.offload):
+            prompts = split_prompts(recipe).train
+            rows = training_rows(session, prompts)
+            store = hidden_states(session, rows, prompts)
+            assert isinstance(store, DiskStore)
+            fill_store(session, rows, store)
+    return store.directory
+
+
+def count_vocabulary(recipe: Recipe, path: Path, *, progress: bool = True) -> tuple[int, float]:
+    """Writes the draft vocabulary that a recipe means, from the responses that it trains on.
+
+    Returns:
+        How many tokens it has, and their share of the response tokens.
+
+    Raises:
+        UserError, MtpdError: with one line that names the cause.
+    """
+    size = recipe.heads.vocabulary
+    if not isinstance(size, int) or size == 0:
+        raise UserError(f"heads.vocabulary: {size} leaves nothing to count; accepted: how many tokens are kept")
+    with ranks.joined(resolve_device(recipe.device)):
+        session = start(recipe, open_together(recipe, fresh=False), progress=progress and ranks.is_main())
+        device = resolve_device(recipe.device)
+        with trunk_apart(session.trunk, recipe, device=device, folder=session.run.offload):
+            rows = training_rows(session, split_prompts(recipe).train)
+        vocabulary = vocabulary_of(session, rows)
+        tokens = real_tokens(session.trunk.model, session.tokenizer)
+        if vocabulary is None:
+            raise UserError(f"heads.vocabulary: {size} leaves nothing out; accepted: less than {tokens}, all tokens")
+        share = coverage(rows, vocabulary, tokens=tokens)
+        if ranks.is_main():
+            save_vocabulary(path, vocabulary, share=share)
+    return len(vocabulary), share

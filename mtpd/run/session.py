@@ -1,0 +1,99 @@
+"""What the steps of one call share: recipe, directory, model and tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mtpd.data import builtin_models
+from mtpd.data.models import load_model, real_tokens, resolve_device, resolve_dtype, trunk_fingerprint
+from mtpd.data.responses import end_tokens
+from mtpd.errors import UserError
+from mtpd.formats.importing import native_form
+from mtpd.heads import configure_heads
+from mtpd.parallel import ranks
+from mtpd.parallel.partitioned_trunk import is_apart
+from mtpd.parallel.sequence import check_split
+from mtpd.recipe import Recipe, parse_recipe
+from mtpd.run.directory import RunDirectory
+from mtpd.trunk import Trunk
+
+
+@dataclass
+class Session:
+    """What the steps of one call share."""
+
+    recipe: Recipe
+    run: RunDirectory
+    trunk: Trunk
+    tokenizer: Any
+    fingerprint: str
+    ends: list[int]
+    progress: bool
+    resume: str = "auto"
+    """What training goes on from: `auto` for the newest whole checkpoint, or one of the run by name."""
+
+
+def with_native_depth(recipe: Recipe) -> Recipe:
+    """The recipe with kind and depth of the model's own heads, where those are what it starts from and it sets none."""
+    heads = recipe.heads
+    if heads.init != "native":
+        return recipe
+    if heads.kind not in ("chain", "parallel"):
+        raise UserError(f"heads.init: native is not accepted for {heads.kind} heads; accepted: chain, parallel")
+    if heads.adapters:
+        raise UserError(f"heads.adapters: {heads.adapters} is not accepted with native heads; accepted: 0")
+    if heads.kind == "chain" and {"kind", "depth"} <= heads.model_fields_set:
+        return recipe
+    form = native_form(recipe.model)
+    if "kind" in heads.model_fields_set and heads.kind != form["kind"]:
+        raise UserError(f"heads.kind: {heads.kind} is not what {recipe.model} has; accepted: {form['kind']}")
+    values = recipe.model_dump(mode="json")
+    if "depth" in heads.model_fields_set:
+        del form["depth"]
+    values["heads"] |= form
+    return parse_recipe(values)
+
+
+def start(recipe: Recipe, run: RunDirectory, *, progress: bool) -> Session:
+    """Loads the model and proves that heads can be built for it."""
+    with ranks.main_first():
+        if recipe.model == "demo":
+            builtin_models.demo_directory()
+    apart = is_apart(recipe)
+    dtype = resolve_dtype(recipe.dtype, resolve_device(recipe.device))
+    model, tokenizer = load_model(
+        recipe.model,
+        dtype=str(dtype).removeprefix("torch."),
+        device="cpu" if apart else recipe.device,
+        trust_remote_code=recipe.trust_remote_code,
+        empty=apart and not ranks.is_main(),
+    )
+    trunk = Trunk(model, tokens=real_tokens(model, tokenizer))
+    if ranks.is_main() or not apart:
+        trunk.check()
+        check_split(recipe, trunk, processes=ranks.count())
+    check_row_length(recipe, trunk)
+    check_heads(recipe, trunk)
+    if trunk.recurrent and recipe.evaluation.decode_prompts:
+        raise UserError(
+            f"evaluation.decode_prompts: {recipe.evaluation.decode_prompts} is not accepted for {trunk.name}, whose "
+            "linear attention cannot take rejected drafts back in mtpd's decoding; accepted: 0"
+        )
+    fingerprint = ranks.from_main(lambda: trunk_fingerprint(model))
+    return Session(recipe, run, trunk, tokenizer, fingerprint, end_tokens(model, tokenizer), progress)
+
+
+def check_row_length(recipe: Recipe, trunk: Trunk) -> None:
+    """Raises UserError if a row is longer than what the model was made for."""
+    if recipe.data.row_length > trunk.context:
+        raise UserError(
+            f"data.row_length: {recipe.data.row_length} is longer than the context of {recipe.model}; "
+            f"accepted: at most {trunk.context}"
+        )
+
+
+def check_heads(recipe: Recipe, trunk: Trunk) -> None:
+    """Raises UserError if the trunk cannot have the heads of the recipe; those of a checkpoint are what they are."""
+    if recipe.heads.init != "native":
+        configure_heads(recipe.heads.model_dump(), trunk, vocabulary=0, fingerprint="")

@@ -1,0 +1,1 @@
+"""One optimizer step and everything around it: the trainer, its checkpoints, and resuming."""

@@ -1,0 +1,108 @@
+"""From a recipe to transformers' TrainingArguments and the settings of the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from mtpd.errors import UserError
+from mtpd.losses.settings import Divergence, LossSettings
+from mtpd.recipe import Recipe, compared_tokens, loss_weights
+from mtpd.train.measuring_trainer import measuring_arguments
+
+DIVERGENCES: dict[str, Divergence] = {
+    "reverse_kl": "reverse_kl",
+    "jsd": "jsd",
+    "tv": "tv",
+    "lk": "lk",
+    "end_to_end_tv": "end_to_end_tv",
+}
+"""What `train.loss` compares with the teacher; mtp_d and kl have the KL."""
+
+
+def loss_settings(recipe: Recipe, *, depth: int | None = None, after: int = 0) -> LossSettings:
+    """The loss that the recipe describes.
+
+    Args:
+        depth: of the heads; None is what the recipe says.
+        after: depths up to this one have no loss.
+    """
+    alpha, beta = loss_weights(recipe.train, depth or recipe.heads.depth, after=after)
+    train = recipe.train
+    return LossSettings(
+        alpha,
+        beta,
+        divergence=DIVERGENCES.get(train.loss, "kl"),
+        top_n=compared_tokens(train),
+        teacher_temperature=train.teacher_temperature,
+        student_temperature=train.student_temperature,
+        mix=train.jsd_mix,
+        eta=train.lk_eta,
+    )
+
+
+def training_arguments(
+    recipe: Recipe,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    deepspeed: dict[str, Any] | None = None,
+    accumulation: int | None = None,
+) -> TrainingArguments:
+    """Arguments of the trainer.
+
+    Heads are trained in float32 and computed in `dtype` (autocast), the number format of the trunk.
+
+    Args:
+        deepspeed: DeepSpeed's configuration (`DeepSpeedSettings.for_heads`), inside of `deepspeed_running`.
+        accumulation: micro batches in an optimizer step, where they are others than the recipe says.
+
+    Raises:
+        UserError: transformers refuses an entry of `train.arguments`.
+    """
+    train = recipe.train
+    arguments: dict[str, Any] = {
+        "output_dir": str(recipe.output),
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "num_train_epochs": train.epochs,
+        "max_steps": train.max_steps,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.scheduler,
+        # A number below 1 is a share of all steps.
+        "warmup_steps": train.warmup_ratio if train.warmup_ratio < 1 else 0,
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "per_device_train_batch_size": train.rows_per_step,
+        "gradient_accumulation_steps": accumulation or train.gradient_accumulation,
+        "save_strategy": "steps" if train.save_steps else "epoch",
+        "save_steps": train.save_steps or 500,
+        "save_total_limit": train.save_total_limit,
+        "logging_steps": train.logging_steps,
+        "report_to": train.report_to or "none",
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "use_cpu": device.type == "cpu",
+        "adam_beta2": 0.95,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device.type != "cpu",
+        "disable_tqdm": True,
+        "log_level": "error",
+        **measuring_arguments(recipe),
+    }
+    arguments |= train.arguments
+    if deepspeed is not None:
+        # An engine in bfloat16 would train heads in it: they are computed in it by autocast (`DistillModel`).
+        arguments |= {"deepspeed": deepspeed, "bf16": False, "use_cpu": False}
+        # The process group is there already; transformers would not see one on a CPU.
+        arguments["accelerator_config"] = {**arguments.get("accelerator_config", {}), "use_configured_state": True}
+    try:
+        found = TrainingArguments(**arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"train.arguments: {str(error).splitlines()[0]}") from error
+    if found.n_gpu > 1:
+        # Without a launcher there is one process, which trains on one device.
+        found._n_gpu = 1
+    return found
