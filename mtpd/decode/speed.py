@@ -24,10 +24,10 @@ from mtpd.heads import Heads
 from mtpd.trunk import Trunk
 
 WAYS = {
-    "mtpd": "the heads, with this package",
-    "plain": "transformers' generate, without heads",
-    "transformers": "transformers' generate(use_mtp=True) with the same heads, which takes one prompt at a time",
-    "engine": "this package without heads",
+    "mtpd": "this package with the heads",
+    "plain": "transformers' generate without heads",
+    "transformers": "transformers' generate(use_mtp=True) with the same heads, one prompt at a time",
+    "engine": "this package without drafts",
 }
 PARTS = ("trunk", "drafts", "verification", "bookkeeping")
 SIBLINGS = (1, 2, 4, 8)

@@ -20,6 +20,7 @@ from mtpd.decode.engine import Engine, Request
 from mtpd.decode.speed import generated, now
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
+from mtpd.evaluate.run_tables import say_if_random
 from mtpd.files import read_sealed, sealed, write_whole
 from mtpd.heads.chain import ChainHeads
 from mtpd.trunk import Trunk
@@ -64,9 +65,13 @@ class Depths(BaseModel):
         best = max(each.tokens_per_second for each in self.depths)
         return next(each.depth for each in self.depths if each.tokens_per_second * PAYS >= best)
 
-    def speedup(self, depth: int) -> float:
-        """Tokens/s against plain decoding."""
+    def speed_up(self, depth: int) -> float:
+        """Tokens/s against transformers' `generate`."""
         return self.depths[depth].tokens_per_second / self.plain_tokens_per_second
+
+    def speed_up_over_engine(self, depth: int) -> float:
+        """Tokens/s against the same engine without drafts."""
+        return self.depths[depth].tokens_per_second / self.depths[0].tokens_per_second
 
     def save(self, path: Path) -> None:
         write_whole(path, json.dumps(sealed(self.model_dump(mode="json", by_alias=True)), indent=1) + "\n")
@@ -188,12 +193,14 @@ def depths_pay_table(found: Depths, before: Acceptance | None = None) -> Table:
         before: acceptance of the same depths before training, shown beside.
     """
     title = (
-        f"Which depth pays ({found.prompts} prompts, {found.max_new_tokens} tokens, {found.dtype}; plain generate "
-        f"{found.plain_tokens_per_second:.1f} tokens/s)"
+        f"Which depth pays ({found.prompts} prompts, {found.max_new_tokens} tokens, {found.dtype}; transformers' "
+        f"generate {found.plain_tokens_per_second:.1f} tokens/s)"
     )
     table = Table(title=title, title_justify="left")
-    columns = ("drafts", "CAR = marginal tau", "draft ms", "marginal ms", "round ms", "tokens/s", "speed-up")
-    for column in columns:
+    if before is not None:
+        say_if_random(table, before)
+    columns = ("drafts", "CAR = marginal tau", "draft ms", "marginal ms", "round ms", "tokens/s")
+    for column in (*columns, "speed-up over generate", "speed-up over no drafts"):
         table.add_column(column, justify="right")
     first = before.total().car if before is not None else []
     for each, previous in zip(found.depths, [None, *found.depths], strict=False):
@@ -207,7 +214,8 @@ def depths_pay_table(found: Depths, before: Acceptance | None = None) -> Table:
             f"{each.draft_ms - previous.draft_ms:.1f}" if previous is not None else "",
             f"{each.round_ms:.1f}",
             f"{each.tokens_per_second:.1f}",
-            f"{found.speedup(each.depth):.2f}x",
+            f"{found.speed_up(each.depth):.2f}x",
+            f"{found.speed_up_over_engine(each.depth):.2f}x",
             style="bold" if each.depth == found.fastest else None,
         )
     return table

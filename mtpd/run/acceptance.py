@@ -15,6 +15,7 @@ from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.decoded import measure_decoded
 from mtpd.evaluate.offline import measure_offline
 from mtpd.evaluate.run_tables import decoded_table, offline_table, plot_car
+from mtpd.evaluate.trunk_quality import at_chance
 from mtpd.files import fingerprint_file
 from mtpd.heads import WEIGHTS, Heads, build_heads, load_heads
 from mtpd.parallel import ranks
@@ -32,14 +33,15 @@ def measure(session: Session, heads: Heads, samples: Sequence[Sample], folder: P
     if ranks.from_main(lambda: measured(path, folder)):
         return
     if ranks.is_main() or session.trunk.partitioned:
-        suites = _measured(session, heads, samples)
+        suites = measured_offline(session, heads, samples)
+        chance = at_chance(session.trunk, [sample.prompt_ids for sample in samples])
         if ranks.is_main():
-            acceptance_of(session, session.trunk, heads, folder, "offline", suites).save(path)
+            acceptance_of(session, session.trunk, heads, folder, "offline", suites, chance=chance).save(path)
     ranks.barrier()
 
 
-def _measured(session: Session, heads: Heads, samples: Sequence[Sample]) -> dict[str, SuiteCounts]:
-    """Of a copy in the trunk's number format."""
+def measured_offline(session: Session, heads: Heads, samples: Sequence[Sample]) -> dict[str, SuiteCounts]:
+    """Counts of a copy in the trunk's number format."""
     with torch.no_grad():
         trained = heads.training
         heads.eval()
@@ -57,8 +59,14 @@ def acceptance_of(
     folder: Path,
     mode: Literal["offline", "decoded"],
     suites: dict[str, SuiteCounts],
+    *,
+    chance: bool,
 ) -> Acceptance:
-    """The acceptance file of a measurement on held-out prompts, with the settings that it was made with."""
+    """The acceptance file of a measurement on held-out prompts, with the settings that it was made with.
+
+    Args:
+        chance: the trunk predicts their text no better than chance.
+    """
     evaluation = session.recipe.evaluation
     limit = evaluation.prompts_limit if mode == "offline" else evaluation.decode_prompts
     for suite in suites.values():
@@ -68,6 +76,7 @@ def acceptance_of(
         settings={"dtype": str(trunk.dtype).removeprefix("torch."), "drafts": heads.depth},
         trunk=session.fingerprint,
         heads=fingerprint_file(folder / WEIGHTS),
+        random_trunk=chance,
         suites=suites,
     )
 
@@ -91,16 +100,19 @@ def decode(session: Session, samples: Sequence[Sample]) -> None:
     heads = {path.name: load_heads(folder, trunk).to(wanted) for path, folder in folders.items()}
     for each in heads.values():
         each.shorten(evaluation.decode_depth or each.depth)
+    chosen = spread(list(samples), evaluation.decode_prompts)
     results = measure_decoded(
         trunk,
         heads,
-        spread(list(samples), evaluation.decode_prompts),
+        chosen,
         max_new_tokens=evaluation.max_new_tokens,
         end_tokens=session.ends,
         progress=session.progress,
     )
+    chance = at_chance(trunk, [sample.prompt_ids for sample in chosen])
     for path, folder in folders.items():
-        acceptance_of(session, trunk, heads[path.name], folder, "decoded", results[path.name]).save(path)
+        suites = results[path.name]
+        acceptance_of(session, trunk, heads[path.name], folder, "decoded", suites, chance=chance).save(path)
 
 
 def show(run: RunDirectory, console: Console, apart: frozenset[str]) -> None:

@@ -164,7 +164,7 @@ def _speed(acceptance: Acceptance, trace: Trace) -> str:
     prompts = acceptance.total().prompts
     text = f"measured {prompts} prompts in {trace.measuring:.1f} s, {prompts / max(trace.measuring, 1e-9):.2f} a s"
     if acceptance.mode == "decoded":
-        return text + " (plain generate included)"
+        return text + " (both baselines included)"
     return text + f"; the responses took {trace.responses:.1f} s before that (kept for later calls)"
 
 
