@@ -39,6 +39,8 @@ def bench(
 ) -> None:
     """Measure tokens/s of a run's heads against other ways of decoding, greedy, in one process.
 
+    One prompt at a time, every number of drafts is measured too, and kept in the run for its report.
+
     Example:
 
         mtpd bench runs/demo --against plain,transformers --tune
@@ -49,7 +51,10 @@ def bench(
         from mtpd.decode.speed import PARTS, breakdown, compare
         from mtpd.decode.speed import tune as find
         from mtpd.evaluate.acceptance import RANDOM
+        from mtpd.evaluate.compare import console
+        from mtpd.evaluate.depths import depths_pay_table
         from mtpd.evaluate.trunk_quality import at_chance
+        from mtpd.run.depths import depths_of_run
         from mtpd.run.loading import load, write_drafting
 
         # A speed-up over generate counts its slower loop in, so that of the drafts alone stands beside it.
@@ -71,6 +76,7 @@ def bench(
             model, texts, ways=ways, max_new_tokens=max_new_tokens, end_tokens=ends, batch=batch, runs=runs
         )
         parts = breakdown(model, texts[:2], batch=batch)
+        by_depth = depths_of_run(run, model, texts, end_tokens=ends) if batch == 1 else None
         typer.echo(
             f"{len(texts)} prompts of {suite}, {batch} at a time, {model.trunk.dtype}; "
             f"a round: {described(model.drafting)}"
@@ -81,6 +87,8 @@ def bench(
             typer.echo(RANDOM)
         shares = ", ".join(f"{part} {100 * parts.share(part):.0f}%" for part in PARTS)
         typer.echo(f"a round: {1000 * sum(parts.seconds.values()) / parts.rounds:.1f} ms ({shares})")
+        if by_depth is not None:
+            console().print(depths_pay_table(by_depth))
 
 
 def described(drafting: Any) -> str:

@@ -1,15 +1,12 @@
-"""Acceptance as tables on the terminal and as a picture."""
+"""Acceptance as tables on the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from rich.table import Table
 
 from mtpd.evaluate.acceptance import RANDOM, Acceptance, SuiteCounts
-from mtpd.files import write_whole
 
 TOTAL = "all"
 NOT_MEASURED = "–"
@@ -106,33 +103,3 @@ def say_if_random(table: Table, acceptance: Acceptance) -> None:
     """Says under a table that its model is random, if it is."""
     if acceptance.random_trunk:
         table.caption, table.caption_justify = RANDOM, "left"
-
-
-def plot_car(path: Path, runs: Mapping[str, Acceptance], *, apart: frozenset[str] = frozenset()) -> None:
-    """A PNG of CAR by depth: one panel a run (such as before and after), one line a suite."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(runs), figsize=(5.2 * len(runs), 4.2), sharey=True, squeeze=False)
-    for axis, (title, acceptance) in zip(axes[0], runs.items(), strict=True):
-        for name, suite in with_total(acceptance, apart=apart).items():
-            style: dict[str, Any] = {"linewidth": 3.0, "color": "black"} if name == TOTAL else {"linewidth": 1.3}
-            if name in apart:
-                style["linestyle"] = "--"
-            axis.plot(range(1, len(suite.car) + 1), suite.car, marker="o", label=f"{name} (τ {suite.tau:.2f})", **style)
-        axis.set_title(title)
-        axis.set_xlabel("depth k")
-        axis.set_xticks(range(1, len(next(iter(acceptance.suites.values())).drafted) + 1))
-        axis.set_ylim(0, 1)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    axes[0][0].set_ylabel("CAR_k (first k drafts all accepted)")
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    pyplot.close(figure)
-    write_whole(path, buffer.getvalue())

@@ -80,7 +80,7 @@ def read_drafting(run: Path, recipe: Recipe, *, deepest: int) -> Drafting:
     """How far to draft with the heads of a run where nobody says it. The first of these that there is:
 
     1. what `mtpd bench --tune` stored beside the heads;
-    2. the fastest number of drafts in `depths.json`, for which `mtpd extend` decodes with every number;
+    2. the fastest number of drafts in `depths.json`, for which `mtpd bench` and `extend` decode with every number;
     3. the number that the run decodes with itself, `evaluation.decode_depth`;
     4. as many as there are heads.
 
