@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import yaml
 
-PROGRAMS = frozenset(
-    "bash cat cd conda cp curl deepspeed docker export git hf ls make mkdir mtpd mv pip pipx pytest python python3 rm "
-    "sglang sh source srun ssh torchrun uv vllm".split()  # noqa: SIM905
+PROGRAMS = re.compile(
+    "(bash|cat|cd|conda|cp|curl|deepspeed|docker|export|git|hf|ls|make|mkdir|mtpd|mv|pip|pipx|pytest|python3?|rm|sglang|"
+    "sh|source|srun|ssh|torchrun|uv|vllm)"
 )
 SHELL = ("bash", "console", "sh", "shell")
 
@@ -173,7 +173,7 @@ def _kind(info: str, text: str, *, after_python: bool) -> Kind | Literal["json"]
         return "python"
     # Variables may stand before the program.
     program = next((word for word in words if not re.fullmatch(r"[A-Z_]+=\S*", word)), "")
-    if program in PROGRAMS:
+    if PROGRAMS.fullmatch(program):
         return "command"
     if info == "json" or _parses(json.loads, text) is not None:
         return "json"
