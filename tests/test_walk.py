@@ -5,13 +5,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import walk
 import walk_list
-from printed import Printed, UnknownBlock, printed, read
+from printed import Printed, UnknownBlock, documents, printed, read
+
+from mtpd.cli import app
 
 ROOT = Path(__file__).parents[1]
 
@@ -139,3 +144,30 @@ def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     said = capsys.readouterr().out
     assert "s, exit code 3\n" in said
     assert "        said\n" in said
+
+
+def named_in_words() -> list[tuple[str, list[str]]]:
+    """Commands of mtpd that stand in lines of text and tables, between backticks."""
+    pages = [path for path in documents(ROOT) if path.suffix == ".md"]
+    spans = [(page, span) for page in pages for span in re.findall(r"`(mtpd [a-z][^`\n]*)`", page.read_text())]
+    return [(f"{page.relative_to(ROOT)}: {span}", span.replace("\\|", "|").split()[1:]) for page, span in spans]
+
+
+def test_commands_named_in_words_exist() -> None:
+    """Fault: a table or a sentence names a command or an option that mtpd does not have."""
+    root = typer.main.get_command(app)
+    named = named_in_words()
+    assert len(named) > 20
+    for where, words in named:
+        command: Any = root
+        rest = iter(words)
+        for word in rest:
+            found = command.commands.get(word) if hasattr(command, "commands") else None
+            if found is None:
+                assert not hasattr(command, "commands") or word == "...", f"{where}: no command {word}"
+                break
+            command = found
+        options = {option for parameter in command.params for option in parameter.opts}
+        for word in words:
+            name = word.strip("[](),;").split("=")[0]
+            assert not name.startswith("--") or name in options | {"--debug", "--help"}, f"{where}: no option {name}"
