@@ -93,6 +93,7 @@ def _python(each: Printed, found: Sequence[Printed]) -> str:
 
 def mistakes(found: Sequence[Printed], root: Path) -> list[str]:
     """Entries of the lists that match nothing, and exit codes that no document announces."""
+    texts = [*(each.text for each in found), *(changed.by for changed in walk_list.SHORTENED)]
     run = [step.printed for step in plan(found, small=False) if step.command is not None]
     entries = [
         *(
@@ -104,7 +105,7 @@ def mistakes(found: Sequence[Printed], root: Path) -> list[str]:
     wrong = [
         f"walk_list.py: {entry!r} matches no printed command"
         for entry in entries
-        if not any(re.search(entry, each.text) for each in found)
+        if not any(re.search(entry, text) for text in texts)
     ]
     for ending in walk_list.ENDINGS:
         for name in sorted({each.document for each in run if re.search(ending.pattern, each.text)}):

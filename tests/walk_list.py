@@ -60,6 +60,7 @@ SHORTENED = (
         r"gate\.sh recipes/demo\.yaml (\S+) \S+", r"gate.sh recipes/smoke.yaml \1 baselines/smoke.json", "less of all"
     ),
     Changed(r"^mtpd eval \S+ --suite demo", r"\g<0> --limit 7 --max-new-tokens 32", "fewer prompts"),
+    Changed(r"^mtpd extend runs/demo (?!--to 8)", "mtpd extend runs/small ", "a smaller model: every depth is timed"),
     Changed(r"^mtpd extend \S+ --", r"\g<0>steps 2 --", "fewer steps"),
 )
 
@@ -72,6 +73,7 @@ STAND_INS = {
     'for part in load_model("tiny", dtype="float32", device="cpu"): part.save_pretrained("my-checkpoint")\'',
     "recipe.yaml": "mtpd recipe show recipes/demo.yaml > recipe.yaml",
     "runs/new": "cp -r runs/demo runs/new",
+    "runs/small": "mtpd distill recipes/smoke.yaml output=runs/small evaluation.decode_prompts=1",
     "runs/shared": "mtpd distill recipes/smoke.yaml heads.shared=true output=runs/shared",
     "before.json": "cp runs/demo/acceptance-before.json before.json",
     "after.json": "cp runs/demo/acceptance.json after.json",
