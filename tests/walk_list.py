@@ -60,6 +60,7 @@ SHORTENED = (
         r"gate\.sh recipes/demo\.yaml (\S+) \S+", r"gate.sh recipes/smoke.yaml \1 baselines/smoke.json", "less of all"
     ),
     Changed(r"^mtpd eval \S+ --suite demo", r"\g<0> --limit 7 --max-new-tokens 32", "fewer prompts"),
+    Changed(r"^(mtpd bench .*--prompts) \d+ (--max-new-tokens) \d+", r"\1 1 \2 16", "one text, a shorter one"),
     Changed(r"^mtpd extend runs/demo (?!--to 8)", "mtpd extend runs/small ", "a smaller model: every depth is timed"),
     Changed(r"^mtpd extend \S+ --", r"\g<0>steps 2 --", "fewer steps"),
 )
