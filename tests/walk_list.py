@@ -54,7 +54,9 @@ SHORTENED = (
         r"^mtpd distill recipes/demo\.yaml", rf"\g<0> {SHORT} data.limit=12 evaluation.decode_prompts=1", "less of all"
     ),
     Changed(r"^mtpd distill my-recipe\.yaml", rf"\g<0> {SHORT}", "less of all"),
-    Changed(r"^mtpd pretrain recipes/bytes-code\.yaml", r"\g<0> train.max_steps=4 train.compile=false", "fewer steps"),
+    Changed(
+        r"^mtpd pretrain recipes/bytes-code\.yaml[^#]*", r"\g<0> train.max_steps=4 train.compile=false", "fewer steps"
+    ),
     Changed(r"^mtpd distill recipes/bytes-code-heads\.yaml", r"\g<0> data.limit=40 train.max_steps=4", "fewer steps"),
     Changed(
         r"gate\.sh recipes/demo\.yaml (\S+) \S+", r"gate.sh recipes/smoke.yaml \1 baselines/smoke.json", "less of all"
