@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from mtpd.data.generation import plain_generation
 from mtpd.data.packing import Sample
-from mtpd.decode import generate
+from mtpd.decode.greedy import generate
 from mtpd.evaluate.acceptance import PromptCounts, SuiteCounts
 from mtpd.files import fingerprint_json, short
 from mtpd.heads import Heads
