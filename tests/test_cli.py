@@ -76,7 +76,7 @@ def test_help_needs_no_torch(words: list[str]) -> None:
         import sys
         from mtpd.cli import main
         code = main({words!r})
-        heavy = {{"torch", "transformers", "datasets", "trl", "matplotlib"}} & set(sys.modules)
+        heavy = {{"torch", "transformers", "datasets", "trl"}} & set(sys.modules)
         sys.exit(f"imported {{heavy}}" if heavy else code)
     """
     done = subprocess.run(

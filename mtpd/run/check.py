@@ -76,6 +76,8 @@ def check_finished(path: Path, *, heads: str = "heads") -> None:
     if not (path / RECIPE).is_file():
         parent = path.resolve().parent
         hint = f" (did you mean {path.parent}?)" if (parent / RECIPE).is_file() else ""
+        if (path / "config.json").is_file() and not hint:
+            hint = " (this is a model; heads belong to the run that it was exported from)"
         raise UserError(
             f"{path}: holds no run (no {RECIPE}); give the output directory of mtpd distill, such as runs/demo{hint}"
         )
