@@ -141,6 +141,18 @@ def open_together(recipe: Recipe, *, fresh: bool, resume: str = "auto") -> RunDi
     return run
 
 
+def is_finished(run: RunDirectory) -> bool:
+    """Whether a run has come to its end before: heads, their measurements, and the provenance that is written last.
+
+    Raises:
+        UserError: the provenance or an acceptance file is damaged.
+    """
+    if not run.provenance.is_file() or not (run.heads / WEIGHTS).is_file():
+        return False
+    ended = "files" in read_sealed(run.provenance, refusal="not a provenance")
+    return ended and measured(run.acceptance, run.heads)
+
+
 def _differences(old: Recipe, new: Recipe) -> list[str]:
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     # Where it lies is not what it is: a moved run directory is still the same run.

@@ -23,7 +23,7 @@ from mtpd.parallel import ranks
 from mtpd.parallel.partitioned_trunk import trunk_apart
 from mtpd.recipe import Recipe
 from mtpd.run.acceptance import decode, keep_texts, measure, show
-from mtpd.run.directory import finish_provenance, open_together, write_provenance
+from mtpd.run.directory import finish_provenance, is_finished, open_together, write_provenance
 from mtpd.run.extend import Material, extend_heads
 from mtpd.run.joint_training import train_jointly, with_trained_trunk
 from mtpd.run.kept_heads import gain_of_run, keep_heads, verdict
@@ -67,9 +67,13 @@ def _distill(recipe: Recipe, *, fresh: bool, resume: str, progress: bool) -> Pat
     # Wide enough for the tables where the output is a file.
     console = Console(quiet=not progress, width=None if sys.stdout.isatty() else 132)
     run = open_together(recipe, fresh=fresh, resume=resume)
+    finished = ranks.from_main(lambda: is_finished(run))
     session = replace(start(recipe, run, progress=progress), resume=resume)
     with trunk_apart(session.trunk, recipe, device=resolve_device(recipe.device), folder=run.offload):
-        return _take_steps(session, console)
+        path = _take_steps(session, console)
+    if finished and path == run.path:
+        console.print("nothing was left to do: the run was finished before; --fresh starts over", highlight=False)
+    return path
 
 
 def _take_steps(session: Session, console: Console) -> Path:
