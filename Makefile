@@ -32,7 +32,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)  ## Train heads for a small real model, and measure the gain
-	$(BIN)/mtpd distill recipes/demo.yaml
+	$(BIN)/mtpd distill demo
 
 # One thread for each test process: more of them than cores make each other slow.
 test: lint  ## Check style and types, and run the tests
