@@ -31,8 +31,8 @@ from printed import Printed, printed
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = {"small": 600, "full": 3 * 3600}
 """After which a command is ended."""
-BROUGHT = ("examples", "recipes")
-"""Folders of the project that a reader of the documents has."""
+BROUGHT = ("examples",)
+"""Folders of the project that a reader of the documents has; recipes come with the wheel."""
 
 
 @dataclass(frozen=True)
