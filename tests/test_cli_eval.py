@@ -75,7 +75,7 @@ def test_decoded_and_offline_agree(run: Path) -> None:
         assert measure(run, *words) == 0
     offline, decoded = (Acceptance.load(run.parent / f"{mode}.json").suites["demo"] for mode in ("offline", "decoded"))
     assert (offline.drafted, offline.accepted) == (decoded.drafted, decoded.accepted)
-    assert decoded.speedup is not None
+    assert decoded.speed_up is not None
     assert decoded.identical == 6
 
 
@@ -160,7 +160,11 @@ def first_schema(run: Path) -> None:
             ["--against", "BASE"],
             "not an acceptance file",
         ),
-        (None, ["--against", "missing.json"], "missing.json: cannot be read"),
+        (
+            None,
+            ["--against", "missing.json"],
+            "missing.json: no such file; accepted: an acceptance file",
+        ),
         (lambda run: (run / "provenance.json").write_text("{"), [*SHORT], "not a provenance"),
         (
             lambda run: (run / "trained-prompts.safetensors").write_text("x"),

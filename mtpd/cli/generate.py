@@ -12,6 +12,7 @@ import typer
 from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.errors import UserError
+from mtpd.run.check import check_finished
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory that `mtpd distill` has finished.")]
 Prompt = Annotated[str | None, typer.Option("--prompt", help="The prompt; without it, standard input is read.")]
@@ -19,7 +20,12 @@ Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to 
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy; more draws at random.")]
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw from the likeliest tokens of this mass.")]
 Depth = Annotated[
-    int | None, typer.Option("--depth", help="Drafts a round; by default what `mtpd bench --tune` found, or all heads.")
+    int | None,
+    typer.Option(
+        "--depth",
+        help="Drafts a round; by default what `mtpd bench --tune` found, else what was fastest in the run "
+        "(depths.json, evaluation.decode_depth), else all heads.",
+    ),
 ]
 Tree = Annotated[
     int | None,
@@ -51,13 +57,14 @@ def generate(
 
         mtpd generate runs/demo --prompt "Name three rivers."
     """
+    check_finished(run)
+    text = prompt if prompt is not None else sys.stdin.read()
+    if not text.strip():
+        raise UserError("prompt: it is empty; pass --prompt TEXT, or text on standard input")
     with quiet_libraries(debug=debug):
         from mtpd.decode.stream_text import Session, settings  # brings in torch
         from mtpd.run.loading import load
 
-        text = prompt if prompt is not None else sys.stdin.read()
-        if not text.strip():
-            raise UserError("prompt: it is empty; pass --prompt TEXT, or text on standard input")
         session = Session(
             load(run, dtype=dtype, depth=depth, tree=tree, untrusted=untrusted), settings(temperature, top_p, seed)
         )

@@ -7,14 +7,14 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance
-from mtpd.evaluate.versions import library_versions
+from mtpd.evaluate.versions import library_versions, machine
 from mtpd.files import fingerprint_file, is_empty, read_sealed, sealed, sweep, write_whole, writing
 from mtpd.formats.importing import IMPORTED
 from mtpd.heads import WEIGHTS
@@ -46,11 +46,13 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.heads_before = path / "heads-before"
         self.heads = path / "heads"
+        self.heads_trained = path / "heads-trained"
         self.acceptance_before = path / "acceptance-before.json"
         self.acceptance = path / "acceptance.json"
+        self.acceptance_trained = path / "acceptance-trained.json"
         self.decoded_before = path / "acceptance-decoded-before.json"
         self.decoded = path / "acceptance-decoded.json"
-        self.plot = path / "car.png"
+        self.plot = path / "car.svg"
         self.evaluation = path / "evaluation.json"
         self.evaluation_decoded = path / "evaluation-decoded.json"
         self.samples = path / "samples.json"
@@ -110,6 +112,8 @@ def open_run(recipe: Recipe, *, fresh: bool, resume: str = "auto") -> RunDirecto
                 f"--resume: {resume} is not accepted, the run has its trained heads; accepted: auto (or delete "
                 f"{run.heads} to train again from a checkpoint)"
             )
+        # From a training that went another way.
+        shutil.rmtree(run.heads_trained, ignore_errors=True)
     with writing(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
         sweep(run.path)
@@ -137,6 +141,18 @@ def open_together(recipe: Recipe, *, fresh: bool, resume: str = "auto") -> RunDi
     return run
 
 
+def is_finished(run: RunDirectory) -> bool:
+    """Whether a run has come to its end before: heads, their measurements, and the provenance that is written last.
+
+    Raises:
+        UserError: the provenance or an acceptance file is damaged.
+    """
+    if not run.provenance.is_file() or not (run.heads / WEIGHTS).is_file():
+        return False
+    ended = "files" in read_sealed(run.provenance, refusal="not a provenance")
+    return ended and measured(run.acceptance, run.heads)
+
+
 def _differences(old: Recipe, new: Recipe) -> list[str]:
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     # Where it lies is not what it is: a moved run directory is still the same run.
@@ -161,22 +177,26 @@ def measured(path: Path, folder: Path) -> bool:
 
 
 def write_provenance(run: RunDirectory, *, trunk: str, rows: str, prompts: Sequence[str]) -> None:
-    """Where the heads come from: versions, commit, command, and fingerprints of trunk, data and prompts.
+    """Where the heads come from: versions, machine, commit, command, and fingerprints of trunk, data and prompts.
 
     Args:
         trunk: fingerprint of the trunk.
         rows: fingerprint of the packed rows that were trained on.
         prompts: fingerprints of the prompts trained on, to find suites that meet them.
     """
-    started = datetime.now(UTC).isoformat(timespec="seconds")
+    found: dict[str, Any] = {}
     if run.provenance.is_file():
         try:
-            started = read_sealed(run.provenance, refusal="not a provenance").get("started", started)
+            found = read_sealed(run.provenance, refusal="not a provenance")
         except UserError as error:
             logger.warning("%s; written anew", error)
+    # A later call on a run that has its heads does not train again, wherever it is made.
+    done = found if (run.heads / WEIGHTS).is_file() else {}
     content = {
         "schema": 1,
-        "started": started,
+        "started": found.get("started", _now()),
+        "finished": done.get("finished"),
+        "machine": done.get("machine", machine()),
         "command": sys.argv,
         "git_commit": _git_commit(),
         "versions": library_versions(),
@@ -187,9 +207,16 @@ def write_provenance(run: RunDirectory, *, trunk: str, rows: str, prompts: Seque
     write_whole(run.provenance, json.dumps(sealed(content), indent=2) + "\n")
 
 
-def finish_provenance(run: RunDirectory) -> None:
-    """Adds the SHA-256 of the files of a finished run that have no seal of their own."""
+def finish_provenance(run: RunDirectory, gain: Mapping[str, Any] | None) -> None:
+    """Adds when the run was finished, which heads it kept, and the SHA-256 of its files that have no seal of their own.
+
+    Args:
+        gain: what training changed; None where there is no start to compare with.
+    """
     content = read_sealed(run.provenance, refusal="not a provenance")
+    content["finished"] = content.get("finished") or _now()
+    if gain is not None:
+        content["training"] = dict(gain)
     content["files"] = {path.name: fingerprint_file(path) for path in (run.recipe, run.metrics) if path.is_file()}
     write_whole(run.provenance, json.dumps(sealed(content), indent=2) + "\n")
 
@@ -210,6 +237,10 @@ def warn_of_changes(run: RunDirectory) -> None:
                 run.path / name,
                 run.provenance.name,
             )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _git_commit() -> str | None:
