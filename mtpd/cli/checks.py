@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import typer
 
 from mtpd.errors import UserError
+from mtpd.run.check import check_folder
 
 
 def known_family(name: str | None) -> str | None:
@@ -27,30 +27,11 @@ def new_output(path: Path) -> Path:
     """A path at which a directory can be written.
 
     Raises:
-        typer.BadParameter: something is there already, or a directory above it is none or cannot be written to.
+        UserError: something is there already, or a directory above it is none or cannot be written to.
     """
     if path.exists() or path.is_symlink():
-        raise typer.BadParameter(f"{path} exists; choose another output, or delete it first")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise typer.BadParameter(f"{above} is a file; choose an output in a directory")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise typer.BadParameter(f"{above} cannot be written to; choose an output in another directory")
-    return path
-
-
-def run_directory(path: Path) -> Path:
-    """A directory that holds a run, or what `mtpd import` wrote.
-
-    Raises:
-        UserError: it is something else.
-    """
-    if not path.exists():
-        raise UserError(f"{path}: no such directory; give a run of mtpd distill or mtpd import")
-    if not (path / "recipe.yaml").is_file() and (path / "mtpd.json").is_file():
-        raise UserError(
-            f"{path}: is an export, and this needs the run that was exported (mtpd inspect {path} names it)"
-        )
+        raise UserError(f"--output: {path} exists; choose another output, or delete it first")
+    check_folder(path, key="--output")
     return path
 
 

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from mtpd.cli.checks import run_directory
 from mtpd.cli.import_ import Output
 from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
+from mtpd.run.check import check_finished
 
 Target = Literal[
     "transformers",
@@ -53,7 +53,9 @@ def export(
 
         mtpd export runs/demo --to vllm --depth 1 -o out
     """
-    run_directory(run)
+    # Imported heads that mtpd cannot compute have no recipe.
+    if not (run / "import.json").is_file():
+        check_finished(run)
     with quiet_libraries(debug=debug):
         from mtpd.formats.export import export as write  # brings in torch
 

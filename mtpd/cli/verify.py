@@ -10,7 +10,7 @@ import typer
 from mtpd.cli.checks import export_directory
 from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
-from mtpd.errors import UserError
+from mtpd.data.sources import check_source
 
 
 def verify(
@@ -43,15 +43,15 @@ def verify(
         mtpd verify out --engine vllm
     """
     export_directory(path)
-    if suite.endswith(".jsonl") and not Path(suite).is_file():
-        raise UserError(f"--suite {suite}: no such file; accepted: demo, a .jsonl file, or a datasets id")
+    prompts = "builtin-held-out" if suite == "demo" else suite
+    check_source(prompts, key="--suite")
     with quiet_libraries(debug=debug):
         from mtpd.formats.verify import verify as serve  # brings in torch
 
         found = serve(
             path,
             engine=engine,
-            prompts="builtin-held-out" if suite == "demo" else suite,
+            prompts=prompts,
             limit=limit,
             max_new_tokens=max_new_tokens,
             drafts=drafts,

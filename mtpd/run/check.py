@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -14,6 +15,8 @@ from mtpd.recipe.trackers import check_trackers
 
 RECIPE = "recipe.yaml"
 HEADS_FILE = "model.safetensors"
+EXPORTED = "mtpd.json"
+"""In what `mtpd export` wrote."""
 
 
 def check_recipe(recipe: Recipe, *, weights: bool = True) -> None:
@@ -76,6 +79,11 @@ def check_finished(path: Path, *, heads: str = "heads") -> None:
     if not (path / RECIPE).is_file():
         parent = path.resolve().parent
         hint = f" (did you mean {path.parent}?)" if (parent / RECIPE).is_file() else ""
+        if (path / EXPORTED).is_file():
+            raise UserError(
+                f"{path}: is an export, for other engines (mtpd verify serves it); give the run that it was written "
+                f"from: {_run_of(path)}"
+            )
         if (path / "config.json").is_file() and not hint:
             hint = " (this is a model; heads belong to the run that it was exported from)"
         raise UserError(
@@ -85,6 +93,14 @@ def check_finished(path: Path, *, heads: str = "heads") -> None:
         others = sorted(file.parent.name for file in path.glob(f"heads*/{HEADS_FILE}"))
         hint = f"accepted here: {', '.join(others)}; or " if others else ""
         raise UserError(f"{path / heads}: holds no heads; {hint}finish the run with mtpd distill {path / RECIPE}")
+
+
+def _run_of(export: Path) -> str:
+    """The run that an export says it is of."""
+    try:
+        return str(json.loads((export / EXPORTED).read_text(encoding="utf-8"))["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "what mtpd distill wrote"
 
 
 def check_folder(path: Path, *, key: str) -> None:
