@@ -24,7 +24,7 @@ from mtpd.evaluate.decoded import measure_decoded, parted_at_tie
 from mtpd.evaluate.offline import measure_offline
 from mtpd.evaluate.run_tables import decoded_table, offline_table, plot_car, with_total
 from mtpd.heads import Heads
-from mtpd.losses import reference
+from mtpd.losses import kinds
 from mtpd.trunk import Trunk
 
 LIMIT = 48
@@ -140,7 +140,7 @@ def test_expected_acceptance(learned: Learned, draft: bool) -> None:
         assert suite.expected_rows[k - 1] == len(at)
         student = torch.full((len(at), TOKENS), -torch.inf)
         student[:, vocabulary] = learned.trunk.unembedding(state[0, at])[:, vocabulary]
-        expected.append(reference.acceptance(student, main[alignment.teacher_row(at, k)]).mean().item())
+        expected.append(kinds.acceptance(student, main[alignment.teacher_row(at, k)]).mean().item())
     assert suite.expected_acceptance == pytest.approx(expected, rel=1e-4)
 
 
