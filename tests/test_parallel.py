@@ -13,7 +13,9 @@ from test_evaluate import both, greedy_samples
 
 from mtpd import alignment
 from mtpd.alignment import IGNORED
-from mtpd.decode.engine import Engine, Request
+from mtpd.decode.drafting import Drafting
+from mtpd.decode.engine import Engine
+from mtpd.decode.text import Request
 from mtpd.errors import UserError
 from mtpd.evaluate.offline import measure_offline
 from mtpd.heads import Batch, Heads, Readout, configure_heads, load_heads, save_heads, start_heads
@@ -85,7 +87,13 @@ def test_texts_in_slots(llama: Trunk, form: str) -> None:
     prompts = [greedy_text("llama", length, LIMIT) for length in (1, 5, 9, 20)]
     requests = [Request(prompt, LIMIT - 5 * (number % 2)) for number, (prompt, _) in enumerate(prompts)]
     for threshold, siblings in ((0.0, 0), (0.05, 2)):
-        engine = Engine(llama, heads, slots=2, capacity=64, threshold=threshold, siblings=siblings)
+        engine = Engine(
+            llama,
+            heads,
+            slots=2,
+            capacity=64,
+            drafting=Drafting(depth=heads.depth, threshold=threshold, siblings=siblings),
+        )
         for text in engine.run(requests):
             assert text.tokens == prompts[text.number][1][: requests[text.number].max_new_tokens]
 
