@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mtpd.cli import main
-from mtpd.decode import generate
+from mtpd.decode.greedy import generate
 from mtpd.errors import MtpdError, UserError
 from mtpd.formats.directory import Checkpoint
 from mtpd.formats.engines import with_vllm
 from mtpd.formats.export import export
 from mtpd.formats.find_heads import find_heads
 from mtpd.heads import Heads, HeadsConfig, build_heads, load_heads, save_heads
-from mtpd.heads.looped import extended
+from mtpd.heads.chain.looped import extended
 from mtpd.trunk import Trunk
 
 TOKENS = 24

@@ -17,7 +17,7 @@ from mtpd.cli import main
 from mtpd.decode.engine import Engine
 from mtpd.decode.sampling import SampledDrafts, Sampling
 from mtpd.decode.text import Request
-from mtpd.heads.circuit_heads import CircuitHeads
+from mtpd.heads.circuit.heads import CircuitHeads
 
 SAMPLES = 6000
 

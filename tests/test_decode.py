@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from mtpd import alignment
-from mtpd.decode import Counts, generate
 from mtpd.decode.choice import Greedy
+from mtpd.decode.counts import Counts
 from mtpd.decode.drafting import Drafting
 from mtpd.decode.drafts import Drafts
 from mtpd.decode.engine import Engine
+from mtpd.decode.greedy import generate
 from mtpd.decode.text import Request
 from mtpd.errors import UserError
 from mtpd.heads import Heads

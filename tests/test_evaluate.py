@@ -23,7 +23,7 @@ from mtpd.evaluate import decoded as decoded_module
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.decoded import measure_decoded, parted_at_tie
 from mtpd.evaluate.offline import measure_offline
-from mtpd.evaluate.run_tables import decoded_table, offline_table, plot_car, with_total
+from mtpd.evaluate.run_tables import decoded_table, offline_table, with_total
 from mtpd.heads import Heads
 from mtpd.losses import kinds
 from mtpd.trunk import Trunk
@@ -344,8 +344,6 @@ def test_tables_and_picture(tmp_path: Path) -> None:
     assert "0.10 → 0.80" in shown
     assert "1.10 → 2.45" in shown
     assert "2.00x → 2.00x" in shown
-    plot_car(tmp_path / "car.png", {"before": before, "after": after}, apart=frozenset(["code"]))
-    assert (tmp_path / "car.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_tie_is_told_from_a_mistake() -> None:

@@ -19,7 +19,7 @@ from mtpd.decode.text import Request
 from mtpd.errors import UserError
 from mtpd.evaluate.offline import measure_offline
 from mtpd.heads import Batch, Heads, Readout, configure_heads, load_heads, save_heads, start_heads
-from mtpd.heads.circuit_heads import CircuitHeads
+from mtpd.heads.circuit.heads import CircuitHeads
 from mtpd.heads.logit_heads import LogitHeads
 from mtpd.losses import kinds, reference
 from mtpd.losses.settings import LossSettings

@@ -13,12 +13,12 @@ from architectures import random_heads, tiny_trunk
 from conftest import Learned
 
 from mtpd.data.models import load_model
-from mtpd.decode import Counts
+from mtpd.decode.counts import Counts
 from mtpd.decode.drafting import Drafting
 from mtpd.decode.model import Model
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import PromptCounts, SuiteCounts
-from mtpd.heads.chain import ChainHeads
+from mtpd.heads.chain.heads import ChainHeads
 from mtpd.trunk import Trunk
 
 CHAT = [{"role": "user", "content": "hello"}]
