@@ -16,7 +16,7 @@ from seals import edited
 import mtpd
 from mtpd.cli import main
 from mtpd.data.models import load_model, trunk_fingerprint
-from mtpd.decode.model import Drafting
+from mtpd.decode.drafting import Drafting
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import RANDOM
 from mtpd.evaluate.depths import Depth, Depths
