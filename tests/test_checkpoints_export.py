@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mtpd.cli import main
-from mtpd.decode import generate
+from mtpd.decode.greedy import generate
 from mtpd.errors import MtpdError, UserError
 from mtpd.formats.directory import Checkpoint
 from mtpd.formats.engines import with_vllm
 from mtpd.formats.export import export
 from mtpd.formats.find_heads import find_heads
 from mtpd.heads import Heads, HeadsConfig, build_heads, load_heads, save_heads
-from mtpd.heads.looped import extended
+from mtpd.heads.chain.looped import extended
 from mtpd.trunk import Trunk
 
 TOKENS = 24
@@ -269,7 +269,7 @@ MISFITS = {
     "speculators": (["--to", "speculators", "--depth", "1"], "speculators has layers for qwen3.*accepted: hf-mtp"),
     "in-place": (["--to", "in-place"], "has no MTP heads.*accepted: hf-mtp"),
     "vllm": (["--to", "vllm"], "no layout fits this run.*mimo-draft:.*glm4moe:"),
-    "unknown": (["--to", "tensorrt"], "tensorrt: is not known; accepted: transformers, vllm"),
+    "unknown": (["--to", "tensorrt"], "'tensorrt' is not one of 'transformers', 'vllm'"),
     "too deep": (["--to", "hf-mtp", "--depth", "4"], "depth: 4 is not accepted; accepted: 1 to 3"),
     "exists": (["--to", "hf-mtp", "-o", "{run}"], "output: .* exists; choose another output"),
 }

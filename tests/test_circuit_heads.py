@@ -14,9 +14,10 @@ from test_decode_sampling import chi_square, small_world
 from torch import Tensor
 
 from mtpd.cli import main
-from mtpd.decode.engine import Engine, Request
+from mtpd.decode.engine import Engine
 from mtpd.decode.sampling import SampledDrafts, Sampling
-from mtpd.heads.circuit_heads import CircuitHeads
+from mtpd.decode.text import Request
+from mtpd.heads.circuit.heads import CircuitHeads
 
 SAMPLES = 6000
 

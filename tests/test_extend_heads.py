@@ -15,8 +15,8 @@ from mtpd import alignment
 from mtpd.alignment import IGNORED
 from mtpd.errors import UserError
 from mtpd.heads import Heads, load_heads, save_heads
+from mtpd.heads.chain.looped import extended
 from mtpd.heads.config import HeadsConfig
-from mtpd.heads.looped import extended
 from mtpd.losses.settings import LossSettings
 from mtpd.train.model import DistillModel
 from mtpd.trunk import Trunk
@@ -212,7 +212,8 @@ def test_drafts_of_looped_heads_are_accepted(learned: Any) -> None:
 
 
 def decoded(trunk: Trunk, heads: Heads, prompt: list[int], count: int) -> list[int]:
-    from mtpd.decode.engine import Engine, Request
+    from mtpd.decode.engine import Engine
+    from mtpd.decode.text import Request
 
     engine = Engine(trunk, heads, slots=1, capacity=len(prompt) + count)
     return next(iter(engine.run([Request(prompt, count)]))).tokens

@@ -9,9 +9,11 @@ import typer
 
 from mtpd.cli.errors import disk_full
 from mtpd.cli.eval import RunArgument
+from mtpd.cli.kept import RESUMES, RESUMES_WITHOUT_FRESH, keeping
 from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.errors import UserError
+from mtpd.run.check import check_finished
 
 
 def extend(
@@ -59,6 +61,7 @@ def extend(
 
         mtpd extend runs/demo --to 8 --steps 0
     """
+    check_finished(run)
     if shared and adapters is not None:
         raise UserError("--shared: is not accepted with --adapters; accepted: one of them")
     form = "shared" if shared else "adapters" if adapters is not None else None
@@ -77,7 +80,8 @@ def extend(
         from mtpd.run.extend import extend as run_stages
 
         try:
-            path: Path = run_stages(run, given, fresh=fresh, untrusted=untrusted)
+            with keeping(RESUMES_WITHOUT_FRESH if fresh else RESUMES):
+                path: Path = run_stages(run, given, fresh=fresh, untrusted=untrusted)
         except Exception as error:
             if full := disk_full(error, run):
                 raise full from error

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.errors import UserError
+from mtpd.run.check import check_finished
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory that `mtpd distill` has finished.")]
 Prompt = Annotated[str | None, typer.Option("--prompt", help="The prompt; without it, standard input is read.")]
@@ -31,7 +32,8 @@ Tree = Annotated[
     typer.Option("--tree", min=0, help="Draft a tree of so many tokens, for heads that draft independently; 0: none."),
 ]
 Dtype = Annotated[
-    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default the number format of the run.")
+    Literal["auto", "float32", "bfloat16", "float16"] | None,
+    typer.Option("--dtype", help="Number format; by default that of the run.", show_default=False),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of the random draws.")]
 
@@ -56,13 +58,14 @@ def generate(
 
         mtpd generate runs/demo --prompt "Name three rivers."
     """
+    check_finished(run)
+    text = prompt if prompt is not None else sys.stdin.read()
+    if not text.strip():
+        raise UserError("prompt: it is empty; pass --prompt TEXT, or text on standard input")
     with quiet_libraries(debug=debug):
         from mtpd.decode.stream_text import Session, settings  # brings in torch
         from mtpd.run.loading import load
 
-        text = prompt if prompt is not None else sys.stdin.read()
-        if not text.strip():
-            raise UserError("prompt: it is empty; pass --prompt TEXT, or text on standard input")
         session = Session(
             load(run, dtype=dtype, depth=depth, tree=tree, untrusted=untrusted), settings(temperature, top_p, seed)
         )

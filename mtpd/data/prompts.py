@@ -22,15 +22,18 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from mtpd.data import sources
-from mtpd.data.packing import Sample
 from mtpd.errors import UserError
 from mtpd.files import fingerprint, short
+
+if TYPE_CHECKING:  # these bring in torch, and many commands read prompts before they need it
+    from transformers import PreTrainedTokenizerBase
+
+    from mtpd.data.packing import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -82,17 +85,16 @@ def load_prompts(
     """
     prompts: list[Prompt] = []
     blank = 0
-    seen: Counter[str] = Counter()
+    ids = DistinctIds()
     stem = Path(source).stem
     for index, (place, row) in enumerate(sources.read(source, split=split, subset=subset)):
         prompt = read_row(row, place=place, default_id=f"{stem}-{index}", default_family=stem)
         if not prompt.text.strip() and not prompt.response:
             blank += 1
             continue
-        seen[prompt.id] += 1
-        if seen[prompt.id] > 1:
-            prompt = replace(prompt, id=f"{prompt.id}#{seen[prompt.id]}")
-        prompts.append(prompt)
+        prompts.append(ids.number(prompt))
+    if ids.repeated:
+        logger.warning("%s: %s", source, ids.words())
     if blank:
         logger.warning("%s: %d rows without text are left out", source, blank)
     if not prompts:
@@ -100,6 +102,34 @@ def load_prompts(
     if limit is not None and limit < len(prompts):
         prompts = random.Random(seed).sample(prompts, limit)
     return prompts
+
+
+class DistinctIds:
+    """Numbers the ids that several rows of one source have: `a`, `a#2`, `a#3`."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+        self._next: Counter[str] = Counter()
+        self.repeated = 0
+        """Rows whose id an earlier row has."""
+        self._example = ""
+
+    def number(self, prompt: Prompt) -> Prompt:
+        """The prompt with an id that no earlier one has."""
+        name = prompt.id
+        while name in self._taken:
+            self._next[prompt.id] += 1
+            name = f"{prompt.id}#{self._next[prompt.id] + 1}"
+        self._taken.add(name)
+        if name != prompt.id:
+            self.repeated += 1
+            self._example = self._example or f"{prompt.id} again is {name}"
+        return replace(prompt, id=name)
+
+    def words(self) -> str:
+        """What a warning says of them."""
+        what = "row has the id" if self.repeated == 1 else "rows have the id"
+        return f"{self.repeated} {what} of an earlier one; they are numbered ({self._example})"
 
 
 def read_row(row: Any, *, place: str, default_id: str, default_family: str = "") -> Prompt:
@@ -256,6 +286,8 @@ def given_sample(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, end_toke
 def _given_text(
     tokenizer: PreTrainedTokenizerBase, name: str, prompt: str, completion: str | None, family: str
 ) -> Sample:
+    from mtpd.data.packing import Sample
+
     whole = prompt if completion is None else prompt + completion
     ids = _plain(tokenizer, whole)
     # Text alone is all response; only what the tokenizer puts before it is not.
@@ -277,6 +309,8 @@ def _given_messages(
     ends: Collection[int],
     family: str,
 ) -> Sample:
+    from mtpd.data.packing import Sample
+
     messages = [*prompt, *response]
     turns = [turn for turn in range(len(prompt), len(messages)) if messages[turn]["role"] == "assistant"]
     if not any(messages[turn]["content"].strip() for turn in turns):

@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mtpd.decode import Counts
+from mtpd.decode.counts import Counts, conditional, shares
 from mtpd.errors import UserError
 from mtpd.evaluate.versions import library_versions
 from mtpd.files import read_sealed, sealed, write_whole
@@ -111,7 +111,7 @@ class Control(BaseModel):
     @property
     def car(self) -> list[float]:
         """CAR_1..CAR_K against the shifted targets."""
-        return _shares(self.accepted, self.drafted)
+        return shares(self.accepted, self.drafted)
 
 
 class SuiteCounts(CountsModel):
@@ -170,13 +170,12 @@ class SuiteCounts(CountsModel):
     @property
     def car(self) -> list[float]:
         """CAR_1..CAR_K."""
-        return _shares(self.accepted, self.drafted)
+        return shares(self.accepted, self.drafted)
 
     @property
     def ar(self) -> list[float]:
         """AR_1..AR_K, so that CAR_k is their product up to k."""
-        car = self.car
-        return [now / before if before else 0.0 for now, before in zip(car, [1.0, *car[:-1]], strict=True)]
+        return conditional(self.car)
 
     @property
     def tau(self) -> float:
@@ -188,7 +187,7 @@ class SuiteCounts(CountsModel):
         """Mean Σ_x min(p, q) by depth."""
         if self.expected is None or self.expected_rows is None:
             return None
-        return _shares(self.expected, self.expected_rows)
+        return shares(self.expected, self.expected_rows)
 
     @property
     def speed_up(self) -> float | None:
@@ -283,10 +282,6 @@ class Acceptance(BaseModel):
         if not any(suite.prompts for suite in found.suites.values()):
             raise UserError(f"{path}: holds no suite with a prompt in it; measure with mtpd eval")
         return found
-
-
-def _shares(parts: Sequence[float], wholes: Sequence[int]) -> list[float]:
-    return [part / whole if whole else 0.0 for part, whole in zip(parts, wholes, strict=True)]
 
 
 def _columns(lists: Sequence[Sequence[Any] | None], depth: int) -> Any:

@@ -18,9 +18,11 @@ suite of that name that comes with mtpd, or of the one that names it under `file
 
 from __future__ import annotations
 
+import difflib
+import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,11 +31,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mtpd.data import sources
-from mtpd.data.prompts import Prompt, read_row
+from mtpd.data.prompts import DistinctIds, Prompt, read_row
 from mtpd.errors import UserError
-from mtpd.evaluate.acceptance import Settings
+from mtpd.evaluate.acceptance import Acceptance, Settings
 from mtpd.files import escapes
 from mtpd.recipe.text import explain, read_mapping
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 TEMPLATES = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
@@ -100,6 +104,40 @@ def suite_names(folder: Path | None = None) -> list[str]:
     if folder is not None:
         names |= {path.stem for pattern in ("*.yaml", "*.jsonl") for path in folder.glob(pattern)}
     return sorted(names)
+
+
+def check_names(names: Sequence[str] | None, folder: Path | None, *, against: Path | None = None) -> None:
+    """Refuses suites that there are not, before anything is loaded.
+
+    Args:
+        names: None stands for those of the baseline.
+        against: an acceptance file that is the baseline.
+
+    Raises:
+        UserError: naming the suite and what is accepted.
+    """
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--suite-dir: {folder}: no such folder")
+    known = suite_names(folder)
+    for name in names or ():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"suite {name}: unknown; {hint}accepted: {', '.join(known)}")
+    if against is None:
+        return
+    measured = list(Acceptance.load(against).suites)
+    unknown = [name for name in measured if name not in known]
+    if names is None and unknown:
+        raise UserError(
+            f"--against: {against}: was measured on {', '.join(unknown)}, which are no suites here; accepted: a file "
+            "of mtpd eval, with --suite-dir if its suites are in a folder"
+        )
+    if names is not None and set(names) != set(measured):
+        raise UserError(
+            f"--suite: {', '.join(names)} differs from what {against} was measured on ({', '.join(measured)}); leave "
+            "--suite out to measure those"
+        )
 
 
 def load_suite(
@@ -186,15 +224,14 @@ def questions(name: str, suite: Suite) -> list[Question]:
         UserError: the source is missing or empty, a field that a template reads is missing.
     """
     found: list[Question] = []
-    seen: dict[str, int] = {}
+    ids = DistinctIds()
     for number, (place, row) in enumerate(_rows(name, suite)):
         question = _question(name, suite, number, place, row)
         if not question.prompt.text.strip():
             continue
-        seen[question.prompt.id] = seen.get(question.prompt.id, 0) + 1
-        if seen[question.prompt.id] > 1:
-            raise UserError(f"suite {name}: {place}: two rows have the id {question.prompt.id}")
-        found.append(question)
+        found.append(replace(question, prompt=ids.number(question.prompt)))
+    if ids.repeated:
+        logger.warning("suite %s: %s", name, ids.words())
     if not found:
         raise UserError(f"suite {name}: {suite.source} holds no prompts")
     if len(found) > suite.limit:
