@@ -38,16 +38,21 @@ class Measured:
     comparison: Comparison | None
     baseline: str
     """What it is compared with; empty for nothing."""
+    kept: bool = True
+    """These are the run's heads, and not trained ones that were worse than the start."""
 
 
 def verdict(offline: list[Measured], decoded: list[Measured], depths: Depths | None) -> Verdict:
-    """Sentences about all measurements of a run; the first offline one gives the headline, else the first decoded."""
-    first = [*offline, *decoded][0]
+    """Sentences about all measurements of a run.
+
+    What training did is the headline, also where its heads were not kept; else the first measurement is.
+    """
+    first = next((each for each in offline if not each.kept), [*offline, *decoded][0])
     tone, headline = _headline(first)
     lines: list[tuple[Tone, str]] = []
     if first.acceptance.random_trunk:
         lines.append(("down", RANDOM))
-    lines += [_headline(each) for each in offline[1:]]
+    lines += [_headline(each) for each in offline if each is not first]
     for each in decoded:
         lines += _speed(each)
     if depths is not None and depths.fastest:
@@ -89,7 +94,8 @@ def _headline(measured: Measured) -> tuple[Tone, str]:
             "down": f"Worse than {measured.baseline}",
             "flat": f"No different from {measured.baseline}, as far as so many prompts can show",
         }
-    return change.direction, f"{said[change.direction]}: {numbers}."
+    start = "" if measured.kept else " The run keeps the heads as they started."
+    return change.direction, f"{said[change.direction]}: {numbers}.{start}"
 
 
 def _speed(measured: Measured) -> Iterator[tuple[Tone, str]]:

@@ -12,14 +12,20 @@ from mtpd.files import fingerprint_file
 from mtpd.heads import WEIGHTS
 from mtpd.run.directory import RunDirectory, measured
 
-DECODED_PROMPTS, DECODED_TOKENS = 2, 64
-"""Prompts that every number of drafts decodes, and tokens of each, at most."""
+MOST_PROMPTS, MOST_TOKENS, MOST_RUNS = 2, 64, 2
+"""Prompts that every number of drafts decodes, tokens of each, and how often: there are many numbers of drafts."""
 
 
 def depths_of_run(
-    path: Path, model: Model, prompts: Sequence[Sequence[int]], *, end_tokens: Collection[int]
+    path: Path,
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    end_tokens: Collection[int],
+    max_new_tokens: int,
+    runs: int,
 ) -> Depths | None:
-    """Measures every number of drafts, and writes `depths.json`; None without heads of a run."""
+    """Measures every number of drafts on a few prompts, and writes `depths.json`; None without heads of a run."""
     run = RunDirectory(path)
     if model.heads is None or not (run.heads / WEIGHTS).is_file():
         return None
@@ -28,8 +34,9 @@ def depths_of_run(
     found = measure_depths(
         model.trunk,
         model.heads,
-        prompts[:DECODED_PROMPTS],
-        max_new_tokens=DECODED_TOKENS,
+        prompts[:MOST_PROMPTS],
+        max_new_tokens=min(MOST_TOKENS, max_new_tokens),
+        runs=min(MOST_RUNS, runs),
         end_tokens=end_tokens,
         acceptance=Acceptance.load(run.acceptance).total() if offline else None,
         heads_fingerprint=fingerprint_file(run.heads / WEIGHTS),
