@@ -32,7 +32,7 @@ from mtpd.formats.find_heads import find_heads, layer_shapes
 from mtpd.formats.noise_check import Perturbed, perturbed
 from mtpd.formats.read_back import MOVES, Reader, movements, reader_of, texts_of, unread
 from mtpd.heads import HeadsConfig, build_heads, save_heads
-from mtpd.heads.initialise import initialise, source_layers
+from mtpd.heads.chain.start import initialise, source_layers
 from mtpd.trunk import Trunk
 
 SIZES: dict[str, Any] = {
