@@ -343,7 +343,7 @@ def test_tables_and_picture(tmp_path: Path) -> None:
     shown = console.export_text()
     assert "0.10 → 0.80" in shown
     assert "1.10 → 2.45" in shown
-    assert "2.00x → 2.00x" in shown
+    assert "2.00 → 2.00x" in shown
     plot_car(tmp_path / "car.png", {"before": before, "after": after}, apart=frozenset(["code"]))
     assert (tmp_path / "car.png").read_bytes().startswith(b"\x89PNG")
 
