@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mtpd.heads.base import Pick
+from mtpd.heads.drafting import Pick
 
 if TYPE_CHECKING:
     from mtpd.decode.choice import Choice

@@ -27,7 +27,7 @@ from mtpd.decode.counts import Counts
 from mtpd.decode.drafts import Drafts, Offer
 from mtpd.errors import UserError
 from mtpd.heads import Heads
-from mtpd.heads.base import Drafter
+from mtpd.heads.drafting import Drafter
 from mtpd.packed_modules import faster, faster_logits
 from mtpd.slots import SlotCache, Span
 from mtpd.trunk import Tap, Trunk

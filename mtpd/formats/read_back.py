@@ -30,8 +30,7 @@ from mtpd.formats.find_heads import Native, find_heads, layer_shapes
 from mtpd.formats.importing import heads_config
 from mtpd.formats.noise_check import Perturbed, accepts_less, perturbed
 from mtpd.formats.tensors import is_zero
-from mtpd.heads import build_heads
-from mtpd.heads.chain.heads import ChainHeads
+from mtpd.heads import KINDS, build_heads
 from mtpd.heads.config import HeadsConfig
 from mtpd.trunk import Trunk
 
@@ -121,7 +120,7 @@ def _compare(reader: Reader, trunk: Trunk, texts: Texts, copy: Perturbed, bar: t
         theirs = [native.names[name] for name in names]
         unread += [name for name in theirs if not (name.endswith(".bias") and is_zero(native.raw[name]))]
     logits = [
-        outputs[0] if native.family.kind == "medusa" else trunk.unembedding(outputs[0]) for outputs in (written, noise)
+        trunk.unembedding(outputs[0]) if KINDS[native.family.kind].loops else outputs[0] for outputs in (written, noise)
     ]
     before, after = (_accepted(each, texts) for each in logits)
     return list(dict.fromkeys(unread)), before, after
@@ -173,7 +172,7 @@ def _by_transformers(native: Native, trunk: Trunk, texts: Texts) -> Reader:
 
 
 def _by_mtpd(run: Run, native: Native, trunk: Trunk, texts: Texts) -> Reader:
-    if native.family.kind == "chain" and not native.source_layers:
+    if KINDS[native.family.kind].loops and not native.source_layers:
         # Exports that lie apart have biases of zero that the base's layers lack, and so no layer of their kind.
         layers = [run.config.source_layers[block] for block in run.config.block_of[: native.count]]
         config = HeadsConfig(depth=native.count, hidden_size=native.hidden_size, source_layers=layers)
@@ -185,17 +184,6 @@ def _by_mtpd(run: Run, native: Native, trunk: Trunk, texts: Texts) -> Reader:
     def read(folder: Path) -> list[Tensor]:
         found = find_heads(Checkpoint(folder), family=native.family.name, base=native.base).tensors
         heads.load_state_dict({name: found[name].load() for name in names}, strict=False)
-        if not isinstance(heads, ChainHeads):
-            along = heads.along(trunk, texts.hidden, texts.ids, position_ids_BT=texts.positions)
-            at = torch.arange(texts.ids.numel())
-            return [along.logits(depth, at).unflatten(0, texts.ids.shape) for depth in range(1, native.count + 1)]
-        return [
-            head(
-                trunk.embed(alignment.tokens_read(texts.ids, depth)),
-                texts.hidden,
-                position_ids_BT=texts.positions,
-            )
-            for depth, head in enumerate(heads.chain(), start=1)
-        ]
+        return heads.each_alone(trunk, texts.hidden, texts.ids, position_ids_BT=texts.positions)
 
     return read
