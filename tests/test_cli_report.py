@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -105,10 +106,24 @@ document.getElementById('probe').textContent = JSON.stringify({
 </script></body>"""
 
 
+NARROWEST = 500
+"""Chromium opens no window that is narrower, in pixels: narrower pages are shown in a frame."""
+FRAME = """<!doctype html><body style="margin: 0"><pre id="probe"></pre>
+<iframe id="page" style="border: 0; width: {width}px; height: 900px" srcdoc="{content}"></iframe><script>
+const page = document.getElementById('page');
+page.onload = () => {{
+  document.querySelector('#probe').textContent = page.contentDocument.getElementById('probe').textContent;
+}};
+</script></body>"""
+
+
 def opened(page: Path, *, width: int, dark: bool) -> tuple[str, dict[str, Any]]:
     """The document as a browser has it, and what a script inside measured."""
     probed = page.with_name(f"probed-{width}-{dark}.html")
-    probed.write_text(page.read_text().replace("</body>", PROBE))
+    content = page.read_text().replace("</body>", PROBE)
+    if width < NARROWEST:
+        content = FRAME.format(width=width, content=html.escape(content))
+    probed.write_text(content)
     words = [browser(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom"]
     words += [f"--window-size={width},900", f"--user-data-dir={page.parent / 'profile'}"]
     words += ["--blink-settings=preferredColorScheme=0"] if dark else []
