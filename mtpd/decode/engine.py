@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from mtpd.decode.choice import Choice, Greedy
 from mtpd.decode.counts import Counts
+from mtpd.decode.chances import REACH
 from mtpd.decode.drafts import Drafts, Offer
+from mtpd.decode.planner import MOST, Planner
 from mtpd.errors import UserError
 from mtpd.heads import Heads
 from mtpd.heads.base import Drafter
@@ -63,6 +65,8 @@ class Text:
     tokens: list[int] = field(default_factory=list)
     rounds: list[tuple[int, int, int]] = field(default_factory=list)
     """Tokens written before the round, how deep was drafted in it, and how many of the drafts were accepted."""
+    sources: list[str] = field(default_factory=list)
+    """Of each accepted draft, in order."""
     ended: bool = False
     scores: list[Tensor] = field(default_factory=list)
     """Where they are asked for: what each token was chosen from, [V]."""
@@ -122,11 +126,15 @@ class Engine:
         choice: Choice | None = None,
         end_tokens: Collection[int] = (),
         on_tokens: Callable[[Text, list[int]], bool | None] | None = None,
+        planner: Planner | None = None,
         before_pass: Callable[[], None] | None = None,
     ) -> None:
         deepest = heads.depth if heads is not None else 0
+        self.deepest = deepest
         self.depth = deepest if depth is None else depth
-        if heads is not None and not 1 <= self.depth <= deepest:
+        if planner is not None:
+            self.depth = max(self.depth, REACH)
+        if heads is not None and planner is None and not 1 <= self.depth <= deepest:
             raise UserError(f"depth: {depth} is not accepted; accepted: 1 to {deepest}, the heads there are")
         self.choice = choice or Greedy()
         if tree:
@@ -138,6 +146,7 @@ class Engine:
         # Layers that are fetched when they compute have no weights to be packed, and are watched by their own modules.
         self.decoder: Any = trunk.decoder if trunk.partitioned else faster(trunk.decoder)
         self.before_pass = before_pass
+        self.planner = planner
         self.tap: Tap | None = None
         if heads is not None and heads.shared_layers:
             self.tap = Tap(self.decoder, trunk.depth - heads.shared_layers)
@@ -147,7 +156,7 @@ class Engine:
         self.ends = frozenset(end_tokens)
         self.on_tokens = on_tokens
         # Drafts may lie past the longest text, and one place belongs to no position.
-        room = capacity + max(self.depth + siblings, tree) + 1
+        room = capacity + max(self.depth + siblings, tree, 0 if planner is None else MOST) + 1
         self.cache = SlotCache(trunk.config, slots=slots, capacity=room, dtype=trunk.dtype, device=trunk.device)
         self.drafter = heads.drafter(trunk, slots=slots, capacity=room) if heads is not None else None
         self.unembedding = faster_logits(trunk, trunk.unembedding)
@@ -210,7 +219,10 @@ class Engine:
         """Drafts, verifies, and writes the accepted tokens of all active rows."""
         device = self.device
         newest = [text.newest for text in self.active]
-        drafts = None if self.drafter is None else self._draft(self.drafter, newest)
+        if self.planner is not None:
+            drafts = self.planner.draft(self.drafter, self.deepest, self.tokens, newest, self.active)
+        else:
+            drafts = None if self.drafter is None else self._draft(self.drafter, newest)
         read = Span(newest, 1, device).read(self.tokens)
         if drafts is not None:
             read = torch.cat([read, drafts.tokens], dim=1)
@@ -224,16 +236,18 @@ class Engine:
         new = self.choice.choose(self.unembedding(hidden), self.active, drafts)
         hidden = self._read_by_heads(hidden)
         depth = 0 if drafts is None else drafts.depth
-        if self.drafter is not None and drafts is not None:
-            if drafts.parents is not None:
-                self._straighten(newest, drafts.paths, hidden)
-            longest = 1 + min(depth, drafts.tokens.shape[1])
+        if drafts is not None and drafts.parents is not None:
+            self._straighten(newest, drafts.paths, hidden)
+        if self.drafter is not None and (drafts is not None or self.planner is not None):
+            longest = 1 if drafts is None else 1 + min(depth, drafts.tokens.shape[1])
             self.drafter.read(Span(newest, longest, device), hidden[:, :longest])
         # The drafts in `tokens` that were not accepted give way.
         width = max(map(len, new))
         known = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in new], device=device)
         Span(newest, width, device).write(self.tokens, known, steps=1)
-        for text, tokens in zip(self.active, new, strict=True):
+        for row, (text, tokens) in enumerate(zip(self.active, new, strict=True)):
+            if drafts is not None and drafts.sources is not None:
+                text.sources += [drafts.sources[row][column - 1] for column in drafts.paths[row]]
             text.rounds.append((len(text.tokens), depth, len(tokens) - 1))
             self._write(text, tokens)
 
@@ -298,6 +312,8 @@ class Engine:
             text = self.active[slot]
             if not text.ended:
                 continue
+            if self.planner is not None:
+                self.planner.forget(text)
             last = self.active.pop()
             if last is not text:
                 self.active[slot] = last
