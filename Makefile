@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help venv demo test lint format verify-vllm clean
+.PHONY: help venv demo test walk lint format verify-vllm clean
 .DEFAULT_GOAL := help
 
 help:  ## Show these targets
@@ -32,11 +32,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)  ## Train heads for a small real model, and measure the gain
-	$(BIN)/mtpd distill recipes/demo.yaml
+	$(BIN)/mtpd distill demo
 
 # One thread for each test process: more of them than cores make each other slow.
 test: lint  ## Check style and types, and run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS)
+
+# SIZE=small cuts short what takes long. `python tests/walk.py --help` says how to go on from one of the commands.
+SIZE ?= full
+walk: $(INSTALLED)  ## Run every command that the documents print, from a wheel
+	$(BIN)/python tests/walk.py --size $(SIZE)
 
 lint: $(INSTALLED)  ## Check style and types
 	$(BIN)/ruff check --quiet .

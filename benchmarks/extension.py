@@ -208,9 +208,9 @@ def speed(lab: Lab, options: Any) -> None:
         heads = load_heads(folder, lab.trunk, fingerprint=lab.fingerprint).to(lab.trunk.dtype)
         found = measure_depths(lab.trunk, heads, prompts, max_new_tokens=options.speed_tokens, end_tokens=lab.ends)
         best = found.fastest
-        rates = " ".join(f"{found.speedup(each.depth):.2f}" for each in found.depths)
+        rates = " ".join(f"{found.speed_up(each.depth):.2f}" for each in found.depths)
         costs = " ".join(f"{each.draft_ms:.1f}" for each in found.depths[1:])
-        print(f"| {folder.name} | {best} | {found.speedup(best):.2f}x | {rates} | {costs} |", flush=True)
+        print(f"| {folder.name} | {best} | {found.speed_up(best):.2f}x | {rates} | {costs} |", flush=True)
         table.append({"machine": machine(), "name": folder.name, **found.model_dump()})
         write_rows(options.json, table)
 

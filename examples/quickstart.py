@@ -1,9 +1,10 @@
 """Heads for a model through the Python API, and what they gain.
 
-python examples/quickstart.py [MODEL] [OUTPUT]
+    python examples/quickstart.py
+    python examples/quickstart.py ./my-checkpoint runs/my-quickstart
 
-MODEL is a hub id, a local directory, a .gguf file, `demo` (SmolLM2-135M-Instruct), or `tiny`: random weights,
-which show in seconds that all works, and gain nothing.
+A model is a hub id, a local directory, a .gguf file, `demo` (SmolLM2-135M-Instruct), or `tiny`: random weights,
+which show in seconds that all works, and gain nothing. The second word is the run directory.
 """
 
 import sys

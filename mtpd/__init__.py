@@ -2,7 +2,7 @@
 
     import mtpd
 
-    run = mtpd.distill(mtpd.load_recipe("recipes/demo.yaml", ["heads.depth=2"]))
+    run = mtpd.distill(mtpd.load_recipe("demo", ["heads.depth=2"]))
     print(mtpd.Acceptance.load(run / "acceptance.json").total().tau)
 
     model = mtpd.load("runs/demo")

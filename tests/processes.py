@@ -147,7 +147,6 @@ def _rank(rank: int, count: int, port: int, folder: Path, work: Callable[..., An
 if __name__ == "__main__":
     # What takes long to import is imported once.
     import deepspeed  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
 
     import mtpd.run.distill  # noqa: F401
 

@@ -136,6 +136,18 @@ def test_an_exported_directory_is_whole(tmp_path: Path) -> None:
     assert "| demo | 2 | 0.600 | 0.300 | 1.90 |" in card
     assert "trust_remote_code=True" in card
     assert "depth: 2" in card
+    assert "speed-up" not in card
+    # With times, both baselines, and never those of more drafts than the export has.
+    counts |= {"plain_seconds": 3.0, "engine_seconds": 1.5}
+    (run / "acceptance-decoded.json").write_text(json.dumps({**measured, "suites": {"demo": counts}}))
+    export(run, tmp_path / "timed", to="hf-mtp", perturb=False)
+    card = (tmp_path / "timed" / "README.md").read_text()
+    assert "| tau | speed-up over generate | speed-up over engine without drafts |" in card
+    assert "| demo | 2 | 0.600 | 0.300 | 1.90 | 3.00x | 1.50x |" in card
+    export(run, tmp_path / "shorter", to="hf-mtp", depth=1, perturb=False)
+    card = (tmp_path / "shorter" / "README.md").read_text()
+    assert "| demo | 2 | 0.600 | 1.60 |" in card
+    assert "speed-up" not in card
 
 
 @pytest.mark.parametrize("form", ["copies", "shared", "adapters"])

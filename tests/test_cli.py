@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import time
+import tomllib
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +20,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from mtpd import interrupts
 from mtpd.cli import app, main
 from mtpd.errors import MtpdError, UserError
+from mtpd.interrupts import Terminated
 from mtpd.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -41,8 +46,15 @@ def replace_distill(monkeypatch: pytest.MonkeyPatch, run: Callable[..., object])
     monkeypatch.setitem(sys.modules, "mtpd.run.distill", module)
 
 
+def replace_module(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Callable[..., object]) -> None:
+    """Puts functions in the place of a module that would bring in torch."""
+    module = types.ModuleType(name)
+    module.__dict__.update(functions)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
 def raising(error: BaseException) -> Callable[..., object]:
-    def run(recipe: Recipe, *, fresh: bool, resume: str) -> Path:
+    def run(*args: object, **kwargs: object) -> Path:
         raise error
 
     return run
@@ -63,7 +75,7 @@ def test_help_needs_no_torch(words: list[str]) -> None:
         import sys
         from mtpd.cli import main
         code = main({words!r})
-        heavy = {{"torch", "transformers", "datasets", "trl", "matplotlib"}} & set(sys.modules)
+        heavy = {{"torch", "transformers", "datasets", "trl"}} & set(sys.modules)
         sys.exit(f"imported {{heavy}}" if heavy else code)
     """
     done = subprocess.run(
@@ -91,6 +103,47 @@ def test_help_shows_examples_that_parse(words: list[str]) -> None:
         words_of_recipe = [word for word in example.split() if "=" in word or word.endswith(".yaml")]
         path = words_of_recipe.pop(0) if words_of_recipe[0].endswith(".yaml") else None
         load_recipe(ROOT / path if path else None, words_of_recipe)
+
+
+def test_an_installed_package_has_its_recipes(tmp_path: Path) -> None:
+    """Fault: the wheel lacks recipes or presets, so that `mtpd distill demo` works in a checkout alone."""
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    for package in wheel["packages"]:
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for source, target in wheel["force-include"].items():
+        shutil.copytree(ROOT / source, tmp_path / target)
+    code = """
+        import sys
+        from mtpd.cli import main
+        from mtpd.recipe.shipped import shipped_folder
+        print(shipped_folder(), (shipped_folder() / "deepspeed" / "zero2.json").is_file())
+        sys.exit(main(["recipe", "copy", "demo"]) or main(["recipe", "check", "demo.yaml"]) or main(["recipe", "ls"]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path / 'mtpd' / 'recipe' / 'shipped'} True\nwritten: demo.yaml\nOK: demo.yaml")
+    assert (tmp_path / "demo.yaml").read_text() == Path(DEMO).read_text()
+    assert "\nsmoke " in done.stdout
+
+
+def test_a_copied_recipe_overwrites_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fault: `mtpd recipe copy` a second time throws away what was edited."""
+    monkeypatch.chdir(tmp_path)
+    Path("demo.yaml").write_text("model: mine\n")
+    assert main(["recipe", "copy", "demo"]) == 2
+    assert "demo.yaml: exists, and is not overwritten" in capsys.readouterr().err
+    assert Path("demo.yaml").read_text() == "model: mine\n"
+    assert main(["recipe", "copy", "demoo"]) == 2
+    assert "is none of mtpd's; accepted: bytes-code" in capsys.readouterr().err
 
 
 def test_version() -> None:
@@ -130,6 +183,9 @@ def test_recipe_schema_is_json() -> None:
         (["fly"], "No such command 'fly'; see mtpd --help"),
         (["distill", "--zzz"], "No such option: --zzz; see mtpd distill --help"),
         (["distill"], "model: is missing"),
+        (["distill", "--heads.depth", "3"], "keys of a recipe have no dashes before them: heads.depth=3"),
+        (["distill", "--learning-rate=1e-4"], "no dashes before them: train.learning_rate=1e-4"),
+        (["pretrain", "bytes-code", "--steps", "9"], "no dashes before them: train.max_steps=9"),
         (["distill", "nope.yaml"], "recipe file nope.yaml: no such file"),
         (["distill", DEMO, "extra.yaml"], "argument 'extra.yaml': is not accepted; accepted: one recipe file, then"),
         (["distill", "model=demo", "heads.depth=99"], "heads.depth: 99 is not accepted"),
@@ -215,6 +271,98 @@ def test_a_disk_that_is_really_full(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     replace_distill(monkeypatch, run)
     assert main(["distill", "model=demo", "output=runs/x"]) == 1
     assert "no space left on the disk of runs/x;" in capsys.readouterr().err
+
+
+def test_an_end_says_what_the_command_keeps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Fault: a command that keeps nothing promises to resume, or says what the one before it kept."""
+    replace_distill(monkeypatch, raising(KeyboardInterrupt()))
+    assert main(["distill", "model=demo"]) == 130
+    assert capsys.readouterr().err == "mtpd: interrupted; the same command resumes where this one stopped\n"
+    replace_module(monkeypatch, "mtpd.plan.plan", plan=raising(KeyboardInterrupt()))
+    replace_module(monkeypatch, "mtpd.evaluate.compare", compare_files=raising(Terminated()))
+    assert main(["distill", "model=demo", "--dry-run"]) == 130
+    assert capsys.readouterr().err == "mtpd: interrupted\n"
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("{}")
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 143
+    assert capsys.readouterr().err == "mtpd: terminated\n"
+
+
+def test_signals_that_come_while_a_command_ends(tmp_path: Path) -> None:
+    """Fault: a second Ctrl-C, after the checkpoint is kept, is a traceback: amid closing, or as Python shuts down."""
+    script = tmp_path / "wait.py"
+    script.write_text(
+        textwrap.dedent("""
+            import atexit, signal, sys, time, types
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            from mtpd.interrupts import end, postponed
+
+            def shut():
+                print("shutting", flush=True)
+                time.sleep(0.5)
+                print("shut", flush=True)
+
+            def distill(recipe, *, fresh, resume):
+                try:
+                    with postponed() as asked:
+                        print("running", flush=True)
+                        while not asked.signal:
+                            time.sleep(0.01)
+                        print("kept", flush=True)
+                        end(asked.signal)
+                finally:
+                    print("closing", flush=True)
+                    time.sleep(0.5)
+                    print("closed", flush=True)
+
+            atexit.register(shut)
+            module = types.ModuleType("mtpd.run.distill")
+            module.distill = distill
+            sys.modules["mtpd.run.distill"] = module
+            sys.argv = ["mtpd", "distill", "model=tiny", f"output={sys.argv[1]}"]
+            from mtpd.__main__ import start
+            sys.exit(start())
+        """)
+    )
+    with subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as process:
+        assert process.stdout is not None
+        said = []
+        while line := process.stdout.readline():
+            said.append(line.strip())
+            if line.strip() in ("running", "closing", "shutting"):
+                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGTERM if line.strip() != "running" else 0)
+        _, errors = process.communicate(timeout=30)
+    assert said == ["running", "kept", "closing", "closed", "shutting", "shut"]
+    assert process.returncode == 130
+    assert errors == "mtpd: interrupted; the same command resumes where this one stopped\n"
+
+
+def test_an_end_that_hangs_can_be_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: signals are ignored for good once one has come, and only SIGKILL helps."""
+    exits: list[int] = []
+    monkeypatch.setattr("os._exit", exits.append)
+    monkeypatch.setattr(interrupts, "PATIENCE", 0.05)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with interrupts.terminable():
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            assert exits == []
+            time.sleep(0.1)
+            signal.raise_signal(signal.SIGINT)
+            assert exits == [130]
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.parametrize(("option", "how"), [([], "the same command"), (["--fresh"], "without --fresh")])

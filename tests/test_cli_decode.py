@@ -18,6 +18,8 @@ from mtpd.cli import main
 from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.decode.model import Drafting
 from mtpd.errors import UserError
+from mtpd.evaluate.acceptance import RANDOM
+from mtpd.evaluate.depths import Depth, Depths
 from mtpd.heads import save_heads
 from mtpd.recipe import dump, parse_recipe
 from mtpd.run.loading import load, write_drafting
@@ -95,6 +97,29 @@ def test_what_was_tuned_is_used(run: Path) -> None:
     write_drafting(run / "heads", wanted)
     assert load(run).drafting == wanted
     assert load(run, depth=3).drafting == Drafting(depth=3)
+
+
+def test_drafts_are_as_many_as_the_run_found_fastest(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: a run that decodes fastest with two drafts is generated from with all its heads."""
+    recipe = (run / "recipe.yaml").read_text()
+    assert load(run).drafting.depth == 3
+    (run / "recipe.yaml").write_text(recipe.replace("decode_depth: null", "decode_depth: 2"))
+    assert load(run).drafting.depth == 2
+    arguments = ["generate", str(run), "--max-new-tokens", "8", "--raw", "--prompt", "hello"]
+    assert main(arguments) == 0
+    assert "up to 2 drafts a round" in capsys.readouterr().err
+    rates = (20.0, 30.0, 28.0, 26.0)
+    timed = [Depth(depth=k, tokens_per_second=rate, round_ms=1, draft_ms=0) for k, rate in enumerate(rates)]
+    found = Depths(prompts=1, max_new_tokens=8, dtype="float32", plain_tokens_per_second=9.0, depths=timed)
+    found.save(run / "depths.json")
+    assert load(run).drafting.depth == 1
+    slower = [each.model_copy(update={"tokens_per_second": 40.0 - each.depth}) for each in timed]
+    found.model_copy(update={"depths": slower}).save(run / "depths.json")
+    assert load(run).drafting.depth == 1
+    write_drafting(run / "heads", Drafting(depth=3, siblings=1))
+    assert load(run).drafting == Drafting(depth=3, siblings=1)
+    assert main([*arguments, "--depth", "2"]) == 0
+    assert "up to 2 drafts a round" in capsys.readouterr().err
 
 
 def test_generate(finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,4 +202,8 @@ def test_bench(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert out.startswith(f"{found}: ")
     assert f"a round: {found}\n" in out
     assert main(["bench", str(run), *limits, "--batch", "2"]) == 0
-    assert "2 at a time" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2 at a time" in out
+    # The model is random, and a speed-up over generate never stands alone.
+    assert RANDOM in out
+    assert [line.split(":")[0] for line in out.splitlines() if "mtpd is" in line] == ["plain", "engine"]

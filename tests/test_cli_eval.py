@@ -75,7 +75,7 @@ def test_decoded_and_offline_agree(run: Path) -> None:
         assert measure(run, *words) == 0
     offline, decoded = (Acceptance.load(run.parent / f"{mode}.json").suites["demo"] for mode in ("offline", "decoded"))
     assert (offline.drafted, offline.accepted) == (decoded.drafted, decoded.accepted)
-    assert decoded.speedup is not None
+    assert decoded.speed_up is not None
     assert decoded.identical == 6
 
 

@@ -129,8 +129,8 @@ def test_the_report_in_a_browser(run: Path) -> None:
     for k, value in enumerate(suites.suites["demo"].ar, 1):
         assert page.values["demo", f"ar_{k}"] == [pytest.approx(value)]
     assert page.values["builtin-other", "car_1"] == [pytest.approx(held_out.suites["builtin-other"].car[0])]
-    assert page.values["all", "speedup"] == [
-        pytest.approx(Acceptance.load(run / "acceptance-decoded.json").total().speedup)
+    assert page.values["all", "speed_up"] == [
+        pytest.approx(Acceptance.load(run / "acceptance-decoded.json").total().speed_up)
     ]
     assert page.summary["tau"] == looks[390, False][1]["shown"] == f"{suites.total().tau:.3f}"
     assert page.summary["car_1"] == f"{suites.total().car[0]:.3f}"

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mtpd import alignment
 from mtpd.data.packing import Sample
 from mtpd.errors import UserError
+from mtpd.evaluate import decoded as decoded_module
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.decoded import measure_decoded, parted_at_tie
 from mtpd.evaluate.offline import measure_offline
@@ -46,7 +47,17 @@ def both(trunk: Trunk, heads: Heads, samples: list[Sample], ends: list[int], lim
     decoded = measure_decoded(trunk, {"heads": heads}, samples, max_new_tokens=limit, end_tokens=ends, progress=False)
     assert all(suite.identical == suite.prompts for suite in decoded["heads"].values())
     assert all(suite.ties == 0 for suite in decoded["heads"].values())
-    only_one = {"seconds", "plain_seconds", "identical", "ties", "tie", "expected", "expected_rows", "control"}
+    only_one = {
+        "seconds",
+        "plain_seconds",
+        "engine_seconds",
+        "identical",
+        "ties",
+        "tie",
+        "expected",
+        "expected_rows",
+        "control",
+    }
     left_out = dict.fromkeys(only_one, True) | {"rows": {"__all__": only_one}}
     return [
         {family: suite.model_dump(exclude=left_out) for family, suite in suites.items()}
@@ -166,15 +177,18 @@ def counts(**changes: Any) -> SuiteCounts:
 
 def test_ratios_by_hand() -> None:
     """Fault: AR printed as CAR, or tau without the main head's own token."""
-    suite = counts(seconds=2.0, plain_seconds=5.0, expected=[5.0, 2.0, 0.0], expected_rows=[10, 8, 0])
+    suite = counts(
+        seconds=2.0, plain_seconds=5.0, engine_seconds=3.0, expected=[5.0, 2.0, 0.0], expected_rows=[10, 8, 0]
+    )
     assert suite.car == pytest.approx([0.8, 0.4, 0.25])
     assert suite.ar == pytest.approx([0.8, 0.5, 0.625])
     assert [math.prod(suite.ar[: k + 1]) for k in range(len(suite.ar))] == pytest.approx(suite.car)
     assert suite.tau == pytest.approx(1 + 0.8 + 0.4 + 0.25)
-    assert suite.speedup == 2.5
+    assert (suite.speed_up, suite.speed_up_over_engine) == (2.5, 1.5)
     assert suite.expected_acceptance == pytest.approx([0.5, 0.25, 0.0])
     nothing = counts(accepted=[0, 0, 0])
-    assert (nothing.car, nothing.ar, nothing.tau, nothing.speedup) == ([0.0] * 3, [0.0] * 3, 1.0, None)
+    assert (nothing.car, nothing.ar, nothing.tau) == ([0.0] * 3, [0.0] * 3, 1.0)
+    assert (nothing.speed_up, nothing.speed_up_over_engine) == (None, None)
 
 
 def acceptance(mode: Any = "decoded", **changes: Any) -> Acceptance:
@@ -187,7 +201,7 @@ def test_totals_are_sums_of_counts() -> None:
     """Fault: a mean of ratios, in which a small suite weighs as much as a large one."""
     total = acceptance().total()
     assert (total.prompts, total.tokens, total.drafted, total.accepted) == (3, 60, [20, 20, 16], [10, 4, 2])
-    assert (total.speedup, total.identical, total.expected) == (2.0, 3, None)
+    assert (total.speed_up, total.identical, total.expected) == (2.0, 3, None)
     assert list(with_total(acceptance(), apart=frozenset(["code"]))) == ["chat", "all", "code"]
     assert with_total(acceptance(), apart=frozenset(["code"]))["all"] == acceptance().suites["chat"]
 
@@ -198,9 +212,56 @@ def test_acceptance_file(tmp_path: Path) -> None:
     before.save(tmp_path / "acceptance.json")
     assert Acceptance.load(tmp_path / "acceptance.json") == before
     content = json.loads((tmp_path / "acceptance.json").read_text())
-    assert set(content) == {"schema", "mode", "sampling", "settings", "trunk", "heads", "versions", "suites", "sha256"}
+    assert set(content) == {
+        *("schema", "mode", "sampling", "settings", "trunk", "heads", "random_trunk", "versions", "suites", "sha256")
+    }
     assert content["schema"] == 2
     assert set(content["suites"]["chat"]) == set(SuiteCounts.model_fields)
+
+
+def test_files_without_the_engine_are_read(tmp_path: Path) -> None:
+    """Fault: a file from before the engine without drafts was timed is refused, or has a speed-up over it."""
+    content = acceptance(engine_seconds=2.0).model_dump(mode="json", by_alias=True)
+    assert content["suites"]["chat"].pop("engine_seconds") == 2.0
+    path = tmp_path / "acceptance.json"
+    path.write_text(json.dumps(content))
+    found = Acceptance.load(path)
+    assert found.suites["chat"].speed_up == 3.0
+    assert found.suites["chat"].speed_up_over_engine is None
+    assert found.total().speed_up_over_engine is None
+    assert acceptance(engine_seconds=2.0).suites["chat"].speed_up_over_engine == 2.0
+
+
+def test_both_baselines_are_timed_in_turns(learned: Learned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: the engine without drafts is not timed, drafts all the same, or always goes last."""
+    calls: list[str] = []
+    plain, engine = decoded_module._plain, decoded_module.generate
+
+    def plainly(*args: Any) -> Any:
+        calls.append("plain")
+        return plain(*args)
+
+    def with_heads(trunk: Trunk, heads: Heads | None, *args: Any, **kwargs: Any) -> Any:
+        calls.append("engine" if heads is None else "heads")
+        return engine(trunk, heads, *args, **kwargs)
+
+    monkeypatch.setattr(decoded_module, "_plain", plainly)
+    monkeypatch.setattr(decoded_module, "generate", with_heads)
+    samples = greedy_samples("llama", [])[:3]
+    suites = measure_decoded(
+        learned.trunk, {"heads": learned.half}, samples, max_new_tokens=8, end_tokens=[], progress=False
+    )["heads"]
+    first, second, third = (calls[3 * turn : 3 * turn + 3] for turn in (1, 2, 3))
+    assert (first, second, third) == (
+        ["plain", "engine", "heads"],
+        ["engine", "heads", "plain"],
+        ["heads", "plain", "engine"],
+    )
+    for suite in suites.values():
+        for row in suite.rows or []:
+            assert None not in (row.plain_seconds, row.engine_seconds)
+        assert suite.engine_seconds == pytest.approx(sum(row.engine_seconds or 0 for row in suite.rows or []))
+        assert suite.speed_up_over_engine == pytest.approx((suite.engine_seconds or 0) / suite.seconds)
 
 
 def test_files_of_the_first_schema_are_read(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def rows(prompts: int, seed: int, rate: float = 0.5, name: str = "p") -> list[Pr
                 expected_rows=[drafted, drafted],
                 seconds=float(generator.uniform(1.0, 2.0)),
                 plain_seconds=float(generator.uniform(2.0, 3.0)),
+                engine_seconds=float(generator.uniform(1.5, 2.5)),
             )
         )
     return found
@@ -94,7 +95,7 @@ def test_intervals_hold_the_true_ratio() -> None:
 def test_every_ratio_has_one() -> None:
     """Fault: a ratio that is printed without saying how sure it is."""
     found = intervals(acceptance(one=rows(60, 0), two=rows(60, 1, 0.8, "q")))
-    names = {"car_1", "car_2", "ar_1", "ar_2", "tau", "expected_1", "expected_2", "speedup"}
+    names = {"car_1", "car_2", "ar_1", "ar_2", "tau", "expected_1", "expected_2"} | {"speed_up", "speed_up_over_engine"}
     for suite in ("one", "two", None):
         assert found[suite].keys() == names
         for name, estimate in found[suite].items():
@@ -115,8 +116,14 @@ def test_intervals_repeat_and_do_not_depend_on_other_suites() -> None:
 
 def test_what_was_not_measured_has_no_estimate() -> None:
     """Fault: an offline file shows a speed-up, or a file of sums an interval."""
-    offline = [row.model_copy(update={"seconds": 0.0, "plain_seconds": None}) for row in rows(60, 0)]
-    assert "speedup" not in intervals(acceptance(one=offline))["one"]
+    offline = [
+        row.model_copy(update={"seconds": 0.0, "plain_seconds": None, "engine_seconds": None}) for row in rows(60, 0)
+    ]
+    assert not {"speed_up", "speed_up_over_engine"} & intervals(acceptance(one=offline))["one"].keys()
+    old = [row.model_copy(update={"engine_seconds": None}) for row in rows(60, 0)]
+    found_old = intervals(acceptance(one=old))["one"]
+    assert "speed_up" in found_old
+    assert "speed_up_over_engine" not in found_old
     decoded = [row.model_copy(update={"expected": None, "expected_rows": None}) for row in rows(60, 0)]
     assert "expected_1" not in intervals(acceptance(one=decoded))["one"]
     sums = acceptance(one=rows(60, 0))

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "plan": BELOW | {"recipe", "run", "train", "parallel", "data", "heads", "losses", "trunk"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
-MAY_IMPORT["__main__"] = {"cli"}
+MAY_IMPORT["__main__"] = {"cli", "interrupts"}
 
 
 def part(module: str) -> str | None:

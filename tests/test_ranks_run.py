@@ -192,9 +192,10 @@ def test_a_launcher_passes_on_signals_and_codes(end: int, tmp_path: Path) -> Non
     """Fault: ranks that go on after their launcher was told to end, or an exit code that gets lost."""
     child = f"import sys, time; open({str(tmp_path / 'begun')!r}, 'w').close(); "
     child += f"sys.exit({end})" if end == 3 else "time.sleep(60)"
-    driver = f"import sys; from mtpd import launch; sys.exit(launch._run([sys.executable, '-c', {child!r}]))"
+    driver = f"import sys; from mtpd.parallel import launch; sys.exit(launch._run([sys.executable, '-c', {child!r}]))"
     process = subprocess.Popen([sys.executable, "-c", driver], env=os.environ | {"PYTHONPATH": str(ROOT)})
     while not (tmp_path / "begun").exists():
+        assert process.poll() in (None, end), "the launcher ended before its rank began"
         time.sleep(0.05)
     if end == signal.SIGTERM:
         process.send_signal(end)
@@ -256,7 +257,7 @@ def test_a_launcher_tells_all_ranks_and_waits_for_them(launcher: str, tmp_path: 
         call = f"launch._run_torchrun({words!r})"
     else:
         call = f"launch._run([sys.executable, {str(tmp_path / 'launcher.py')!r}, {str(tmp_path)!r}], tells_ranks=False)"
-    driver = f"import sys; from mtpd import launch; sys.exit({call})"
+    driver = f"import sys; from mtpd.parallel import launch; sys.exit({call})"
     process = subprocess.Popen([sys.executable, "-c", driver], env=os.environ | {"PYTHONPATH": str(ROOT)})
     until = time.monotonic() + 60
     while not all((tmp_path / f"begun-{rank}").exists() for rank in "01"):

@@ -127,7 +127,6 @@ def test_rows_in_a_folder_take_the_place_of_the_source(tmp_path: Path) -> None:
             },
             "suite mine: prompt: ",
         ),
-        ({"mine.jsonl": '{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n'}, "two rows have the id 1"),
         ({"mine.jsonl": '{"prompt": "  "}\n'}, "holds no prompts"),
     ],
 )
@@ -175,3 +174,13 @@ def test_similarity_is_that_of_the_pieces() -> None:
     jaccard = len(pieces[0] & pieces[1]) / len(pieces[0] | pieces[1])
     one, two = signatures([first, second])
     assert abs(float((one == two).mean()) - jaccard) < 0.15
+
+
+def test_rows_of_one_id_are_numbered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Fault: public sets with repeated ids are refused, two prompts share counts, or nobody is told."""
+    rows = [{"id": name, "prompt": f"Say {index}."} for index, name in enumerate(["a", "a#2", "a", "b", "a"])]
+    suite = load_suite("mine", write_rows(tmp_path / "mine.jsonl", rows).parent)
+    expected = ["a", "a#2", "a#3", "b", "a#4"]
+    assert [question.prompt.id for question in questions("mine", suite)] == expected
+    assert "suite mine: 2 rows have the id of an earlier one; they are numbered (a again is a#3)" in caplog.text
+    assert [prompt.id for prompt in load_prompts(str(tmp_path / "mine.jsonl"))] == expected

@@ -64,7 +64,6 @@ def serve(said: str) -> None:
     # What a run imports when it comes to it, too.
     import datasketch  # noqa: F401
     import deepspeed  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
     import torch
     from trl import apply_chat_template  # noqa: F401
 

@@ -1,11 +1,11 @@
 #!/bin/sh
 # Trains heads and fails when fewer of their drafts are accepted than before.
 #
-#   sh examples/ci/gate.sh RECIPE RUN BASELINE [options of mtpd eval]
 #   sh examples/ci/gate.sh recipes/demo.yaml runs/weekly baselines/main.json --suite demo --max-drop 0.01
 #
-# RUN is a new run directory, BASELINE an acceptance file that is kept under version control. The first call, without
-# a baseline, writes it. Exit code: 0 fine, 3 worse, 4 undecided; Markdown and JUnit XML are left in RUN.
+# A recipe, a new run directory, and an acceptance file that is kept under version control as the baseline; what follows
+# are options of `mtpd eval`. The first call, without a baseline, writes it. Exit code: 0 fine, 3 worse, 4 undecided;
+# Markdown and JUnit XML are left in the run directory.
 set -eu
 
 recipe=$1 run=$2 baseline=$3

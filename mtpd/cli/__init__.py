@@ -30,6 +30,7 @@ from mtpd.cli import (
 )
 from mtpd.cli.errors import report as report_error
 from mtpd.cli.errors import say
+from mtpd.cli.kept import take_kept
 from mtpd.cli.options import Debug
 from mtpd.interrupts import INTERRUPTED, TERMINATED, Terminated, terminable
 
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `mtpd`; None takes them from the process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    take_kept()
     try:
         # Not standalone: errors come here instead of being printed by Typer.
         with terminable():
@@ -104,8 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in words:
             traceback.print_exc()
-        return report_error(error)
+        return report_error(error, words)
+    kept = take_kept()
     if code in (INTERRUPTED, TERMINATED) and _speaks():
-        how = "the same command without --fresh" if "--fresh" in words else "the same command"
-        say(f"{'interrupted' if code == INTERRUPTED else 'terminated'}; {how} resumes where this one stopped")
+        ended = "interrupted" if code == INTERRUPTED else "terminated"
+        say("; ".join([ended, *([kept] if kept else [])]))
     return code or 0

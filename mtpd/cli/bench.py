@@ -17,7 +17,12 @@ def bench(
         str, typer.Option("--suite", help="demo (held-out built-in prompts), a .jsonl file, or a datasets id.")
     ] = "demo",
     against: Annotated[
-        str, typer.Option("--against", help="Ways to compare with, separated by commas: plain, transformers, engine.")
+        str,
+        typer.Option(
+            "--against",
+            help="Ways to compare with, separated by commas: plain (transformers' generate), transformers (the same "
+            "heads in its generate). This package without drafts is always one.",
+        ),
     ] = "plain",
     prompts: Annotated[int, typer.Option("--prompts", min=1, help="Prompts of the suite, at most.")] = 6,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of each text, at most.")] = 128,
@@ -34,6 +39,8 @@ def bench(
 ) -> None:
     """Measure tokens/s of a run's heads against other ways of decoding, greedy, in one process.
 
+    One prompt at a time, every number of drafts is measured too, and kept in the run for its report.
+
     Example:
 
         mtpd bench runs/demo --against plain,transformers --tune
@@ -43,9 +50,15 @@ def bench(
         from mtpd.data.responses import end_tokens
         from mtpd.decode.speed import PARTS, breakdown, compare
         from mtpd.decode.speed import tune as find
+        from mtpd.evaluate.acceptance import RANDOM
+        from mtpd.evaluate.compare import console
+        from mtpd.evaluate.depths import depths_pay_table
+        from mtpd.evaluate.trunk_quality import at_chance
+        from mtpd.run.depths import depths_of_run
         from mtpd.run.loading import load, write_drafting
 
-        ways = ["mtpd", *[way for way in against.split(",") if way]]
+        # A speed-up over generate counts its slower loop in, so that of the drafts alone stands beside it.
+        ways = [*dict.fromkeys(["mtpd", *[way for way in against.split(",") if way], "engine"])]
         model = load(run, dtype=dtype, depth=depth, tree=tree, untrusted=untrusted)
         ends = end_tokens(model.trunk.model, model.tokenizer)
         chosen = load_prompts("builtin-held-out" if suite == "demo" else suite)
@@ -63,14 +76,19 @@ def bench(
             model, texts, ways=ways, max_new_tokens=max_new_tokens, end_tokens=ends, batch=batch, runs=runs
         )
         parts = breakdown(model, texts[:2], batch=batch)
+        by_depth = depths_of_run(run, model, texts, end_tokens=ends) if batch == 1 else None
         typer.echo(
             f"{len(texts)} prompts of {suite}, {batch} at a time, {model.trunk.dtype}; "
             f"a round: {described(model.drafting)}"
         )
         for line in lines(speeds):
             typer.echo(line)
+        if at_chance(model.trunk, texts):
+            typer.echo(RANDOM)
         shares = ", ".join(f"{part} {100 * parts.share(part):.0f}%" for part in PARTS)
         typer.echo(f"a round: {1000 * sum(parts.seconds.values()) / parts.rounds:.1f} ms ({shares})")
+        if by_depth is not None:
+            console().print(depths_pay_table(by_depth))
 
 
 def described(drafting: Any) -> str:
@@ -80,14 +98,18 @@ def described(drafting: Any) -> str:
 
 
 def lines(speeds: dict[str, Any]) -> list[str]:
-    """The table of a comparison, one line a way."""
+    """The table of a comparison, one line a way, each named by what it is."""
+    from mtpd.decode.speed import WAYS  # brings in torch
+
     ours = speeds["mtpd"]
     shown = []
     for way, speed in speeds.items():
         tau = f", tau {speed.tau:.2f}" if speed.tau else ""
         same = sum(a == b for a, b in zip(ours.texts, speed.texts, strict=True))
         ratio = (
-            "" if way == "mtpd" else f", mtpd is {ours.against(speed):.2f}x, {same} of {len(ours.texts)} texts the same"
+            ""
+            if way == "mtpd"
+            else f", mtpd is {ours.against(speed):.2f}x as fast, {same} of {len(ours.texts)} texts the same"
         )
-        shown.append(f"{way}: {speed.rate:.1f} tokens/s{tau}{ratio}")
+        shown.append(f"{way}: {speed.rate:.1f} tokens/s, {WAYS[way]}{tau}{ratio}")
     return shown

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mtpd.cli.errors import disk_full
+from mtpd.cli.kept import KEPT_RESPONSES, RESUMES, keeping
 from mtpd.cli.options import Debug, RecipeArguments, Untrusted, split_arguments
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.recipe import load_recipe
@@ -25,9 +26,9 @@ def store(
 
     Examples:
 
-        mtpd data store recipes/demo.yaml
+        mtpd data store demo
 
-        mtpd data store recipes/demo.yaml data.store=/disk/states
+        mtpd data store demo data.store=/disk/states
     """
     path, overrides = split_arguments(arguments)
     recipe = load_recipe(path, overrides, untrusted=untrusted)
@@ -36,7 +37,8 @@ def store(
         from mtpd.run.prepare_data import store_hidden_states
 
         try:
-            directory = store_hidden_states(recipe)
+            with keeping(RESUMES):
+                directory = store_hidden_states(recipe)
             if ranks.speaks():
                 typer.echo(f"done: {directory}")
         except Exception as error:
@@ -60,7 +62,7 @@ def vocab(
 
     Example:
 
-        mtpd data vocab recipes/demo.yaml heads.vocabulary=8192 --out demo-vocabulary.json
+        mtpd data vocab demo heads.vocabulary=8192 --out demo-vocabulary.json
     """
     path, overrides = split_arguments(arguments)
     recipe = load_recipe(path, overrides, untrusted=untrusted)
@@ -68,6 +70,7 @@ def vocab(
         from mtpd.parallel import ranks  # brings in torch
         from mtpd.run.prepare_data import count_vocabulary
 
-        count, share = count_vocabulary(recipe, out)
+        with keeping(KEPT_RESPONSES):
+            count, share = count_vocabulary(recipe, out)
         if ranks.speaks():
             typer.echo(f"done: {out}, {count:,} tokens that are {share:.2%} of those in the training responses")

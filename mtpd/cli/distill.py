@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mtpd.cli.errors import disk_full, unexpected
+from mtpd.cli.kept import RESUMES, RESUMES_WITHOUT_FRESH, keeping
 from mtpd.cli.options import (
     DRY_RUN_OPTIONS,
     LAUNCH_OPTIONS,
@@ -76,15 +77,15 @@ def distill(
 
     Examples:
 
-        mtpd distill recipes/demo.yaml
+        mtpd distill demo
 
-        mtpd distill recipes/demo.yaml model=./my-checkpoint heads.depth=4
+        mtpd distill demo model=./my-checkpoint heads.depth=4
 
         mtpd distill model=Qwen/Qwen3-0.6B output=runs/qwen --dry-run
 
-        mtpd distill recipes/llama-3.1-8b.yaml --dry-run --devices 8 --device-memory 80
+        mtpd distill llama-3.1-8b --dry-run --devices 8 --device-memory 80
 
-        mtpd distill recipes/llama-3.1-8b.yaml train.deepspeed=zero2 --launcher deepspeed --processes 8
+        mtpd distill llama-3.1-8b train.deepspeed=zero2 --launcher deepspeed --processes 8
     """
     path, overrides = split_arguments(arguments)
     if fresh and resume != "auto":
@@ -93,11 +94,13 @@ def distill(
     _check_options(launcher, processes, nodes, devices, device_memory, dry_run=dry_run)
     if launcher is not None and not dry_run:
         words = given_words(context, without=LAUNCH_OPTIONS | DRY_RUN_OPTIONS)
-        raise typer.Exit(launch(launcher, words, processes=processes, nodes=nodes))
+        with keeping(RESUMES_WITHOUT_FRESH if fresh else RESUMES):
+            raise typer.Exit(launch(launcher, words, processes=processes, nodes=nodes))
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
         if dry_run:
             typer.echo(_plan(recipe, devices=devices or processes, memory=device_memory))
-        else:
+            return
+        with keeping(RESUMES_WITHOUT_FRESH if fresh else RESUMES):
             _run(recipe, fresh=fresh, resume=resume)
 
 

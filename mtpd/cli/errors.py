@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -20,6 +21,10 @@ WORDS_OF_A_FULL_DISK = (
 
 SMALLER = "take a smaller model, shorter texts or fewer at a time, dtype=bfloat16, or another device"
 """What helps where a command, unlike training and generation, has no key of its own for it."""
+
+
+TAKING_KEYS = ("distill", "pretrain", "store", "vocab", "show", "check")
+"""Commands that take `key=value`."""
 
 
 class DiskFull(MtpdError):
@@ -47,8 +52,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def report(error: BaseException) -> int:
-    """Prints one line about an error to stderr; gives back the exit code that it means."""
+def report(error: BaseException, words: Sequence[str] = ()) -> int:
+    """Prints one line about an error to stderr; gives back the exit code that it means.
+
+    Args:
+        words: of the command line.
+    """
     if isinstance(error, MtpdError):
         if str(error):
             say(f"error: {error}")
@@ -56,13 +65,31 @@ def report(error: BaseException) -> int:
     if hasattr(error, "format_message"):  # An unknown command or option. Typer prints help where there is no message.
         context = getattr(error, "ctx", None)
         if message := error.format_message():
-            say(f"error: {message.rstrip('.')}; see {context.command_path if context else 'mtpd'} --help")
+            key = _key_of(str(getattr(error, "option_name", "")), words, context)
+            way_out = key or f"see {context.command_path if context else 'mtpd'} --help"
+            say(f"error: {message.rstrip('.')}; {way_out}")
         return 2
     if any(is_out_of_memory(cause) for cause in _chain(error)):
         say(f"error: out of memory ({error}); {SMALLER}")
         return 1
     say(f"error: {unexpected(error)}")
     return 1
+
+
+def _key_of(option: str, words: Sequence[str], context: Any) -> str:
+    """What to write in place of an option that is a key of a recipe, where the command takes keys."""
+    if not option or context is None or context.command.name not in TAKING_KEYS:
+        return ""
+    from mtpd.recipe.recipe import key_meant
+
+    key = key_meant(option.lstrip("-").replace("-", "_"), pretrain=context.command.name == "pretrain")
+    if key is None:
+        return ""
+    # The value stands behind the option, or in it.
+    at = next((index for index, word in enumerate(words) if word.partition("=")[0] == option), len(words))
+    following = [words[at].partition("=")[2], *words[at + 1 :]] if at < len(words) else []
+    value = next((word for word in following[:2] if word and not word.startswith("--")), "VALUE")
+    return f"keys of a recipe have no dashes before them: {key}={value}"
 
 
 def unexpected(error: BaseException) -> str:

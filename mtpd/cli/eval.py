@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from mtpd.cli.kept import KEPT_RESPONSES, keeping
 from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
 
@@ -103,6 +104,7 @@ def evaluate(
             junit=junit,
             untrusted=untrusted,
         )
-        code = evaluate_run(request)
+        with keeping(KEPT_RESPONSES):
+            code = evaluate_run(request)
     if code:
         raise typer.Exit(code)

@@ -9,6 +9,7 @@ import typer
 
 from mtpd.cli.errors import disk_full
 from mtpd.cli.eval import RunArgument
+from mtpd.cli.kept import RESUMES, RESUMES_WITHOUT_FRESH, keeping
 from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.errors import UserError
@@ -77,7 +78,8 @@ def extend(
         from mtpd.run.extend import extend as run_stages
 
         try:
-            path: Path = run_stages(run, given, fresh=fresh, untrusted=untrusted)
+            with keeping(RESUMES_WITHOUT_FRESH if fresh else RESUMES):
+                path: Path = run_stages(run, given, fresh=fresh, untrusted=untrusted)
         except Exception as error:
             if full := disk_full(error, run):
                 raise full from error

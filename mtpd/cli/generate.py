@@ -19,7 +19,12 @@ Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to 
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy; more draws at random.")]
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw from the likeliest tokens of this mass.")]
 Depth = Annotated[
-    int | None, typer.Option("--depth", help="Drafts a round; by default what `mtpd bench --tune` found, or all heads.")
+    int | None,
+    typer.Option(
+        "--depth",
+        help="Drafts a round; by default what `mtpd bench --tune` found, else what was fastest in the run "
+        "(depths.json, evaluation.decode_depth), else all heads.",
+    ),
 ]
 Tree = Annotated[
     int | None,

@@ -14,7 +14,8 @@ RecipeArguments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="RECIPE | KEY=VALUE",
-        help="A recipe file (YAML), then overrides such as heads.depth=2. Without a file, model=... is needed.",
+        help="A recipe file (YAML) or the name of a recipe that comes with mtpd (mtpd recipe ls), then overrides such "
+        "as heads.depth=2. Without a recipe, model=... is needed.",
         show_default=False,
     ),
 ]
@@ -86,14 +87,14 @@ def given_words(context: typer.Context, *, without: Collection[str]) -> list[str
     return [str(context.command.name), *arguments, *options]
 
 
-def split_arguments(arguments: list[str] | None) -> tuple[Path | None, list[str]]:
-    """The recipe file, if the first word is one, and the overrides.
+def split_arguments(arguments: list[str] | None) -> tuple[str | None, list[str]]:
+    """The recipe file or name, if the first word is one, and the overrides.
 
     Raises:
         UserError: a word after the first is no `key=value`.
     """
     words = list(arguments or [])
-    path = Path(words.pop(0)) if words and ("=" not in words[0] or Path(words[0]).is_file()) else None
+    path = words.pop(0) if words and ("=" not in words[0] or Path(words[0]).is_file()) else None
     for word in words:
         if "=" not in word:
             raise UserError(f"argument {word!r}: is not accepted; accepted: one recipe file, then key=value overrides")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from mtpd.cli.kept import RESUMES, keeping
 from mtpd.cli.options import Debug, RecipeArguments, Untrusted, split_arguments
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.recipe import load_pretrain_recipe
@@ -18,13 +19,14 @@ def pretrain(
 
     Examples:
 
-        mtpd pretrain recipes/bytes-code.yaml
+        mtpd pretrain bytes-code
 
-        mtpd pretrain recipes/bytes-code.yaml train.max_steps=20 output=runs/try
+        mtpd pretrain bytes-code train.max_steps=20 output=runs/try
     """
     path, overrides = split_arguments(arguments)
     recipe = load_pretrain_recipe(path, overrides, untrusted=untrusted)
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
         from mtpd.pretrain.pretrain import pretrain as run  # brings in torch
 
-        typer.echo(f"done: {run(recipe)}")
+        with keeping(RESUMES):
+            typer.echo(f"done: {run(recipe)}")

@@ -1,15 +1,58 @@
-"""`mtpd recipe`: shows, checks and documents recipes. Nothing here loads a model."""
+"""`mtpd recipe`: lists, copies, shows, checks and documents recipes. Nothing here loads a model."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from mtpd.cli.options import Debug, RecipeArguments, Untrusted, split_arguments
+from mtpd.errors import UserError
+from mtpd.files import write_whole
 from mtpd.recipe import Recipe, dump, load_recipe
+from mtpd.recipe.shipped import about, find_recipe, shipped_folder, shipped_names
 
-app = typer.Typer(no_args_is_help=True, help="Show, check or document recipes.")
+app = typer.Typer(no_args_is_help=True, help="List, copy, show, check or document recipes.")
+
+
+@app.command()
+def ls(debug: Debug = False) -> None:
+    """List the recipes that come with mtpd. Their names are accepted wherever a recipe file is.
+
+    Example:
+
+        mtpd recipe ls
+    """
+    names = shipped_names()
+    width = max(map(len, names))
+    for name in names:
+        typer.echo(f"{name:<{width}}  {about(shipped_folder() / f'{name}.yaml')}")
+
+
+@app.command()
+def copy(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A recipe that mtpd recipe ls lists.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="The file to write, which must not exist. Default: NAME.yaml here."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a recipe that comes with mtpd as a file of your own.
+
+    Example:
+
+        mtpd recipe copy demo
+    """
+    if name not in shipped_names():
+        raise UserError(f"recipe {name}: is none of mtpd's; accepted: {', '.join(shipped_names())}")
+    file = output or Path(f"{name}.yaml")
+    if file.exists():
+        raise UserError(f"{file}: exists, and is not overwritten; choose another name with --output")
+    write_whole(file, find_recipe(name).read_bytes())
+    typer.echo(f"written: {file}")
 
 
 @app.command()
@@ -18,7 +61,7 @@ def show(arguments: RecipeArguments = None, debug: Debug = False) -> None:
 
     Example:
 
-        mtpd recipe show recipes/demo.yaml heads.depth=2
+        mtpd recipe show demo heads.depth=2
     """
     typer.echo(dump(load_recipe(*split_arguments(arguments))), nl=False)
 
@@ -29,7 +72,7 @@ def check(arguments: RecipeArguments = None, untrusted: Untrusted = False, debug
 
     Example:
 
-        mtpd recipe check recipes/demo.yaml heads.depth=2
+        mtpd recipe check demo heads.depth=2
     """
     path, overrides = split_arguments(arguments)
     recipe = load_recipe(path, overrides, untrusted=untrusted)

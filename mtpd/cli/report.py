@@ -23,9 +23,9 @@ def report(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write a report: acceptance with intervals, wall clock, training curves, texts, recipe and provenance.
+    """Write a report: a verdict, acceptance with intervals, wall clock, training curves, texts, recipe and provenance.
 
-    The HTML file needs no network; PNG files of its charts lie beside it.
+    It is one HTML file that needs no network and no script.
 
     Examples:
 
@@ -36,5 +36,4 @@ def report(
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
         from mtpd.run.report import report_run  # brings in torch
 
-        for path in report_run(run, output=output, against=against):
-            typer.echo(f"written: {path}")
+        typer.echo(f"written: {report_run(run, output=output, against=against)}")

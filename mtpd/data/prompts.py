@@ -82,17 +82,16 @@ def load_prompts(
     """
     prompts: list[Prompt] = []
     blank = 0
-    seen: Counter[str] = Counter()
+    ids = DistinctIds()
     stem = Path(source).stem
     for index, (place, row) in enumerate(sources.read(source, split=split, subset=subset)):
         prompt = read_row(row, place=place, default_id=f"{stem}-{index}", default_family=stem)
         if not prompt.text.strip() and not prompt.response:
             blank += 1
             continue
-        seen[prompt.id] += 1
-        if seen[prompt.id] > 1:
-            prompt = replace(prompt, id=f"{prompt.id}#{seen[prompt.id]}")
-        prompts.append(prompt)
+        prompts.append(ids.number(prompt))
+    if ids.repeated:
+        logger.warning("%s: %s", source, ids.words())
     if blank:
         logger.warning("%s: %d rows without text are left out", source, blank)
     if not prompts:
@@ -100,6 +99,34 @@ def load_prompts(
     if limit is not None and limit < len(prompts):
         prompts = random.Random(seed).sample(prompts, limit)
     return prompts
+
+
+class DistinctIds:
+    """Numbers the ids that several rows of one source have: `a`, `a#2`, `a#3`."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+        self._next: Counter[str] = Counter()
+        self.repeated = 0
+        """Rows whose id an earlier row has."""
+        self._example = ""
+
+    def number(self, prompt: Prompt) -> Prompt:
+        """The prompt with an id that no earlier one has."""
+        name = prompt.id
+        while name in self._taken:
+            self._next[prompt.id] += 1
+            name = f"{prompt.id}#{self._next[prompt.id] + 1}"
+        self._taken.add(name)
+        if name != prompt.id:
+            self.repeated += 1
+            self._example = self._example or f"{prompt.id} again is {name}"
+        return replace(prompt, id=name)
+
+    def words(self) -> str:
+        """What a warning says of them."""
+        what = "row has the id" if self.repeated == 1 else "rows have the id"
+        return f"{self.repeated} {what} of an earlier one; they are numbered ({self._example})"
 
 
 def read_row(row: Any, *, place: str, default_id: str, default_family: str = "") -> Prompt:

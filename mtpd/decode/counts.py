@@ -9,7 +9,18 @@ give equal counts. Where a text ends is known when it has ended, so its rounds a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+
+def shares(parts: Sequence[float], wholes: Sequence[int]) -> list[float]:
+    """Divide depth by depth; CAR_1..CAR_K of accepted and drafted."""
+    return [part / whole if whole else 0.0 for part, whole in zip(parts, wholes, strict=True)]
+
+
+def conditional(car: Sequence[float]) -> list[float]:
+    """Compute AR_1..AR_K, so that CAR_k is their product up to k."""
+    return [now / before if before else 0.0 for now, before in zip(car, [1.0, *car[:-1]], strict=True)]
 
 
 @dataclass
@@ -25,6 +36,37 @@ class Counts:
     def __post_init__(self) -> None:
         self.drafted = self.drafted or [0] * self.depth
         self.accepted = self.accepted or [0] * self.depth
+
+    def __add__(self, other: Counts) -> Counts:
+        """Sum over texts."""
+        return Counts(
+            self.depth,
+            self.tokens + other.tokens,
+            self.forwards + other.forwards,
+            [a + b for a, b in zip(self.drafted, other.drafted, strict=True)],
+            [a + b for a, b in zip(self.accepted, other.accepted, strict=True)],
+        )
+
+    def __str__(self) -> str:
+        """Write a line; tau and CAR are of the rounds that count, tokens and passes are of all."""
+        passes = f"{self.tokens} tokens in {self.forwards} forward passes"
+        each = [f"CAR_{k} {share:.2f}" for k, share in enumerate(self.car, start=1)]
+        return f"{passes}; {' '.join([*each, f'tau {self.tau:.2f}'])} over {max(self.drafted, default=0)} rounds"
+
+    @property
+    def car(self) -> list[float]:
+        """CAR_1..CAR_K."""
+        return shares(self.accepted, self.drafted)
+
+    @property
+    def ar(self) -> list[float]:
+        """AR_1..AR_K."""
+        return conditional(self.car)
+
+    @property
+    def tau(self) -> float:
+        """Tokens per forward pass of the trunk: 1 + Σ CAR_k."""
+        return 1.0 + sum(self.car)
 
     def start(self) -> None:
         """The forward pass over the prompt, which writes one token."""

@@ -14,7 +14,7 @@ from mtpd.trunk import Trunk
 
 def generate(
     trunk: Trunk,
-    heads: Heads,
+    heads: Heads | None,
     prompt: Tensor,
     *,
     max_new_tokens: int,
@@ -27,6 +27,7 @@ def generate(
     """Decodes greedily after one prompt.
 
     Args:
+        heads: None decodes without drafts.
         prompt: token ids [n], n >= 1.
         max_new_tokens: how many tokens at most, at least 1.
         end_tokens: ids that end the text; the one that does is part of the output, as in transformers.

@@ -6,12 +6,19 @@ inputs, logits processors and stopping criteria, and calls back here in the plac
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PretrainedConfig,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation import (
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
@@ -19,6 +26,7 @@ from transformers.generation import (
     MaxLengthCriteria,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.models.auto import modeling_auto
 
 from mtpd.decode.choice import Choice, Greedy
 from mtpd.decode.counts import Counts
@@ -32,6 +40,10 @@ from mtpd.trunk import Trunk
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 SLOTS = 64
 """Rows of a call that are decoded at a time; more wait for a slot."""
+
+# Pipelines of transformers log an error for a class that is not in this table, which also has the names of classes
+# without a configuration of their own. The key is no model type, so that nothing is ever loaded through it.
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["mtpd"] = "Model"
 
 
 class Drafting(BaseModel):
@@ -71,14 +83,82 @@ class Model:
         self.counts: list[Counts] = []
         """Of each row of the last call."""
 
+    def __repr__(self) -> str:
+        """Say what drafts, how far, and where it runs."""
+        parts = [f"{self.trunk.name} of {self.trunk.depth} layers"]
+        if self.heads is None:
+            parts.append("no heads")
+        else:
+            heads = "head" if self.heads.depth == 1 else "heads"
+            parts += [f"{self.heads.depth} {self.heads.config.kind} {heads}", f"draft depth {self.depth}"]
+            parts += [f"tree of {self.drafting.tree}"] if self.drafting.tree else []
+            parts += [f"{self.drafting.siblings} siblings"] if self.drafting.siblings else []
+        return f"{type(self).__name__}({', '.join(parts)}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
+
+    @property
+    def acceptance(self) -> Counts:
+        """What the last call of `generate` drafted and accepted, summed over its rows: `tau`, `car`, `ar`, counts.
+
+        `counts` has the same by row.
+
+        Raises:
+            UserError: there was no call yet.
+        """
+        if not self.counts:
+            raise UserError("acceptance: nothing was generated yet; call generate(...) first")
+        return sum(self.counts[1:], self.counts[0])
+
     @property
     def device(self) -> torch.device:
         return self.trunk.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.trunk.dtype
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.trunk.model.config
+
+    @property
     def generation_config(self) -> GenerationConfig:
         settings: Any = self.trunk.model.generation_config
         return settings
+
+    @property
+    def input_modalities(self) -> tuple[str, ...]:
+        return ("text",)
+
+    @property
+    def output_modalities(self) -> tuple[str, ...]:
+        return ("text",)
+
+    def can_generate(self) -> bool:
+        """Tell pipelines of transformers that there is `generate`."""
+        return True
+
+    def eval(self) -> Model:
+        """Return the model: it is in eval mode for good."""
+        return self
+
+    def to(self, device: Any) -> Model:
+        """Move model and heads to a device.
+
+        Raises:
+            UserError: anything else than a device. A dtype is chosen in loading, which keeps rotary tables in float32.
+        """
+        try:
+            where = torch.device(device)
+        except (TypeError, RuntimeError) as error:
+            raise UserError(
+                f"to: {device} is not accepted; accepted: a device such as cuda:0 or cpu (a dtype is chosen in "
+                'loading: mtpd.load(run, dtype="float32"))'
+            ) from error
+        self.trunk.to(where)
+        if self.heads is not None:
+            # In eval mode anew: what they hold for decoding stays on the old device otherwise.
+            self.heads.to(where).eval()
+        return self
 
     def generate(
         self,
@@ -94,13 +174,14 @@ class Model:
         Prompts of several lengths are padded on the left. A text ends at the model's context at the latest.
 
         Raises:
-            UserError: a way of generating that drafts cannot serve (beam search, contrastive search, another
-                assistant), outputs that are not kept (attentions, hidden states, a cache), padding inside of a
-                prompt, or a prompt that fills the context.
+            UserError: text in the place of token ids, a way of generating that drafts cannot serve (beam search,
+                contrastive search, another assistant), outputs that are not kept (attentions, hidden states, a cache),
+                padding inside of a prompt, or a prompt that fills the context.
         """
         for name in ("assistant_model", "past_key_values", "inputs_embeds", "custom_generate", "negative_prompt_ids"):
             if kwargs.pop(name, None) is not None:
                 raise UserError(f"generate: {name} is not accepted; heads draft, and texts begin at their prompts")
+        _check_ids(inputs if inputs is not None else kwargs.get("input_ids"))
         config, criteria = self._stop_strings(generation_config, StoppingCriteriaList(stopping_criteria or []), kwargs)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         if streamer is not None and ids is not None and len(ids) > 1:
@@ -234,6 +315,19 @@ class Model:
         if self.drafting.sampled and self.heads is not None:
             return SampledDrafts(warpers, rows=self.heads.rows())
         return Sampling(warpers)
+
+
+def _check_ids(inputs: Any) -> None:
+    """Raises UserError for what holds no token ids yet, or holds them in a way that leaves their mask behind."""
+    if inputs is None or isinstance(inputs, Tensor):
+        return
+    if isinstance(inputs, Mapping):
+        raise UserError("generate: a mapping of inputs is passed by its names: model.generate(**inputs)")
+    given = f"{inputs[:20]!r}" if isinstance(inputs, str) else type(inputs).__name__
+    raise UserError(
+        f"generate: {given} is no tensor of token ids; accepted: "
+        'model.generate(**model.tokenizer("text", return_tensors="pt"))'
+    )
 
 
 def _refuse(settings: Any) -> None:

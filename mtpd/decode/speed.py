@@ -24,10 +24,10 @@ from mtpd.heads import Heads
 from mtpd.trunk import Trunk
 
 WAYS = {
-    "mtpd": "the heads, with this package",
-    "plain": "transformers' generate, without heads",
-    "transformers": "transformers' generate(use_mtp=True) with the same heads, which takes one prompt at a time",
-    "engine": "this package without heads",
+    "mtpd": "this package with the heads",
+    "plain": "transformers' generate without heads",
+    "transformers": "transformers' generate(use_mtp=True) with the same heads, one prompt at a time",
+    "engine": "this package without drafts",
 }
 PARTS = ("trunk", "drafts", "verification", "bookkeeping")
 SIBLINGS = (1, 2, 4, 8)
@@ -168,8 +168,8 @@ def generated(
 class Breakdown:
     """Where the rounds of some texts spent their time, in seconds."""
 
-    rounds: int
-    seconds: dict[str, float]
+    rounds: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     """By part: `PARTS`."""
 
     def share(self, part: str) -> float:
@@ -185,14 +185,21 @@ def breakdown(model: Model, prompts: Sequence[Sequence[int]], *, max_new_tokens:
         capacity=max(map(len, prompts)) + max_new_tokens,
         **(model.drafting.model_dump(exclude={"sampled"}) if model.heads is not None else {}),
     )
-    spent = dict.fromkeys(("round", *PARTS), 0.0)
-    count = 0
+    found = watch(engine, model.trunk)
+    for _ in engine.run(Request(each, max_new_tokens) for each in prompts):
+        pass
+    return found
+
+
+def watch(engine: Engine, trunk: Trunk) -> Breakdown:
+    """Times the parts of an engine's rounds from now on, as they run. Reading prompts is in none of them."""
+    found = Breakdown()
 
     def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            began = now(model.trunk)
+            began = now(trunk)
             result = call(*args, **kwargs)
-            spent[part] += now(model.trunk) - began
+            found.seconds[part] += now(trunk) - began
             return result
 
         return run
@@ -200,15 +207,16 @@ def breakdown(model: Model, prompts: Sequence[Sequence[int]], *, max_new_tokens:
     whole, reading = engine._round, engine._read_prompts
 
     def one_round() -> None:
-        nonlocal count
-        count += 1
-        timed("round", whole)()
+        before = sum(found.seconds.values())
+        began = now(trunk)
+        whole()
+        found.seconds["bookkeeping"] += now(trunk) - began - (sum(found.seconds.values()) - before)
+        found.rounds += 1
 
     def read(group: Any) -> None:
-        # Prompts are no rounds: what they cost is taken out.
-        kept = dict(spent)
+        kept = dict(found.seconds)
         reading(group)
-        spent.update(kept)
+        found.seconds.update(kept)
 
     patched: Any = engine
     patched._round, patched._read_prompts = one_round, read
@@ -216,10 +224,7 @@ def breakdown(model: Model, prompts: Sequence[Sequence[int]], *, max_new_tokens:
     patched._draft = timed("drafts", engine._draft)
     patched.unembedding = timed("verification", engine.unembedding)
     patched.choice.choose = timed("verification", engine.choice.choose)
-    for _ in engine.run(Request(each, max_new_tokens) for each in prompts):
-        pass
-    spent["bookkeeping"] = spent.pop("round") - sum(spent[part] for part in PARTS)
-    return Breakdown(count, {part: spent[part] for part in PARTS})
+    return found
 
 
 def tune(

@@ -19,9 +19,16 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mtpd.decode import Counts
+from mtpd.decode.counts import conditional, shares
 from mtpd.errors import UserError
 from mtpd.evaluate.versions import library_versions
 from mtpd.files import read_sealed, sealed, write_whole
+
+RANDOM = (
+    "The model predicts text no better than chance, as random weights do: these numbers show that everything runs, "
+    "and say nothing about heads."
+)
+"""Stands beside every table of an acceptance file whose trunk is random."""
 
 Settings = dict[str, str | int | float | bool | None]
 """What a measurement depends on besides trunk and heads: names and plain values."""
@@ -38,6 +45,9 @@ class CountsModel(BaseModel):
     accepted: list[int]
     seconds: float = Field(default=0.0, ge=0)
     plain_seconds: float | None = Field(default=None, ge=0)
+    """Of transformers' own `generate` without heads; null offline."""
+    engine_seconds: float | None = Field(default=None, ge=0)
+    """Of mtpd's own engine without drafts; null offline, and in files from before it was measured."""
     expected: list[float] | None = None
     """Sums over drafts of Σ_x min(p, q) at each depth, teacher-forced: what sampling would accept; null decoded."""
     expected_rows: list[int] | None = None
@@ -102,7 +112,7 @@ class Control(BaseModel):
     @property
     def car(self) -> list[float]:
         """CAR_1..CAR_K against the shifted targets."""
-        return _shares(self.accepted, self.drafted)
+        return shares(self.accepted, self.drafted)
 
 
 class SuiteCounts(CountsModel):
@@ -150,6 +160,7 @@ class SuiteCounts(CountsModel):
             accepted=_columns([row.accepted for row in rows], depth),
             seconds=sum(row.seconds for row in rows),
             plain_seconds=_sum_or_none(row.plain_seconds for row in rows),
+            engine_seconds=_sum_or_none(row.engine_seconds for row in rows),
             identical=_sum_or_none(row.identical for row in rows),
             ties=_sum_or_none(row.tie for row in rows),
             expected=_columns([row.expected for row in rows], depth),
@@ -160,13 +171,12 @@ class SuiteCounts(CountsModel):
     @property
     def car(self) -> list[float]:
         """CAR_1..CAR_K."""
-        return _shares(self.accepted, self.drafted)
+        return shares(self.accepted, self.drafted)
 
     @property
     def ar(self) -> list[float]:
         """AR_1..AR_K, so that CAR_k is their product up to k."""
-        car = self.car
-        return [now / before if before else 0.0 for now, before in zip(car, [1.0, *car[:-1]], strict=True)]
+        return conditional(self.car)
 
     @property
     def tau(self) -> float:
@@ -178,12 +188,17 @@ class SuiteCounts(CountsModel):
         """Mean Σ_x min(p, q) by depth."""
         if self.expected is None or self.expected_rows is None:
             return None
-        return _shares(self.expected, self.expected_rows)
+        return shares(self.expected, self.expected_rows)
 
     @property
-    def speedup(self) -> float | None:
-        """Wall-clock tokens/s against plain decoding of the same prompts in the same process."""
+    def speed_up(self) -> float | None:
+        """Wall-clock tokens/s against transformers' `generate` on the same prompts in the same process."""
         return self.plain_seconds / self.seconds if self.plain_seconds and self.seconds else None
+
+    @property
+    def speed_up_over_engine(self) -> float | None:
+        """Wall-clock tokens/s against the same engine without drafts: what the drafts alone gain."""
+        return self.engine_seconds / self.seconds if self.engine_seconds and self.seconds else None
 
     @property
     def trained(self) -> int:
@@ -191,7 +206,18 @@ class SuiteCounts(CountsModel):
         return sum(row.trained is not None for row in self.rows or [])
 
 
-_SUMMED = ("prompts", "tokens", "forwards", "drafted", "accepted", "seconds", "plain_seconds", "identical", "ties")
+_SUMMED = (
+    "prompts",
+    "tokens",
+    "forwards",
+    "drafted",
+    "accepted",
+    "seconds",
+    "plain_seconds",
+    "engine_seconds",
+    "identical",
+    "ties",
+)
 
 
 class Acceptance(BaseModel):
@@ -206,6 +232,8 @@ class Acceptance(BaseModel):
     """Number format, tokens drafted a round, and what else all suites share; null in files of schema 1."""
     trunk: str
     heads: str
+    random_trunk: bool = False
+    """The trunk predicts prompts no better than chance: its weights are random, and the counts mean nothing."""
     versions: dict[str, str] = Field(default_factory=library_versions)
     suites: dict[str, SuiteCounts]
 
@@ -227,6 +255,7 @@ class Acceptance(BaseModel):
             accepted=_columns([suite.accepted for suite in chosen], depth),
             seconds=sum(suite.seconds for suite in chosen),
             plain_seconds=_sum_or_none(suite.plain_seconds for suite in chosen),
+            engine_seconds=_sum_or_none(suite.engine_seconds for suite in chosen),
             identical=_sum_or_none(suite.identical for suite in chosen),
             ties=_sum_or_none(suite.ties for suite in chosen),
             expected=_columns([suite.expected for suite in chosen], depth),
@@ -254,10 +283,6 @@ class Acceptance(BaseModel):
         if not any(suite.prompts for suite in found.suites.values()):
             raise UserError(f"{path}: holds no suite with a prompt in it; measure with mtpd eval")
         return found
-
-
-def _shares(parts: Sequence[float], wholes: Sequence[int]) -> list[float]:
-    return [part / whole if whole else 0.0 for part, whole in zip(parts, wholes, strict=True)]
 
 
 def _columns(lists: Sequence[Sequence[Any] | None], depth: int) -> Any:

@@ -1,9 +1,15 @@
-"""Acceptance by really decoding, beside plain `generate` on the same prompts in the same process."""
+"""Acceptance by really decoding, beside two baselines on the same prompts in the same process.
+
+The baselines are plain `generate` of transformers, and mtpd's own engine without drafts: a speed-up against the first
+has in it how much slower that loop is, one against the second is what the drafts gain.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from tqdm.auto import tqdm
@@ -11,7 +17,7 @@ from transformers import GenerationConfig
 
 from mtpd.data.generation import plain_generation
 from mtpd.data.packing import Sample
-from mtpd.decode import generate
+from mtpd.decode import Counts, generate
 from mtpd.evaluate.acceptance import PromptCounts, SuiteCounts
 from mtpd.files import fingerprint_json, short
 from mtpd.heads import Heads
@@ -30,7 +36,9 @@ def measure_decoded(
     end_tokens: Collection[int],
     progress: bool = True,
 ) -> dict[str, dict[str, SuiteCounts]]:
-    """Decodes each prompt greedily: plainly with transformers, then with each set of heads.
+    """Decodes each prompt greedily: with transformers, with the engine without drafts, and with each set of heads.
+
+    Which goes first changes from prompt to prompt.
 
     Args:
         heads: sets of heads by name, such as before and after training.
@@ -47,22 +55,21 @@ def measure_decoded(
     prompts = [torch.tensor(sample.prompt_ids, device=trunk.device) for sample in samples]
     # One short text each that is not timed: first calls allocate and load.
     _plain(trunk, prompts[0], 4, end_tokens)
-    for each in heads.values():
+    for each in (None, *heads.values()):
         generate(trunk, each, prompts[0], max_new_tokens=8, end_tokens=end_tokens)
-    for sample, prompt in tqdm(list(zip(samples, prompts, strict=True)), desc="decoding", disable=not progress):
-        began = _now(trunk)
-        text = _plain(trunk, prompt, max_new_tokens, end_tokens)
-        plain_seconds = _now(trunk) - began
-        for name, each in heads.items():
-            began = _now(trunk)
-            tokens, counts = generate(trunk, each, prompt, max_new_tokens=max_new_tokens, end_tokens=end_tokens)
+    for turn, sample in enumerate(tqdm(samples, desc="decoding", disable=not progress)):
+        prompt = prompts[turn]
+        decoded = _in_turns(trunk, heads, prompt, turn, max_new_tokens=max_new_tokens, end_tokens=end_tokens)
+        text = decoded.plain
+        for name, (tokens, counts, seconds) in decoded.drafted.items():
             row = PromptCounts.of(
                 counts,
                 id=sample.id,
                 prompt=short(fingerprint_json(sample.prompt_ids)),
                 text=short(fingerprint_json(tokens)),
-                seconds=_now(trunk) - began,
-                plain_seconds=plain_seconds,
+                seconds=seconds,
+                plain_seconds=decoded.plain_seconds,
+                engine_seconds=decoded.engine_seconds,
                 identical=tokens == text,
                 tie=tokens != text and parted_at_tie(trunk, prompt, text, tokens),
             )
@@ -71,6 +78,52 @@ def measure_decoded(
         name: {family: SuiteCounts.of(members, heads[name].depth) for family, members in families.items()}
         for name, families in rows.items()
     }
+
+
+@dataclass
+class _Decoded:
+    """One prompt, decoded in all ways."""
+
+    plain: list[int] = field(default_factory=list)
+    """Text of `generate`."""
+    plain_seconds: float = 0.0
+    engine_seconds: float = 0.0
+    drafted: dict[str, tuple[list[int], Counts, float]] = field(default_factory=dict)
+    """By name of the heads: text, counts and seconds."""
+
+
+def _in_turns(
+    trunk: Trunk,
+    heads: Mapping[str, Heads],
+    prompt: torch.Tensor,
+    turn: int,
+    *,
+    max_new_tokens: int,
+    end_tokens: Collection[int],
+) -> _Decoded:
+    """Decodes in all ways; the first one is another one at each turn, so that none is always the one after a pause."""
+    found = _Decoded()
+
+    def plainly() -> None:
+        began = _now(trunk)
+        found.plain = _plain(trunk, prompt, max_new_tokens, end_tokens)
+        found.plain_seconds = _now(trunk) - began
+
+    def with_engine(name: str | None) -> None:
+        began = _now(trunk)
+        drafting = None if name is None else heads[name]
+        tokens, counts = generate(trunk, drafting, prompt, max_new_tokens=max_new_tokens, end_tokens=end_tokens)
+        seconds = _now(trunk) - began
+        if name is None:
+            found.engine_seconds = seconds
+        else:
+            found.drafted[name] = (tokens, counts, seconds)
+
+    ways: list[Callable[[], None]] = [plainly, *(partial(with_engine, name) for name in (None, *heads))]
+    first = turn % len(ways)
+    for way in [*ways[first:], *ways[:first]]:
+        way()
+    return found
 
 
 @torch.inference_mode()

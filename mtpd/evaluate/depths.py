@@ -11,16 +11,19 @@ import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.table import Table
 
 from mtpd.decode.engine import Engine, Request
-from mtpd.decode.speed import generated, now
+from mtpd.decode.speed import PARTS, generated, now, watch
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
+from mtpd.evaluate.run_tables import say_if_random
+from mtpd.evaluate.versions import machine
 from mtpd.files import read_sealed, sealed, write_whole
+from mtpd.heads import Heads
 from mtpd.heads.chain import ChainHeads
 from mtpd.trunk import Trunk
 
@@ -40,6 +43,8 @@ class Depth(BaseModel):
     """Of a round: drafting, the trunk's pass, and the choice of tokens."""
     draft_ms: float = Field(ge=0)
     """Of the drafts in it."""
+    part_ms: dict[str, float] | None = None
+    """Of all its parts, `mtpd.decode.speed.PARTS`; null in files from before it was kept."""
     car: float | None = None
     """CAR of this depth, which is its marginal tau; offline, on all prompts measured."""
 
@@ -53,6 +58,9 @@ class Depths(BaseModel):
     prompts: int
     max_new_tokens: int
     dtype: str
+    heads: str = ""
+    """Fingerprint of the heads; empty in files from before it was kept."""
+    machine: str = ""
     plain_tokens_per_second: float
     """Of transformers' own `generate`, in the same process."""
     depths: list[Depth] = Field(min_length=2)
@@ -64,9 +72,13 @@ class Depths(BaseModel):
         best = max(each.tokens_per_second for each in self.depths)
         return next(each.depth for each in self.depths if each.tokens_per_second * PAYS >= best)
 
-    def speedup(self, depth: int) -> float:
-        """Tokens/s against plain decoding."""
+    def speed_up(self, depth: int) -> float:
+        """Tokens/s against transformers' `generate`."""
         return self.depths[depth].tokens_per_second / self.plain_tokens_per_second
+
+    def speed_up_over_engine(self, depth: int) -> float:
+        """Tokens/s against the same engine without drafts."""
+        return self.depths[depth].tokens_per_second / self.depths[0].tokens_per_second
 
     def save(self, path: Path) -> None:
         write_whole(path, json.dumps(sealed(self.model_dump(mode="json", by_alias=True)), indent=1) + "\n")
@@ -85,24 +97,23 @@ class _Timed:
     """Runs of one number of drafts."""
 
     seconds: list[float] = field(default_factory=list)
-    round_ms: list[float] = field(default_factory=list)
-    draft_ms: list[float] = field(default_factory=list)
+    part_ms: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
+    """Of a round, by part."""
     tokens: int = 0
 
 
 def measure_depths(
     trunk: Trunk,
-    heads: ChainHeads,
+    heads: Heads,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     end_tokens: Collection[int] = (),
     runs: int = 2,
     acceptance: SuiteCounts | None = None,
+    heads_fingerprint: str = "",
 ) -> Depths:
     """Decodes all prompts with 0..K drafts a round and by plain `generate`, in turns; medians over runs.
-
-    Heads past the number of drafts do nothing, as if there were none.
 
     Args:
         acceptance: counts of the same heads, for the CAR of each depth.
@@ -121,17 +132,24 @@ def measure_depths(
         for count in counts if run % 2 == 0 else reversed(counts):
             _decode(trunk, heads, prompts, count, timed[count], max_new_tokens=max_new_tokens, end_tokens=end_tokens)
     cars = [None, *(acceptance.car if acceptance is not None else [None] * heads.depth)]
+    part_ms = {
+        count: {part: statistics.median(values) for part, values in each.part_ms.items()}
+        for count, each in timed.items()
+    }
     return Depths(
         prompts=len(prompts),
         max_new_tokens=max_new_tokens,
         dtype=str(trunk.dtype).removeprefix("torch."),
+        heads=heads_fingerprint,
+        machine=machine(),
         plain_tokens_per_second=plain.tokens / statistics.median(plain.seconds),
         depths=[
             Depth(
                 depth=count,
                 tokens_per_second=each.tokens / statistics.median(each.seconds),
-                round_ms=statistics.median(each.round_ms),
-                draft_ms=statistics.median(each.draft_ms),
+                round_ms=sum(part_ms[count].values()),
+                draft_ms=part_ms[count]["drafts"],
+                part_ms=part_ms[count],
                 car=cars[count],
             )
             for count, each in timed.items()
@@ -141,7 +159,7 @@ def measure_depths(
 
 def _decode(
     trunk: Trunk,
-    heads: ChainHeads,
+    heads: Heads,
     prompts: Sequence[Sequence[int]],
     count: int,
     timed: _Timed,
@@ -149,36 +167,22 @@ def _decode(
     max_new_tokens: int,
     end_tokens: Collection[int],
 ) -> None:
-    engine: Any = Engine(
+    # A chain cut short reads nothing with the heads that do not draft.
+    drafting = heads.first(count) if count and isinstance(heads, ChainHeads) else heads
+    engine = Engine(
         trunk,
-        heads.first(count) if count else None,
+        drafting if count else None,
         slots=1,
         capacity=max(map(len, prompts)) + max_new_tokens,
+        depth=count or None,
         end_tokens=end_tokens,
     )
-    spent = {"_round": 0.0, "_draft": 0.0}
-    rounds = 0
-
-    def clocked(name: str) -> Any:
-        call = getattr(engine, name)
-
-        def run(*args: Any) -> Any:
-            nonlocal rounds
-            began = now(trunk)
-            result = call(*args)
-            spent[name] += now(trunk) - began
-            rounds += name == "_round"
-            return result
-
-        return run
-
-    for name in spent:
-        setattr(engine, name, clocked(name))
+    spent = watch(engine, trunk)
     began = now(trunk)
     timed.tokens = sum(len(text.tokens) for text in engine.run(Request(each, max_new_tokens) for each in prompts))
     timed.seconds.append(now(trunk) - began)
-    timed.round_ms.append(1000 * spent["_round"] / max(1, rounds))
-    timed.draft_ms.append(1000 * spent["_draft"] / max(1, rounds))
+    for part, seconds in spent.seconds.items():
+        timed.part_ms[part].append(1000 * seconds / max(1, spent.rounds))
 
 
 def depths_pay_table(found: Depths, before: Acceptance | None = None) -> Table:
@@ -188,12 +192,14 @@ def depths_pay_table(found: Depths, before: Acceptance | None = None) -> Table:
         before: acceptance of the same depths before training, shown beside.
     """
     title = (
-        f"Which depth pays ({found.prompts} prompts, {found.max_new_tokens} tokens, {found.dtype}; plain generate "
-        f"{found.plain_tokens_per_second:.1f} tokens/s)"
+        f"Which depth pays ({found.prompts} prompts, {found.max_new_tokens} tokens, {found.dtype}; transformers' "
+        f"generate {found.plain_tokens_per_second:.1f} tokens/s)"
     )
     table = Table(title=title, title_justify="left")
-    columns = ("drafts", "CAR = marginal tau", "draft ms", "marginal ms", "round ms", "tokens/s", "speed-up")
-    for column in columns:
+    if before is not None:
+        say_if_random(table, before)
+    columns = ("drafts", "CAR = marginal tau", "draft ms", "marginal ms", "round ms", "tokens/s")
+    for column in (*columns, "speed-up over generate", "speed-up over no drafts"):
         table.add_column(column, justify="right")
     first = before.total().car if before is not None else []
     for each, previous in zip(found.depths, [None, *found.depths], strict=False):
@@ -207,7 +213,8 @@ def depths_pay_table(found: Depths, before: Acceptance | None = None) -> Table:
             f"{each.draft_ms - previous.draft_ms:.1f}" if previous is not None else "",
             f"{each.round_ms:.1f}",
             f"{each.tokens_per_second:.1f}",
-            f"{found.speedup(each.depth):.2f}x",
+            f"{found.speed_up(each.depth):.2f}x",
+            f"{found.speed_up_over_engine(each.depth):.2f}x",
             style="bold" if each.depth == found.fastest else None,
         )
     return table

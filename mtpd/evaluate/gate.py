@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from mtpd.errors import UserError
-from mtpd.evaluate.acceptance import Acceptance, PromptCounts, Settings
+from mtpd.evaluate.acceptance import RANDOM, Acceptance, PromptCounts, Settings
 from mtpd.evaluate.intervals import RESAMPLES, Array, Estimate, estimate, paired_differences
 
 MINIMUM_PROMPTS = 50
@@ -31,8 +31,18 @@ FAILING_CONFIDENCE = 0.995
 FAILING_ERRORS = 2.807 + 0.842
 PASSING_ERRORS = 1.960 + 0.842
 """Standard errors between a change and the limit at which an interval keeps off the limit in 80% of cases."""
+RELATIVE = ("tau", "speed_up", "speed_up_over_engine")
+"""Ratios whose change is relative; that of the others is a difference."""
+COMPARED = ("car_1", *RELATIVE)
+"""Ratios that a comparison shows, as far as both files have them."""
 MOST_PROMPTS = 100_000
 """An estimate of more prompts than this says only that the change lies at the limit."""
+
+LABELS = {
+    "tau": "tau",
+    "speed_up": "speed-up over generate",
+    "speed_up_over_engine": "speed-up over engine without drafts",
+}
 
 Outcome = Literal["passed", "failed", "undecided"]
 
@@ -52,7 +62,7 @@ class Change:
 
     @property
     def relative(self) -> bool:
-        return self.name in ("tau", "speedup")
+        return self.name in RELATIVE
 
     @property
     def direction(self) -> Literal["up", "down", "flat"]:
@@ -70,7 +80,7 @@ class Change:
 def _percent(estimate: Estimate) -> str:
     """An interval in hundredths: [-2.80, -1.40]"""
     if estimate.low is None or estimate.high is None:
-        return "[too few prompts]"
+        return "[too few prompts for an interval]"
     return f"[{100 * estimate.low:+.2f}, {100 * estimate.high:+.2f}]"
 
 
@@ -141,7 +151,7 @@ def compare(
             after.setdefault(name, []).append(new)
     if not before:
         raise UserError(f"{names[1]}: all {left_out} prompts were trained on; nothing is left to compare")
-    notes = []
+    notes = [RANDOM] if baseline.random_trunk or candidate.random_trunk else []
     if left_out:
         notes.append(f"{left_out} prompts are left out of the comparison: a run was trained on them, or nearly")
     if texts:
@@ -161,7 +171,7 @@ def compare(
 
 def _change(name: str, before: Array, after: Array) -> Change:
     """From resampled ratios, entry 0 being the one measured."""
-    changes = after / before - 1.0 if name in ("tau", "speedup") else after - before
+    changes = after / before - 1.0 if name in RELATIVE else after - before
     point, spread = float(changes[0]), changes[1:]
     return Change(
         name,
@@ -228,11 +238,11 @@ def _prompts_wanted(check: Change, prompts: int, max_drop: float) -> float:
 
 
 def label(ratio: str) -> str:
-    """How a ratio is called where people read it: CAR_1, AR_1, tau, Σ min(p,q)_1, speed-up."""
+    """How a ratio is called where people read it: CAR_1, AR_1, tau, Σ min(p,q)_1, speed-up with its baseline."""
+    if ratio in LABELS:
+        return LABELS[ratio]
     kind, _, depth = ratio.partition("_")
-    return {"expected": "Σ min(p,q)", "speedup": "speed-up", "tau": "tau"}.get(kind, kind.upper()) + (
-        f"_{depth}" if depth else ""
-    )
+    return {"expected": "Σ min(p,q)"}.get(kind, kind.upper()) + f"_{depth}"
 
 
 def check_comparable(baseline: Acceptance, candidate: Acceptance, *, names: Sequence[str]) -> None:

@@ -59,7 +59,7 @@ def intervals(
         apart: suites that are not summed.
 
     Returns:
-        By suite, then by name of the ratio: car_1.., ar_1.., tau, expected_1.. and speedup where measured.
+        By suite, then by name of the ratio: car_1.., ar_1.., tau, expected_1.. and both speed-ups where measured.
     """
     found: dict[str | None, dict[str, Estimate]] = {}
     summed: dict[str, Array] = {}
@@ -70,8 +70,9 @@ def intervals(
             summed[name] = sums
     if summed:
         total = acceptance.total(summed)
-        sums = sum(summed.values(), start=np.zeros(()))
-        if not all(map(len, summed.values())):
+        if all(map(len, summed.values())):
+            sums = np.sum(list(summed.values()), axis=0)
+        else:
             # Some suites are too small to draw within them: prompts are drawn from all of them.
             rows = [row for name in summed for row in acceptance.suites[name].rows or []]
             sums = _resampled_sums("", rows, total.depth, resamples, seed)
@@ -99,18 +100,18 @@ def _estimates(suite: SuiteCounts, sums_RC: Array, confidence: float) -> dict[st
 def ratios(sums_C: Array, depth: int) -> dict[str, Array]:
     """Ratios from sums whose last axis is the columns of `_table`; NaN where something was not measured."""
     drafted, accepted, expected, expected_rows = (sums_C[..., i * depth : (i + 1) * depth] for i in range(4))
-    seconds, plain_seconds = sums_C[..., 4 * depth], sums_C[..., 4 * depth + 1]
+    seconds, plain_seconds, engine_seconds = (sums_C[..., 4 * depth + i] for i in range(3))
     with np.errstate(divide="ignore", invalid="ignore"):
         car = np.where(drafted > 0, accepted / drafted, 0.0)
         before = np.concatenate([np.ones_like(car[..., :1]), car[..., :-1]], axis=-1)
         ar = np.where(before > 0, car / before, 0.0)
         expected = np.where(expected_rows > 0, expected / expected_rows, 0.0) + 0.0 * expected
-        speedup = plain_seconds / seconds
+        speed_ups = {"speed_up": plain_seconds / seconds, "speed_up_over_engine": engine_seconds / seconds}
     found = {f"car_{k + 1}": car[..., k] for k in range(depth)}
     found |= {f"ar_{k + 1}": ar[..., k] for k in range(depth)}
     found |= {"tau": 1.0 + car.sum(axis=-1)}
     found |= {f"expected_{k + 1}": expected[..., k] for k in range(depth)}
-    return found | {"speedup": speedup}
+    return found | speed_ups
 
 
 def draws(name: str, prompts: int, resamples: int, seed: int) -> Array:
@@ -122,12 +123,12 @@ def draws(name: str, prompts: int, resamples: int, seed: int) -> Array:
 def _resampled_sums(name: str, rows: Sequence[PromptCounts] | None, depth: int, resamples: int, seed: int) -> Array:
     """Sums of each resample [R, C]; without resamples where there are too few counts by prompt."""
     if not rows or len(rows) < FEWEST:
-        return np.zeros((0, 4 * depth + 2))
+        return np.zeros((0, 4 * depth + 3))
     return draws(name, len(rows), resamples, seed) @ _table(rows)
 
 
 def _table(rows: Sequence[PromptCounts | SuiteCounts]) -> Array:
-    """Counts [N, C]: drafted, accepted, expected, expected_rows by depth, seconds, plain_seconds; NaN for null."""
+    """Counts [N, C]: drafted, accepted, expected, expected_rows by depth, then the three seconds; NaN for null."""
     missing = [float("nan")] * rows[0].depth
     return np.array(
         [
@@ -139,6 +140,7 @@ def _table(rows: Sequence[PromptCounts | SuiteCounts]) -> Array:
                 # Offline nothing is timed: 0 seconds are no measurement.
                 row.seconds or float("nan"),
                 float("nan") if row.plain_seconds is None else row.plain_seconds,
+                float("nan") if row.engine_seconds is None else row.engine_seconds,
             ]
             for row in rows
         ],

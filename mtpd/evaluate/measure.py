@@ -18,6 +18,7 @@ from mtpd.evaluate.contamination import TrainedPrompts
 from mtpd.evaluate.decoded import measure_decoded
 from mtpd.evaluate.offline import measure_offline
 from mtpd.evaluate.suites import Question, Suite
+from mtpd.evaluate.trunk_quality import at_chance
 from mtpd.files import fingerprint_json, short
 from mtpd.heads import Heads
 from mtpd.trunk import Trunk
@@ -98,7 +99,12 @@ def measure_suites(
         _mark(counts[name], name, questions, trained)
     settings = {"dtype": str(model.trunk.dtype).removeprefix("torch."), "drafts": heads.depth}
     acceptance = Acceptance(
-        mode=mode, settings=settings, trunk=model.fingerprint, heads=heads_fingerprint, suites=counts
+        mode=mode,
+        settings=settings,
+        trunk=model.fingerprint,
+        heads=heads_fingerprint,
+        random_trunk=at_chance(model.trunk, [each.prompt_ids for texts in trace.samples.values() for each in texts]),
+        suites=counts,
     )
     return acceptance, trace
 

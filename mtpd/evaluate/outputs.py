@@ -5,13 +5,12 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 
-from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
-from mtpd.evaluate.gate import Comparison, Verdict, label
-from mtpd.evaluate.intervals import Estimate
+from mtpd.evaluate.acceptance import RANDOM, Acceptance, SuiteCounts
+from mtpd.evaluate.gate import COMPARED, Comparison, Verdict, label
 from mtpd.evaluate.run_tables import TOTAL
+from mtpd.evaluate.tables import Estimates, interval_note
 from mtpd.evaluate.trunk_quality import TrunkQuality
 
-Estimates = Mapping[str | None, Mapping[str, Estimate]]
 MARKS = {"passed": "✅", "failed": "❌", "undecided": "❔"}
 
 
@@ -28,7 +27,7 @@ def markdown(
     if verdict is not None:
         lines += [f"{MARKS[verdict.outcome]} **{verdict.line}**", ""]
     if comparison is not None:
-        names = [name for name in ("car_1", "tau", "speedup") if name in comparison.suites[None]]
+        names = [name for name in COMPARED if name in comparison.suites[None]]
         lines += _row(["suite", "prompts", *map(label, names)], head=True)
         for suite, changes in comparison.suites.items():
             cells = [f"{changes[n].before:.3f} → {changes[n].after:.3f} ({changes[n].shown()})" for n in names]
@@ -40,7 +39,9 @@ def markdown(
         for name, (before, after) in quality.items():
             match = "" if before.score is None or after.score is None else f"{before.score:.3f} → {after.score:.3f}"
             lines += _row([name, f"{before.perplexity:.4f} → {after.perplexity:.4f}", match])
-    lines += ["", f"<details><summary>All ratios ({acceptance.mode}, 95% intervals over prompts)</summary>", ""]
+    if acceptance.random_trunk and comparison is None:
+        lines += ["", RANDOM]
+    lines += ["", f"<details><summary>All ratios, {acceptance.mode}{interval_note(estimates)}</summary>", ""]
     ratios = list(estimates[None])
     lines += _row(["suite", "prompts", *map(label, ratios), "control CAR_1"], head=True)
     for suite, found in estimates.items():

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from rich.table import Table
 
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
-from mtpd.evaluate.gate import Change, Comparison, label
-from mtpd.evaluate.intervals import Estimate
-from mtpd.evaluate.run_tables import TOTAL
+from mtpd.evaluate.gate import COMPARED, Change, Comparison, label
+from mtpd.evaluate.intervals import FEWEST, Estimate
+from mtpd.evaluate.run_tables import DECODED_COLUMNS, NOT_MEASURED, TOTAL, rate, say_if_random
 from mtpd.evaluate.trunk_quality import TrunkQuality
 
 Estimates = Mapping[str | None, Mapping[str, Estimate]]
@@ -18,10 +18,14 @@ Estimates = Mapping[str | None, Mapping[str, Estimate]]
 def suites_table(acceptance: Acceptance, estimates: Estimates) -> Table:
     """One line a suite: acceptance at depth 1, tau, and the control (offline) or the speed-up (decoded)."""
     offline = acceptance.mode == "offline"
-    title = f"Acceptance {acceptance.mode}, {acceptance.total().depth} drafts a round (95% intervals over prompts)"
+    drafts = f"{acceptance.total().depth} drafts a round"
+    title = f"Acceptance {acceptance.mode}, {drafts}{interval_note(estimates)}"
+    if not offline:
+        title += "; generate is that of transformers, engine is mtpd's own without drafts"
     table = Table(title=title, title_justify="left")
+    say_if_random(table, acceptance)
     table.add_column("suite")
-    for column in ("prompts", "tau", "CAR_1", *(("Σ min(p,q)_1", "control CAR_1") if offline else _DECODED)):
+    for column in ("prompts", "tau", "CAR_1", *(("Σ min(p,q)_1", "control CAR_1") if offline else DECODED_COLUMNS)):
         table.add_column(column, justify="right")
     for name, found in estimates.items():
         suite = acceptance.total() if name is None else acceptance.suites[name]
@@ -37,7 +41,13 @@ def suites_table(acceptance: Acceptance, estimates: Estimates) -> Table:
     return table
 
 
-_DECODED = ("speed-up", "plain tokens/s", "tokens/s", "same text")
+def interval_note(estimates: Estimates) -> str:
+    """What a title may say of intervals: which estimates have one depends on the number of prompts."""
+    have = [found["tau"].low is not None for found in estimates.values()]
+    if not any(have):
+        return ""
+    where = "" if all(have) else f", where there are {FEWEST} prompts or more"
+    return f" (95% intervals over prompts{where})"
 
 
 def _offline_cells(suite: SuiteCounts, found: Mapping[str, Estimate]) -> list[str]:
@@ -46,17 +56,19 @@ def _offline_cells(suite: SuiteCounts, found: Mapping[str, Estimate]) -> list[st
 
 
 def _decoded_cells(suite: SuiteCounts, found: Mapping[str, Estimate]) -> list[str]:
-    plain = suite.tokens / suite.plain_seconds if suite.plain_seconds else 0.0
-    ours = suite.tokens / suite.seconds if suite.seconds else 0.0
-    speedup = found["speedup"].text(2) if "speedup" in found else ""
+    seconds = (suite.plain_seconds, suite.engine_seconds, suite.seconds)
+    speed_ups = [
+        found[name].text(2) if name in found else NOT_MEASURED for name in ("speed_up", "speed_up_over_engine")
+    ]
     same = f"{suite.identical}/{suite.prompts}" + (f", {suite.ties} at a tie" if suite.ties else "")
-    return [speedup, f"{plain:.1f}", f"{ours:.1f}", same]
+    return [*(rate(suite.tokens, each) for each in seconds), *speed_ups, same]
 
 
 def depths_table(acceptance: Acceptance, estimates: Estimates) -> Table:
     """One line a depth, over all suites."""
     total, found = acceptance.total(), estimates[None]
     table = Table(title="All suites by depth", title_justify="left")
+    say_if_random(table, acceptance)
     for column in ("depth", "AR", "CAR", "Σ min(p,q)", "control CAR"):
         table.add_column(column, justify="right")
     for k in range(1, total.depth + 1):
@@ -72,10 +84,12 @@ def depths_table(acceptance: Acceptance, estimates: Estimates) -> Table:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """CAR_1, tau and speed-up of each suite before and after, and by how much they changed."""
-    table = Table(title="Change on the same prompts (95% intervals, paired)", title_justify="left")
+    """CAR_1, tau and speed-ups of each suite before and after, and by how much they changed."""
+    measured = any(changes["tau"].change.low is not None for changes in comparison.suites.values())
+    title = "Change on the same prompts" + (" (95% intervals, paired)" if measured else "")
+    table = Table(title=title, title_justify="left")
     table.add_column("suite")
-    names = [name for name in ("car_1", "tau", "speedup") if name in comparison.suites[None]]
+    names = [name for name in COMPARED if name in comparison.suites[None]]
     for column in ("prompts", *(label(name) for name in names)):
         table.add_column(column, justify="right")
     for name, changes in comparison.suites.items():

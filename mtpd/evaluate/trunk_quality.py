@@ -1,6 +1,7 @@
 """The main head itself: perplexity on a suite's responses, and the share of right answers where a suite has answers.
 
 A run that trains heads alone cannot change either. One that trains more than heads can, and this says by how much.
+A main head that predicts prompts no better than chance has random weights: acceptance and speed then mean nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from mtpd.data.packing import Sample
 from mtpd.evaluate.offline import TILE_BYTES, text_batches
 from mtpd.evaluate.suites import Question
 from mtpd.trunk import Trunk
+
+CHANCE = 0.95
+"""A model that has learned anything has less than this share of the loss of a uniform guess, log V nats a token."""
+CHANCE_PROMPTS, CHANCE_TOKENS = 8, 256
+"""Prompts, and tokens of each, on which that is measured at most."""
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -68,6 +74,18 @@ def negative_log_likelihood(trunk: Trunk, samples: Sequence[Sample]) -> tuple[fl
             loss += torch.nn.functional.cross_entropy(logits, ids_P[rows + 1], reduction="sum").item()
             tokens += len(rows)
     return loss, tokens
+
+
+def at_chance(trunk: Trunk, prompts: Sequence[Sequence[int]]) -> bool:
+    """Whether the main head predicts text no better than a uniform guess, as a model with random weights does.
+
+    Args:
+        prompts: token ids of text that the model has not written itself.
+    """
+    texts = [ids[:CHANCE_TOKENS] for ids in prompts[:CHANCE_PROMPTS] if len(ids) > 1]
+    loss, tokens = negative_log_likelihood(trunk, [Sample.of("", ids[:1], ids[1:]) for ids in texts])
+    real = trunk.tokens or trunk.unembedding.weight.shape[0]
+    return bool(tokens) and loss / tokens >= CHANCE * math.log(real)
 
 
 def right_answers(tokenizer: Any, questions: Sequence[Question], samples: Sequence[Sample]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtpd.evaluate.acceptance import Acceptance
+from mtpd.evaluate.acceptance import RANDOM, Acceptance, SuiteCounts
 from mtpd.files import fingerprint_file
 from mtpd.formats.exported_run import Run
 from mtpd.formats.find_heads import find_heads
@@ -30,6 +30,12 @@ MEASURED = {
     "acceptance-decoded.json": "decoded: held-out prompts, really decoded, greedily",
     "acceptance.json": "offline: held-out prompts, teacher-forced over the base's greedy text",
 }
+
+SPEED_UPS = ("speed-up over generate", "speed-up over engine without drafts")
+SPEED_UPS_ARE = (
+    "Speed-ups are wall clock of mtpd's own decoding on the machine that trained the heads: over `generate` of "
+    "transformers, whose slower loop is counted in, and over mtpd's engine without drafts, which is what drafts gain.\n"
+)
 
 
 def about(run: Run, layout: str) -> dict[str, Any]:
@@ -84,16 +90,24 @@ def _acceptance(run: Run) -> list[str]:
         if not (run.path / file).is_file():
             continue
         found = Acceptance.load(run.path / file)
-        depth = min(run.depth, len(found.total().car))
-        head = " | ".join(["suite", "prompts", *(f"CAR_{k + 1}" for k in range(depth)), "tau"])
-        rows = [f"| {head} |", "|" + " --- |" * (depth + 3)]
-        named: Mapping[str, Any] = {**found.suites, "all": found.total()}
+        total = found.total()
+        depth = min(run.depth, total.depth)
+        # What was timed drafted so many tokens a round: it says nothing of an export with fewer heads.
+        timed = depth == total.depth and total.speed_up is not None
+        columns = ["suite", "prompts", *(f"CAR_{k + 1}" for k in range(depth)), "tau", *(SPEED_UPS if timed else ())]
+        rows = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+        named: Mapping[str, SuiteCounts] = {**found.suites, "all": total}
         for name, suite in named.items():
             shares = [f"{share:.3f}" for share in suite.car[:depth]]
-            rows.append(
-                f"| {' | '.join([_inline(name), str(suite.prompts), *shares, f'{1 + sum(suite.car[:depth]):.2f}'])} |"
-            )
+            cells = [_inline(name), str(suite.prompts), *shares, f"{1 + sum(suite.car[:depth]):.2f}"]
+            if timed:
+                cells += [_times(suite.speed_up), _times(suite.speed_up_over_engine)]
+            rows.append(f"| {' | '.join(cells)} |")
         lines += [f"{how}.\n", "\n".join(rows) + "\n"]
+        if timed:
+            lines.append(SPEED_UPS_ARE)
+        if found.random_trunk:
+            lines.append(f"{RANDOM}\n")
     if not lines:
         return ["Not measured.\n"]
     if run.config.vocabulary_size:
@@ -101,6 +115,10 @@ def _acceptance(run: Run) -> list[str]:
             f"Measured with a draft vocabulary of {run.config.vocabulary_size} tokens; engines draft over all tokens.\n"
         )
     return lines
+
+
+def _times(speed_up: float | None) -> str:
+    return "not measured" if speed_up is None else f"{speed_up:.2f}x"
 
 
 def _serving(run: Run, layout: Layout, output: Path) -> list[str]:

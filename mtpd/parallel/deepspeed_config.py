@@ -17,6 +17,7 @@ from torch import nn
 
 from mtpd.errors import UserError
 from mtpd.recipe import DEEPSPEED_PRESETS
+from mtpd.recipe.shipped import shipped_folder
 
 AUTO = "auto"
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -134,9 +135,8 @@ def load_settings(name: str | None) -> DeepSpeedSettings | None:
 
 
 def preset_folder() -> Path:
-    """Where the presets lie: `recipes/deepspeed` of the source tree, or what the installed package has of it."""
-    installed = Path(__file__).resolve().parents[1] / "recipe" / "deepspeed"
-    return installed if installed.is_dir() else Path(__file__).resolve().parents[2] / "recipes" / "deepspeed"
+    """Where the presets lie, beside the recipes that come with mtpd."""
+    return shipped_folder() / "deepspeed"
 
 
 def _problem(config: Any) -> str | None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mtpd.recipe.sections import SCHEDULERS, Count, Section, Share, Text
+from mtpd.recipe.sections import LARGEST, SCHEDULERS, Count, Section, Share, Text
 
 
 class JointHeads(Section):
@@ -26,7 +26,7 @@ class PretrainData(Section):
     """`stdlib` (the source of Python's standard library), or the path of a .jsonl file of `text` rows."""
     held_out: Text = "stdlib-held-out"
     """What is measured on: `stdlib-held-out` (a tenth of the library's modules), or the path of a .jsonl file."""
-    row_length: int = Field(default=512, ge=16)
+    row_length: int = Field(default=512, ge=16, le=LARGEST)
     """Tokens of a row. The texts are one stream, with an end token behind each, cut into rows."""
     held_out_rows: Count = 64
     """Rows measured at most."""
@@ -37,7 +37,7 @@ class PretrainTraining(Section):
 
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the rows."""
-    max_steps: int = Field(default=-1, ge=-1)
+    max_steps: int = Field(default=-1, ge=-1, le=LARGEST)
     """Optimizer steps; overrides `epochs` unless -1."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon` steps on the matrices of the decoder layers, AdamW on the rest: longer steps, but far fewer are needed."""
@@ -53,7 +53,7 @@ class PretrainTraining(Section):
     """Rows of a step."""
     compile: bool = False
     """Compile the decoder layers with torch.compile: faster steps after a start of a minute. Needs a compiler."""
-    save_steps: int = Field(default=0, ge=0)
+    save_steps: int = Field(default=0, ge=0, le=LARGEST)
     """Steps from one checkpoint to the next; 0 for one after each epoch."""
     logging_steps: Count = 50
     """Steps from one line of metrics to the next."""

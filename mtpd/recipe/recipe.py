@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from mtpd.errors import UserError
 from mtpd.recipe.pretrain import PretrainRecipe
 from mtpd.recipe.rules import (
+    OWNED_ARGUMENTS,
     data_problems,
     evaluation_problems,
     extend_problems,
@@ -34,9 +35,21 @@ from mtpd.recipe.sections import (
     TrainRecipe,
     TrunkRecipe,
 )
-from mtpd.recipe.text import COMMAND_LINE, apply_override, explain, nest, read_mapping, to_yaml
+from mtpd.recipe.shipped import find_recipe
+from mtpd.recipe.text import COMMAND_LINE, apply_override, explain, nest, read_mapping, similar_key, to_yaml
 from mtpd.recipe.untrusted import refuse_untrusted
 
+SYNONYMS = {
+    **{argument: key for argument, key in OWNED_ARGUMENTS.items() if argument != key},
+    "batch_size": "train.rows_per_step",
+    "dataset": "data.prompts",
+    "lr": "train.learning_rate",
+    "max_tokens": "data.max_new_tokens",
+    "model_name_or_path": "model",
+    "num_heads": "heads.depth",
+    "steps": "train.max_steps",
+}
+"""What people write who come from other programs, and the keys that they mean."""
 NATIVE = "heads.init=native"
 """What `heads=native` on the command line stands for."""
 
@@ -112,14 +125,15 @@ def _parse(
         return kind.model_validate(values)
     except ValidationError as error:
         schema = _schema(kind)
-        raise UserError(explain(error, schema, source=source, overridden=overridden)) from None
+        raise UserError(explain(error, schema, source=source, overridden=overridden, synonyms=SYNONYMS)) from None
 
 
 def load_recipe(path: Path | str | None, overrides: Sequence[str] = (), *, untrusted: bool = False) -> Recipe:
     """Reads a recipe file and applies `key=value` overrides in their order.
 
     Args:
-        path: a YAML file, or None for a recipe that consists of overrides alone.
+        path: a YAML file, the name of a recipe that comes with mtpd (`demo`), or None for a recipe
+            that consists of overrides alone.
         overrides: such as "heads.depth=2"; the value is read as YAML, so null, lists and 3e-4 work.
         untrusted: whether the file is somebody else's (`mtpd.recipe.untrusted`); overrides are the user's own.
 
@@ -140,14 +154,34 @@ def _load(
     kind: type[AnyRecipe], path: Path | str | None, overrides: Sequence[str], *, untrusted: bool = False
 ) -> AnyRecipe:
     schema = _schema(kind)
-    values = nest(read_mapping(Path(path)), schema, source=str(path)) if path is not None else {}
+    file = None if path is None else find_recipe(path)
+    values = {} if file is None else nest(read_mapping(file), schema, source=str(path))
     if untrusted:
         refuse_untrusted(values, source=str(path))
     native = [NATIVE if "".join(override.split()) == "heads=native" else override for override in overrides]
     overridden = [apply_override(values, override, schema) for override in native]
-    if path is not None:
-        values.setdefault("output", f"runs/{Path(path).stem}")
+    if file is not None:
+        values.setdefault("output", f"runs/{file.stem}")
+    _check_kind(kind, values, source=str(path or COMMAND_LINE))
     return _parse(kind, values, source=str(path or COMMAND_LINE), overridden=overridden)
+
+
+def key_meant(name: str, *, pretrain: bool = False) -> str | None:
+    """The recipe key that somebody means by a name that may lack its section; None where that cannot be told."""
+    return similar_key(name, _schema(PretrainRecipe if pretrain else Recipe), SYNONYMS)
+
+
+def _check_kind(kind: type[Section], values: Mapping[str, Any], *, source: str) -> None:
+    """Raises UserError for a recipe of the other command, whose keys would be refused one by one."""
+    if isinstance(values.get("model"), Mapping) and kind is Recipe:
+        raise UserError(
+            f"model: is a mapping, so this is a recipe of mtpd pretrain ({source}); accepted: the name of one"
+        )
+    if isinstance(values.get("model"), str) and kind is PretrainRecipe:
+        raise UserError(
+            f"model: {values['model']} is a name, so this is a recipe of mtpd distill ({source}); accepted: the "
+            "configuration of a model, as in the recipe bytes-code"
+        )
 
 
 def dump(recipe: Section) -> str:

@@ -6,9 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+LARGEST = 10**9
+"""No count of anything here is larger, and what computes with it has 64 bits."""
 Weight = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Text = Annotated[str, Field(min_length=1)]
 
 SCHEDULERS = Literal[
@@ -54,7 +56,7 @@ class CircuitRecipe(Section):
     """full: an unembedding for each place of the window and component, for small vocabularies such as bytes.
     shared: the trunk's unembedding, behind an expander for each. tilted: an unembedding for each place, whose logits a
     component shifts, also for small vocabularies: one softmax a place in place of one for each component."""
-    rank: int | None = Field(default=None, ge=1)
+    rank: int | None = Field(default=None, ge=1, le=LARGEST)
     """Rank of what tells the expanders of one place apart, where leaves are shared; null: 16."""
     greedy: Literal["max_product", "conditionals"] = "conditionals"
     """Greedy drafts. max_product: the likeliest window and latents together; conditionals: each token the likeliest
@@ -72,10 +74,10 @@ class HeadsRecipe(Section):
     """K, the number of heads: tokens drafted beyond the main head's own."""
     shared: bool = False
     """One block for all depths instead of one each: a K-th of the parameters, and what every serving engine runs."""
-    adapters: int = Field(default=0, ge=0)
+    adapters: int = Field(default=0, ge=0, le=LARGEST)
     """Rank of LoRA adapters of a chain, one for each depth, that are trained in place of the blocks, which stay as they
     start; 0 trains the blocks."""
-    shared_layers: int = Field(default=0, ge=0)
+    shared_layers: int = Field(default=0, ge=0, le=LARGEST)
     """m: heads that are no chain read the trunk's last m layers, computed a second time with LoRA adapters that are
     trained with the heads. 0: they read the trunk's own states. The layers below run once for both."""
     adapter_rank: Count | None = None
@@ -91,7 +93,7 @@ class HeadsRecipe(Section):
     same block, for circuits those of block linear."""
     parallel: ParallelRecipe = ParallelRecipe()
     circuit: CircuitRecipe = CircuitRecipe()
-    vocabulary: Annotated[int, Field(ge=0)] | Text = 0
+    vocabulary: Annotated[int, Field(ge=0, le=LARGEST)] | Text = 0
     """Draft vocabulary: how many of the tokens most frequent in the training responses can be drafted, special tokens
     among them; 0 for all tokens. Or a file that `mtpd data vocab` wrote."""
 
@@ -138,7 +140,7 @@ class DataRecipe(Section):
     """Prompts answered at a time; lower it when memory runs out."""
     given: list[GivenText] = []
     """Further texts to train on, with their own responses."""
-    row_length: int = Field(default=512, ge=32)
+    row_length: int = Field(default=512, ge=32, le=LARGEST)
     """Tokens of a packed row: several documents share one, with their borders kept."""
     hidden_states: Literal["disk", "memory", "recompute"] = "disk"
     """disk: the trunk runs in the first epoch alone, and its hidden states are kept in files (2 * hidden size bytes a
@@ -163,7 +165,7 @@ class TrainRecipe(Section):
     """Weight of each depth in a loss other than mtp_d; null: 1 for all."""
     decay: float = Field(default=1.0, gt=0, le=1)
     """Each depth weighs so many times what the one before it does."""
-    top_n: int | None = Field(default=None, ge=0)
+    top_n: int | None = Field(default=None, ge=0, le=LARGEST)
     """Tokens that mtp_d, kl, reverse_kl and jsd compare: the teacher's n most likely, renormalised; 0 for the whole
     vocabulary. null: 10,000."""
     teacher_temperature: float = Field(default=1.0, gt=0)
@@ -181,7 +183,7 @@ class TrainRecipe(Section):
     and a second forward pass of the heads."""
     epochs: float = Field(default=3.0, gt=0)
     """Passes over the training rows."""
-    max_steps: int = Field(default=-1, ge=-1)
+    max_steps: int = Field(default=-1, ge=-1, le=LARGEST)
     """Optimizer steps; overrides `epochs` unless -1."""
     learning_rate: float = Field(default=4e-4, gt=0)
     """Peak learning rate of AdamW."""
@@ -204,11 +206,11 @@ class TrainRecipe(Section):
     sequence_parallel: Count = 1
     """Processes that share each row, through DeepSpeed's Ulysses: for rows too long for one. Needs `deepspeed`; the
     number of processes is a multiple, and so are the attention heads of the model."""
-    save_steps: int = Field(default=0, ge=0)
+    save_steps: int = Field(default=0, ge=0, le=LARGEST)
     """Steps from one checkpoint to the next; 0 for one after each epoch."""
     save_total_limit: Count = 2
     """Checkpoints kept; older ones are deleted, once the new one is whole."""
-    skip_bad_batches: int = Field(default=0, ge=0)
+    skip_bad_batches: int = Field(default=0, ge=0, le=LARGEST)
     """Steps with a loss that is NaN or infinite that are left out, at most; such a batch is kept in `bad-batches/`.
     One more, or 0, ends the training."""
     logging_steps: Count = 10
@@ -253,7 +255,7 @@ class ExtendRecipe(Section):
     all; adapters: a LoRA adapter on the block that it shares."""
     rank: Count = 16
     """Rank of the adapters."""
-    steps: int | None = Field(default=None, ge=0)
+    steps: int | None = Field(default=None, ge=0, le=LARGEST)
     """Optimizer steps of each stage; null: as long as `train` says; 0: heads are looped as they are, and measured."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate of a stage; null: that of `train`. Adapters want several times that of copies."""
@@ -268,22 +270,22 @@ class EvaluationRecipe(Section):
     """Held-out prompts measured at most."""
     max_new_tokens: Count = 128
     """Tokens decoded for a prompt at most."""
-    decode_prompts: int = Field(default=14, ge=0)
+    decode_prompts: int = Field(default=14, ge=0, le=LARGEST)
     """Held-out prompts that are decoded for real with drafts and verification, beside plain `generate`, one
     after the other; 0 leaves it out."""
-    decode_depth: int | None = Field(default=None, ge=1)
+    decode_depth: int | None = Field(default=None, ge=1, le=LARGEST)
     """Tokens drafted a round while decoding, at most `heads.depth`; null for all. Where a draft costs much of a pass
-    of the trunk, fewer are faster."""
+    of the trunk, fewer are faster. `mtpd generate`, `chat` and `mtpd.load` draft as many, unless told otherwise."""
     dtype: Literal["float32", "bfloat16", "float16", "trunk"] = "float32"
     """Number format while decoding. trunk: the one of the run. In float32 the text of one-token and
     many-token passes agrees; lower precision can break ties differently."""
-    steps: int = Field(default=0, ge=0)
+    steps: int = Field(default=0, ge=0, le=LARGEST)
     """Steps of training from one measurement of held-out acceptance to the next; each writes a checkpoint, and the
     heads with the highest tau are kept in the end. 0: the last heads are kept, nothing is measured in between."""
     steps_prompts: Count = 28
     """Held-out prompts of each such measurement. The finished heads are not measured on them, because they were chosen
     by them."""
-    patience: int = Field(default=0, ge=0)
+    patience: int = Field(default=0, ge=0, le=LARGEST)
     """Such measurements without a higher tau after which training stops; 0 never stops early."""
     extra: list[Text] = []
     """Further prompts (.jsonl files, datasets ids, or `builtin-other`), each measured as a suite of its own."""

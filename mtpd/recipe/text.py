@@ -5,10 +5,12 @@ Nothing here knows what a recipe contains: keys and accepted values come from it
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -20,6 +22,8 @@ Schema = Mapping[str, Any]
 
 COMMAND_LINE = "command line"
 """Where a value was written, in messages: the name of the recipe file, or this."""
+PRIVATE = "x-"
+"""Top-level keys of a file that begin so are the author's own: a place for YAML anchors."""
 
 # YAML 1.2's plain scalars. PyYAML's own (1.1) read 3e-4 as text, `no` as false, 1:30 as 90 and 010 as 8.
 _SCALARS = (
@@ -63,7 +67,7 @@ for _class in (_Loader, _Dumper):
 
 
 def read_mapping(path: Path, *, what: str = "recipe", example: str = "recipes/demo.yaml") -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """The mapping in a YAML file, without its `x-` keys.
 
     Args:
         what: the kind of file, named in messages.
@@ -84,7 +88,7 @@ def read_mapping(path: Path, *, what: str = "recipe", example: str = "recipes/de
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{what} file {path}: holds {_show(values)}; accepted: lines of the form key: value")
-    return values
+    return {key: value for key, value in values.items() if not str(key).startswith(PRIVATE)}
 
 
 def _read_yaml(text: str, source: str) -> Any:
@@ -120,7 +124,8 @@ def nest(written: Mapping[str, Any], schema: Schema, *, source: str) -> dict[str
         place, name = _place(values, key, source)
         if name in place:
             raise UserError(f"{key}: is written twice ({source})")
-        place[name] = dict(value) if isinstance(value, dict) else value
+        # An anchor stands in several places: an override of one of them must not change the others.
+        place[name] = copy.deepcopy(value)
     return values
 
 
@@ -153,9 +158,19 @@ def _place(values: dict[str, Any], key: str, source: str) -> tuple[dict[str, Any
 
 
 def explain(
-    error: ValidationError, schema: Schema, *, source: str, overridden: Sequence[str] = (), what: str = "recipe"
+    error: ValidationError,
+    schema: Schema,
+    *,
+    source: str,
+    overridden: Sequence[str] = (),
+    what: str = "recipe",
+    synonyms: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """One line for all that pydantic found: each key with its value, what is accepted, and where it was written."""
+    """One line for all that pydantic found: each key with its value, what is accepted, and where it was written.
+
+    Args:
+        synonyms: unknown names with the keys that they mean.
+    """
     messages: dict[str, str] = {}
     for item in error.errors():
         if item["type"] == "value_error":
@@ -166,11 +181,13 @@ def explain(
         key = ".".join(map(str, path))
         if item["type"] == "extra_forbidden":
             key = ".".join(map(str, item["loc"]))
-            message = f"{key}: unknown {what} key; {_suggest(key, schema)}"
+            message = f"{key}: unknown {what} key; {_suggest(key, schema, synonyms)}"
         elif item["type"] == "missing":
             message = f"{key}: is missing; accepted: {accepted(part, schema)}"
         else:
             message = f"{key}: {_show(item['input'])} is not accepted; accepted: {accepted(part, schema)}"
+            if item["type"] == "int_type" and isinstance(item["input"], float) and item["input"].is_integer():
+                message += ", in digits"
         from_override = any(key == name or key.startswith(f"{name}.") for name in overridden)
         messages.setdefault(key, f"{message} ({COMMAND_LINE if from_override else source})")
     return "; ".join(messages.values())
@@ -214,18 +231,34 @@ def _range(part: Schema) -> str:
     return f" {limits}" if limits else ""
 
 
-def _suggest(key: str, schema: Schema) -> str:
+def similar_key(key: str, schema: Schema, synonyms: Mapping[str, str] = MappingProxyType({})) -> str | None:
+    """The key that is meant by one that may be misspelt or lack its section; None where that cannot be told."""
+    if key in _keys(schema):
+        return key
+    said = _suggest(key, schema, synonyms)
+    return said.split()[3].rstrip("?") if said.startswith("did you mean") else None
+
+
+def _suggest(key: str, schema: Schema, synonyms: Mapping[str, str]) -> str:
     """The nearest known key: a sibling, else the same name in another section, else a similar one there."""
     *sections, name = [part for part in key.split(".") if not part.isdigit()] or [key]
     names = {known: known.split(".")[-1] for known in _keys(schema)}
     siblings = {last: known for known, last in names.items() if known.split(".")[:-1] == sections}
     found = [siblings[match] for match in difflib.get_close_matches(name, siblings, n=1)]
+    found = found or [known for known in [synonyms.get(key) or synonyms.get(name)] if known in names]
     found = found or [known for known, last in names.items() if last == name]
+    found = found or [known for known, last in names.items() if len(name) > 1 and name == _initials(last)]
     found = found or [known for known, last in names.items() if difflib.get_close_matches(name, [last], cutoff=0.75)]
     found = found or [known for known, last in names.items() if len(name) > 2 and (name in last or last in name)]
     if found:
+        # What most people mean comes first, whatever the order of the sections.
+        found.sort(key=lambda known: not known.startswith("train."))
         return f"did you mean {' or '.join(found[:3])}?"
     return f"accepted here: {', '.join(siblings)}"
+
+
+def _initials(name: str) -> str:
+    return "".join(word[:1] for word in name.split("_"))
 
 
 def _keys(schema: Schema, part: Schema | None = None, prefix: str = "") -> Iterator[str]:

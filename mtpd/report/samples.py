@@ -17,8 +17,8 @@ from mtpd.files import read_sealed, sealed, write_whole
 from mtpd.heads import Heads
 
 EACH = 2
-"""Texts of each suite."""
-MOST = 12
+"""Texts of each suite at most."""
+MOST = 10
 """Texts in all."""
 PROMPT_CHARACTERS = 1500
 """What is kept of a prompt; long documents are cut in the middle."""
@@ -44,24 +44,33 @@ class Samples(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     schema_version: int = 1
+    heads: str = ""
+    """Fingerprint of the heads that drafted; empty in files from before it was kept."""
     texts: list[SampleText]
 
+    def save(self, path: Path) -> None:
+        content = sealed(self.model_dump(mode="json"))
+        write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
-def write_samples(path: Path, model: Model, heads: Heads, samples: Mapping[str, Sequence[Sample]]) -> None:
-    """Walks over the first texts of each suite as decoding would, and writes which head drafted which token."""
-    chosen = [(suite, sample) for suite, members in samples.items() for sample in members[:EACH]][:MOST]
-    texts = []
+
+def sample_texts(
+    model: Model, heads: Heads, samples: Mapping[str, Sequence[Sample]], *, heads_fingerprint: str
+) -> Samples:
+    """Walks over a few texts of each suite as decoding would, and says which head drafted which token."""
+    turns = [
+        (suite, members[turn]) for turn in range(EACH) for suite, members in samples.items() if turn < len(members)
+    ]
+    chosen = turns[:MOST]
     measured = {
         each.sample.id: each
         for each in walk_offline(
             model.trunk, heads, [sample for _, sample in chosen], end_tokens=model.ends, progress=False
         )
     }
-    for suite, sample in chosen:
-        if sample.id in measured:
-            texts.append(_text(suite, model.tokenizer, measured[sample.id]))
-    content = sealed(Samples(texts=texts).model_dump(mode="json"))
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return Samples(
+        heads=heads_fingerprint,
+        texts=[_text(suite, model.tokenizer, measured[sample.id]) for suite, sample in chosen if sample.id in measured],
+    )
 
 
 def read_samples(path: Path) -> list[SampleText]:
@@ -70,10 +79,25 @@ def read_samples(path: Path) -> list[SampleText]:
     Raises:
         UserError: the file is none of ours.
     """
+    found = _load(path)
+    return [] if found is None else found.texts
+
+
+def belong_to(path: Path, heads: str) -> bool:
+    """Whether there is a `samples.json`, and these heads drafted its texts.
+
+    Raises:
+        UserError: the file is none of ours.
+    """
+    found = _load(path)
+    return found is not None and found.heads == heads
+
+
+def _load(path: Path) -> Samples | None:
     if not path.is_file():
-        return []
+        return None
     try:
-        return Samples.model_validate(read_sealed(path, refusal="not a file of sample texts")).texts
+        return Samples.model_validate(read_sealed(path, refusal="not a file of sample texts"))
     except ValidationError as error:
         raise UserError(f"{path}: not a file of sample texts: {str(error).splitlines()[0]}") from error
 

@@ -13,11 +13,15 @@ from mtpd.data.models import load_model, resolve_dtype
 from mtpd.data.packing import Sample
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.decoded import measure_decoded
+from mtpd.evaluate.measure import Model
 from mtpd.evaluate.offline import measure_offline
-from mtpd.evaluate.run_tables import decoded_table, offline_table, plot_car
+from mtpd.evaluate.run_tables import decoded_table, offline_table
+from mtpd.evaluate.trunk_quality import at_chance
 from mtpd.files import fingerprint_file
 from mtpd.heads import WEIGHTS, Heads, build_heads, load_heads
 from mtpd.parallel import ranks
+from mtpd.report.car import write_car
+from mtpd.report.samples import belong_to, sample_texts
 from mtpd.run.directory import RunDirectory, measured
 from mtpd.run.material import spread
 from mtpd.run.session import Session
@@ -32,14 +36,41 @@ def measure(session: Session, heads: Heads, samples: Sequence[Sample], folder: P
     if ranks.from_main(lambda: measured(path, folder)):
         return
     if ranks.is_main() or session.trunk.partitioned:
-        suites = _measured(session, heads, samples)
+        suites = measured_offline(session, heads, samples)
+        chance = at_chance(session.trunk, [sample.prompt_ids for sample in samples])
         if ranks.is_main():
-            acceptance_of(session, session.trunk, heads, folder, "offline", suites).save(path)
+            acceptance_of(session, session.trunk, heads, folder, "offline", suites, chance=chance).save(path)
     ranks.barrier()
 
 
-def _measured(session: Session, heads: Heads, samples: Sequence[Sample]) -> dict[str, SuiteCounts]:
-    """Of a copy in the trunk's number format."""
+def measured_offline(session: Session, heads: Heads, samples: Sequence[Sample]) -> dict[str, SuiteCounts]:
+    """Counts of a copy in the trunk's number format."""
+    copy = _in_format_of_trunk(session, heads)
+    return measure_offline(session.trunk, copy, samples, end_tokens=session.ends, progress=session.progress)
+
+
+def keep_texts(session: Session, heads: Heads, samples: Sequence[Sample]) -> None:
+    """Writes which head drafts which token of a few held-out texts, for the report. All ranks call it.
+
+    Texts that are there already are kept where they belong to the same heads, also those of `mtpd eval`.
+    """
+    run = session.run
+    fingerprint = fingerprint_file(run.heads / WEIGHTS)
+    if ranks.from_main(lambda: belong_to(run.samples, fingerprint)):
+        return
+    if ranks.is_main() or session.trunk.partitioned:
+        families: dict[str, list[Sample]] = {}
+        for sample in samples:
+            families.setdefault(sample.family or "prompts", []).append(sample)
+        model = Model(session.trunk, session.tokenizer, session.fingerprint, session.ends)
+        found = sample_texts(model, _in_format_of_trunk(session, heads), families, heads_fingerprint=fingerprint)
+        if ranks.is_main():
+            found.save(run.samples)
+    ranks.barrier()
+
+
+def _in_format_of_trunk(session: Session, heads: Heads) -> Heads:
+    """A copy of the heads for measuring."""
     with torch.no_grad():
         trained = heads.training
         heads.eval()
@@ -47,7 +78,7 @@ def _measured(session: Session, heads: Heads, samples: Sequence[Sample]) -> dict
         copy.load_state_dict(heads.state_dict())
         copy.to(session.trunk.dtype).eval()
         heads.train(trained)
-    return measure_offline(session.trunk, copy, samples, end_tokens=session.ends, progress=session.progress)
+    return copy
 
 
 def acceptance_of(
@@ -57,8 +88,14 @@ def acceptance_of(
     folder: Path,
     mode: Literal["offline", "decoded"],
     suites: dict[str, SuiteCounts],
+    *,
+    chance: bool,
 ) -> Acceptance:
-    """The acceptance file of a measurement on held-out prompts, with the settings that it was made with."""
+    """The acceptance file of a measurement on held-out prompts, with the settings that it was made with.
+
+    Args:
+        chance: the trunk predicts their text no better than chance.
+    """
     evaluation = session.recipe.evaluation
     limit = evaluation.prompts_limit if mode == "offline" else evaluation.decode_prompts
     for suite in suites.values():
@@ -68,6 +105,7 @@ def acceptance_of(
         settings={"dtype": str(trunk.dtype).removeprefix("torch."), "drafts": heads.depth},
         trunk=session.fingerprint,
         heads=fingerprint_file(folder / WEIGHTS),
+        random_trunk=chance,
         suites=suites,
     )
 
@@ -91,22 +129,26 @@ def decode(session: Session, samples: Sequence[Sample]) -> None:
     heads = {path.name: load_heads(folder, trunk).to(wanted) for path, folder in folders.items()}
     for each in heads.values():
         each.shorten(evaluation.decode_depth or each.depth)
+    chosen = spread(list(samples), evaluation.decode_prompts)
     results = measure_decoded(
         trunk,
         heads,
-        spread(list(samples), evaluation.decode_prompts),
+        chosen,
         max_new_tokens=evaluation.max_new_tokens,
         end_tokens=session.ends,
         progress=session.progress,
     )
+    chance = at_chance(trunk, [sample.prompt_ids for sample in chosen])
     for path, folder in folders.items():
-        acceptance_of(session, trunk, heads[path.name], folder, "decoded", results[path.name]).save(path)
+        suites = results[path.name]
+        acceptance_of(session, trunk, heads[path.name], folder, "decoded", suites, chance=chance).save(path)
 
 
 def show(run: RunDirectory, console: Console, apart: frozenset[str]) -> None:
     """Tables on the terminal and the picture of CAR by depth."""
     before, after = Acceptance.load(run.acceptance_before), Acceptance.load(run.acceptance)
-    plot_car(run.plot, {"before training": before, "after training": after}, apart=apart)
+    sides = {"before training": before, "after training": after}
+    write_car(run.plot, run.path.resolve().name, sides, apart=sorted(apart))
     console.print(offline_table(before, after, apart=apart))
     if run.decoded.is_file():
         console.print(decoded_table(Acceptance.load(run.decoded_before), Acceptance.load(run.decoded), apart=apart))

@@ -14,7 +14,7 @@ from typing import Any
 
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance
-from mtpd.evaluate.versions import library_versions
+from mtpd.evaluate.versions import library_versions, machine
 from mtpd.files import fingerprint_file, is_empty, read_sealed, sealed, sweep, write_whole, writing
 from mtpd.formats.importing import IMPORTED
 from mtpd.heads import WEIGHTS
@@ -50,7 +50,7 @@ class RunDirectory:
         self.acceptance = path / "acceptance.json"
         self.decoded_before = path / "acceptance-decoded-before.json"
         self.decoded = path / "acceptance-decoded.json"
-        self.plot = path / "car.png"
+        self.plot = path / "car.svg"
         self.evaluation = path / "evaluation.json"
         self.evaluation_decoded = path / "evaluation-decoded.json"
         self.samples = path / "samples.json"
@@ -161,22 +161,26 @@ def measured(path: Path, folder: Path) -> bool:
 
 
 def write_provenance(run: RunDirectory, *, trunk: str, rows: str, prompts: Sequence[str]) -> None:
-    """Where the heads come from: versions, commit, command, and fingerprints of trunk, data and prompts.
+    """Where the heads come from: versions, machine, commit, command, and fingerprints of trunk, data and prompts.
 
     Args:
         trunk: fingerprint of the trunk.
         rows: fingerprint of the packed rows that were trained on.
         prompts: fingerprints of the prompts trained on, to find suites that meet them.
     """
-    started = datetime.now(UTC).isoformat(timespec="seconds")
+    found: dict[str, Any] = {}
     if run.provenance.is_file():
         try:
-            started = read_sealed(run.provenance, refusal="not a provenance").get("started", started)
+            found = read_sealed(run.provenance, refusal="not a provenance")
         except UserError as error:
             logger.warning("%s; written anew", error)
+    # A later call on a run that has its heads does not train again, wherever it is made.
+    done = found if (run.heads / WEIGHTS).is_file() else {}
     content = {
         "schema": 1,
-        "started": started,
+        "started": found.get("started", _now()),
+        "finished": done.get("finished"),
+        "machine": done.get("machine", machine()),
         "command": sys.argv,
         "git_commit": _git_commit(),
         "versions": library_versions(),
@@ -188,8 +192,9 @@ def write_provenance(run: RunDirectory, *, trunk: str, rows: str, prompts: Seque
 
 
 def finish_provenance(run: RunDirectory) -> None:
-    """Adds the SHA-256 of the files of a finished run that have no seal of their own."""
+    """Adds when the run was finished, and the SHA-256 of its files that have no seal of their own."""
     content = read_sealed(run.provenance, refusal="not a provenance")
+    content["finished"] = content.get("finished") or _now()
     content["files"] = {path.name: fingerprint_file(path) for path in (run.recipe, run.metrics) if path.is_file()}
     write_whole(run.provenance, json.dumps(sealed(content), indent=2) + "\n")
 
@@ -210,6 +215,10 @@ def warn_of_changes(run: RunDirectory) -> None:
                 run.path / name,
                 run.provenance.name,
             )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _git_commit() -> str | None:

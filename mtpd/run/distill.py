@@ -22,7 +22,7 @@ from mtpd.heads import WEIGHTS, chain_of, load_heads, save_heads
 from mtpd.parallel import ranks
 from mtpd.parallel.partitioned_trunk import trunk_apart
 from mtpd.recipe import Recipe
-from mtpd.run.acceptance import decode, measure, show
+from mtpd.run.acceptance import decode, keep_texts, measure, show
 from mtpd.run.directory import finish_provenance, open_together, write_provenance
 from mtpd.run.extend import Material, extend_heads
 from mtpd.run.joint_training import train_jointly, with_trained_trunk
@@ -108,6 +108,7 @@ def _take_steps(session: Session, console: Console) -> Path:
         samples, chosen_by = set_apart(recipe, *measured_samples(session, prompts.held_out))
     heads = load_heads(run.heads, session.trunk, fingerprint=session.fingerprint)
     measure(session, heads, samples, run.heads, run.acceptance)
+    keep_texts(session, heads, samples)
     if ranks.is_main():
         if recipe.evaluation.decode_prompts and recipe.trunk.train == "frozen":
             decode(session, samples)

@@ -23,7 +23,7 @@ from mtpd.heads import WEIGHTS
 from mtpd.parallel import ranks
 from mtpd.recipe import Recipe
 from mtpd.recipe.untrusted import refuse_code
-from mtpd.report.samples import write_samples
+from mtpd.report.samples import sample_texts
 from mtpd.run.directory import RunDirectory, warn_of_changes
 from mtpd.run.finished import FinishedRun, open_finished, original_trunk, reopen, trained_prompts, trunk_name
 
@@ -105,7 +105,7 @@ def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: 
     path = request.output or (run.evaluation if mode == "offline" else run.evaluation_decoded)
     acceptance.save(path)
     if mode == "offline" and request.heads == "heads":
-        write_samples(run.samples, model, heads, trace.samples)
+        sample_texts(model, heads, trace.samples, heads_fingerprint=acceptance.heads).save(run.samples)
     estimates = intervals(acceptance)
     to = console(quiet=not progress)
     to.print(tables.suites_table(acceptance, estimates))
@@ -164,7 +164,7 @@ def _speed(acceptance: Acceptance, trace: Trace) -> str:
     prompts = acceptance.total().prompts
     text = f"measured {prompts} prompts in {trace.measuring:.1f} s, {prompts / max(trace.measuring, 1e-9):.2f} a s"
     if acceptance.mode == "decoded":
-        return text + " (plain generate included)"
+        return text + " (both baselines included)"
     return text + f"; the responses took {trace.responses:.1f} s before that (kept for later calls)"
 
 

@@ -22,7 +22,6 @@ from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, store_key
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.depths import Depths, depths_pay_table, measure_depths
-from mtpd.evaluate.run_tables import plot_car
 from mtpd.files import fingerprint_file, read_sealed, sealed, write_whole
 from mtpd.heads import WEIGHTS, build_heads, chain_of, load_heads, save_heads
 from mtpd.heads.chain import ChainHeads
@@ -31,7 +30,8 @@ from mtpd.parallel import ranks
 from mtpd.parallel.partitioned_trunk import trunk_apart
 from mtpd.recipe import ExtendRecipe, Recipe, dump, parse_recipe, stages_of
 from mtpd.recipe.untrusted import refuse_untrusted
-from mtpd.run.acceptance import measure
+from mtpd.report.car import write_car
+from mtpd.run.acceptance import keep_texts, measure
 from mtpd.run.directory import RunDirectory
 from mtpd.run.finished import open_finished
 from mtpd.run.material import (
@@ -211,6 +211,7 @@ def _run_stage(material: Material, stage: RunDirectory, old: ChainHeads, depth: 
         ranks.barrier()
     trained = chain_of(load_heads(stage.heads, trunk, fingerprint=session.fingerprint), what="mtpd extend")
     measure(session, trained, material.samples, stage.heads, stage.acceptance)
+    keep_texts(session, trained, material.samples)
     return trained
 
 
@@ -252,6 +253,7 @@ def _measured_depths(material: Material, heads: ChainHeads, run: RunDirectory) -
             max_new_tokens=min(DECODED_TOKENS, session.recipe.evaluation.max_new_tokens),
             end_tokens=session.ends,
             acceptance=Acceptance.load(run.acceptance).total(),
+            heads_fingerprint=fingerprint_file(run.heads / WEIGHTS),
         )
         found.save(run.depths)
     ranks.barrier()
@@ -279,7 +281,8 @@ def _show(material: Material, stage: RunDirectory, heads: ChainHeads, console: C
     before, after = Acceptance.load(stage.acceptance_before), Acceptance.load(stage.acceptance)
     apart = frozenset(Path(source).stem for source in material.session.recipe.evaluation.extra)
     if ranks.is_main():
-        plot_car(stage.plot, {"looped, untrained": before, "after training": after}, apart=apart)
+        sides = {"looped, untrained": before, "after training": after}
+        write_car(stage.plot, stage.path.resolve().name, sides, apart=sorted(apart))
     owned = sum(parameter.numel() for parameter in heads.parameters())
     console.print(
         f"{stage.path}: {heads.depth} drafts from {owned:,} parameters; tau {before.total().tau:.3f} untrained, "

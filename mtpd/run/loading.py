@@ -9,14 +9,17 @@ from pydantic import ValidationError
 from mtpd.data.models import load_model, resolve_dtype, trunk_fingerprint
 from mtpd.decode.model import Drafting, Model
 from mtpd.errors import UserError
+from mtpd.evaluate.depths import Depths
 from mtpd.files import write_whole
 from mtpd.heads import WEIGHTS, load_heads
-from mtpd.recipe import load_recipe
+from mtpd.recipe import Recipe, load_recipe
 from mtpd.recipe.untrusted import refuse_code
 from mtpd.trunk import Trunk
 
 DRAFTING = "decoding.json"
 """Beside the heads: how far to draft with them, as `mtpd bench --tune` found it."""
+DEPTHS = "depths.json"
+"""In a run: how fast it decodes with every number of drafts."""
 
 
 def load(
@@ -34,7 +37,7 @@ def load(
         run: a run directory of `mtpd distill`.
         dtype: number format; None is the one of the run.
         device: None is the one of the run's recipe.
-        depth: drafts a round; None is what `heads/decoding.json` says, or as many as there are heads.
+        depth: drafts a round; None is what `read_drafting` finds.
         tree: drafts are a tree of this many at most, as deep as `depth`; 0 is a chain, None what `decoding.json` says.
         untrusted: the run is somebody else's: code that comes with its model is not run, whatever its recipe says.
 
@@ -63,7 +66,7 @@ def load(
         trunk = Trunk(model)
     trunk.tokens = min(trunk.unembedding.weight.shape[0], max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1))
     heads = heads.to(device=trunk.device, dtype=trunk.dtype)
-    drafting = read_drafting(folder, deepest=heads.depth)
+    drafting = read_drafting(path, recipe, deepest=heads.depth)
     if depth is not None:
         if not 1 <= depth <= heads.depth:
             raise UserError(f"depth: {depth} is not accepted; accepted: 1 to {heads.depth}, the heads of {path}")
@@ -73,15 +76,24 @@ def load(
     return Model(trunk, heads, tokenizer, drafting)
 
 
-def read_drafting(folder: Path, *, deepest: int) -> Drafting:
-    """What `mtpd bench --tune` stored beside the heads, or drafting with all of them.
+def read_drafting(run: Path, recipe: Recipe, *, deepest: int) -> Drafting:
+    """How far to draft with the heads of a run where nobody says it. The first of these that there is:
+
+    1. what `mtpd bench --tune` stored beside the heads;
+    2. the fastest number of drafts in `depths.json`, for which `mtpd bench` and `extend` decode with every number;
+    3. the number that the run decodes with itself, `evaluation.decode_depth`;
+    4. as many as there are heads.
 
     Raises:
-        UserError: the file cannot be read, or is of deeper heads.
+        UserError: a file cannot be read, or is of deeper heads.
     """
-    file = folder / DRAFTING
+    file = run / "heads" / DRAFTING
     if not file.is_file():
-        return Drafting(depth=deepest)
+        wanted = recipe.evaluation.decode_depth or deepest
+        if (run / DEPTHS).is_file():
+            # Where none is the fastest, one costs least.
+            wanted = max(1, Depths.load(run / DEPTHS).fastest)
+        return Drafting(depth=min(wanted, deepest))
     try:
         drafting = Drafting.model_validate_json(file.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:

@@ -1,19 +1,19 @@
-"""`mtpd report`: everything in a run directory as one HTML file, and its charts as PNG files beside it."""
+"""`mtpd report`: everything in a run directory as one HTML file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.depths import Depths
+from mtpd.evaluate.gate import check_comparable
 from mtpd.files import read_sealed, write_whole
 from mtpd.recipe import Recipe, load_recipe
 from mtpd.report.page import ReportContents, Section, render_report
-from mtpd.report.plots import plot_curves, plot_intervals
 from mtpd.report.samples import read_samples
 from mtpd.run.directory import RunDirectory, warn_of_changes
 
@@ -21,7 +21,7 @@ SHOWN_PROMPTS = 5
 """Fingerprints of training prompts that the provenance shows; the others are counted."""
 
 
-def report_run(path: Path, *, output: Path | None = None, against: Path | None = None) -> list[Path]:
+def report_run(path: Path, *, output: Path | None = None, against: Path | None = None) -> Path:
     """Writes the report of a run, from its files alone: no model is loaded.
 
     Args:
@@ -29,10 +29,10 @@ def report_run(path: Path, *, output: Path | None = None, against: Path | None =
         against: an acceptance file that the evaluation on suites is compared with.
 
     Returns:
-        The files written, the HTML file first.
+        The HTML file.
 
     Raises:
-        UserError: no run there, nothing measured yet, or a file that cannot be read.
+        UserError: no run there, nothing measured yet, a file that cannot be read, or one that must not be compared.
     """
     run = RunDirectory(path)
     if not run.recipe.is_file():
@@ -47,49 +47,50 @@ def report_run(path: Path, *, output: Path | None = None, against: Path | None =
         recipe=recipe.model_dump(mode="json"),
         provenance=_provenance(run),
         sections=sections,
-        decoded=_decoded(run),
         metrics=_metrics(run.metrics),
         samples=read_samples(run.samples),
-        depths=Depths.load(run.depths) if run.depths.is_file() else None,
+        depths=_depths(run, sections),
     )
     page = output or run.report
     write_whole(page, render_report(contents))
-    beside = page.with_suffix("")
-    written = [page]
-    for number, section in enumerate(sections, 1):
-        written.append(Path(f"{beside}-acceptance-{number}.png"))
-        plot_intervals(written[-1], section)
-    if contents.metrics:
-        written.append(Path(f"{beside}-training.png"))
-        plot_curves(written[-1], contents.metrics)
-    return written
+    return page
 
 
 def _sections(recipe: Recipe, run: RunDirectory, against: Path | None) -> list[Section]:
+    """All measurements of the run: on held-out prompts, then by `mtpd eval`."""
+    apart = [Path(source).stem for source in recipe.evaluation.extra]
     sections = []
-    if run.acceptance.is_file():
-        before = Acceptance.load(run.acceptance_before) if run.acceptance_before.is_file() else None
-        apart = tuple(Path(source).stem for source in recipe.evaluation.extra)
-        after = Acceptance.load(run.acceptance)
-        sections.append(
-            Section("Held-out prompts", after, before, apart=tuple(name for name in apart if name in after.suites))
-        )
-    if run.evaluation.is_file():
-        baseline = None if against is None else Acceptance.load(against)
-        name = "" if against is None else against.name
-        sections.append(Section("Suites", Acceptance.load(run.evaluation), baseline, before_name=name))
-    elif against is not None:
+    for title, path, before in (
+        ("Held-out prompts", run.acceptance, run.acceptance_before),
+        ("Held-out prompts, decoded", run.decoded, run.decoded_before),
+    ):
+        if path.is_file():
+            after = Acceptance.load(path)
+            first = Acceptance.load(before) if before.is_file() else None
+            sections.append(Section(title, after, first, apart=tuple(name for name in apart if name in after.suites)))
+    baseline = None if against is None else Acceptance.load(against)
+    for title, path in (("mtpd eval", run.evaluation), ("mtpd eval, decoded", run.evaluation_decoded)):
+        if path.is_file():
+            found = Acceptance.load(path)
+            first = baseline if baseline is not None and baseline.mode == found.mode else None
+            if first is not None:
+                check_comparable(first, found, names=(str(against), str(path)))
+            sections.append(Section(title, found, first, before_name="" if against is None else against.name))
+    if baseline is not None and not any(section.before is baseline for section in sections):
+        wanted = run.evaluation if baseline.mode == "offline" else run.evaluation_decoded
         raise UserError(
-            f"--against: {run.path} has no {run.evaluation.name} to compare; run mtpd eval {run.path} first"
+            f"--against: {run.path} has no {wanted.name} to compare; run mtpd eval {run.path} --against {against} first"
         )
     return sections
 
 
-def _decoded(run: RunDirectory) -> Section | None:
-    for path in (run.evaluation_decoded, run.decoded):
-        if path.is_file():
-            return Section("Decoded", Acceptance.load(path))
-    return None
+def _depths(run: RunDirectory, sections: Sequence[Section]) -> Depths | None:
+    """Tokens/s by number of drafts, unless they are those of other heads."""
+    if not run.depths.is_file():
+        return None
+    found = Depths.load(run.depths)
+    heads = {section.after.heads for section in sections}
+    return found if not found.heads or found.heads in heads else None
 
 
 def _metrics(path: Path) -> list[Mapping[str, Any]]:

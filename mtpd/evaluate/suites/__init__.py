@@ -18,9 +18,10 @@ suite of that name that comes with mtpd, or of the one that names it under `file
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,11 +30,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mtpd.data import sources
-from mtpd.data.prompts import Prompt, read_row
+from mtpd.data.prompts import DistinctIds, Prompt, read_row
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Settings
 from mtpd.files import escapes
 from mtpd.recipe.text import explain, read_mapping
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 TEMPLATES = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
@@ -186,15 +189,14 @@ def questions(name: str, suite: Suite) -> list[Question]:
         UserError: the source is missing or empty, a field that a template reads is missing.
     """
     found: list[Question] = []
-    seen: dict[str, int] = {}
+    ids = DistinctIds()
     for number, (place, row) in enumerate(_rows(name, suite)):
         question = _question(name, suite, number, place, row)
         if not question.prompt.text.strip():
             continue
-        seen[question.prompt.id] = seen.get(question.prompt.id, 0) + 1
-        if seen[question.prompt.id] > 1:
-            raise UserError(f"suite {name}: {place}: two rows have the id {question.prompt.id}")
-        found.append(question)
+        found.append(replace(question, prompt=ids.number(question.prompt)))
+    if ids.repeated:
+        logger.warning("suite %s: %s", name, ids.words())
     if not found:
         raise UserError(f"suite {name}: {suite.source} holds no prompts")
     if len(found) > suite.limit:

@@ -1,0 +1,149 @@
+"""What a run's measurements come to, in sentences: the first thing that a reader of the report sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from mtpd.evaluate.acceptance import RANDOM, Acceptance, SuiteCounts
+from mtpd.evaluate.depths import Depths
+from mtpd.evaluate.gate import Comparison
+from mtpd.evaluate.intervals import Estimate
+
+COLLAPSED = 0.5
+"""A control above this share of CAR_1 has not collapsed."""
+
+Tone = Literal["up", "down", "flat"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A headline and further sentences, each good, bad or neither."""
+
+    tone: Tone
+    headline: str
+    lines: list[tuple[Tone, str]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measurement, as far as a verdict reads it."""
+
+    title: str
+    acceptance: Acceptance
+    counts: SuiteCounts
+    """Of the suites that are summed."""
+    ratios: Mapping[str, Estimate]
+    comparison: Comparison | None
+    baseline: str
+    """What it is compared with; empty for nothing."""
+
+
+def verdict(offline: list[Measured], decoded: list[Measured], depths: Depths | None) -> Verdict:
+    """Sentences about all measurements of a run; the first offline one gives the headline, else the first decoded."""
+    first = [*offline, *decoded][0]
+    tone, headline = _headline(first)
+    lines: list[tuple[Tone, str]] = []
+    if first.acceptance.random_trunk:
+        lines.append(("down", RANDOM))
+    lines += [_headline(each) for each in offline[1:]]
+    for each in decoded:
+        lines += _speed(each)
+    if depths is not None and depths.fastest:
+        most = depths.depths[depths.fastest]
+        lines.append(
+            (
+                "flat",
+                f"Of {len(depths.depths) - 1} drafts a round, {depths.fastest} are the fastest: "
+                f"{most.tokens_per_second:.1f} tokens/s, against {depths.depths[0].tokens_per_second:.1f} without "
+                f"drafts and {depths.plain_tokens_per_second:.1f} with transformers' generate "
+                f"({depths.prompts} prompts).",
+            )
+        )
+    elif depths is not None:
+        lines.append(("down", f"No number of drafts is faster than none ({depths.prompts} prompts)."))
+    for each in offline:
+        lines += _doubts(each)
+    return Verdict(tone, headline, lines)
+
+
+def _headline(measured: Measured) -> tuple[Tone, str]:
+    tau, prompts = measured.ratios["tau"], measured.counts.prompts
+    if measured.comparison is None:
+        return "flat", f"{measured.title}: tau {tau.text()} on {prompts} prompts."
+    change = measured.comparison.suites[None]["tau"]
+    numbers = f"tau {change.before:.3f} → {change.after:.3f} on {measured.comparison.prompts[None]} prompts"
+    if change.change.low is None:
+        return "flat", f"{numbers}: too few for an interval, so whether this is a change is not known."
+    numbers = f"{numbers}, {change.shown()}"
+    if measured.baseline == "before training":
+        said = {
+            "up": "Training made the drafts better",
+            "down": "Training made the drafts worse",
+            "flat": "Training gained nothing that so many prompts can show",
+        }
+    else:
+        said = {
+            "up": f"Better than {measured.baseline}",
+            "down": f"Worse than {measured.baseline}",
+            "flat": f"No different from {measured.baseline}, as far as so many prompts can show",
+        }
+    return change.direction, f"{said[change.direction]}: {numbers}."
+
+
+def _speed(measured: Measured) -> Iterator[tuple[Tone, str]]:
+    """Both ratios, what the larger one is made of, and whether the texts are the same."""
+    counts = measured.counts
+    if counts.speed_up is None:
+        return
+    over_engine = counts.speed_up_over_engine
+    alone = (
+        "the engine without drafts was not timed, so that what the drafts gain is not known"
+        if over_engine is None
+        else f"{over_engine:.2f}× the tokens/s of the same engine without drafts"
+    )
+    text = (
+        f"{measured.title}, {drafts(counts.depth)} a round, {counts.prompts} prompts: {counts.speed_up:.2f}× the "
+        f"tokens/s of transformers' generate; {alone}; tau {counts.tau:.2f}."
+    )
+    if counts.speed_up > counts.tau:
+        text += " More than tau is not the drafts: generate's own loop is slower than this engine."
+    tone: Tone = "flat" if over_engine is None else "up" if over_engine > 1 else "down"
+    yield tone, text
+    if counts.identical is not None and counts.identical < counts.prompts:
+        others, ties = counts.prompts - counts.identical, counts.ties or 0
+        if ties < others:
+            yield (
+                "down",
+                f"{others - ties} of {counts.prompts} texts are not those of generate, and no tie explains it.",
+            )
+
+
+def _doubts(measured: Measured) -> Iterator[tuple[Tone, str]]:
+    counts = measured.counts
+    if counts.control is not None and counts.car[0] > 0.05 and counts.control.car[0] > COLLAPSED * counts.car[0]:
+        yield (
+            "down",
+            f"{measured.title}: the control has not collapsed (CAR_1 {counts.car[0]:.3f}, and "
+            f"{counts.control.car[0]:.3f} against targets moved by one position). Either the text repeats single "
+            "tokens, or the numbers are wrong.",
+        )
+    if counts.trained:
+        yield (
+            "down",
+            f"{measured.title}: the run was trained on {counts.trained} of {counts.prompts} prompts, on which "
+            "acceptance is too high.",
+        )
+
+
+def drafts(count: int) -> str:
+    """A number of drafts, in words."""
+    return f"{count} draft" + ("s" if count != 1 else "")
+
+
+def measured_on(acceptance: Acceptance, suites: list[str]) -> str:
+    """Suites, prompts, drafts and mode of a measurement, for each card that shows a number of it."""
+    prompts = sum(acceptance.suites[name].prompts for name in suites)
+    where = suites[0] if len(suites) == 1 else f"{len(suites)} suites"
+    return f"{acceptance.mode}, {where}, {prompts} prompts, {drafts(acceptance.total().depth)} a round"
