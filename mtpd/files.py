@@ -29,12 +29,33 @@ SEAL = "sha256"
 
 
 @contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Turns an operating-system error under it (no room, no permission) into one line that names the file."""
+def writing(path: str | Path, *, needed: int | None = None) -> Iterator[None]:
+    """Turns an operating-system error under it (no room, no permission) into one line that names the file.
+
+    Args:
+        needed: bytes that are written, named where there is no room for them.
+    """
     try:
         yield
     except OSError as error:
-        raise MtpdError(f"{path}: cannot write: {error.strerror or error}") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        room = f" ({'' if needed is None else f'{megabytes(needed)} needed, '}{free_space(path)})" if full else ""
+        raise MtpdError(f"{path}: cannot write: {error.strerror or error}{room}") from error
+
+
+def megabytes(count: int) -> str:
+    """Bytes as people compare them with a disk: 12.3 MB, 1,234 MB"""
+    return f"{count / 1e6:,.0f} MB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def free_space(path: str | Path) -> str:
+    """What the disk of a path has left, in words; the path need not be there."""
+    place = Path(path).absolute()
+    nearest = next(each for each in (place, *place.parents) if each.exists())
+    try:
+        return f"{megabytes(shutil.disk_usage(nearest).free)} free"
+    except OSError:
+        return "free space unknown"
 
 
 def write_whole(path: str | Path, content: bytes | str) -> None:
@@ -45,7 +66,7 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
     """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    with writing(path):
+    with writing(path, needed=len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
         try:

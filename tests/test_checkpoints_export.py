@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mtpd.cli import main
-from mtpd.decode import generate
+from mtpd.decode.greedy import generate
 from mtpd.errors import MtpdError, UserError
 from mtpd.formats.directory import Checkpoint
 from mtpd.formats.engines import with_vllm

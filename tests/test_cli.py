@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from mtpd import interrupts
 from mtpd.cli import app, main
+from mtpd.cli.options import split_arguments
 from mtpd.errors import MtpdError, UserError
 from mtpd.interrupts import Terminated
 from mtpd.recipe import Recipe, load_recipe
@@ -100,9 +101,9 @@ def test_help_shows_examples_that_parse(words: list[str]) -> None:
     examples = re.findall(r"^ +(mtpd .*\S) *$", output, flags=re.MULTILINE)
     assert examples
     for example in examples:
-        words_of_recipe = [word for word in example.split() if "=" in word or word.endswith(".yaml")]
-        path = words_of_recipe.pop(0) if words_of_recipe[0].endswith(".yaml") else None
-        load_recipe(ROOT / path if path else None, words_of_recipe)
+        skipped = 3 if words[0] == "recipe" else 2
+        positional = example.partition(" -")[0].split()[skipped:]
+        load_recipe(*split_arguments(positional))
 
 
 def test_an_installed_package_has_its_recipes(tmp_path: Path) -> None:
@@ -222,13 +223,13 @@ def test_mistakes_of_the_user_exit_with_2_in_one_line(
         (
             OSError(28, "No space left on device", "/data/run/model.safetensors"),
             1,
-            "mtpd: error: no space left on the disk of /data/run/model.safetensors; free some and run the same "
+            "mtpd: error: no space left on the disk of /data/run/model.safetensors (FREE); free some and run the same "
             "command again\n",
         ),
         (
             RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0: file write failed"),
             1,
-            "mtpd: error: no space left on the disk of runs/x; free some and run the same command again\n",
+            "mtpd: error: no space left on the disk of runs/x (FREE); free some and run the same command again\n",
         ),
         (BrokenPipeError(32, "Broken pipe"), 1, "mtpd: error: BrokenPipeError: [Errno 32] Broken pipe (run with"),
         (FileNotFoundError(2, "No such file", "a.jsonl"), 1, "mtpd: error: FileNotFoundError: [Errno 2] No such file"),
@@ -240,7 +241,7 @@ def test_errors_of_a_run_are_one_line(
     """Fault: a failure shows a traceback, hides its cause, or exits like a success or like a user's mistake."""
     replace_distill(monkeypatch, raising(error))
     assert main(["distill", "model=demo", "output=runs/x"]) == code
-    output = capsys.readouterr().err
+    output = re.sub(r"\([\d,.]+ MB free\)", "(FREE)", capsys.readouterr().err)
     assert output.startswith(line)
     assert output.count("\n") == 1
 
@@ -270,7 +271,7 @@ def test_a_disk_that_is_really_full(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
     replace_distill(monkeypatch, run)
     assert main(["distill", "model=demo", "output=runs/x"]) == 1
-    assert "no space left on the disk of runs/x;" in capsys.readouterr().err
+    assert re.search(r"no space left on the disk of runs/x \([\d,.]+ MB free\); free some", capsys.readouterr().err)
 
 
 def test_an_end_says_what_the_command_keeps(

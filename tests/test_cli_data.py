@@ -135,7 +135,7 @@ def test_sizes_that_mean_no_vocabulary_are_refused(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read"),
+        (None, "no such file; accepted: a number of tokens"),
         ("{}", "is no draft vocabulary"),
         ('{"schema": 1, "tokens": [1, 1]}', "is no draft vocabulary"),
         ('{"schema": 1, "tokens": [1, 9999999]}', "token 9999999 is none of this model"),

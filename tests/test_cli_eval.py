@@ -160,7 +160,11 @@ def first_schema(run: Path) -> None:
             ["--against", "BASE"],
             "not an acceptance file",
         ),
-        (None, ["--against", "missing.json"], "missing.json: cannot be read"),
+        (
+            None,
+            ["--against", "missing.json"],
+            "missing.json: no such file; accepted: an acceptance file",
+        ),
         (lambda run: (run / "provenance.json").write_text("{"), [*SHORT], "not a provenance"),
         (
             lambda run: (run / "trained-prompts.safetensors").write_text("x"),

@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from mtpd import alignment
-from mtpd.decode import Counts, generate
 from mtpd.decode.choice import Greedy
+from mtpd.decode.counts import Counts
 from mtpd.decode.drafts import Drafts
 from mtpd.decode.engine import Engine, Request
+from mtpd.decode.greedy import generate
 from mtpd.errors import UserError
 from mtpd.heads import Heads
 from mtpd.slots import Span

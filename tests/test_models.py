@@ -90,7 +90,7 @@ def test_paths_that_are_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "no such directory" in refused("a/b/c")
     assert "no such file" in refused(tmp_path / "none.gguf")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF not really")
-    assert "cannot be loaded" in refused(tmp_path / "broken.gguf")
+    assert "is cut off or damaged" in refused(tmp_path / "broken.gguf")
     (tmp_path / "weights.bin").write_bytes(b"")
     assert "expected a directory" in refused(tmp_path / "weights.bin")
     message = refused("nobody/nothing")
@@ -109,11 +109,11 @@ def test_directories_that_cannot_be_used(saved: Path, tmp_path: Path) -> None:
     assert "cannot be loaded" in refused(saved)
     (saved / "model.safetensors").unlink()
     torch.save(weights, saved / "pytorch_model.bin")
-    assert "cannot be loaded" in refused(saved), "nothing is unpickled"
+    assert "has pickled weights alone (pytorch_model.bin)" in refused(saved), "nothing is unpickled"
     save_file(weights, saved / "model.safetensors", {"format": "pt"})
 
     (saved / "config.json").write_text(config[:40])
-    assert "cannot be loaded" in refused(saved)
+    assert "config.json cannot be read" in refused(saved)
     (saved / "config.json").write_text(json.dumps(T5Config().to_dict()))
     assert "not a causal language model" in refused(saved)
     custom = {"model_type": "unheard-of", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}}

@@ -13,7 +13,7 @@ from architectures import random_heads, tiny_trunk
 from conftest import Learned
 
 from mtpd.data.models import load_model
-from mtpd.decode import Counts
+from mtpd.decode.counts import Counts
 from mtpd.decode.model import Drafting, Model
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import PromptCounts, SuiteCounts

@@ -31,8 +31,8 @@ from printed import Printed, printed
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = {"small": 600, "full": 3 * 3600}
 """After which a command is ended."""
-BROUGHT = ("examples", "recipes")
-"""Folders of the project that a reader of the documents has."""
+BROUGHT = ("examples",)
+"""Folders of the project that a reader of the documents has; recipes come with the wheel."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,9 @@ class Walk:
             if above and name not in walk_list.STAND_INS and not (self.here / name).exists():
                 text = re.sub(r"(?m)^model:.*", f"model: {walk_list.MODEL}", above[-1].text)
                 (self.here / name).write_text(text + "\n")
-                command += text
+            if above and (self.here / name).is_file():
+                # What a shown recipe names has to be there too.
+                command += "\n" + (self.here / name).read_text()
         for name, made in walk_list.STAND_INS.items():
             if re.search(rf"(^|[\s=/]){re.escape(name)}\b", command) and not (self.here / name).exists():
                 log = self.logs / "stand-in.log"

@@ -45,22 +45,17 @@ NOT_RUN = (
     Left(r"^mtpd (inspect PATH|export RUN)", "stands for any path"),
 )
 
-CHANGED = (Changed(r"^make demo\b", "mtpd distill recipes/demo.yaml", "without a checkout's virtual environment"),)
+CHANGED = (Changed(r"^make demo\b", "mtpd distill demo", "without a checkout's virtual environment"),)
 
 # For `--size small`: what takes long is cut short.
-SHORT = "data.max_new_tokens=16 train.max_steps=4 evaluation.prompts_limit=7 evaluation.max_new_tokens=16"
+SHORT = "data.max_new_tokens=16 train.max_steps=4 evaluation.prompts_limit=7 evaluation.max_new_tokens=16 "
+SHORT += "evaluation.decode_prompts=1"
 SHORTENED = (
-    Changed(
-        r"^mtpd distill recipes/demo\.yaml", rf"\g<0> {SHORT} data.limit=12 evaluation.decode_prompts=1", "less of all"
-    ),
+    Changed(r"^mtpd distill demo\b", rf"\g<0> {SHORT} data.limit=12", "less of all"),
     Changed(r"^mtpd distill my-recipe\.yaml", rf"\g<0> {SHORT}", "less of all"),
-    Changed(
-        r"^mtpd pretrain recipes/bytes-code\.yaml[^#]*", r"\g<0> train.max_steps=4 train.compile=false", "fewer steps"
-    ),
-    Changed(r"^mtpd distill recipes/bytes-code-heads\.yaml", r"\g<0> data.limit=40 train.max_steps=4", "fewer steps"),
-    Changed(
-        r"gate\.sh recipes/demo\.yaml (\S+) \S+", r"gate.sh recipes/smoke.yaml \1 baselines/smoke.json", "less of all"
-    ),
+    Changed(r"^mtpd pretrain bytes-code[^#]*", r"\g<0> train.max_steps=4 train.compile=false", "fewer steps"),
+    Changed(r"^mtpd distill bytes-code-heads\b", r"\g<0> data.limit=40 train.max_steps=4", "fewer steps"),
+    Changed(r"gate\.sh demo (\S+) \S+", r"gate.sh smoke \1 baselines/smoke.json", "less of all"),
     Changed(r"^mtpd eval \S+ --suite demo", r"\g<0> --limit 7 --max-new-tokens 32", "fewer prompts"),
     Changed(r"^(mtpd bench .*--prompts) \d+ (--max-new-tokens) \d+", r"\1 1 \2 16", "one text, a shorter one"),
     Changed(r"^mtpd extend runs/demo (?!--to 8)", "mtpd extend runs/small ", "a smaller model: every depth is timed"),
@@ -74,10 +69,10 @@ STAND_INS = {
     "prompts.jsonl": """seq 100 | sed 's/.*/{"prompt": "What is & times seven?"}/' > prompts.jsonl""",
     "my-checkpoint": "python -c 'from mtpd.data.models import load_model\n"
     'for part in load_model("tiny", dtype="float32", device="cpu"): part.save_pretrained("my-checkpoint")\'',
-    "recipe.yaml": "mtpd recipe show recipes/demo.yaml > recipe.yaml",
+    "recipe.yaml": "mtpd recipe show demo > recipe.yaml",
     "runs/new": "cp -r runs/demo runs/new",
-    "runs/small": "mtpd distill recipes/smoke.yaml output=runs/small evaluation.decode_prompts=1",
-    "runs/shared": "mtpd distill recipes/smoke.yaml heads.shared=true output=runs/shared",
+    "runs/small": "mtpd distill smoke output=runs/small evaluation.decode_prompts=1",
+    "runs/shared": "mtpd distill smoke heads.shared=true output=runs/shared",
     "before.json": "cp runs/demo/acceptance-before.json before.json",
     "after.json": "cp runs/demo/acceptance.json after.json",
 }

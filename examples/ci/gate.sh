@@ -1,7 +1,7 @@
 #!/bin/sh
 # Trains heads and fails when fewer of their drafts are accepted than before.
 #
-#   sh examples/ci/gate.sh recipes/demo.yaml runs/weekly baselines/main.json --suite demo --max-drop 0.01
+#   sh examples/ci/gate.sh demo runs/weekly baselines/main.json --suite demo --max-drop 0.01
 #
 # A recipe, a new run directory, and an acceptance file that is kept under version control as the baseline; what follows
 # are options of `mtpd eval`. The first call, without a baseline, writes it. Exit code: 0 fine, 3 worse, 4 undecided;

@@ -9,6 +9,11 @@ import typer
 from mtpd.cli.generate import Depth, Dtype, Run, Tree
 from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
+from mtpd.data.sources import check_source
+from mtpd.errors import UserError
+from mtpd.run.check import check_finished
+
+WAYS = ("plain", "transformers", "engine")
 
 
 def bench(
@@ -45,6 +50,13 @@ def bench(
 
         mtpd bench runs/demo --against plain,transformers --tune
     """
+    check_finished(run)
+    ways = ["mtpd", *[way.strip() for way in against.split(",") if way.strip()]]
+    unknown = [way for way in ways[1:] if way not in WAYS]
+    if unknown:
+        raise UserError(f"--against: {', '.join(unknown)} is not accepted; accepted: {', '.join(WAYS)}")
+    if suite != "demo":
+        check_source(suite, key="--suite")
     with quiet_libraries(debug=debug):
         from mtpd.data.prompts import load_prompts, render  # these bring in torch
         from mtpd.data.responses import end_tokens
@@ -58,7 +70,7 @@ def bench(
         from mtpd.run.loading import load, write_drafting
 
         # A speed-up over generate counts its slower loop in, so that of the drafts alone stands beside it.
-        ways = [*dict.fromkeys(["mtpd", *[way for way in against.split(",") if way], "engine"])]
+        ways = [*dict.fromkeys([*ways, "engine"])]
         model = load(run, dtype=dtype, depth=depth, tree=tree, untrusted=untrusted)
         ends = end_tokens(model.trunk.model, model.tokenizer)
         chosen = load_prompts("builtin-held-out" if suite == "demo" else suite)

@@ -11,6 +11,7 @@ import typer
 from mtpd.cli.generate import Depth, Dtype, Run, Seed, Temperature, Tokens, TopP, Tree, summary
 from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
+from mtpd.run.check import check_finished
 
 
 def chat(
@@ -32,6 +33,7 @@ def chat(
 
         mtpd chat runs/demo
     """
+    check_finished(run)
     with quiet_libraries(debug=debug):
         from mtpd.decode.stream_text import Session, settings  # brings in torch
         from mtpd.run.loading import load

@@ -9,11 +9,14 @@ import typer
 
 from mtpd.cli.eval import JunitFile, MarkdownFile
 from mtpd.cli.options import Debug
+from mtpd.run.check import acceptance_file, check_file
 
 
 def compare(
-    baseline: Annotated[Path, typer.Argument(help="The acceptance file to compare with.")],
-    candidate: Annotated[Path, typer.Argument(help="The acceptance file in question.")],
+    baseline: Annotated[
+        Path, typer.Argument(help="The file to compare with; of a run directory, its acceptance.json.")
+    ],
+    candidate: Annotated[Path, typer.Argument(help="The acceptance file in question, or a run directory.")],
     max_drop: Annotated[
         float | None,
         typer.Option("--max-drop", help="Judge as the gate of mtpd eval does. Default: compare, and exit with 0."),
@@ -28,12 +31,17 @@ def compare(
 
     Examples:
 
+        mtpd compare runs/demo runs/other
+
         mtpd compare before.json after.json
 
         mtpd compare baselines/main.json acceptance.json --max-drop 0.01
     """
-    from mtpd.evaluate.compare import compare_files  # brings in torch
+    from mtpd.evaluate.compare import compare_files  # brings in numpy
 
+    for option, file in (("--markdown", markdown), ("--junit", junit)):
+        check_file(file, key=option)
+    baseline, candidate = acceptance_file(baseline), acceptance_file(candidate)
     code = compare_files(baseline, candidate, max_drop=max_drop, markdown_file=markdown, junit_file=junit)
     if code:
         raise typer.Exit(code)

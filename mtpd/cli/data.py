@@ -12,6 +12,7 @@ from mtpd.cli.kept import KEPT_RESPONSES, RESUMES, keeping
 from mtpd.cli.options import Debug, RecipeArguments, Untrusted, split_arguments
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.recipe import load_recipe
+from mtpd.run.check import check_file, check_recipe
 
 app = typer.Typer(no_args_is_help=True, help="Make the hidden states or the draft vocabulary of a run ahead of it.")
 
@@ -32,6 +33,7 @@ def store(
     """
     path, overrides = split_arguments(arguments)
     recipe = load_recipe(path, overrides, untrusted=untrusted)
+    check_recipe(recipe)
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
         from mtpd.parallel import ranks  # brings in torch
         from mtpd.run.prepare_data import store_hidden_states
@@ -66,6 +68,8 @@ def vocab(
     """
     path, overrides = split_arguments(arguments)
     recipe = load_recipe(path, overrides, untrusted=untrusted)
+    check_recipe(recipe)
+    check_file(out, key="--out")
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
         from mtpd.parallel import ranks  # brings in torch
         from mtpd.run.prepare_data import count_vocabulary

@@ -25,6 +25,7 @@ from mtpd.cli.terminal import quiet_libraries
 from mtpd.errors import MtpdError, UserError
 from mtpd.parallel.launch import launch
 from mtpd.recipe import Recipe, load_recipe
+from mtpd.run.check import check_recipe
 
 
 def distill(
@@ -92,6 +93,7 @@ def distill(
         raise UserError(f"--resume: {resume} does nothing with --fresh, which starts over; accepted: one of them")
     recipe = load_recipe(path, overrides, untrusted=untrusted)
     _check_options(launcher, processes, nodes, devices, device_memory, dry_run=dry_run)
+    check_recipe(recipe, weights=not dry_run)
     if launcher is not None and not dry_run:
         words = given_words(context, without=LAUNCH_OPTIONS | DRY_RUN_OPTIONS)
         with keeping(RESUMES_WITHOUT_FRESH if fresh else RESUMES):

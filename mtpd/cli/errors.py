@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from mtpd.errors import MtpdError, is_out_of_memory
+from mtpd.files import free_space
 
 WORDS_OF_A_FULL_DISK = (
     "No space left on device",
@@ -40,9 +41,13 @@ def disk_full(error: BaseException, directory: Path) -> DiskFull | None:
     """
     for cause in _chain(error):
         full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if isinstance(cause, MtpdError) and " free)" in str(cause):
+            return DiskFull(f"{cause}; free some and run the same command again")
         if full or any(words in str(cause) for words in WORDS_OF_A_FULL_DISK):
             path = getattr(cause, "filename", None) or directory
-            return DiskFull(f"no space left on the disk of {path}; free some and run the same command again")
+            return DiskFull(
+                f"no space left on the disk of {path} ({free_space(path)}); free some and run the same command again"
+            )
     return None
 
 

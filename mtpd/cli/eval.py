@@ -10,6 +10,7 @@ import typer
 from mtpd.cli.kept import KEPT_RESPONSES, keeping
 from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
+from mtpd.run.check import acceptance_file, check_file, check_finished
 
 RESPONSES = Path("~/.cache/mtpd/responses")
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory of mtpd distill.")]
@@ -50,7 +51,10 @@ def evaluate(
         int | None, typer.Option(min=1, help="Tokens of a response. Default: as --against, else the suite's own.")
     ] = None,
     responses: Annotated[Path, typer.Option(help="Where the trunk's responses are kept between calls.")] = RESPONSES,
-    against: Annotated[Path | None, typer.Option(help="Compare with this acceptance file on the same prompts.")] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Compare with this acceptance file, or the one of a run, on the same prompts."),
+    ] = None,
     max_drop: MaxDrop = 0.01,
     write_baseline: Annotated[
         Path | None, typer.Option(help="Write the result here as well, unless the gate did not pass.")
@@ -82,12 +86,22 @@ def evaluate(
 
         mtpd eval runs/demo --against baselines/main.json --max-drop 0.01
     """
+    from mtpd.evaluate.suites import check_names  # takes a moment that --help has no need of
+
+    names = None if suite is None else [name.strip() for name in suite.split(",") if name.strip()]
+    for option, file in (("--output", output), ("--markdown", markdown), ("--junit", junit)):
+        check_file(file, key=option)
+    check_file(write_baseline, key="--write-baseline")
+    check_finished(run, heads=heads)
+    if against is not None:
+        against = acceptance_file(against, name="evaluation-decoded.json" if mode == "decoded" else "evaluation.json")
+    check_names(names, suite_dir, against=against)
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
         from mtpd.run.evaluate import Request, evaluate_run  # brings in torch
 
         request = Request(
             run=run,
-            suites=None if suite is None else [name.strip() for name in suite.split(",") if name.strip()],
+            suites=names,
             suite_dir=suite_dir,
             mode=mode,
             output=output,

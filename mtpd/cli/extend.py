@@ -13,6 +13,7 @@ from mtpd.cli.kept import RESUMES, RESUMES_WITHOUT_FRESH, keeping
 from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.errors import UserError
+from mtpd.run.check import check_finished
 
 
 def extend(
@@ -60,6 +61,7 @@ def extend(
 
         mtpd extend runs/demo --to 8 --steps 0
     """
+    check_finished(run)
     if shared and adapters is not None:
         raise UserError("--shared: is not accepted with --adapters; accepted: one of them")
     form = "shared" if shared else "adapters" if adapters is not None else None

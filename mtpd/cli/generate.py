@@ -12,6 +12,7 @@ import typer
 from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.errors import UserError
+from mtpd.run.check import check_finished
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory that `mtpd distill` has finished.")]
 Prompt = Annotated[str | None, typer.Option("--prompt", help="The prompt; without it, standard input is read.")]
@@ -56,13 +57,14 @@ def generate(
 
         mtpd generate runs/demo --prompt "Name three rivers."
     """
+    check_finished(run)
+    text = prompt if prompt is not None else sys.stdin.read()
+    if not text.strip():
+        raise UserError("prompt: it is empty; pass --prompt TEXT, or text on standard input")
     with quiet_libraries(debug=debug):
         from mtpd.decode.stream_text import Session, settings  # brings in torch
         from mtpd.run.loading import load
 
-        text = prompt if prompt is not None else sys.stdin.read()
-        if not text.strip():
-            raise UserError("prompt: it is empty; pass --prompt TEXT, or text on standard input")
         session = Session(
             load(run, dtype=dtype, depth=depth, tree=tree, untrusted=untrusted), settings(temperature, top_p, seed)
         )

@@ -8,6 +8,7 @@ from mtpd.cli.kept import RESUMES, keeping
 from mtpd.cli.options import Debug, RecipeArguments, Untrusted, split_arguments
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.recipe import load_pretrain_recipe
+from mtpd.run.check import check_pretrain_recipe
 
 
 def pretrain(
@@ -25,6 +26,7 @@ def pretrain(
     """
     path, overrides = split_arguments(arguments)
     recipe = load_pretrain_recipe(path, overrides, untrusted=untrusted)
+    check_pretrain_recipe(recipe)
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
         from mtpd.pretrain.pretrain import pretrain as run  # brings in torch
 

@@ -13,6 +13,7 @@ from mtpd.errors import UserError
 from mtpd.files import write_whole
 from mtpd.recipe import Recipe, dump, load_recipe
 from mtpd.recipe.shipped import about, find_recipe, shipped_folder, shipped_names
+from mtpd.recipe.trackers import check_trackers
 
 app = typer.Typer(no_args_is_help=True, help="List, copy, show, check or document recipes.")
 
@@ -76,6 +77,7 @@ def check(arguments: RecipeArguments = None, untrusted: Untrusted = False, debug
     """
     path, overrides = split_arguments(arguments)
     recipe = load_recipe(path, overrides, untrusted=untrusted)
+    check_trackers(recipe.train.report_to)
     typer.echo(f"OK: {path or 'recipe'} (model {recipe.model}, output {recipe.output})")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
@@ -16,6 +15,7 @@ from transformers import (
 )
 
 from mtpd.data import builtin_models
+from mtpd.data.find_model import locate
 from mtpd.data.sources import hub_access
 from mtpd.errors import MtpdError, UserError
 from mtpd.files import fingerprint_json
@@ -87,7 +87,7 @@ def load_model(
     else:
         shown = name
 
-    place, local, options = _locate(name)
+    place, local, options = locate(name, weights=not config_only and not empty)
     options["trust_remote_code"] = trust_remote_code
     with hub_access(needed=not local) as reachable:
         try:
@@ -178,25 +178,6 @@ def trunk_fingerprint(model: PreTrainedModel) -> str:
     return fingerprint_json([type(model).__name__, settings, tensors])
 
 
-def _locate(name: str) -> tuple[str, bool, dict[str, Any]]:
-    """What transformers is given for a name: (place, whether it is local, further options)."""
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"model {name}: no such file")
-        return str(path.parent), True, {"gguf_file": path.name}
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"model {name}: the directory has no config.json, so it is no checkpoint of transformers")
-        return str(path), True, {}
-    if path.is_file():
-        raise UserError(f"model {name}: expected a directory, a .gguf file or a hub id, got another file")
-    # A hub id has at most one slash and no leading dot; everything else can only be meant as a path.
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"model {name}: no such directory")
-    return name, False, {}
-
-
 def _with_weights(
     place: str, options: dict[str, Any], name: str, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
@@ -249,6 +230,11 @@ def _explain(error: Exception, name: str, *, local: bool, reachable: bool) -> Us
     text = str(error)
     if "trust_remote_code" in text or "custom code" in text:
         return UserError(f"model {name}: it needs code that comes with it; set trust_remote_code=true if you trust it")
+    if "gguf" in text.lower() and "architecture" in text:
+        from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+        known = ", ".join(sorted(GGUF_CONFIG_MAPPING))
+        return UserError(f"model {name}: transformers reads no GGUF files of its architecture; accepted: {known}")
     if not local and not reachable:
         return UserError(f"model {name}: the hub cannot be reached and no copy is cached; {WITHOUT_NETWORK}")
     if "Unrecognized configuration class" in text:

@@ -22,15 +22,18 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from mtpd.data import sources
-from mtpd.data.packing import Sample
 from mtpd.errors import UserError
 from mtpd.files import fingerprint, short
+
+if TYPE_CHECKING:  # these bring in torch, and many commands read prompts before they need it
+    from transformers import PreTrainedTokenizerBase
+
+    from mtpd.data.packing import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -283,6 +286,8 @@ def given_sample(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, end_toke
 def _given_text(
     tokenizer: PreTrainedTokenizerBase, name: str, prompt: str, completion: str | None, family: str
 ) -> Sample:
+    from mtpd.data.packing import Sample
+
     whole = prompt if completion is None else prompt + completion
     ids = _plain(tokenizer, whole)
     # Text alone is all response; only what the tokenizer puts before it is not.
@@ -304,6 +309,8 @@ def _given_messages(
     ends: Collection[int],
     family: str,
 ) -> Sample:
+    from mtpd.data.packing import Sample
+
     messages = [*prompt, *response]
     turns = [turn for turn in range(len(prompt), len(messages)) if messages[turn]["role"] == "assistant"]
     if not any(messages[turn]["content"].strip() for turn in turns):

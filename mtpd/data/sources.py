@@ -7,6 +7,7 @@ once and briefly first: a missing network becomes one clear line, and a cached c
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -80,6 +81,42 @@ def at_hand(source: str) -> bool:
     path = Path(source).expanduser()
     looks_so = path.is_file() or path.suffix in (".jsonl", ".json") or source.startswith((".", "/", "~"))
     return source in (*BUILTIN_SETS, stdlib.SOURCE, stdlib.HELD_OUT) or (looks_so and not path.is_dir())
+
+
+DATA = ("*.jsonl", "*.json", "*.csv", "*.tsv", "*.parquet", "*.arrow", "*.txt", "*.zip", "*.gz", "*.zst", "*.py")
+"""Files that make a folder one that `datasets` reads."""
+ACCEPTED = "accepted: builtin, a .jsonl file, a folder of data files, or a datasets id"
+TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".txt", ".zip", ".gz")
+
+
+def check_source(source: str, *, key: str, accepted: str = ACCEPTED) -> None:
+    """Refuses a source that cannot be read, as far as a look at the file system tells.
+
+    Args:
+        key: of the recipe, named in messages.
+        accepted: named in messages.
+
+    Raises:
+        UserError: a missing file, a file of another kind, or a folder without data.
+    """
+    path = Path(source).expanduser()
+    if source in (*BUILTIN_SETS, stdlib.SOURCE, stdlib.HELD_OUT):
+        return
+    if path.is_dir():
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            raise UserError(
+                f"{key}: {source} is what save_to_disk of datasets wrote, which is not read; write it with to_json as "
+                "a .jsonl file"
+            )
+        if not any(True for pattern in DATA for _ in path.rglob(pattern)):
+            raise UserError(f"{key}: {source} is a folder without data files; {accepted}")
+    elif path.is_file():
+        if path.suffix not in (".jsonl", ".json"):
+            raise UserError(f"{key}: {source}: a file of prompts must be .jsonl, one JSON object a line")
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{key}: {source}: cannot be read (no permission)")
+    elif at_hand(source) or path.suffix in TABLES or source.count("/") > 1:
+        raise UserError(f"{key}: {source}: no such file; {accepted}")
 
 
 def _builtin_rows(source: str) -> Rows:

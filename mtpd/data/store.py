@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from mtpd.data.packing import PackedRows, collate
 from mtpd.errors import MtpdError
-from mtpd.files import fingerprint, fingerprint_file, fingerprint_json, intact, sealed, write_whole
+from mtpd.files import fingerprint, fingerprint_file, fingerprint_json, intact, megabytes, sealed, write_whole
 from mtpd.parallel import ranks
 from mtpd.trunk import Trunk
 
@@ -99,8 +99,8 @@ class MemoryStore:
         needed, free = bytes_needed(len(rows), rows.row_length, trunk), psutil.virtual_memory().available
         if needed > free:
             raise MtpdError(
-                f"data.hidden_states: memory needs {needed / 1e9:.2f} GB for the hidden states, and "
-                f"{free / 1e9:.2f} GB are free; accepted then: disk or recompute"
+                f"data.hidden_states: memory needs {megabytes(needed)} for the hidden states, and "
+                f"{megabytes(free)} are free; accepted then: disk or recompute"
             )
         self._states: dict[int, Tensor] = {}
         self._dtype = trunk.dtype
@@ -387,6 +387,7 @@ def _check_room(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if needed and needed + MARGIN > free:
         raise MtpdError(
-            f"{directory}: the hidden states need {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
+            f"{directory}: the hidden states need {megabytes(needed)}, {megabytes(MARGIN)} are kept for the rest of "
+            f"the run, and the disk has {megabytes(free)} free; "
             "set data.hidden_states=recompute, or data.store to another disk"
         )

@@ -18,8 +18,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mtpd.decode import Counts
-from mtpd.decode.counts import conditional, shares
+from mtpd.decode.counts import Counts, conditional, shares
 from mtpd.errors import UserError
 from mtpd.evaluate.versions import library_versions
 from mtpd.files import read_sealed, sealed, write_whole

@@ -17,7 +17,8 @@ from transformers import GenerationConfig
 
 from mtpd.data.generation import plain_generation
 from mtpd.data.packing import Sample
-from mtpd.decode import Counts, generate
+from mtpd.decode.counts import Counts
+from mtpd.decode.greedy import generate
 from mtpd.evaluate.acceptance import PromptCounts, SuiteCounts
 from mtpd.files import fingerprint_json, short
 from mtpd.heads import Heads

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from mtpd import alignment
 from mtpd.data.packing import Sample
-from mtpd.decode import Counts
+from mtpd.decode.counts import Counts
 from mtpd.evaluate.acceptance import Control, PromptCounts, SuiteCounts
 from mtpd.files import fingerprint_json, short
 from mtpd.heads import Heads

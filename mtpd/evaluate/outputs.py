@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from mtpd.evaluate.acceptance import RANDOM, Acceptance, SuiteCounts
 from mtpd.evaluate.gate import COMPARED, Comparison, Verdict, label
 from mtpd.evaluate.run_tables import TOTAL
 from mtpd.evaluate.tables import Estimates, interval_note
-from mtpd.evaluate.trunk_quality import TrunkQuality
+
+if TYPE_CHECKING:  # brings in torch
+    from mtpd.evaluate.trunk_quality import TrunkQuality
 
 MARKS = {"passed": "✅", "failed": "❌", "undecided": "❔"}
 

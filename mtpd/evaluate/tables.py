@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -10,7 +11,9 @@ from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.gate import COMPARED, Change, Comparison, label
 from mtpd.evaluate.intervals import FEWEST, Estimate
 from mtpd.evaluate.run_tables import DECODED_COLUMNS, NOT_MEASURED, TOTAL, rate, say_if_random
-from mtpd.evaluate.trunk_quality import TrunkQuality
+
+if TYPE_CHECKING:  # brings in torch
+    from mtpd.evaluate.trunk_quality import TrunkQuality
 
 Estimates = Mapping[str | None, Mapping[str, Estimate]]
 

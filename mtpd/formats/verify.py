@@ -14,7 +14,8 @@ from transformers import GenerationConfig
 from mtpd.data.generation import plain_generation
 from mtpd.data.models import load_model
 from mtpd.data.prompts import load_prompts, render
-from mtpd.decode import Counts, generate
+from mtpd.decode.counts import Counts
+from mtpd.decode.greedy import generate
 from mtpd.errors import UserError
 from mtpd.evaluate.decoded import parted_at_tie
 from mtpd.formats.directory import Checkpoint

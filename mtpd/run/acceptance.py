@@ -129,6 +129,9 @@ def decode(session: Session, samples: Sequence[Sample]) -> None:
     heads = {path.name: load_heads(folder, trunk).to(wanted) for path, folder in folders.items()}
     for each in heads.values():
         each.shorten(evaluation.decode_depth or each.depth)
+    if fingerprint_file(run.heads_before / WEIGHTS) == fingerprint_file(run.heads / WEIGHTS):
+        # The start was kept: the same heads are not decoded with twice.
+        del heads[run.decoded_before.name]
     chosen = spread(list(samples), evaluation.decode_prompts)
     results = measure_decoded(
         trunk,
@@ -140,13 +143,16 @@ def decode(session: Session, samples: Sequence[Sample]) -> None:
     )
     chance = at_chance(trunk, [sample.prompt_ids for sample in chosen])
     for path, folder in folders.items():
-        suites = results[path.name]
-        acceptance_of(session, trunk, heads[path.name], folder, "decoded", suites, chance=chance).save(path)
+        suites = results.get(path.name, results[run.decoded.name])
+        drafting = heads[run.decoded.name]
+        acceptance_of(session, trunk, drafting, folder, "decoded", suites, chance=chance).save(path)
 
 
 def show(run: RunDirectory, console: Console, apart: frozenset[str]) -> None:
     """Tables on the terminal and the picture of CAR by depth."""
-    before, after = Acceptance.load(run.acceptance_before), Acceptance.load(run.acceptance)
+    # What training did is shown, also where its heads were not kept.
+    trained = run.acceptance_trained if run.acceptance_trained.is_file() else run.acceptance
+    before, after = Acceptance.load(run.acceptance_before), Acceptance.load(trained)
     sides = {"before training": before, "after training": after}
     write_car(run.plot, run.path.resolve().name, sides, apart=sorted(apart))
     console.print(offline_table(before, after, apart=apart))

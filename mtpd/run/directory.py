@@ -7,7 +7,7 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,10 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.heads_before = path / "heads-before"
         self.heads = path / "heads"
+        self.heads_trained = path / "heads-trained"
         self.acceptance_before = path / "acceptance-before.json"
         self.acceptance = path / "acceptance.json"
+        self.acceptance_trained = path / "acceptance-trained.json"
         self.decoded_before = path / "acceptance-decoded-before.json"
         self.decoded = path / "acceptance-decoded.json"
         self.plot = path / "car.svg"
@@ -110,6 +112,8 @@ def open_run(recipe: Recipe, *, fresh: bool, resume: str = "auto") -> RunDirecto
                 f"--resume: {resume} is not accepted, the run has its trained heads; accepted: auto (or delete "
                 f"{run.heads} to train again from a checkpoint)"
             )
+        # From a training that went another way.
+        shutil.rmtree(run.heads_trained, ignore_errors=True)
     with writing(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
         sweep(run.path)
@@ -135,6 +139,18 @@ def open_together(recipe: Recipe, *, fresh: bool, resume: str = "auto") -> RunDi
     run = RunDirectory(recipe.output)
     ranks.wait_for(run.recipe)
     return run
+
+
+def is_finished(run: RunDirectory) -> bool:
+    """Whether a run has come to its end before: heads, their measurements, and the provenance that is written last.
+
+    Raises:
+        UserError: the provenance or an acceptance file is damaged.
+    """
+    if not run.provenance.is_file() or not (run.heads / WEIGHTS).is_file():
+        return False
+    ended = "files" in read_sealed(run.provenance, refusal="not a provenance")
+    return ended and measured(run.acceptance, run.heads)
 
 
 def _differences(old: Recipe, new: Recipe) -> list[str]:
@@ -191,10 +207,16 @@ def write_provenance(run: RunDirectory, *, trunk: str, rows: str, prompts: Seque
     write_whole(run.provenance, json.dumps(sealed(content), indent=2) + "\n")
 
 
-def finish_provenance(run: RunDirectory) -> None:
-    """Adds when the run was finished, and the SHA-256 of its files that have no seal of their own."""
+def finish_provenance(run: RunDirectory, gain: Mapping[str, Any] | None) -> None:
+    """Adds when the run was finished, which heads it kept, and the SHA-256 of its files that have no seal of their own.
+
+    Args:
+        gain: what training changed; None where there is no start to compare with.
+    """
     content = read_sealed(run.provenance, refusal="not a provenance")
     content["finished"] = content.get("finished") or _now()
+    if gain is not None:
+        content["training"] = dict(gain)
     content["files"] = {path.name: fingerprint_file(path) for path in (run.recipe, run.metrics) if path.is_file()}
     write_whole(run.provenance, json.dumps(sealed(content), indent=2) + "\n")
 

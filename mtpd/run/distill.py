@@ -23,9 +23,10 @@ from mtpd.parallel import ranks
 from mtpd.parallel.partitioned_trunk import trunk_apart
 from mtpd.recipe import Recipe
 from mtpd.run.acceptance import decode, keep_texts, measure, show
-from mtpd.run.directory import finish_provenance, open_together, write_provenance
+from mtpd.run.directory import finish_provenance, is_finished, open_together, write_provenance
 from mtpd.run.extend import Material, extend_heads
 from mtpd.run.joint_training import train_jointly, with_trained_trunk
+from mtpd.run.kept_heads import gain_of_run, keep_heads, verdict
 from mtpd.run.material import (
     fill_together,
     given_texts,
@@ -66,55 +67,66 @@ def _distill(recipe: Recipe, *, fresh: bool, resume: str, progress: bool) -> Pat
     # Wide enough for the tables where the output is a file.
     console = Console(quiet=not progress, width=None if sys.stdout.isatty() else 132)
     run = open_together(recipe, fresh=fresh, resume=resume)
+    finished = ranks.from_main(lambda: is_finished(run))
     session = replace(start(recipe, run, progress=progress), resume=resume)
     with trunk_apart(session.trunk, recipe, device=resolve_device(recipe.device), folder=run.offload):
-        return _take_steps(session, console)
+        path = _take_steps(session, console)
+    if finished and path == run.path:
+        console.print("nothing was left to do: the run was finished before; --fresh starts over", highlight=False)
+    return path
 
 
 def _take_steps(session: Session, console: Console) -> Path:
     recipe, run = session.recipe, session.run
+    frozen = recipe.trunk.train == "frozen"
     prompts = split_prompts(recipe)
     console.print(
         f"{recipe.model}: {session.trunk.name}, {session.trunk.depth} layers, {session.trunk.dtype}; "
         f"{len(prompts.train)} prompts to train on, {len(prompts.held_out)} held out"
     )
     rows = training_rows(session, prompts.train)
-    trained = [*prompts.train, *given_texts(recipe)]
+    texts = [*prompts.train, *given_texts(recipe)]
     if ranks.is_main():
         write_provenance(
             run,
             trunk=session.fingerprint,
             rows=rows.fingerprint,
-            prompts=[prompt.fingerprint for prompt in trained],
+            prompts=[prompt.fingerprint for prompt in texts],
         )
         if not run.trained_prompts.is_file():
-            write_signatures(run.trained_prompts, [prompt.text for prompt in trained])
+            write_signatures(run.trained_prompts, [prompt.text for prompt in texts])
     store = hidden_states(session, rows, prompts.train)
     samples, apart = measured_samples(session, prompts.held_out)
     samples, chosen_by = set_apart(recipe, samples, apart)
     if not ranks.from_main((run.heads / WEIGHTS).is_file):
-        fill_together(session, rows, store)
-        heads = new_heads(session, rows, store)
-        measure(session, heads, samples, run.heads_before, run.acceptance_before)
-        if recipe.trunk.train == "frozen":
-            train_heads(session, heads, rows, store, chosen_by)
-        else:
-            train_jointly(session, heads, rows, store, samples, chosen_by)
-        if ranks.is_main():
-            save_heads(heads, run.heads)
-        ranks.barrier()
-    if recipe.trunk.train != "frozen":
+        trained = run.heads_trained if frozen else run.heads
+        if not ranks.from_main((trained / WEIGHTS).is_file):
+            fill_together(session, rows, store)
+            heads = new_heads(session, rows, store)
+            measure(session, heads, samples, run.heads_before, run.acceptance_before)
+            if frozen:
+                train_heads(session, heads, rows, store, chosen_by)
+            else:
+                train_jointly(session, heads, rows, store, samples, chosen_by)
+            if ranks.is_main():
+                save_heads(heads, trained)
+            ranks.barrier()
+        if frozen:
+            keep_heads(session, samples)
+    if not frozen:
         session = with_trained_trunk(session, console)
         samples, chosen_by = set_apart(recipe, *measured_samples(session, prompts.held_out))
     heads = load_heads(run.heads, session.trunk, fingerprint=session.fingerprint)
     measure(session, heads, samples, run.heads, run.acceptance)
     keep_texts(session, heads, samples)
     if ranks.is_main():
-        if recipe.evaluation.decode_prompts and recipe.trunk.train == "frozen":
+        if recipe.evaluation.decode_prompts and frozen:
             decode(session, samples)
         show(run, console, apart)
-        finish_provenance(run)
+        finish_provenance(run, gain_of_run(recipe, run).noted() if frozen else None)
     ranks.barrier()
+    for line in verdict(session, rows) if frozen else ():
+        console.print(line, highlight=False, soft_wrap=True)
     if recipe.extend.to is None and not recipe.extend.auto:
         return run.path
     material = Material(session, samples, chosen_by, lambda: (rows, store))

@@ -34,6 +34,7 @@ from mtpd.report.car import write_car
 from mtpd.run.acceptance import keep_texts, measure
 from mtpd.run.directory import RunDirectory
 from mtpd.run.finished import open_finished
+from mtpd.run.kept_heads import gain_of_run, keep_heads, other_families, verdict_line
 from mtpd.run.material import (
     fill_together,
     hidden_states,
@@ -194,21 +195,25 @@ def _run_stage(material: Material, stage: RunDirectory, old: ChainHeads, depth: 
     session = replace(material.session, run=stage, recipe=recipe, resume="auto")
     settings, trunk = session.recipe.extend, session.trunk
     if not ranks.from_main((stage.heads / WEIGHTS).is_file):
-        heads = extended(old, trunk, depth=depth, form=settings.form, rank=settings.rank, seed=session.recipe.seed)
-        if ranks.is_main() and not (stage.heads_before / WEIGHTS).is_file():
-            save_heads(heads, stage.heads_before)
-        measure(session, heads, material.samples, stage.heads_before, stage.acceptance_before)
+        made = stage.heads if settings.steps == 0 else stage.heads_trained
+        if not ranks.from_main((made / WEIGHTS).is_file):
+            heads = extended(old, trunk, depth=depth, form=settings.form, rank=settings.rank, seed=session.recipe.seed)
+            if ranks.is_main() and not (stage.heads_before / WEIGHTS).is_file():
+                save_heads(heads, stage.heads_before)
+            measure(session, heads, material.samples, stage.heads_before, stage.acceptance_before)
+            if settings.steps != 0:
+                rows, store = material.rows()
+                fill_together(session, rows, store)
+                # Blocks that serve all depths are trained on all of them.
+                finished = None
+                if settings.form != "shared":
+                    finished = FinishedDepths(trunk, old, _store_of_states(session, rows, old))
+                train_heads(session, heads, rows, store, material.chosen_by, finished)
+            if ranks.is_main():
+                save_heads(heads, made)
+            ranks.barrier()
         if settings.steps != 0:
-            rows, store = material.rows()
-            fill_together(session, rows, store)
-            # Blocks that serve all depths are trained on all of them.
-            finished = None
-            if settings.form != "shared":
-                finished = FinishedDepths(trunk, old, _store_of_states(session, rows, old))
-            train_heads(session, heads, rows, store, material.chosen_by, finished)
-        if ranks.is_main():
-            save_heads(heads, stage.heads)
-        ranks.barrier()
+            keep_heads(session, material.samples)
     trained = chain_of(load_heads(stage.heads, trunk, fingerprint=session.fingerprint), what="mtpd extend")
     measure(session, trained, material.samples, stage.heads, stage.acceptance)
     keep_texts(session, trained, material.samples)
@@ -279,7 +284,7 @@ def _pays(material: Material, heads: ChainHeads, run: RunDirectory, console: Con
 def _show(material: Material, stage: RunDirectory, heads: ChainHeads, console: Console) -> None:
     """Acceptance and speed of a stage, by depth."""
     before, after = Acceptance.load(stage.acceptance_before), Acceptance.load(stage.acceptance)
-    apart = frozenset(Path(source).stem for source in material.session.recipe.evaluation.extra)
+    apart = other_families(material.session.recipe)
     if ranks.is_main():
         sides = {"looped, untrained": before, "after training": after}
         write_car(stage.plot, stage.path.resolve().name, sides, apart=sorted(apart))
@@ -293,3 +298,6 @@ def _show(material: Material, stage: RunDirectory, heads: ChainHeads, console: C
     found = _measured_depths(material, heads, stage)
     if found is not None:
         console.print(depths_pay_table(found, before))
+    if material.session.recipe.extend.steps != 0:
+        gain = ranks.from_main(lambda: gain_of_run(material.session.recipe, stage))
+        console.print(verdict_line(gain, stage), highlight=False, soft_wrap=True)

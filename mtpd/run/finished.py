@@ -11,8 +11,9 @@ from mtpd.data.responses import end_tokens
 from mtpd.errors import UserError
 from mtpd.evaluate.contamination import TrainedPrompts, read_trained
 from mtpd.files import read_sealed
-from mtpd.heads import WEIGHTS, Heads, load_heads
+from mtpd.heads import Heads, load_heads
 from mtpd.recipe import Recipe, load_recipe
+from mtpd.run.check import check_finished
 from mtpd.run.directory import RunDirectory
 from mtpd.trunk import Trunk
 
@@ -53,10 +54,7 @@ def open_finished(path: Path, *, heads: str = "heads") -> tuple[Recipe, RunDirec
         UserError: the directory holds no run, or the run has no such heads.
     """
     run = RunDirectory(path)
-    if not run.recipe.is_file():
-        raise UserError(f"{path}: holds no run (no {run.recipe.name}); give the output directory of mtpd distill")
-    if not (path / heads / WEIGHTS).is_file():
-        raise UserError(f"{path / heads}: holds no heads; finish the run with mtpd distill {run.recipe}")
+    check_finished(path, heads=heads)
     return load_recipe(run.recipe), run
 
 

@@ -11,9 +11,10 @@ from mtpd.decode.model import Drafting, Model
 from mtpd.errors import UserError
 from mtpd.evaluate.depths import Depths
 from mtpd.files import write_whole
-from mtpd.heads import WEIGHTS, load_heads
+from mtpd.heads import load_heads
 from mtpd.recipe import Recipe, load_recipe
 from mtpd.recipe.untrusted import refuse_code
+from mtpd.run.check import check_finished
 from mtpd.trunk import Trunk
 
 DRAFTING = "decoding.json"
@@ -47,10 +48,7 @@ def load(
     """
     path = Path(run)
     recipe_file, folder = path / "recipe.yaml", path / "heads"
-    if not recipe_file.is_file():
-        raise UserError(f"{path}: no run directory here; expected what `mtpd distill` writes, with recipe.yaml in it")
-    if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{path}: the run has no trained heads yet; `mtpd distill {recipe_file}` finishes it")
+    check_finished(path)
     recipe = load_recipe(recipe_file)
     if untrusted:
         refuse_code(recipe, source=str(recipe_file))

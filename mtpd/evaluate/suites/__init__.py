@@ -18,6 +18,7 @@ suite of that name that comes with mtpd, or of the one that names it under `file
 
 from __future__ import annotations
 
+import difflib
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mtpd.data import sources
 from mtpd.data.prompts import DistinctIds, Prompt, read_row
 from mtpd.errors import UserError
-from mtpd.evaluate.acceptance import Settings
+from mtpd.evaluate.acceptance import Acceptance, Settings
 from mtpd.files import escapes
 from mtpd.recipe.text import explain, read_mapping
 
@@ -103,6 +104,40 @@ def suite_names(folder: Path | None = None) -> list[str]:
     if folder is not None:
         names |= {path.stem for pattern in ("*.yaml", "*.jsonl") for path in folder.glob(pattern)}
     return sorted(names)
+
+
+def check_names(names: Sequence[str] | None, folder: Path | None, *, against: Path | None = None) -> None:
+    """Refuses suites that there are not, before anything is loaded.
+
+    Args:
+        names: None stands for those of the baseline.
+        against: an acceptance file that is the baseline.
+
+    Raises:
+        UserError: naming the suite and what is accepted.
+    """
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--suite-dir: {folder}: no such folder")
+    known = suite_names(folder)
+    for name in names or ():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"suite {name}: unknown; {hint}accepted: {', '.join(known)}")
+    if against is None:
+        return
+    measured = list(Acceptance.load(against).suites)
+    unknown = [name for name in measured if name not in known]
+    if names is None and unknown:
+        raise UserError(
+            f"--against: {against}: was measured on {', '.join(unknown)}, which are no suites here; accepted: a file "
+            "of mtpd eval, with --suite-dir if its suites are in a folder"
+        )
+    if names is not None and set(names) != set(measured):
+        raise UserError(
+            f"--suite: {', '.join(names)} differs from what {against} was measured on ({', '.join(measured)}); leave "
+            "--suite out to measure those"
+        )
 
 
 def load_suite(

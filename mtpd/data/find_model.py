@@ -1,0 +1,156 @@
+"""Where a model lies that a recipe names, and what is wrong with what lies there. Nothing here loads a model."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mtpd.errors import UserError
+
+BUILT_IN = ("demo", "tiny")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+PICKLED = ("pytorch_model*.bin", "*.pth", "*.pt")
+_GGUF_NUMBERS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of the values in a GGUF header, by the number of their type; 8 is text, 9 a list."""
+
+
+def locate(name: str, *, weights: bool = True) -> tuple[str, bool, dict[str, Any]]:
+    """What transformers is given for a name: (place, whether it is local, further options).
+
+    Args:
+        weights: whether a directory has to have weights; a configuration alone is enough to plan a run.
+
+    Raises:
+        UserError: there is no such path, or it holds something else than a model.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"model {name}: no such file")
+        check_gguf(path, name)
+        return str(path.parent), True, {"gguf_file": path.name}
+    if path.is_dir():
+        _check_directory(path, name, weights=weights)
+        return str(path), True, {}
+    if path.is_file():
+        raise UserError(f"model {name}: expected a directory, a .gguf file or a hub id, got another file")
+    # A hub id has at most one slash and no leading dot; everything else can only be meant as a path.
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
+        raise UserError(f"model {name}: no such directory")
+    return name, False, {}
+
+
+def check_model(name: str, *, weights: bool = True) -> None:
+    """Raises UserError for a model that `locate` refuses; a hub id is not looked up."""
+    if name not in BUILT_IN:
+        locate(name, weights=weights)
+
+
+def _check_directory(path: Path, name: str, *, weights: bool) -> None:
+    if (path / "recipe.yaml").is_file() and not (path / "config.json").is_file():
+        raise UserError(f"model {name}: is a run directory; accepted: the model that its recipe.yaml names")
+    if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise UserError(
+                f"model {name}: is an adapter for {_base_of(path)} and no model; merge it, and give the directory that "
+                "the merged model is saved in (peft: merge_and_unload, then save_pretrained)"
+            )
+        gguf = sorted(path.glob("*.gguf"))
+        if gguf:
+            raise UserError(f"model {name}: is a folder of .gguf files; accepted: one of them, such as {gguf[0]}")
+        held = "holds a tokenizer alone" if (path / "tokenizer_config.json").is_file() else "the directory has no"
+        lacking = " and no config.json" if held.endswith("alone") else " config.json"
+        raise UserError(
+            f"model {name}: {held}{lacking}, so it is no checkpoint of transformers; accepted: a directory that "
+            "save_pretrained of a model wrote, a .gguf file or a hub id"
+        )
+    if not {"model_type", "auto_map"} & _read_config(path / "config.json", name).keys():
+        raise UserError(
+            f"model {name}: its config.json names no model_type, so it is no model of transformers"
+            + (" (heads of mtpd belong to a run directory)" if path.name == "heads" else "")
+        )
+    if weights and not any(any(path.glob(pattern)) for pattern in WEIGHTS):
+        pickled = next((file.name for pattern in PICKLED for file in path.glob(pattern)), None)
+        if pickled is not None:
+            raise UserError(
+                f"model {name}: has pickled weights alone ({pickled}), which are not read; convert them "
+                "(AutoModelForCausalLM.from_pretrained, then save_pretrained, writes safetensors)"
+            )
+        raise UserError(f"model {name}: has config.json and no weights; are the .safetensors files still to come?")
+
+
+def _read_config(path: Path, name: str) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {name}: its config.json cannot be read ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"model {name}: its config.json holds no JSON object")
+    return config
+
+
+def _base_of(path: Path) -> str:
+    try:
+        found = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another model"
+    return str(found)
+
+
+def check_gguf(path: Path, name: str) -> None:
+    """Raises UserError if a .gguf file is none, or shorter than its header says."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UserError(f"model {name}: is no GGUF file (it begins with other bytes); download it again")
+            needed = _gguf_size(file)
+    except (struct.error, KeyError, OverflowError, UnicodeDecodeError, MemoryError) as error:
+        raise UserError(f"model {name}: is cut off or damaged in its header; download it again") from error
+    except OSError as error:
+        raise UserError(f"model {name}: cannot be read: {error.strerror}") from error
+    size = path.stat().st_size
+    if size < needed:
+        raise UserError(f"model {name}: is cut off: it has {size:,} of {needed:,} bytes; download it again")
+
+
+def _gguf_size(file: BinaryIO) -> int:
+    """Bytes of the whole file, as its header has it."""
+    from gguf.constants import GGML_QUANT_SIZES  # takes a moment to import
+
+    def number(form: str) -> int:
+        return int(struct.unpack(f"<{form}", file.read(struct.calcsize(form)))[0])
+
+    def skip_value(kind: int) -> None:
+        if kind == 8:
+            file.seek(number("Q"), 1)
+        elif kind == 9:
+            inner, count = number("I"), number("Q")
+            if inner in (8, 9):
+                for _ in range(count):
+                    skip_value(inner)
+            else:
+                file.seek(_GGUF_NUMBERS[inner] * count, 1)
+        else:
+            file.seek(_GGUF_NUMBERS[kind], 1)
+
+    number("I")
+    tensors, pairs = number("Q"), number("Q")
+    alignment = 32
+    for _ in range(pairs):
+        key = file.read(number("Q")).decode()
+        kind = number("I")
+        if key == "general.alignment":
+            alignment = number("I")
+        else:
+            skip_value(kind)
+    end = 0
+    sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
+    for _ in range(tensors):
+        file.seek(number("Q"), 1)
+        elements = math.prod(number("Q") for _ in range(number("I")))
+        block, stored = sizes[number("I")]
+        end = max(end, number("Q") + elements // block * stored)
+    return -(-file.tell() // alignment) * alignment + end

@@ -1,0 +1,132 @@
+"""What can be refused before anything is loaded: paths and names that are wrong are said within a second."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from mtpd.data.find_model import check_model
+from mtpd.data.sources import check_source
+from mtpd.errors import UserError
+from mtpd.recipe import DEEPSPEED_PRESETS, PretrainRecipe, Recipe
+from mtpd.recipe.trackers import check_trackers
+
+RECIPE = "recipe.yaml"
+HEADS_FILE = "model.safetensors"
+
+
+def check_recipe(recipe: Recipe, *, weights: bool = True) -> None:
+    """Looks at everything that a recipe names on this machine.
+
+    Args:
+        weights: whether the model has to have weights; a plan needs its configuration alone.
+
+    Raises:
+        UserError: naming the key, its value and what is accepted.
+    """
+    check_model(recipe.model, weights=weights)
+    data = recipe.data
+    check_source(data.prompts, key="data.prompts")
+    if data.held_out is not None:
+        check_source(data.held_out, key="data.held_out")
+    for number, text in enumerate(data.given):
+        check_source(text.prompts, key=f"data.given.{number}.prompts")
+    for number, source in enumerate(recipe.evaluation.extra):
+        check_source(source, key=f"evaluation.extra.{number}")
+    if recipe.heads.source is not None and not (Path(recipe.heads.source) / HEADS_FILE).is_file():
+        raise UserError(
+            f"heads.source: {recipe.heads.source}: holds no heads; accepted: a directory of them, like runs/demo/heads"
+        )
+    if isinstance(recipe.heads.vocabulary, str) and not Path(recipe.heads.vocabulary).is_file():
+        raise UserError(
+            f"heads.vocabulary: {recipe.heads.vocabulary}: no such file; accepted: a number of tokens, or a file that "
+            "mtpd data vocab wrote"
+        )
+    deepspeed = recipe.train.deepspeed
+    if deepspeed is not None and deepspeed not in DEEPSPEED_PRESETS and not Path(deepspeed).is_file():
+        raise UserError(
+            f"train.deepspeed: {deepspeed}: no such file; accepted: {', '.join(DEEPSPEED_PRESETS)}, or a JSON of "
+            "DeepSpeed's"
+        )
+    check_trackers(recipe.train.report_to)
+    check_folder(recipe.output, key="output")
+    if data.store is not None:
+        check_folder(Path(data.store), key="data.store")
+
+
+def check_pretrain_recipe(recipe: PretrainRecipe) -> None:
+    """`check_recipe`, for `mtpd pretrain`."""
+    for key, source in (("data.texts", recipe.data.texts), ("data.held_out", recipe.data.held_out)):
+        check_source(source, key=key, accepted="accepted: stdlib, stdlib-held-out, or a .jsonl file of `text` rows")
+    tokenizer = recipe.tokenizer
+    if (tokenizer.startswith((".", "/", "~")) or tokenizer.count("/") > 1) and not Path(
+        tokenizer
+    ).expanduser().is_dir():
+        raise UserError(f"tokenizer: {tokenizer}: no such directory; accepted: bytes, a directory, or a hub id")
+    check_folder(recipe.output, key="output")
+
+
+def check_finished(path: Path, *, heads: str = "heads") -> None:
+    """Raises UserError unless a directory holds a run with heads of that name."""
+    if not path.exists():
+        raise UserError(f"{path}: no such directory; accepted: the output directory of mtpd distill, such as runs/demo")
+    if not path.is_dir():
+        raise UserError(f"{path}: is a file; accepted: the output directory of mtpd distill, such as runs/demo")
+    if not (path / RECIPE).is_file():
+        parent = path.resolve().parent
+        hint = f" (did you mean {path.parent}?)" if (parent / RECIPE).is_file() else ""
+        if (path / "config.json").is_file() and not hint:
+            hint = " (this is a model; heads belong to the run that it was exported from)"
+        raise UserError(
+            f"{path}: holds no run (no {RECIPE}); give the output directory of mtpd distill, such as runs/demo{hint}"
+        )
+    if not (path / heads / HEADS_FILE).is_file():
+        others = sorted(file.parent.name for file in path.glob(f"heads*/{HEADS_FILE}"))
+        hint = f"accepted here: {', '.join(others)}; or " if others else ""
+        raise UserError(f"{path / heads}: holds no heads; {hint}finish the run with mtpd distill {path / RECIPE}")
+
+
+def check_folder(path: Path, *, key: str) -> None:
+    """Raises UserError unless a directory is there or can be made, and can be written to."""
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        what = "is a file" if nearest == path else f"cannot be made, {nearest} is a file"
+        raise UserError(f"{key}: {path} {what}; accepted: a directory, new or of an earlier call")
+    try:
+        # Permissions do not tell of read-only disks, nor tell root anything.
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{key}: {path} cannot be written ({nearest}: {error.strerror}); choose another place, or make room there"
+        ) from error
+
+
+def check_file(path: Path | None, *, key: str) -> None:
+    """Raises UserError if a file that is to be written at the end of all work cannot be."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{key}: {path} is a directory; accepted: a file, such as {path / 'result'}")
+    check_folder(path.parent, key=key)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise UserError(f"{key}: {path} cannot be written (it is read-only); choose another file")
+
+
+def acceptance_file(path: Path, *, name: str = "acceptance.json") -> Path:
+    """The acceptance file that is meant by a path: the file itself, or the one of that name in a run directory.
+
+    Raises:
+        UserError: there is no such file, or the run has none yet.
+    """
+    if path.is_dir():
+        if not (path / name).is_file():
+            if not (path / RECIPE).is_file():
+                raise UserError(f"{path}: holds no run and no {name}; accepted: an acceptance file, or a run directory")
+            first = "finish it with mtpd distill" if name == "acceptance.json" else f"measure it with mtpd eval {path}"
+            raise UserError(f"{path}: the run has no {name} yet; {first}")
+        return path / name
+    if not path.exists():
+        raise UserError(f"{path}: no such file; accepted: an acceptance file, or the directory of a run")
+    return path
