@@ -33,8 +33,8 @@ from mtpd.decode.engine import Engine, Request
 from mtpd.decode.sampling import SampledDrafts, Sampling
 from mtpd.evaluate.offline import measure_offline
 from mtpd.heads import Batch, Heads, Readout, build_heads, configure_heads, load_heads, save_heads, start_heads
-from mtpd.heads.circuit_heads import CircuitHeads
-from mtpd.heads.shared_layers import SharedLayerHeads
+from mtpd.heads.circuit.heads import CircuitHeads
+from mtpd.heads.shared_layers.heads import SharedLayerHeads
 from mtpd.losses.settings import LossSettings
 from mtpd.pretrain.streams import stream_rows
 from mtpd.recipe.sections import CircuitRecipe, HeadsRecipe

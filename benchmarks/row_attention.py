@@ -20,7 +20,7 @@ from measure import alternate
 
 from mtpd.data.models import load_model
 from mtpd.heads import build_heads, configure_heads
-from mtpd.heads.initialise import initialise
+from mtpd.heads.chain.start import initialise
 from mtpd.losses.settings import LossSettings
 from mtpd.parallel.document_attention import RowAttention
 from mtpd.recipe import load_recipe

@@ -28,8 +28,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from mtpd.data.packing import PackedRows
 from mtpd.data.store import DiskStore, HiddenStates, fill, with_hidden
 from mtpd.heads import build_heads
+from mtpd.heads.chain.start import initialise
 from mtpd.heads.config import HeadsConfig
-from mtpd.heads.initialise import initialise
 from mtpd.losses.settings import LossSettings
 from mtpd.train.model import DistillModel
 from mtpd.trunk import Trunk

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from mtpd.heads import Heads, HeadsConfig, build_heads
-from mtpd.heads.initialise import Start, initialise, source_layers
+from mtpd.heads.chain.start import Start, initialise, source_layers
 from mtpd.trunk import Trunk
 
 SIZES = {

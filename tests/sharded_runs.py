@@ -25,7 +25,7 @@ from mtpd.alignment import IGNORED
 from mtpd.data.packing import PackedRows, Sample
 from mtpd.data.store import MemoryStore, fill
 from mtpd.heads import Heads, save_heads
-from mtpd.heads.chain import ChainHeads
+from mtpd.heads.chain.heads import ChainHeads
 from mtpd.recipe import parse_recipe
 from mtpd.run.directory import RunDirectory
 from mtpd.run.session import Session

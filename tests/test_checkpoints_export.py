@@ -24,7 +24,7 @@ from mtpd.formats.engines import with_vllm
 from mtpd.formats.export import export
 from mtpd.formats.find_heads import find_heads
 from mtpd.heads import Heads, HeadsConfig, build_heads, load_heads, save_heads
-from mtpd.heads.looped import extended
+from mtpd.heads.chain.looped import extended
 from mtpd.trunk import Trunk
 
 TOKENS = 24

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtpd.heads.circuit import MAXIMUM, Circuit, drawing, new_circuit
+from mtpd.heads.circuit.circuit import MAXIMUM, Circuit, drawing, new_circuit
 
 CASES = [
     (structure, places, components)

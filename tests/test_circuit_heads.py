@@ -16,7 +16,7 @@ from torch import Tensor
 from mtpd.cli import main
 from mtpd.decode.engine import Engine, Request
 from mtpd.decode.sampling import SampledDrafts, Sampling
-from mtpd.heads.circuit_heads import CircuitHeads
+from mtpd.heads.circuit.heads import CircuitHeads
 
 SAMPLES = 6000
 

@@ -16,7 +16,7 @@ import mtpd
 from mtpd.cli import main
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance
-from mtpd.heads.unembedded import UnembeddedHeads
+from mtpd.heads.parallel.output_heads import UnembeddedHeads
 
 CODE = '''
 """Stands in for EvaByte's own code: Llama's layers below an output matrix of several heads."""

@@ -15,8 +15,8 @@ from mtpd import alignment
 from mtpd.alignment import IGNORED
 from mtpd.errors import UserError
 from mtpd.heads import Heads, load_heads, save_heads
+from mtpd.heads.chain.looped import extended
 from mtpd.heads.config import HeadsConfig
-from mtpd.heads.looped import extended
 from mtpd.losses.settings import LossSettings
 from mtpd.train.model import DistillModel
 from mtpd.trunk import Trunk

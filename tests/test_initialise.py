@@ -14,7 +14,7 @@ from mtpd import alignment
 from mtpd.alignment import IGNORED
 from mtpd.errors import UnsupportedModel
 from mtpd.heads import Heads
-from mtpd.heads.initialise import _silence, fit, initialise, source_layers
+from mtpd.heads.chain.start import _silence, fit, initialise, source_layers
 from mtpd.heads.norms import gain
 from mtpd.losses.fused import LossSettings
 from mtpd.train.model import DistillModel

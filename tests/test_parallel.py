@@ -17,7 +17,7 @@ from mtpd.decode.engine import Engine, Request
 from mtpd.errors import UserError
 from mtpd.evaluate.offline import measure_offline
 from mtpd.heads import Batch, Heads, Readout, configure_heads, load_heads, save_heads, start_heads
-from mtpd.heads.circuit_heads import CircuitHeads
+from mtpd.heads.circuit.heads import CircuitHeads
 from mtpd.heads.logit_heads import LogitHeads, divergence
 from mtpd.losses import reference
 from mtpd.losses.settings import LossSettings

@@ -17,7 +17,7 @@ from mtpd.decode.counts import Counts
 from mtpd.decode.model import Drafting, Model
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import PromptCounts, SuiteCounts
-from mtpd.heads.chain import ChainHeads
+from mtpd.heads.chain.heads import ChainHeads
 from mtpd.trunk import Trunk
 
 CHAT = [{"role": "user", "content": "hello"}]

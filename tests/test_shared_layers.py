@@ -30,7 +30,7 @@ from mtpd.errors import MtpdError, UserError
 from mtpd.formats.export import unfit
 from mtpd.formats.layouts.table import LAYOUTS
 from mtpd.heads import Heads, HeadsConfig, Readout, build_heads, configure_heads, load_heads, save_heads, start_heads
-from mtpd.heads.shared_layers import SharedLayerHeads
+from mtpd.heads.shared_layers.heads import SharedLayerHeads
 from mtpd.losses.settings import LossSettings
 from mtpd.train.model import DistillModel
 from mtpd.trunk import Trunk

@@ -16,7 +16,7 @@ from transformers.modeling_layers import MtpModel
 
 from mtpd.errors import UserError
 from mtpd.heads import Heads, chain_of
-from mtpd.heads.chain import ChainHeads
+from mtpd.heads.chain.heads import ChainHeads
 from mtpd.trunk import Trunk
 
 

@@ -24,7 +24,7 @@ from mtpd.evaluate.run_tables import say_if_random
 from mtpd.evaluate.versions import machine
 from mtpd.files import read_sealed, sealed, write_whole
 from mtpd.heads import Heads
-from mtpd.heads.chain import ChainHeads
+from mtpd.heads.chain.heads import ChainHeads
 from mtpd.trunk import Trunk
 
 PAYS = 1.01

@@ -31,7 +31,7 @@ from mtpd.formats.importing import heads_config
 from mtpd.formats.noise_check import Perturbed, accepts_less, perturbed
 from mtpd.formats.tensors import is_zero
 from mtpd.heads import build_heads
-from mtpd.heads.chain import ChainHeads
+from mtpd.heads.chain.heads import ChainHeads
 from mtpd.heads.config import HeadsConfig
 from mtpd.trunk import Trunk
 

@@ -17,12 +17,15 @@ from torch import Tensor
 from mtpd.errors import UserError
 from mtpd.files import fingerprint as sha256
 from mtpd.files import fingerprint_file, read_sealed, sealed, write_whole
-from mtpd.heads import circuit_heads, medusa, parallel, shared_layers
-from mtpd.heads import initialise as chain_start
 from mtpd.heads.base import Batch, Heads, Readout
-from mtpd.heads.chain import ChainHeads
+from mtpd.heads.chain import start as chain_start
+from mtpd.heads.chain.heads import ChainHeads
+from mtpd.heads.circuit import heads as circuit_heads
 from mtpd.heads.config import CircuitShape, HeadsConfig, ParallelShape
-from mtpd.heads.shared_layers import SharedLayerHeads
+from mtpd.heads.medusa import heads as medusa
+from mtpd.heads.parallel import heads as parallel
+from mtpd.heads.shared_layers import heads as shared_layers
+from mtpd.heads.shared_layers.heads import SharedLayerHeads
 from mtpd.trunk import Trunk
 
 __all__ = [

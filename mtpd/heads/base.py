@@ -136,7 +136,7 @@ class Pick:
 
 
 class Drafter(Protocol):
-    """Drafting for texts that lie in slots. `mtpd.heads.chain_drafter.ChainDrafter` says what the arguments are."""
+    """Drafting for texts that lie in slots. `mtpd.heads.chain.drafting.ChainDrafter` says what the arguments are."""
 
     @property
     def depth(self) -> int:

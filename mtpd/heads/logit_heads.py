@@ -18,7 +18,7 @@ from torch import Tensor
 from mtpd import alignment
 from mtpd.errors import UserError
 from mtpd.heads.base import Along, Batch, Drafter, Heads, Pick, Readout, exact
-from mtpd.heads.parallel_drafter import NewestStates, write_drafts
+from mtpd.heads.parallel.drafting import NewestStates, write_drafts
 from mtpd.losses import reference
 from mtpd.losses.pieces import in_pieces
 from mtpd.losses.settings import LossSettings, LossSums

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mtpd import alignment
-from mtpd.heads.initialise import RIDGE
+from mtpd.heads.chain.start import RIDGE
 from mtpd.trunk import Trunk
 
 

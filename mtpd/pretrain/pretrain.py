@@ -23,7 +23,7 @@ from mtpd.data.models import resolve_device, resolve_dtype, trunk_fingerprint
 from mtpd.errors import UserError
 from mtpd.files import is_empty, replacing, write_whole
 from mtpd.heads import build_heads, configure_heads, save_heads, start_heads
-from mtpd.heads.parallel import AnyParallel
+from mtpd.heads.parallel.heads import AnyParallel
 from mtpd.losses.pieces import in_pieces
 from mtpd.parallel import ranks
 from mtpd.pretrain.muon import muon_and_adamw

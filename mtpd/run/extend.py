@@ -24,8 +24,8 @@ from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.depths import Depths, depths_pay_table, measure_depths
 from mtpd.files import fingerprint_file, read_sealed, sealed, write_whole
 from mtpd.heads import WEIGHTS, build_heads, chain_of, load_heads, save_heads
-from mtpd.heads.chain import ChainHeads
-from mtpd.heads.looped import extended
+from mtpd.heads.chain.heads import ChainHeads
+from mtpd.heads.chain.looped import extended
 from mtpd.parallel import ranks
 from mtpd.parallel.partitioned_trunk import trunk_apart
 from mtpd.recipe import ExtendRecipe, Recipe, dump, parse_recipe, stages_of

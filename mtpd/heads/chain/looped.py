@@ -16,7 +16,7 @@ import torch
 
 from mtpd.errors import UserError
 from mtpd.heads.adapters import without_adapter
-from mtpd.heads.chain import ChainHeads
+from mtpd.heads.chain.heads import ChainHeads
 from mtpd.heads.config import HeadsConfig
 from mtpd.trunk import Trunk
 

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from mtpd.errors import UserError
 from mtpd.heads.base import Batch, Drafter, Heads, Readout
-from mtpd.heads.circuit import MAXIMUM, drawing, new_circuit
-from mtpd.heads.circuit_leaves import TINY, FullLeaves, Leaves, SharedLeaves, TiltedLeaves
+from mtpd.heads.circuit.circuit import MAXIMUM, drawing, new_circuit
+from mtpd.heads.circuit.leaves import TINY, FullLeaves, Leaves, SharedLeaves, TiltedLeaves
 from mtpd.heads.config import CircuitShape, HeadsConfig
 from mtpd.heads.logit_heads import LogitHeads
-from mtpd.heads.parallel import matching
+from mtpd.heads.parallel.heads import matching
 from mtpd.heads.regression import shift_maps
 from mtpd.losses.settings import LossSettings, LossSums
 from mtpd.packed_modules import faster

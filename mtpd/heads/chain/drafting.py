@@ -21,7 +21,7 @@ from mtpd.slots import SlotCache, Span
 from mtpd.trunk import Trunk
 
 if TYPE_CHECKING:
-    from mtpd.heads.chain import ChainHeads
+    from mtpd.heads.chain.heads import ChainHeads
 
 
 class ChainDrafter:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mtpd import alignment
 from mtpd.errors import UnsupportedModel
-from mtpd.heads.chain import ChainHead, ChainHeads
+from mtpd.heads.chain.heads import ChainHead, ChainHeads
 from mtpd.heads.norms import gain, set_gain
 from mtpd.trunk import Trunk
 

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from mtpd import alignment
 from mtpd.heads.adapters import adapted, saved_once, without_adapter
 from mtpd.heads.base import Batch, StateHeads
-from mtpd.heads.chain_drafter import ChainDrafter
+from mtpd.heads.chain.drafting import ChainDrafter
 from mtpd.heads.config import HeadsConfig
 from mtpd.heads.norms import unit_norm
 from mtpd.trunk import Trunk

@@ -20,7 +20,7 @@ from mtpd.slots import SlotCache, Span
 from mtpd.trunk import Trunk
 
 if TYPE_CHECKING:
-    from mtpd.heads.parallel import ParallelHeads
+    from mtpd.heads.parallel.heads import ParallelHeads
 
 
 class NewestStates:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mtpd.errors import UserError
 from mtpd.heads.config import HeadsConfig
 from mtpd.heads.logit_heads import LogitHeads
-from mtpd.heads.parallel import ResidualHead
+from mtpd.heads.parallel.heads import ResidualHead
 from mtpd.trunk import Trunk
 
 STARTS = ("identity", "random")

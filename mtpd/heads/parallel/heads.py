@@ -3,7 +3,7 @@
     h_t^k = f_k(h)_t        p_t^k = softmax(W h_t^k)        predicts x_{t+k+1}
 
 f_k is one decoder layer of the trunk's own kind, a linear map, or a residual block (heads of block unembedding have a
-W_k instead: `mtpd.heads.unembedded`). The trunk's last layer and the
+W_k instead: `mtpd.heads.parallel.output_heads`). The trunk's last layer and the
 main head are the first of the paper's n = K + 1 heads. h has been through the final norm: before a decoder layer it
 passes a norm and a projection M_k, which bring it back to what a layer reads.
 
@@ -22,21 +22,21 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from mtpd.errors import UserError
-from mtpd.heads import unembedded
 from mtpd.heads.base import Drafter, Heads, StateHeads
+from mtpd.heads.chain.start import _inverse, _silence, source_layers
 from mtpd.heads.config import HeadsConfig, ParallelShape
-from mtpd.heads.initialise import _inverse, _silence, source_layers
 from mtpd.heads.norms import gain, set_gain, unit_norm
-from mtpd.heads.parallel_drafter import BlockDrafter, StateDrafter
+from mtpd.heads.parallel import output_heads
+from mtpd.heads.parallel.drafting import BlockDrafter, StateDrafter
+from mtpd.heads.parallel.output_heads import UnembeddedHeads
 from mtpd.heads.regression import shift_maps
-from mtpd.heads.unembedded import UnembeddedHeads
 from mtpd.trunk import Trunk, Unembedding
 
 STARTS = {
     "decoder": ("regression", "identity", "copy_last", "copy_last_k", "random"),
     "linear": ("regression", "identity", "random"),
     "residual": ("identity", "random"),
-    "unembedding": unembedded.STARTS,
+    "unembedding": output_heads.STARTS,
 }
 """By block, the accepted starts; the first is the one of a recipe that names none."""
 
@@ -161,7 +161,7 @@ def build(trunk: Trunk, config: HeadsConfig) -> AnyParallel:
 def initialise(heads: AnyParallel, trunk: Trunk, start: str | None, *, seed: int = 0) -> bool:
     """Gives new heads their first weights. Returns whether `fit` has to follow."""
     if isinstance(heads, UnembeddedHeads):
-        return unembedded.initialise(heads, trunk, start, seed=seed)
+        return output_heads.initialise(heads, trunk, start, seed=seed)
     start = start or STARTS[heads.block][0]
     random = torch.Generator().manual_seed(seed)
     size = trunk.hidden_size
@@ -194,7 +194,7 @@ def initialise(heads: AnyParallel, trunk: Trunk, start: str | None, *, seed: int
 def fit(heads: AnyParallel, trunk: Trunk, batches: Iterable[dict[str, Tensor]]) -> None:
     """Makes M_k the ridge regression of the trunk's state k positions further on what head k reads."""
     if isinstance(heads, UnembeddedHeads):
-        unembedded.fit(heads, trunk, batches)
+        output_heads.fit(heads, trunk, batches)
         return
     first: Any = heads.layers[0]
     if heads.block == "linear":

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mtpd.heads.base import exact
-from mtpd.heads.circuit import softmax
+from mtpd.heads.circuit.circuit import softmax
 from mtpd.trunk import Unembedding
 
 TINY = 1e-37

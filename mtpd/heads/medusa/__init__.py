@@ -1,0 +1,1 @@
+"""Medusa heads: a residual block on the state and an unembedding each."""

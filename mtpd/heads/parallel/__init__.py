@@ -1,0 +1,1 @@
+"""Parallel heads: K heads on the same state."""
