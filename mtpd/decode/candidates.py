@@ -41,15 +41,12 @@ class Candidates:
         if node is None:
             node = len(self.tokens)
             self._children[parent, token] = node
-            for values, value in (
-                (self.tokens, token),
-                (self.parents, parent),
-                (self.depths, self.depths[parent] + 1),
-                (self.chances, chance),
-                (self.sources, source),
-                (self._best, chance),
-            ):
-                values.append(value)  # type: ignore[attr-defined]
+            self.tokens.append(token)
+            self.parents.append(parent)
+            self.depths.append(self.depths[parent] + 1)
+            self.chances.append(chance)
+            self.sources.append(source)
+            self._best.append(chance)
             return node
         if chance > self._best[node]:
             self._best[node], self.sources[node] = chance, source
@@ -67,10 +64,8 @@ class Candidates:
 
     def likeliest(self, count: int) -> list[int]:
         """The likeliest nodes, without node 0, best first; parents stand before their children."""
-        # Of equal chances the earlier node: parents have lower numbers than their children.
-        order = sorted(range(1, len(self.tokens)), key=lambda node: (-self.chances[node], node))
-        # A merged node may be likelier than it was when its children were added, never less likely than they are.
-        return order[:count]
+        # No node is likelier than its parent, which has a lower number: of equal chances, that decides.
+        return sorted(range(1, len(self.tokens)), key=lambda node: (-self.chances[node], node))[:count]
 
 
 def worth_verifying(rows: Sequence[Sequence[float]], seconds: Callable[[int], float], spent: float = 0.0) -> int:

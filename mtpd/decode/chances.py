@@ -1,7 +1,7 @@
 """How often drafts are right, by what is known of them before they are verified: counts, and the chances from them.
 
-A head's draft is right about as often as the head says, but not quite; the table says how often it was, for each depth and
-for each step of the probability that the head gave it. A look-up is right the more often the longer the match, the more
+A head's draft is right about as often as the head says, but not quite; the table says how often it was, for each depth
+and each step of the probability that the head gave it. A look-up is right the more often the longer the match, the more
 of the places looked at agree, and the further a continuation has already been right. All chances are conditional: given
 that the draft before it was accepted.
 
@@ -98,4 +98,4 @@ def parse_chances(text: str, *, source: str) -> Chances:
     try:
         return Chances.model_validate_json(text)
     except ValidationError as error:
-        raise UserError(f"{source}: is damaged; `mtpd bench --tune` writes it anew") from error
+        raise UserError(f"{source}: is damaged; delete it; `mtpd distill` on the run writes it anew") from error

@@ -1,16 +1,17 @@
-"""Seconds of a pass by the tokens in it, and of a head: measured once on a machine, since that decides what drafts pay."""
+"""Seconds of a pass by the tokens in it, and of a head: measured on the machine, since they decide which drafts pay."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from mtpd.decode.engine import Engine
-from mtpd.decode.planner import BEAM, MOST, Costs
+from mtpd.decode.planner import MOST, Costs, draft_levels
 from mtpd.heads import Heads
 from mtpd.slots import Span
 from mtpd.trunk import Trunk
@@ -39,9 +40,9 @@ def measure_costs(trunk: Trunk, heads: Heads | None) -> Costs:
         states = engine._pass(tokens[:, CONTEXT : CONTEXT + size], span, mask)
         engine.unembedding(states).argmax(-1).tolist()
 
-    passes = {size: _seconds(lambda size=size: one_pass(size)) for size in SIZES}  # type: ignore[misc]
+    passes = {size: _seconds(functools.partial(one_pass, size)) for size in SIZES}
     # Rounding of clocks and other work on the machine must not make a wider pass look cheaper.
-    for small, large in zip(SIZES, SIZES[1:], strict=False):
+    for small, large in itertools.pairwise(SIZES):
         passes[large] = max(passes[large], passes[small])
     if engine.drafter is None or heads is None:
         return Costs(passes, head=0.0)
@@ -49,7 +50,7 @@ def measure_costs(trunk: Trunk, heads: Heads | None) -> Costs:
     drafter.begin(start, engine._read_by_heads(hidden), engine.tokens, [CONTEXT + 1])
     depth = heads.depth
     newest = [CONTEXT]
-    seconds = _seconds(lambda: drafter.draft_tree(engine.tokens, newest, depth, BEAM, lambda *_: True))
+    seconds = _seconds(lambda: draft_levels(drafter, engine.tokens, newest, depth, lambda *_: True))
     return Costs(passes, head=seconds / depth)
 
 

@@ -14,7 +14,7 @@ Shape legend: N active rows, Q positions of a pass, D hidden size, V vocabulary 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtpd.decode.chances import REACH
 from mtpd.decode.choice import Choice, Greedy
 from mtpd.decode.counts import Counts
-from mtpd.decode.chances import REACH
 from mtpd.decode.drafts import Drafts, Offer
 from mtpd.decode.planner import MOST, Planner
 from mtpd.errors import UserError
@@ -88,6 +88,7 @@ class Text:
         counts.start()
         for before, drafted, accepted in self.rounds:
             counts.round(accepted, room=len(self.tokens) - before, drafted=drafted)
+        counts.sources = dict(Counter(self.sources))
         return counts
 
 

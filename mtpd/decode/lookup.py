@@ -1,9 +1,8 @@
 """Look-up drafts: what followed the newest tokens when they last stood in the text.
 
-The index of a text grows with it. It knows, for each run of one to `LONGEST` tokens, the newest place behind it and, for
-each place, the one before it; so a token costs the same however long the text is, memory is linear, and nothing is
-searched in a round. (Prompt look-up decoding, as `prompt_lookup_num_tokens` of transformers has it, searches the whole
-text each time.)
+The index of a text grows with it. It knows, for each run of one to `LONGEST` tokens, the newest place behind it and,
+for each place, the one before it. So a token costs the same however long the text is, memory is linear, and nothing is
+searched in a round. (`prompt_lookup_num_tokens` of transformers searches the whole text each time.)
 """
 
 from __future__ import annotations

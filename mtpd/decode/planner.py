@@ -1,9 +1,9 @@
 """What a round drafts, from which source, and how much of it: heads and look-up in one tree.
 
 Each round asks the look-up first, which costs nothing. Heads draft as long as what they may add is worth their time; at
-each depth the likeliest paths go on through the next head (dynamic trees, arXiv 2406.16858, EAGLE-2). Then the nodes that
-make expected tokens per time the most are verified (`mtpd.decode.candidates`), each with the chance that counts on other
-texts give it (`mtpd.decode.chances`).
+each depth the likeliest paths go on through the next head (dynamic trees, arXiv 2406.16858, EAGLE-2). Then those nodes
+are verified that make expected tokens per time the most (`mtpd.decode.candidates`), each with the chance that counts on
+other texts give it (`mtpd.decode.chances`).
 
 Shape legend: N rows, S nodes, F nodes of a depth that go on, m candidates of each.
 """
@@ -21,7 +21,7 @@ from mtpd.decode.candidates import HEADS, LOOKUP, Candidates, columns, worth_ver
 from mtpd.decode.chances import REACH, Chances
 from mtpd.decode.drafts import Drafts
 from mtpd.decode.lookup import LookupIndex
-from mtpd.heads.base import Drafter, Pick
+from mtpd.heads.base import Drafter, Pick, TreeDrafter
 
 MOST = 32
 """Nodes of a row at most."""
@@ -87,7 +87,7 @@ class Planner:
             spent = self._ask_heads(rows, drafter, depth, tokens, newest, texts)
         likeliest = [candidates.likeliest(MOST) for candidates in rows]
         chances = [[c.chances[node] for node in nodes] for c, nodes in zip(rows, likeliest, strict=True)]
-        count = worth_verifying(chances, lambda nodes: self.costs.of_pass(len(rows) * (1 + nodes)), spent)
+        count = worth_verifying(chances, lambda nodes: self._seconds(rows, nodes), spent)
         if not count:
             return None
         chosen = [nodes[:count] for nodes in likeliest]
@@ -160,7 +160,7 @@ class Planner:
             return done < depth and self._worth(rows, done)
 
         if self._worth(rows, 0):
-            drafter.draft_tree(tokens, newest, depth, BEAM, level)
+            draft_levels(drafter, tokens, newest, depth, level)
         return done * self.costs.head
 
     def _worth(self, rows: Sequence[Candidates], done: int) -> bool:
@@ -173,27 +173,32 @@ class Planner:
             # What look-up has already found there is not gained again.
             gain += max(0.0, min(1.0, sum(reach)) - min(1.0, sum(beyond))) * share
         order = [[c.chances[n] for n in c.likeliest(MOST)] for c in rows]
-        seconds: Callable[[int], float] = lambda nodes: self.costs.of_pass(len(rows) * (1 + nodes))  # noqa: E731
-        count = worth_verifying(order, seconds)
-        rate = (len(rows) + sum(sum(each[:count]) for each in order)) / seconds(count)
+        count = worth_verifying(order, lambda nodes: self._seconds(rows, nodes))
+        rate = (len(rows) + sum(sum(each[:count]) for each in order)) / self._seconds(rows, count)
         return gain > rate * self.costs.head
 
+    def _seconds(self, rows: Sequence[Candidates], nodes: int) -> float:
+        return self.costs.of_pass(len(rows) * (1 + nodes))
 
-def levels_of_chain(
-    drafter: Drafter,
-    tokens: Tensor,
-    newest: Sequence[int],
-    depth: int,
-    beam: int,
-    level: Callable[[list[Any], list[Any], list[Any]], bool],
-) -> int:
-    """A tree for heads that draft one token after the other: the likeliest goes on, others stand beside it."""
+
+Level = Callable[[list[Any], list[Any], list[Any]], bool]
+"""Takes log-probabilities, token ids and parents of a depth's candidates, by row; False ends the drafting."""
+
+
+def draft_levels(drafter: Drafter, tokens: Tensor, newest: Sequence[int], depth: int, level: Level) -> None:
+    """Lets heads draft a tree, depth by depth.
+
+    Where they draft a chain alone, the likeliest token goes on and the others stand beside it.
+    """
+    if isinstance(drafter, TreeDrafter):
+        drafter.draft_tree(tokens, newest, depth, BEAM, level)
+        return
 
     def choose(logits: Tensor, number: int) -> Tensor:
-        best, at = logits.float().log_softmax(-1).topk(min(beam, logits.shape[-1]), dim=-1)
+        best, at = logits.float().log_softmax(-1).topk(min(BEAM, logits.shape[-1]), dim=-1)
         parents = [[0] * at.shape[1]] * at.shape[0]
         go.append(level(best.tolist(), drafter.ids(at).tolist(), parents))
         return at[:, 0]
 
     go: list[bool] = []
-    return drafter.draft(tokens, newest, depth, Pick(choose), lambda logits, columns: go[-1])
+    drafter.draft(tokens, newest, depth, Pick(choose), lambda logits, columns: go[-1])

@@ -70,9 +70,7 @@ def _count_lookup(ids: Sequence[int], first: int, cells: _Cells) -> None:
                     break
 
 
-def _count_heads(
-    trunk: Trunk, heads: Heads, ids: Sequence[int], first: int, cells: _Cells, likeliest: _Cells
-) -> None:
+def _count_heads(trunk: Trunk, heads: Heads, ids: Sequence[int], first: int, cells: _Cells, likeliest: _Cells) -> None:
     """At every place of a response, of the likeliest tokens of each depth, given the true tokens before."""
     tokens = torch.tensor([ids], device=trunk.device)
     positions = torch.arange(len(ids), device=trunk.device)[None]

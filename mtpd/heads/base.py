@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -163,6 +163,21 @@ class Drafter(Protocol):
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Makes the first positions of one slot those of another."""
+
+
+@runtime_checkable
+class TreeDrafter(Protocol):
+    """A drafter of which several paths can go on from one depth to the next."""
+
+    def draft_tree(
+        self,
+        tokens: Tensor,
+        newest: Sequence[int],
+        depth: int,
+        beam: int,
+        level: Callable[[list[Any], list[Any], list[Any]], bool],
+    ) -> None:
+        """Drafts a tree, depth by depth. `mtpd.heads.chain.drafting.ChainDrafter` says what the arguments are."""
 
 
 class Heads(nn.Module):

@@ -123,8 +123,8 @@ class ChainDrafter:
     ) -> None:
         """Drafts a tree: at each depth the `beam` likeliest paths go on, all of them in one pass of the next head.
 
-        Head k reads the newest token at position N-k, as it does in a chain, and behind it each node of the paths that go
-        on, at the position of its depth but in a place of its own. A node sees what is known and the path to it.
+        Head k reads the newest token at position N-k, as it does in a chain, and behind it each node of the paths that
+        go on, at the position of its depth but in a place of its own. A node sees what is known and the path to it.
 
         Args:
             level: is given, by row, the log-probabilities, the token ids and the parents (places among the candidates
