@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "interrupts": set(),
-    "recipe": BELOW,
+    "recipe": BELOW | {"losses"},
     "alignment": BELOW,
     "trunk": BELOW | {"alignment"},
     "slots": BELOW | {"trunk"},

@@ -22,6 +22,7 @@ def chat(
     seed: Seed = 0,
     depth: Depth = None,
     tree: Tree = None,
+    lookup: Lookup = None,
     dtype: Dtype = None,
     system: Annotated[str | None, typer.Option("--system", help="What the model is told before the talk.")] = None,
     untrusted: UntrustedRun = False,
@@ -39,7 +40,8 @@ def chat(
         from mtpd.run.loading import load
 
         session = Session(
-            load(run, dtype=dtype, depth=depth, tree=tree, untrusted=untrusted), settings(temperature, top_p, seed)
+            load(run, dtype=dtype, depth=depth, tree=tree, lookup=lookup, untrusted=untrusted),
+            settings(temperature, top_p, seed),
         )
         messages = [{"role": "system", "content": system}] if system else []
         session.warm_up()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -31,8 +31,16 @@ Tree = Annotated[
     int | None,
     typer.Option("--tree", min=0, help="Draft a tree of so many tokens, for heads that draft independently; 0: none."),
 ]
+Lookup = Annotated[
+    bool | None,
+    typer.Option(
+        "--lookup/--no-lookup",
+        help="Heads and look-up draft together: what followed the newest tokens when they last stood in the text.",
+    ),
+]
 Dtype = Annotated[
-    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default the number format of the run.")
+    Literal["auto", "float32", "bfloat16", "float16"] | None,
+    typer.Option("--dtype", help="Number format; by default that of the run.", show_default=False),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of the random draws.")]
 
@@ -46,6 +54,7 @@ def generate(
     seed: Seed = 0,
     depth: Depth = None,
     tree: Tree = None,
+    lookup: Lookup = None,
     dtype: Dtype = None,
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")] = False,
     untrusted: UntrustedRun = False,
@@ -66,7 +75,8 @@ def generate(
         from mtpd.run.loading import load
 
         session = Session(
-            load(run, dtype=dtype, depth=depth, tree=tree, untrusted=untrusted), settings(temperature, top_p, seed)
+            load(run, dtype=dtype, depth=depth, tree=tree, lookup=lookup, untrusted=untrusted),
+            settings(temperature, top_p, seed),
         )
         ids = session.prompt(text, raw=raw)
         session.warm_up()

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mtpd.errors import UserError
 
+CHANCES = "chances.json"
+"""Beside the heads: the counts."""
 STEPS = 12
 """Steps of a head's probability, each e^(-1/2) of the one before."""
 LENGTHS = (2, 3, 4, 6, 9)

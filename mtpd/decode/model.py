@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -28,11 +27,16 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto import modeling_auto
 
+from mtpd.decode.chances import REACH, Chances
 from mtpd.decode.choice import Choice, Greedy
+from mtpd.decode.costs import measure_costs
 from mtpd.decode.counts import Counts
-from mtpd.decode.engine import Engine, Request, Text, check_tree
+from mtpd.decode.drafting import Drafting
+from mtpd.decode.engine import Engine, check_tree
 from mtpd.decode.hf_processors import Processed, independent
+from mtpd.decode.planner import Costs, Planner
 from mtpd.decode.sampling import SampledDrafts, Sampling
+from mtpd.decode.text import Request, Text
 from mtpd.errors import UserError
 from mtpd.heads import Heads
 from mtpd.trunk import Trunk
@@ -46,40 +50,34 @@ SLOTS = 64
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["mtpd"] = "Model"
 
 
-class Drafting(BaseModel):
-    """How far to draft: contents of `heads/decoding.json`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    depth: int = Field(ge=1)
-    threshold: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Drafting stops where the product of the probabilities that the heads gave to their drafts falls below it."""
-    siblings: int = Field(default=0, ge=0)
-    """Further candidates a round, each an alternative to one of the drafts."""
-    tree: int = Field(default=0, ge=0)
-    """Drafts are a tree of this many at most instead of a chain; for heads whose drafts do not depend on each other."""
-    sampled: bool = False
-    """Under sampling, drafts are drawn from the heads' distributions instead of being their most likely tokens."""
-
-
 class Model:
     """A trunk with its heads.
 
     Args:
         heads: None generates plainly, with the same engine.
         drafting: how far to draft; None drafts with all heads.
+        chances: how often drafts are right, for drafts of heads and look-up together; None believes the heads.
 
     Raises:
         UserError: a tree of drafts that these heads cannot make.
     """
 
-    def __init__(self, trunk: Trunk, heads: Heads | None, tokenizer: Any = None, drafting: Drafting | None = None):
+    def __init__(
+        self,
+        trunk: Trunk,
+        heads: Heads | None,
+        tokenizer: Any = None,
+        drafting: Drafting | None = None,
+        chances: Chances | None = None,
+    ):
         self.trunk = trunk
+        self.chances = chances or Chances()
+        self._costs: Costs | None = None
         self.heads = heads
         self.tokenizer = tokenizer
         self.drafting = drafting or Drafting(depth=heads.depth if heads is not None else 1)
         if self.drafting.tree:
-            check_tree(self.drafting.tree, heads, siblings=self.drafting.siblings)
+            check_tree(self.drafting, heads)
         self.counts: list[Counts] = []
         """Of each row of the last call."""
 
@@ -263,20 +261,30 @@ class Model:
 
     @property
     def depth(self) -> int:
-        """Drafts a round, at most."""
+        """Drafts a round, one after the other, at most."""
+        if self.drafting.lookup:
+            return max(REACH, 0 if self.heads is None else self.heads.depth)
         return 0 if self.heads is None else self.drafting.depth
 
     def engine(self, requests: list[Request], **settings: Any) -> Engine:
         """Slots for these requests, and drafting as this model does it."""
-        drafting = self.drafting.model_dump(exclude={"sampled"}) if self.heads is not None else {}
         return Engine(
             self.trunk,
             self.heads,
             slots=min(SLOTS, len(requests)),
             capacity=max(len(request.prompt) + request.max_new_tokens for request in requests),
-            **drafting,
+            drafting=self.drafting,
+            planner=self._planner(settings.get("choice")),
             **settings,
         )
+
+    def _planner(self, choice: Choice | None) -> Planner | None:
+        """What chooses drafts of heads and look-up together, where they do; drawn drafts are of heads alone."""
+        if not self.drafting.lookup or (choice is not None and not choice.branches):
+            return None
+        if self._costs is None:
+            self._costs = measure_costs(self.trunk, self.heads)
+        return Planner(self.chances, self._costs)
 
     def _requests(self, input_ids: Tensor, mask: Tensor | None, room: int, *, sample: bool) -> list[Request]:
         seeds = torch.randint(2**62, (len(input_ids),)).tolist() if sample else [0] * len(input_ids)
