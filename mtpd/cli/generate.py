@@ -74,10 +74,8 @@ def generate(
         from mtpd.decode.stream_text import Session, settings  # brings in torch
         from mtpd.run.loading import load
 
-        session = Session(
-            load(run, dtype=dtype, depth=depth, tree=tree, lookup=lookup, untrusted=untrusted),
-            settings(temperature, top_p, seed),
-        )
+        model = load(run, dtype=dtype, depth=depth, tree=tree, lookup=lookup, untrusted=untrusted)
+        session = Session(model, settings(temperature, top_p, seed))
         ids = session.prompt(text, raw=raw)
         session.warm_up()
         began = time.perf_counter()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from mtpd.decode.engine import Engine
-from mtpd.decode.planner import MOST, Costs, draft_levels
+from mtpd.decode.planner import BEAM, MOST, Costs
 from mtpd.heads import Heads
 from mtpd.slots import Span
 from mtpd.trunk import Trunk
@@ -50,7 +50,7 @@ def measure_costs(trunk: Trunk, heads: Heads | None) -> Costs:
     drafter.begin(start, engine._read_by_heads(hidden), engine.tokens, [CONTEXT + 1])
     depth = heads.depth
     newest = [CONTEXT]
-    seconds = _seconds(lambda: draft_levels(drafter, engine.tokens, newest, depth, lambda *_: True))
+    seconds = _seconds(lambda: drafter.draft_tree(engine.tokens, newest, depth, BEAM, lambda *_: True))
     return Costs(passes, head=seconds / depth)
 
 

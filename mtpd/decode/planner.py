@@ -10,7 +10,7 @@ Shape legend: N rows, S nodes, F nodes of a depth that go on, m candidates of ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from mtpd.decode.candidates import HEADS, LOOKUP, Candidates, columns, worth_ver
 from mtpd.decode.chances import REACH, Chances
 from mtpd.decode.drafts import Drafts
 from mtpd.decode.lookup import LookupIndex
-from mtpd.heads.base import Drafter, Pick, TreeDrafter
+from mtpd.heads.drafting import Drafter
 
 MOST = 32
 """Nodes of a row at most."""
@@ -160,7 +160,7 @@ class Planner:
             return done < depth and self._worth(rows, done)
 
         if self._worth(rows, 0):
-            draft_levels(drafter, tokens, newest, depth, level)
+            drafter.draft_tree(tokens, newest, depth, BEAM, level)
         return done * self.costs.head
 
     def _worth(self, rows: Sequence[Candidates], done: int) -> bool:
@@ -179,26 +179,3 @@ class Planner:
 
     def _seconds(self, rows: Sequence[Candidates], nodes: int) -> float:
         return self.costs.of_pass(len(rows) * (1 + nodes))
-
-
-Level = Callable[[list[Any], list[Any], list[Any]], bool]
-"""Takes log-probabilities, token ids and parents of a depth's candidates, by row; False ends the drafting."""
-
-
-def draft_levels(drafter: Drafter, tokens: Tensor, newest: Sequence[int], depth: int, level: Level) -> None:
-    """Lets heads draft a tree, depth by depth.
-
-    Where they draft a chain alone, the likeliest token goes on and the others stand beside it.
-    """
-    if isinstance(drafter, TreeDrafter):
-        drafter.draft_tree(tokens, newest, depth, BEAM, level)
-        return
-
-    def choose(logits: Tensor, number: int) -> Tensor:
-        best, at = logits.float().log_softmax(-1).topk(min(BEAM, logits.shape[-1]), dim=-1)
-        parents = [[0] * at.shape[1]] * at.shape[0]
-        go.append(level(best.tolist(), drafter.ids(at).tolist(), parents))
-        return at[:, 0]
-
-    go: list[bool] = []
-    drafter.draft(tokens, newest, depth, Pick(choose), lambda logits, columns: go[-1])
