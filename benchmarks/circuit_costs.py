@@ -21,7 +21,8 @@ import torch
 from circuits import DEPTH, GAMMA, STRUCTURES, alternate, batch_of, new, writer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mtpd.decode.engine import Engine, Request
+from mtpd.decode.engine import Engine
+from mtpd.decode.text import Request
 from mtpd.heads import Readout
 from mtpd.heads.base import Pick
 from mtpd.losses.settings import LossSettings

@@ -29,8 +29,10 @@ from transformers import GenerationConfig
 
 from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.data.packing import Sample
-from mtpd.decode.engine import Engine, Request
+from mtpd.decode.drafting import Drafting
+from mtpd.decode.engine import Engine
 from mtpd.decode.sampling import SampledDrafts, Sampling
+from mtpd.decode.text import Request
 from mtpd.evaluate.offline import measure_offline
 from mtpd.heads import Batch, Heads, Readout, build_heads, configure_heads, load_heads, save_heads, start_heads
 from mtpd.heads.circuit.heads import CircuitHeads
@@ -240,7 +242,14 @@ def _heads(
     """Seconds, tokens and rounds of decoding all prompts, one at a time."""
     choice = (Sampling() if heads is None else SampledDrafts()) if sampled else None
     began = time.perf_counter()
-    engine = Engine(trunk, heads, slots=1, capacity=len(prompts[0]) + tokens, choice=choice, tree=nodes)
+    engine = Engine(
+        trunk,
+        heads,
+        slots=1,
+        capacity=len(prompts[0]) + tokens,
+        choice=choice,
+        drafting=Drafting(depth=heads.depth, tree=nodes),
+    )
     texts = list(engine.run(Request(prompt, tokens, seed) for seed, prompt in enumerate(prompts)))
     spent = time.perf_counter() - began
     # The first token of a text comes with the pass over its prompt.

@@ -23,7 +23,8 @@ from torch import Tensor
 import mtpd
 from mtpd.data.prompts import load_prompts, render
 from mtpd.data.responses import end_tokens
-from mtpd.decode.model import Drafting, Model
+from mtpd.decode.drafting import Drafting
+from mtpd.decode.model import Model
 from mtpd.decode.speed import PARTS, Speed, breakdown, compare, engine_texts, generated
 from mtpd.heads import Heads
 

@@ -14,13 +14,14 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 from lab import machine
 
 from mtpd.data.models import load_model
-from mtpd.decode.engine import Engine, Request
+from mtpd.decode.drafting import Drafting
+from mtpd.decode.engine import Engine
 from mtpd.decode.sampling import Sampling
+from mtpd.decode.text import Request
 from mtpd.heads import load_heads
 from mtpd.pretrain.streams import stream_rows
 from mtpd.trunk import Trunk
@@ -49,10 +50,15 @@ def main() -> None:
         texts: dict[str, list[list[int]]] = {}
 
         def once(name: str, nodes: int | None, drawn: bool = drawn) -> tuple[float, int, list[list[int]]]:
-            drafting: dict[str, Any] = {} if nodes is None else {"tree": nodes}
+            drafting = None if nodes is None else Drafting(depth=heads.depth, tree=nodes)
             choice = Sampling() if drawn else None
             engine = Engine(
-                trunk, None if nodes is None else heads, slots=1, capacity=64 + args.tokens, choice=choice, **drafting
+                trunk,
+                None if nodes is None else heads,
+                slots=1,
+                capacity=64 + args.tokens,
+                choice=choice,
+                drafting=drafting,
             )
             began = time.perf_counter()
             written = sorted(engine.run(requests), key=lambda text: text.number)

@@ -269,7 +269,7 @@ MISFITS = {
     "speculators": (["--to", "speculators", "--depth", "1"], "speculators has layers for qwen3.*accepted: hf-mtp"),
     "in-place": (["--to", "in-place"], "has no MTP heads.*accepted: hf-mtp"),
     "vllm": (["--to", "vllm"], "no layout fits this run.*mimo-draft:.*glm4moe:"),
-    "unknown": (["--to", "tensorrt"], "tensorrt: is not known; accepted: transformers, vllm"),
+    "unknown": (["--to", "tensorrt"], "'tensorrt' is not one of 'transformers', 'vllm'"),
     "too deep": (["--to", "hf-mtp", "--depth", "4"], "depth: 4 is not accepted; accepted: 1 to 3"),
     "exists": (["--to", "hf-mtp", "-o", "{run}"], "output: .* exists; choose another output"),
 }

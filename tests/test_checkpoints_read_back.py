@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,20 @@ from mtpd.decode.transformers_mtp import mtp_in_transformers
 from mtpd.errors import MtpdError
 from mtpd.formats.directory import Checkpoint
 from mtpd.formats.engines.with_transformers import mtp_model
-from mtpd.formats.export import export
+from mtpd.formats.export import FAMILIES_OF, export
+from mtpd.formats.exported_run import open_run
 from mtpd.formats.families import FAMILIES
 from mtpd.formats.find_heads import find_heads
 from mtpd.formats.layouts import mimo
-from mtpd.formats.noise_check import perturbed
+from mtpd.formats.noise_check import Perturbed, perturbed
+from mtpd.formats.read_back import MOVES, Reader, movements, reader_of, texts_of, unread
+from mtpd.formats.tensors import is_zero
+from mtpd.heads import HeadsConfig, build_heads
+from mtpd.trunk import Trunk
 
-READ = re.compile(r"read back by (\w+).*: CAR_1 ([\d.]+), with noise for heads ([\d.]+), 92 places")
+READ = re.compile(
+    r"read back by (\w+).*, every tensor of the heads: CAR_1 ([\d.]+), with noise for heads ([\d.]+), 92 places"
+)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +67,9 @@ def test_a_tensor_that_transformers_does_not_read_is_named(
     monkeypatch.setattr(MtpModel, "from_pretrained", deaf)
     assert main(["export", str(run), "--to", "hf-mtp", "-o", str(tmp_path / "out")]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
-    assert re.search(r"does not read model\.layers\.4\.hnorm\.weight: noise in its place changes nothing", lines[-1])
+    assert re.search(r"does not read model\.layers\.4\.hnorm\.weight: other numbers there leave", lines[-1])
+    assert "`mtpd inspect" in lines[-1]
+    assert "--no-perturb writes this one all the same" in lines[-1]
     assert {path.name for path in tmp_path.iterdir()} == {"base", "run"}
     assert main(["export", str(run), "--to", "hf-mtp", "--no-perturb", "-o", str(tmp_path / "out")]) == 0
 
@@ -91,20 +101,90 @@ def test_tensors_beyond_those_of_the_heads_are_not_kept(tmp_path: Path, monkeypa
     assert not (tmp_path / "out").exists()
 
 
-def test_noise_takes_the_place_of_every_tensor_and_goes_again(tmp_path: Path) -> None:
+def test_noise_takes_the_place_of_every_tensor(tmp_path: Path) -> None:
     """Fault: a perturbed copy in which a tensor stays, or that writes through a link into the export itself."""
     trunk = architectures.tiny_trunk("llama")
     run = finished_run(tmp_path, trunk, architectures.random_heads(trunk, depth=2))
     export(run, tmp_path / "out", to="hf-mtp", perturb=False)
     native = find_heads(Checkpoint(tmp_path / "out"))
     before = {name: tensor.load() for name, tensor in native.raw.items()}
-    with perturbed(native) as copy:
-        noisy = Checkpoint(copy.folder).tensors
-        assert not any(torch.equal(noisy[name].load(), tensor) for name, tensor in before.items())
-        for kind in copy.kinds:
-            copy.give_back(kind)
-        assert all(torch.equal(noisy[name].load(), tensor) for name, tensor in before.items())
+    with perturbed(native) as spoiled:
+        noisy = Checkpoint(spoiled.folder).tensors
+        once = {name: noisy[name].load() for name in before}
+        assert not any(torch.equal(once[name], tensor) for name, tensor in before.items())
+        for kind in spoiled.kinds:
+            spoiled.spoil(kind, draw=1)
+        assert not any(torch.equal(noisy[name].load(), tensor) for name, tensor in once.items())
+        for kind in spoiled.kinds:
+            spoiled.spoil(kind)
+        assert all(torch.equal(noisy[name].load(), tensor) for name, tensor in once.items())
     assert all(torch.equal(native.raw[name].load(), tensor) for name, tensor in before.items())
+
+
+EXPORTS = {
+    "llama as hf-mtp, bfloat16": ("hf-mtp", "llama", torch.bfloat16),
+    "mistral as hf-mtp, float16": ("hf-mtp", "mistral", torch.float16),
+    "qwen3 as hf-mtp, float32": ("hf-mtp", "qwen3", torch.float32),
+    "qwen2 as glm4moe, float32": ("glm4moe", "qwen2", torch.float32),
+    "llama as mimo-draft, float16": ("mimo-draft", "llama", torch.float16),
+    "llama as medusa, bfloat16": ("medusa", "llama", torch.bfloat16),
+}
+"""What differs in the check: layout and so the loader, the layers' tensors, number formats."""
+
+
+def small_run(folder: Path, layout: str, name: str, dtype: torch.dtype) -> Path:
+    """A run whose heads, as they start out, would hide what is not read: attention and MLP add nothing."""
+    trunk = architectures.tiny_trunk(name)
+    copy.deepcopy(trunk.model).to(dtype).save_pretrained(folder / "base")
+    if layout == "medusa":
+        heads = build_heads(trunk, HeadsConfig(kind="medusa", depth=2, hidden_size=32, columns=128))
+    else:
+        heads = architectures.new_heads(trunk, "identity", depth=2 if layout == "hf-mtp" else 1)
+    run = finished_run(folder, trunk, heads, base=folder / "base")
+    form = f"{{kind: {heads.config.kind}, depth: {heads.depth}}}"
+    (run / "recipe.yaml").write_text(f"model: {folder / 'base'}\noutput: {run}\nheads: {form}\n")
+    return run
+
+
+@pytest.mark.parametrize("case", EXPORTS)
+def test_every_kind_of_tensor_has_to_be_read(case: str, tmp_path: Path) -> None:
+    """Fault: a check that passes a loader deaf to one kind (k_proj, say), or that accuses one that reads all."""
+    layout, name, dtype = EXPORTS[case]
+    path = small_run(tmp_path, layout, name, dtype)
+    export(path, tmp_path / "out", to=layout, perturb=False)
+    run, written = open_run(path), Checkpoint(tmp_path / "out")
+    apart = layout in ("mimo-draft", "medusa")
+    native = find_heads(written, family=FAMILIES_OF.get(layout), base=run.base if apart else written)
+    assert {tensor.dtype for tensor in native.raw.values()} <= {dtype, torch.float32}
+    model: Any = AutoModelForCausalLM.from_pretrained(run.base.path if apart else tmp_path / "out", dtype="auto")
+    trunk = Trunk(model.eval())
+    _, reader = reader_of(run, native, trunk, texts_of(trunk))
+    with torch.inference_mode():
+        for seed in range(2):
+            with perturbed(native, seed=seed) as noisy:
+                moved = movements(reader, noisy)
+                assert not unread(native, moved), "a loader that reads everything is not accused"
+                for kind, shares in moved.items():
+                    theirs = native.names[noisy.kinds[kind][0]]
+                    if layout == "mimo-draft" and theirs.endswith("_proj.bias"):
+                        assert max(shares) == 0.0, "a Llama has no biases"
+                        continue
+                    # Ten times what the check asks for, and nothing at all where the tensor is not read.
+                    assert min(shares) > 10 * MOVES, kind
+                    deaf = movements(ignoring(kind, noisy, reader), noisy, kinds=[kind])
+                    assert max(deaf[kind]) < MOVES / 10, kind
+                    # Biases of zero need not be read.
+                    assert theirs in unread(native, deaf) or is_zero(native.raw[theirs]), kind
+
+
+def ignoring(kind: str, noisy: Perturbed, reader: Reader) -> Reader:
+    """A loader that has numbers of its own for one kind of tensor."""
+
+    def read(folder: Path) -> list[torch.Tensor]:
+        noisy.spoil(kind, draw=2)
+        return reader(folder)
+
+    return read
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])

@@ -14,8 +14,9 @@ from test_decode_sampling import chi_square, small_world
 from torch import Tensor
 
 from mtpd.cli import main
-from mtpd.decode.engine import Engine, Request
+from mtpd.decode.engine import Engine
 from mtpd.decode.sampling import SampledDrafts, Sampling
+from mtpd.decode.text import Request
 from mtpd.heads.circuit.heads import CircuitHeads
 
 SAMPLES = 6000

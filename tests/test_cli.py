@@ -188,7 +188,7 @@ def test_recipe_schema_is_json() -> None:
         (["distill", "--learning-rate=1e-4"], "no dashes before them: train.learning_rate=1e-4"),
         (["pretrain", "bytes-code", "--steps", "9"], "no dashes before them: train.max_steps=9"),
         (["distill", "nope.yaml"], "recipe file nope.yaml: no such file"),
-        (["distill", DEMO, "extra.yaml"], "argument 'extra.yaml': is not accepted; accepted: one recipe file, then"),
+        (["distill", DEMO, "extra.yaml"], "argument 'extra.yaml': is not accepted; accepted: one recipe file or name"),
         (["distill", "model=demo", "heads.depth=99"], "heads.depth: 99 is not accepted"),
         (["distill", "model=demo", "--dry-run", "seed=x"], "seed: x is not accepted"),
     ],

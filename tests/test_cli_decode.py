@@ -16,7 +16,7 @@ from seals import edited
 import mtpd
 from mtpd.cli import main
 from mtpd.data.models import load_model, trunk_fingerprint
-from mtpd.decode.model import Drafting
+from mtpd.decode.drafting import Drafting
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import RANDOM
 from mtpd.evaluate.depths import Depth, Depths
@@ -147,7 +147,10 @@ MISTAKES = {
     "no prompt": (["generate", "RUN", "--prompt", " "], "prompt: it is empty"),
     "depth": (["generate", "RUN", "--prompt", "a", "--depth", "0"], "depth: 0 is not accepted; accepted: 1 to 3"),
     "too long": (["generate", "RUN", "--raw", "--prompt", "a" * 5000], "for a context of"),
-    "number format": (["generate", "RUN", "--prompt", "a", "--dtype", "int8"], "dtype: int8 is not accepted"),
+    "number format": (
+        ["generate", "RUN", "--prompt", "a", "--dtype", "int8"],
+        "'int8' is not one of 'auto', 'float32'",
+    ),
     "no such way": (["bench", "RUN", "--against", "magic"], "--against: magic is not accepted; accepted: plain"),
     "batch": (["bench", "RUN", "--against", "transformers", "--batch", "2"], "takes one prompt at a time"),
     "no suite": (["bench", "RUN", "--suite", "nothing.jsonl"], "nothing.jsonl"),

@@ -15,9 +15,11 @@ from transformers import DynamicCache, GenerationConfig
 from mtpd import alignment
 from mtpd.decode.choice import Greedy
 from mtpd.decode.counts import Counts
+from mtpd.decode.drafting import Drafting
 from mtpd.decode.drafts import Drafts
-from mtpd.decode.engine import Engine, Request
+from mtpd.decode.engine import Engine
 from mtpd.decode.greedy import generate
+from mtpd.decode.text import Request
 from mtpd.errors import UserError
 from mtpd.heads import Heads
 from mtpd.slots import Span
@@ -162,12 +164,14 @@ def test_siblings(name: str, trunk: Trunk, slots: int) -> None:
     requests = [Request(prompt, 30) for prompt, _ in texts]
     forwards = {}
     for siblings in (0, 1, 4):
-        engine = Engine(trunk, Scripted(texts, PATCHY), slots=slots, capacity=72, siblings=siblings)  # type: ignore[arg-type]
+        engine = Engine(
+            trunk, Scripted(texts, PATCHY), slots=slots, capacity=72, drafting=Drafting(depth=DEPTH, siblings=siblings)
+        )  # type: ignore[arg-type]
         written = sorted(engine.run(requests), key=lambda text: text.number)
         assert [text.tokens for text in written] == [text for _, text in texts]
         forwards[siblings] = sum(len(text.rounds) for text in written)
     assert forwards[4] < forwards[0], "siblings were accepted"
-    random = Engine(trunk, random_heads(trunk), slots=slots, capacity=72, siblings=7)
+    random = Engine(trunk, random_heads(trunk), slots=slots, capacity=72, drafting=Drafting(depth=DEPTH, siblings=7))
     written = sorted(random.run(requests), key=lambda text: text.number)
     assert [text.tokens for text in written] == [text for _, text in texts]
 
@@ -184,7 +188,9 @@ def test_siblings_are_the_likeliest_others(learned: Learned) -> None:
                 seen += [] if drafts is None else [drafts]
                 return super().choose(logits, texts, drafts)
 
-        engine = Engine(learned.trunk, heads, slots=1, capacity=40, siblings=5, choice=Watch())
+        engine = Engine(
+            learned.trunk, heads, slots=1, capacity=40, drafting=Drafting(depth=DEPTH, siblings=5), choice=Watch()
+        )
         [text] = engine.run([Request(prompt, 10)])
         drafts = seen[0]
         assert drafts.depths is not None
@@ -339,12 +345,14 @@ def test_depths_that_do_not_exist(llama: Trunk) -> None:
     """Fault: more drafts a round than heads, or none, taken without a word."""
     for depth in (0, 4, -1):
         with pytest.raises(UserError, match=f"depth: {depth} is not accepted; accepted: 1 to 3"):
-            Engine(llama, random_heads(llama), slots=1, capacity=8, depth=depth)
+            Engine(llama, random_heads(llama), slots=1, capacity=8, drafting=Drafting.model_construct(depth=depth))
 
 
 @pytest.mark.parametrize("prompt", [1, 3, 20])
 def test_far_fewer_drafts_than_heads(llama: Trunk, prompt: int) -> None:
     """Fault: heads that do not draft read past the buffer of tokens while a prompt is read."""
     ids, text = greedy_text("llama", prompt)
-    engine = Engine(llama, random_heads(llama, depth=8), slots=1, capacity=len(ids) + len(text), depth=1)
+    engine = Engine(
+        llama, random_heads(llama, depth=8), slots=1, capacity=len(ids) + len(text), drafting=Drafting(depth=1)
+    )
     assert next(iter(engine.run([Request(ids, len(text))]))).tokens == text

@@ -14,7 +14,8 @@ from transformers.generation import GenerateDecoderOnlyOutput, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from mtpd.data.models import load_model
-from mtpd.decode.model import Drafting, Model
+from mtpd.decode.drafting import Drafting
+from mtpd.decode.model import Model
 from mtpd.errors import UserError
 from mtpd.trunk import Trunk
 

@@ -13,10 +13,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtpd.decode.choice import Choice
+from mtpd.decode.drafting import Drafting
 from mtpd.decode.drafts import Drafts
-from mtpd.decode.engine import Engine, Request, Text
-from mtpd.decode.model import Drafting, Model
-from mtpd.decode.sampling import SampledDrafts, Sampling, pick, temperature_and_top_p, uniform
+from mtpd.decode.engine import Engine
+from mtpd.decode.model import Model
+from mtpd.decode.sampling import SampledDrafts, Sampling, inverse_cdf, temperature_and_top_p, uniform
+from mtpd.decode.text import Request, Text
 from mtpd.heads import Heads
 from mtpd.trunk import Trunk
 
@@ -64,7 +66,7 @@ def test_pick_inverts_the_distribution_function() -> None:
         draws[0], draws[1] = 0.0, 1 - 2.0**-53
         heights = weights.double().cumsum(1)
         expected = (heights <= draws[:, None] * heights[:, -1:]).sum(1)
-        chosen = pick(weights, draws)
+        chosen = inverse_cdf(weights, draws)
         assert (chosen - expected).abs().max() <= 1
         assert (chosen != expected).sum() <= 1, "only the last digit of a sum may decide otherwise"
         assert (weights[torch.arange(50), chosen] > 0).all()
@@ -115,7 +117,14 @@ def test_texts_have_the_distribution_of_the_model(kind: str, warpers: str) -> No
     assert exact.sum() == pytest.approx(1, abs=1e-5)
 
     siblings = 3 if kind == "siblings" else 0
-    engine = Engine(trunk, heads, slots=2000, capacity=len(prompt) + length, choice=choice, siblings=siblings)
+    engine = Engine(
+        trunk,
+        heads,
+        slots=2000,
+        capacity=len(prompt) + length,
+        choice=choice,
+        drafting=Drafting(depth=2, siblings=siblings),
+    )
     found = torch.zeros(size**length)
     accepted = drafted = 0
     for text in engine.run(Request(prompt, length, seed) for seed in range(SAMPLES // 5)):

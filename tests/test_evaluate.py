@@ -23,9 +23,9 @@ from mtpd.evaluate import decoded as decoded_module
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.decoded import measure_decoded, parted_at_tie
 from mtpd.evaluate.offline import measure_offline
-from mtpd.evaluate.run_tables import decoded_table, offline_table, plot_car, with_total
+from mtpd.evaluate.run_tables import decoded_table, offline_table, with_total
 from mtpd.heads import Heads
-from mtpd.losses import reference
+from mtpd.losses import kinds
 from mtpd.trunk import Trunk
 
 LIMIT = 48
@@ -151,7 +151,7 @@ def test_expected_acceptance(learned: Learned, draft: bool) -> None:
         assert suite.expected_rows[k - 1] == len(at)
         student = torch.full((len(at), TOKENS), -torch.inf)
         student[:, vocabulary] = learned.trunk.unembedding(state[0, at])[:, vocabulary]
-        expected.append(reference.acceptance(student, main[alignment.teacher_row(at, k)]).mean().item())
+        expected.append(kinds.acceptance(student, main[alignment.teacher_row(at, k)]).mean().item())
     assert suite.expected_acceptance == pytest.approx(expected, rel=1e-4)
 
 
@@ -344,8 +344,6 @@ def test_tables_and_picture(tmp_path: Path) -> None:
     assert "0.10 → 0.80" in shown
     assert "1.10 → 2.45" in shown
     assert "2.00x → 2.00x" in shown
-    plot_car(tmp_path / "car.png", {"before": before, "after": after}, apart=frozenset(["code"]))
-    assert (tmp_path / "car.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_tie_is_told_from_a_mistake() -> None:

@@ -212,7 +212,8 @@ def test_drafts_of_looped_heads_are_accepted(learned: Any) -> None:
 
 
 def decoded(trunk: Trunk, heads: Heads, prompt: list[int], count: int) -> list[int]:
-    from mtpd.decode.engine import Engine, Request
+    from mtpd.decode.engine import Engine
+    from mtpd.decode.text import Request
 
     engine = Engine(trunk, heads, slots=1, capacity=len(prompt) + count)
     return next(iter(engine.run([Request(prompt, count)]))).tokens

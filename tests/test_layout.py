@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "interrupts": set(),
-    "recipe": BELOW,
+    "recipe": BELOW | {"losses"},
     "alignment": BELOW,
     "trunk": BELOW | {"alignment"},
     "slots": BELOW | {"trunk"},
@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "train": BELOW | {"recipe", "parallel", "evaluate", "data", "heads", "losses", "trunk", "alignment"},
     "pretrain": BELOW | {"recipe", "parallel", "train", "data", "heads", "losses", "trunk", "alignment"},
     "run": BELOW
-    | {"recipe", "parallel", "train", "report", "formats", "evaluate", "decode", "data", "heads", "losses", "trunk"},
+    | {"recipe", "parallel", "train", "report", "formats", "evaluate", "decode", "data", "heads", "losses", "trunk"}
+    | {"alignment"},
     "plan": BELOW | {"recipe", "run", "train", "parallel", "data", "heads", "losses", "trunk"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from mtpd import alignment
-from mtpd.losses import fused, reference, settings, tile
+from mtpd.losses import fused, fused_tile, kinds, reference
 from mtpd.losses.fused import LossSettings, LossSums, multi_depth_loss
 from mtpd.trunk import Unembedding
 
@@ -24,12 +24,12 @@ NONE, SOME = (0.0,) * DEPTHS, (0.5, 0.6, 0.7)
 LOSSES = {
     "ce": LossSettings((1.0, 0.5, 0.2), NONE),
     "kl": LossSettings(NONE, SOME),
-    "mtp_d": LossSettings((0.3, 0.2, 0.1), SOME),
-    "reverse_kl": LossSettings(NONE, SOME, divergence="reverse_kl"),
-    "jsd": LossSettings(NONE, SOME, divergence="jsd", mix=0.3),
-    "tv": LossSettings(NONE, SOME, divergence="tv"),
-    "lk": LossSettings(NONE, SOME, divergence="lk", eta=1.0),
-    "end_to_end_tv": LossSettings(NONE, SOME, divergence="end_to_end_tv"),
+    "mtp_d": LossSettings((0.3, 0.2, 0.1), SOME, loss="mtp_d"),
+    "reverse_kl": LossSettings(NONE, SOME, loss="reverse_kl"),
+    "jsd": LossSettings(NONE, SOME, loss="jsd", mix=0.3),
+    "tv": LossSettings(NONE, SOME, loss="tv"),
+    "lk": LossSettings(NONE, SOME, loss="lk", eta=1.0),
+    "end_to_end_tv": LossSettings(NONE, SOME, loss="end_to_end_tv"),
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES)
 every_form = pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_fused_is_the_reference(loss: str, top_n: int, draft: bool, head: dict[s
 def test_gradcheck(loss: str, top_n: int, draft: bool, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault: a gradient on which reference and fused loss agree, and which is not that of the value."""
     # The gradient stops at λ, so that differences of the value would see what the gradient must not.
-    monkeypatch.setattr(reference, "lk_weight", lambda accepted, eta: torch.tensor(0.4, dtype=torch.float64))
+    monkeypatch.setattr(kinds, "lk_weight", lambda accepted, eta: torch.tensor(0.4, dtype=torch.float64))
     case = Case(draft=draft, softcap=softcap, positions=7, masks="all")
     given = case.arguments(replace(LOSSES[loss], top_n=top_n))
     assert torch.autograd.gradcheck(
@@ -205,8 +205,9 @@ def test_sums_are_the_reference_summed(loss: str) -> None:
     each = LOSSES[loss]
     _, _, sums = case.fused(each)
     alive = torch.ones(POSITIONS, dtype=torch.bool)
-    single = {"lk": reference.lk, "tv": reference.tv, "end_to_end_tv": reference.tv, **reference.RENORMALISED}
-    extra = {"jsd": {"mix": each.mix}, "lk": {"eta": each.eta}}.get(each.divergence, {})
+    single = {"lk": kinds.lk, "tv": kinds.tv, "end_to_end_tv": kinds.tv, "kl": kinds.forward_kl}
+    single |= {"mtp_d": kinds.forward_kl, "reverse_kl": kinds.reverse_kl, "jsd": kinds.jsd}
+    extra = {"jsd": {"mix": each.mix}, "lk": {"eta": each.eta}}.get(each.loss, {})
     for k, (student, target, mask) in enumerate(zip(case.students, case.targets, case.masks, strict=True), start=1):
         at = mask.nonzero().squeeze(1)
         head = case.head.select(None)
@@ -214,7 +215,7 @@ def test_sums_are_the_reference_summed(loss: str) -> None:
         assert sums.rows[k - 1] == len(at)
         torch.testing.assert_close(sums.cross_entropy[k - 1], reference.cross_entropy(y, target[at]).sum())
         if any(each.beta):
-            torch.testing.assert_close(sums.divergence[k - 1], single[each.divergence](y, z, **extra).sum())
+            torch.testing.assert_close(sums.divergence[k - 1], single[each.loss](y, z, **extra).sum())
         agrees = torch.zeros(POSITIONS, dtype=torch.bool)
         agrees[at] = y.argmax(1) == z.argmax(1)
         alive &= agrees
@@ -251,8 +252,7 @@ def test_a_certain_teacher(loss: str, top_n: int, size: float) -> None:
 @pytest.mark.usefixtures("small_tiles")
 def test_lambda_is_estimated_as_the_reference_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault: other rows in the estimate than every s-th, or other depths in the mean."""
-    monkeypatch.setattr(settings, "ESTIMATE_ROWS", 4)
-    for module in (fused, reference):
+    for module in (fused, kinds):
         monkeypatch.setattr(module, "ESTIMATE_ROWS", 4)
     case = Case(draft=True)
     expected, _ = case.reference(LOSSES["lk"])
@@ -279,9 +279,9 @@ def test_the_first_of_the_largest() -> None:
     draw = torch.Generator().manual_seed(0)
     for columns in (5, 64, 100, 128, 200):
         y = torch.randint(0, 9, (50, columns), generator=draw).float()
-        assert torch.equal(tile.argmax(y), y.argmax(1))
+        assert torch.equal(fused_tile.argmax(y), y.argmax(1))
         y[:, -1] = 10.0
-        assert torch.equal(tile.argmax(y), y.argmax(1))
+        assert torch.equal(fused_tile.argmax(y), y.argmax(1))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -332,7 +332,7 @@ def test_memory(loss: str, top_n: int, monkeypatch: pytest.MonkeyPatch) -> None:
         multi_depth_loss(students, trunk, head, **given)[0].backward()
     # A block: logits of the teacher and of one depth, and what the teacher's tiles keep; and a dozen tiles.
     block = rows * vocabulary * 4
-    kept = 2 + any(each.beta) + (each.divergence in ("reverse_kl", "jsd")) + bool(top_n)
+    kept = 2 + any(each.beta) + (loss in ("reverse_kl", "jsd")) + bool(top_n)
     assert ours.peak <= kept * block + 12 * step * vocabulary * 4 + 12 * DEPTHS * positions * size * 8
     assert ours.peak < logits
     with LiveBytes() as theirs:

@@ -13,13 +13,15 @@ from test_evaluate import both, greedy_samples
 
 from mtpd import alignment
 from mtpd.alignment import IGNORED
-from mtpd.decode.engine import Engine, Request
+from mtpd.decode.drafting import Drafting
+from mtpd.decode.engine import Engine
+from mtpd.decode.text import Request
 from mtpd.errors import UserError
 from mtpd.evaluate.offline import measure_offline
 from mtpd.heads import Batch, Heads, Readout, configure_heads, load_heads, save_heads, start_heads
 from mtpd.heads.circuit.heads import CircuitHeads
-from mtpd.heads.logit_heads import LogitHeads, divergence
-from mtpd.losses import reference
+from mtpd.heads.logit_heads import LogitHeads
+from mtpd.losses import kinds, reference
 from mtpd.losses.settings import LossSettings
 from mtpd.train.model import DistillModel
 from mtpd.trunk import Trunk
@@ -85,7 +87,13 @@ def test_texts_in_slots(llama: Trunk, form: str) -> None:
     prompts = [greedy_text("llama", length, LIMIT) for length in (1, 5, 9, 20)]
     requests = [Request(prompt, LIMIT - 5 * (number % 2)) for number, (prompt, _) in enumerate(prompts)]
     for threshold, siblings in ((0.0, 0), (0.05, 2)):
-        engine = Engine(llama, heads, slots=2, capacity=64, threshold=threshold, siblings=siblings)
+        engine = Engine(
+            llama,
+            heads,
+            slots=2,
+            capacity=64,
+            drafting=Drafting(depth=heads.depth, threshold=threshold, siblings=siblings),
+        )
         for text in engine.run(requests):
             assert text.tokens == prompts[text.number][1][: requests[text.number].max_new_tokens]
 
@@ -100,8 +108,7 @@ def test_loss_in_pieces(llama: Trunk, form: str, loss: str) -> None:
     readout = Readout.of(trunk, heads.rows())
     alpha = (1.0, 0.9, 0.81) if loss == "ce" else ((0.3, 0.2, 0.1) if loss == "mtp_d" else (0.0,) * 3)
     beta = (0.0,) * 3 if loss == "ce" else (0.5, 0.4, 0.3)
-    kind = {"ce": "kl", "mtp_d": "kl"}.get(loss, loss)
-    chosen = LossSettings(alpha, beta, divergence=kind, top_n=20 if loss == "mtp_d" else 0)  # type: ignore[arg-type]
+    chosen = LossSettings(alpha, beta, loss=loss, top_n=20 if loss == "mtp_d" else 0)
     total, sums = heads.loss(trunk, rows, readout, chosen)
     total.backward()
     found = {name: parameter.grad.clone() for name, parameter in heads.named_parameters() if parameter.grad is not None}
@@ -117,16 +124,17 @@ def test_loss_in_pieces(llama: Trunk, form: str, loss: str) -> None:
         y = heads.at(k, hidden, columns, seen)[at]
         z = (readout.main if chosen.true_probabilities else readout.draft)(hidden[alignment.teacher_row(at, k)])
         ce = reference.cross_entropy(y, columns[at, k])
-        value = divergence(y, z, chosen, columns_M=readout.rows)
         terms.append(alpha[k - 1] * ce.sum())
+        if loss != "ce":
+            value = reference.divergence(y, z, chosen, columns_M=readout.rows)
         if loss == "end_to_end_tv":
             accepted.append(torch.ones(len(hidden), dtype=value.dtype).index_put((at,), 1 - value))
-        else:
+        elif loss != "ce":
             terms.append(beta[k - 1] * value.sum())
         torch.testing.assert_close(sums.cross_entropy[k - 1], ce.sum(), atol=1e-4, rtol=1e-4)
     if accepted:
         masks = torch.stack([rows.counted(k) for k in range(1, 4)])
-        terms.append(reference.end_to_end_tv(torch.stack(accepted), masks, chosen.depth_weights).sum())
+        terms.append(kinds.end_to_end_tv(torch.stack(accepted), masks, chosen.depth_weights).sum())
     expected = torch.stack(terms).sum()
     torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-5)
     expected.backward()

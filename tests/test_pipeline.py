@@ -14,7 +14,8 @@ from conftest import Learned
 
 from mtpd.data.models import load_model
 from mtpd.decode.counts import Counts
-from mtpd.decode.model import Drafting, Model
+from mtpd.decode.drafting import Drafting
+from mtpd.decode.model import Model
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import PromptCounts, SuiteCounts
 from mtpd.heads.chain.heads import ChainHeads

@@ -20,10 +20,13 @@ from transformers import PretrainedConfig
 from mtpd.cli import main
 from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.decode.counts import Counts
-from mtpd.decode.drafts import Drafts, grow
-from mtpd.decode.engine import Engine, Request
-from mtpd.decode.model import Drafting, Model
+from mtpd.decode.drafting import Drafting
+from mtpd.decode.drafts import Drafts
+from mtpd.decode.engine import Engine
+from mtpd.decode.model import Model
 from mtpd.decode.sampling import SampledDrafts, Sampling, temperature_and_top_p
+from mtpd.decode.text import Request
+from mtpd.decode.tree import grow
 from mtpd.errors import UserError
 from mtpd.heads import Heads, save_heads
 from mtpd.recipe import dump, parse_recipe
@@ -123,7 +126,9 @@ def test_text_is_that_of_generate(name: str, trunk: Trunk) -> None:
     requests = [Request(prompt, 30) for prompt, _ in texts]
     forwards = {}
     for nodes in (0, 9):
-        engine = Engine(trunk, ScriptedTree(texts, PATCHY), slots=2, capacity=72, tree=nodes)  # type: ignore[arg-type]
+        engine = Engine(
+            trunk, ScriptedTree(texts, PATCHY), slots=2, capacity=72, drafting=Drafting(depth=3, tree=nodes)
+        )  # type: ignore[arg-type]
         written = sorted(engine.run(requests), key=lambda text: text.number)
         assert [text.tokens for text in written] == [text for _, text in texts]
         forwards[nodes] = sum(len(text.rounds) for text in written)
@@ -134,12 +139,24 @@ def test_counts_of_a_tree() -> None:
     """Fault: accepted length counted along the chain instead of the accepted path."""
     prompt, text = greedy_text("llama", 5)
     # The first choice is never right, the second always: of all paths of the two, one is.
-    engine = Engine(tiny_trunk("llama"), ScriptedTree([(prompt, text)], [0]), slots=1, capacity=72, tree=14)  # type: ignore[arg-type]
+    engine = Engine(
+        tiny_trunk("llama"),
+        ScriptedTree([(prompt, text)], [0]),
+        slots=1,
+        capacity=72,
+        drafting=Drafting(depth=3, tree=14),
+    )  # type: ignore[arg-type]
     [written] = engine.run([Request(prompt, 29)])
     assert written.tokens == text[:29]
     assert written.counts(3) == Counts(3, tokens=29, forwards=8, drafted=[7] * 3, accepted=[7] * 3)
     # Three wrong ones and the right one of depth 1, which ends each round: all depths count as drafted.
-    engine = Engine(tiny_trunk("llama"), ScriptedTree([(prompt, text)], [0]), slots=1, capacity=72, tree=4)  # type: ignore[arg-type]
+    engine = Engine(
+        tiny_trunk("llama"),
+        ScriptedTree([(prompt, text)], [0]),
+        slots=1,
+        capacity=72,
+        drafting=Drafting(depth=3, tree=4),
+    )  # type: ignore[arg-type]
     [written] = engine.run([Request(prompt, 29)])
     counts = written.counts(3)
     assert written.tokens == text[:29]
@@ -156,7 +173,9 @@ def test_kinds_that_draft_trees(llama: Trunk, form: str) -> None:
     requests = [Request(prompt, 24 - 5 * (number % 2)) for number, (prompt, _) in enumerate(samples)]
     forwards = []
     for threshold, nodes in ((0.0, 0), (0.0, 20), (0.05, 20)):
-        engine = Engine(llama, heads, slots=2, capacity=64, threshold=threshold, tree=nodes)
+        engine = Engine(
+            llama, heads, slots=2, capacity=64, drafting=Drafting(depth=heads.depth, threshold=threshold, tree=nodes)
+        )
         written = sorted(engine.run(requests), key=lambda text: text.number)
         for text in written:
             assert text.tokens == samples[text.number][1][: requests[text.number].max_new_tokens]
@@ -174,7 +193,7 @@ def test_trees_behind_shared_layers() -> None:
     requests = [Request(prompt, 16) for prompt, _ in texts]
     forwards = []
     for nodes in (0, 40):
-        engine = Engine(trunk, heads, slots=2, capacity=32, tree=nodes)
+        engine = Engine(trunk, heads, slots=2, capacity=32, drafting=Drafting(depth=heads.depth, tree=nodes))
         written = sorted(engine.run(requests), key=lambda text: text.number)
         assert [text.tokens for text in written] == [text for _, text in texts]
         forwards.append(sum(len(text.rounds) for text in written))
@@ -189,7 +208,7 @@ def test_sampling_with_trees() -> None:
 
     def texts(heads: Heads | None, nodes: int) -> list[list[int]]:
         choice = Sampling(temperature_and_top_p(0.4, 0.8))
-        engine = Engine(trunk, heads, slots=3, capacity=40, tree=nodes, choice=choice)
+        engine = Engine(trunk, heads, slots=3, capacity=40, drafting=Drafting(depth=3, tree=nodes), choice=choice)
         return [text.tokens for text in sorted(engine.run(requests), key=lambda text: text.number)]
 
     plain = texts(None, 0)
@@ -208,10 +227,10 @@ def test_where_no_tree_is_drafted(llama: Trunk) -> None:
     """Fault: a tree of drafts that were made for one path, or one that changes the distribution of a text."""
     for heads in (random_heads(llama), random_kind(llama, "cp")):
         with pytest.raises(UserError, match=f"tree: 8 is not accepted for heads of kind {heads.config.kind}"):
-            Engine(llama, heads, slots=1, capacity=30, tree=8)
+            Engine(llama, heads, slots=1, capacity=30, drafting=Drafting(depth=3, tree=8))
     medusa = random_kind(llama, "medusa")
     with pytest.raises(UserError, match="tree: 8 is not accepted where drafts are sampled"):
-        Engine(llama, medusa, slots=1, capacity=30, tree=8, choice=SampledDrafts())
+        Engine(llama, medusa, slots=1, capacity=30, drafting=Drafting(depth=3, tree=8), choice=SampledDrafts())
     model = Model(llama, medusa, drafting=Drafting(depth=3, tree=8, sampled=True))
     ids = torch.tensor([[5, 6]])
     model.generate(ids, do_sample=False, max_new_tokens=3, pad_token_id=0)

@@ -159,6 +159,26 @@ def test_what_a_recipe_names_is_looked_at_first(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no prompts"),
+        ('[{"prompt": "a"}]', "expected one JSON object a line (.jsonl), got a JSON list"),
+        ('{"prompt": 3}', "`prompt` must be a string"),
+        ('{"question": "a"}', "no known field in ['question']; accepted are prompt"),
+        ('{"prompt": "a"', "not a JSON object on one line"),
+    ],
+)
+def test_the_first_prompt_is_looked_at_first(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fault: a file of another form is noticed after the model was loaded."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    assert message in said(["distill", "model=tiny", f"output={tmp_path / 'run'}", f"data.prompts={path}"], capsys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_recipe_check_says_that_a_tracker_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     """Fault: a recipe is called good that ends before its first step."""
     assert "kubeflow is not installed here" in said(["recipe", "check", "smoke", "train.report_to=[kubeflow]"], capsys)
@@ -167,6 +187,13 @@ def test_recipe_check_says_that_a_tracker_is_missing(capsys: pytest.CaptureFixtu
 TYPOS = [
     (["distill", "model=./nowhere"], "model ./nowhere: no such directory"),
     (["distill", "model=tiny", "data.prompts=nope.jsonl"], "nope.jsonl: no such file"),
+    (["distill", "demo", "heads.depth", "=", "3"], "one recipe file or name, then key=value overrides without spaces"),
+    (["distill", "RUN"], "is a directory; accepted: "),
+    (["distill", "model=tiny", "device=gpu"], "device: gpu is not accepted; accepted: auto, cpu, cuda"),
+    (["recipe", "copy", "demo", "-o", "FILE/x"], "is a file"),
+    (["generate", "RUN", "--prompt", "x", "--dtype", "fp16"], "'auto', 'float32', 'bfloat16', 'float16'"),
+    (["report", "nowhere"], "nowhere: no such directory"),
+    (["report", "RUN", "--against", "nowhere"], "nowhere: no such file; accepted: an acceptance file"),
     (["data", "vocab", "smoke", "--out", "."], "--out: . is a directory"),
     (["pretrain", "bytes-code", "data.texts=nope.jsonl"], "data.texts: nope.jsonl: no such file; accepted: stdlib"),
     (["eval", "nowhere"], "nowhere: no such directory"),
@@ -193,7 +220,12 @@ def test_typos_are_answered_without_torch(tmp_path: Path) -> None:
     (run / "heads").mkdir(parents=True)
     (run / "recipe.yaml").write_text("model: tiny\n")
     (run / "heads" / "model.safetensors").write_bytes(b"")
-    places = {"RUN": str(run), "FILE": str(run / "recipe.yaml"), "RUN/heads": str(run / "heads")}
+    places = {
+        "RUN": str(run),
+        "FILE": str(run / "recipe.yaml"),
+        "RUN/heads": str(run / "heads"),
+        "FILE/x": str(run / "recipe.yaml" / "x"),
+    }
     called = [[places.get(word, word) for word in words] for words, _ in TYPOS]
     code = f"""
         import contextlib, io, json, sys

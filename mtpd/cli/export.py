@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from mtpd.cli.import_ import Output
 from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
+from mtpd.run.check import check_finished
+
+Target = Literal[
+    "transformers",
+    "vllm",
+    "sglang",
+    "in-place",
+    "hf-mtp",
+    "mimo-draft",
+    "mimo",
+    "fastmtp",
+    "glm4moe",
+    "speculators",
+    "medusa",
+]
+"""Engines and layouts; written out here, so that a misspelt one is named before torch is imported."""
 
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory of mtpd distill or mtpd import.")],
     to: Annotated[
-        str,
-        typer.Option(
-            "--to",
-            help="transformers, vllm or sglang, to have a layout chosen; or a layout: in-place, hf-mtp, mimo-draft, "
-            "mimo, fastmtp, glm4moe, speculators, medusa.",
-        ),
+        Target,
+        typer.Option("--to", help="An engine (transformers, vllm, sglang), to have a layout chosen; or a layout."),
     ],
     output: Output,
     depth: Annotated[int | None, typer.Option("--depth", min=1, help="Depths to export. Default: all.")] = None,
@@ -41,6 +53,9 @@ def export(
 
         mtpd export runs/demo --to vllm --depth 1 -o out
     """
+    # Imported heads that mtpd cannot compute have no recipe.
+    if not (run / "import.json").is_file():
+        check_finished(run)
     with quiet_libraries(debug=debug):
         from mtpd.formats.export import export as write  # brings in torch
 

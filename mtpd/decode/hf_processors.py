@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +17,8 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from mtpd.decode.choice import children
 from mtpd.decode.drafts import Drafts
-from mtpd.decode.sampling import Warper, numbers, pick
-
-if TYPE_CHECKING:
-    from mtpd.decode.engine import Text
+from mtpd.decode.sampling import Warper, inverse_cdf, uniform_draws
+from mtpd.decode.text import Text
 
 INDEPENDENT = frozenset(
     f"{name}LogitsWarper" for name in ("Temperature", "TopK", "TopP", "TopH", "MinP", "Typical", "Epsilon", "Eta")
@@ -120,7 +118,7 @@ class Processed:
         """
         known = [*text.request.padding, *text.request.prompt, *text.tokens]
         ids = torch.tensor([known], device=logits.device)
-        draws = numbers([text], 1 + deepest, device=logits.device)[0] if self.sample else None
+        draws = uniform_draws([text], 1 + deepest, device=logits.device)[0] if self.sample else None
         if text.number not in self.of_row:
             self.of_row[text.number] = of_row(self.processors, text.number)
         processors = self.of_row[text.number]
@@ -131,7 +129,7 @@ class Processed:
             raw = logits[column : column + 1].float()
             scores = processors(ids, raw.clone())
             at = len(new)
-            chosen = scores.argmax(-1) if draws is None else pick(scores.softmax(-1), draws[at : at + 1])
+            chosen = scores.argmax(-1) if draws is None else inverse_cdf(scores.softmax(-1), draws[at : at + 1])
             token = int(chosen)
             new.append(token)
             if self.keep_scores:

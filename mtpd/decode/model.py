@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -30,9 +29,11 @@ from transformers.models.auto import modeling_auto
 
 from mtpd.decode.choice import Choice, Greedy
 from mtpd.decode.counts import Counts
-from mtpd.decode.engine import Engine, Request, Text, check_tree
+from mtpd.decode.drafting import Drafting
+from mtpd.decode.engine import Engine, check_tree
 from mtpd.decode.hf_processors import Processed, independent
 from mtpd.decode.sampling import SampledDrafts, Sampling
+from mtpd.decode.text import Request, Text
 from mtpd.errors import UserError
 from mtpd.heads import Heads
 from mtpd.trunk import Trunk
@@ -44,22 +45,6 @@ SLOTS = 64
 # Pipelines of transformers log an error for a class that is not in this table, which also has the names of classes
 # without a configuration of their own. The key is no model type, so that nothing is ever loaded through it.
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["mtpd"] = "Model"
-
-
-class Drafting(BaseModel):
-    """How far to draft: contents of `heads/decoding.json`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    depth: int = Field(ge=1)
-    threshold: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Drafting stops where the product of the probabilities that the heads gave to their drafts falls below it."""
-    siblings: int = Field(default=0, ge=0)
-    """Further candidates a round, each an alternative to one of the drafts."""
-    tree: int = Field(default=0, ge=0)
-    """Drafts are a tree of this many at most instead of a chain; for heads whose drafts do not depend on each other."""
-    sampled: bool = False
-    """Under sampling, drafts are drawn from the heads' distributions instead of being their most likely tokens."""
 
 
 class Model:
@@ -79,7 +64,7 @@ class Model:
         self.tokenizer = tokenizer
         self.drafting = drafting or Drafting(depth=heads.depth if heads is not None else 1)
         if self.drafting.tree:
-            check_tree(self.drafting.tree, heads, siblings=self.drafting.siblings)
+            check_tree(self.drafting, heads)
         self.counts: list[Counts] = []
         """Of each row of the last call."""
 
@@ -268,13 +253,12 @@ class Model:
 
     def engine(self, requests: list[Request], **settings: Any) -> Engine:
         """Slots for these requests, and drafting as this model does it."""
-        drafting = self.drafting.model_dump(exclude={"sampled"}) if self.heads is not None else {}
         return Engine(
             self.trunk,
             self.heads,
             slots=min(SLOTS, len(requests)),
             capacity=max(len(request.prompt) + request.max_new_tokens for request in requests),
-            **drafting,
+            drafting=self.drafting,
             **settings,
         )
 

@@ -12,7 +12,7 @@ Shape legend: N rows, Q positions of a pass, R = N * Q, V vocabulary rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +21,7 @@ from transformers import TopPLogitsWarper
 
 from mtpd.decode.choice import agreed
 from mtpd.decode.drafts import Drafts, of_columns
-
-if TYPE_CHECKING:
-    from mtpd.decode.engine import Text
+from mtpd.decode.text import Text
 
 BLOCK = 128
 """Probabilities that are added up together before the block of a draw is looked for."""
@@ -56,11 +54,11 @@ class Sampling:
         """As `mtpd.decode.choice.Choice.choose`."""
         rows, width, _ = logits.shape
         probabilities = self.distribution(logits.flatten(0, 1))
-        draws = numbers(texts, width if drafts is None else 1 + drafts.depth, device=logits.device)
+        draws = uniform_draws(texts, width if drafts is None else 1 + drafts.depth, device=logits.device)
         if drafts is not None:
             # Alternatives for one place share its number.
             draws = of_columns(draws, drafts)
-        return agreed(pick(probabilities, draws.flatten()).view(rows, width), drafts)
+        return agreed(inverse_cdf(probabilities, draws.flatten()).view(rows, width), drafts)
 
     def distribution(self, logits: Tensor) -> Tensor:
         """Probabilities [R, V] that tokens are drawn with."""
@@ -93,7 +91,9 @@ class SampledDrafts(Sampling):
         if number == 0:
             self.drafted = []
         self.drafted.append(self.distribution(logits))
-        return pick(self.drafted[-1], numbers(texts, 1, device=logits.device, first=number, stream=1)[:, 0])
+        return inverse_cdf(
+            self.drafted[-1], uniform_draws(texts, 1, device=logits.device, first=number, stream=1)[:, 0]
+        )
 
     def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Drafts | None) -> list[list[int]]:
         if drafts is None:
@@ -104,7 +104,7 @@ class SampledDrafts(Sampling):
         q = self._over_all_tokens(torch.stack(self.drafted, dim=1), size)
         assert drafts.parents is None, "drafts that are drawn stand in a chain"
         at = drafts.tokens[..., None]
-        draws = numbers(texts, width, device=device, stream=2)
+        draws = uniform_draws(texts, width, device=device, stream=2)
         kept = draws[:, :-1] * q.gather(2, at)[..., 0] < p[:, :-1].gather(2, at)[..., 0]
         accepted = kept.long().cumprod(1).sum(1)
         row = torch.arange(rows, device=device)
@@ -113,7 +113,7 @@ class SampledDrafts(Sampling):
         left = (p[row, accepted] - q[row, accepted]).clamp_min(0)
         # Nothing is left where p and q are equal but for rounding: then p is as good.
         left = torch.where(left.sum(-1, keepdim=True) > 0, left, p[row, accepted])
-        token = pick(left, numbers(texts, width, device=device, stream=3)[row, accepted])
+        token = inverse_cdf(left, uniform_draws(texts, width, device=device, stream=3)[row, accepted])
         packed: list[list[int]] = torch.cat([accepted[:, None], token[:, None], drafts.tokens], dim=1).tolist()
         drafts.paths = [list(range(1, 1 + of[0])) for of in packed]
         return [[*of[2 : 2 + of[0]], of[1]] for of in packed]
@@ -124,7 +124,9 @@ class SampledDrafts(Sampling):
         return q.new_zeros(*q.shape[:2], size).index_copy_(2, self.rows.to(q.device), q)
 
 
-def numbers(texts: Sequence[Text], width: int, *, device: torch.device, first: int = 0, stream: int = 0) -> Tensor:
+def uniform_draws(
+    texts: Sequence[Text], width: int, *, device: torch.device, first: int = 0, stream: int = 0
+) -> Tensor:
     """The random numbers [N, Q] of the next `width` places of each text, from the `first` of them on."""
     seeds = [text.request.seed for text in texts]
     places = [len(text.tokens) + first for text in texts]
@@ -160,7 +162,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def pick(weights_RV: Tensor, draws_R: Tensor) -> Tensor:
+def inverse_cdf(weights_RV: Tensor, draws_R: Tensor) -> Tensor:
     """Inverts the distribution function: token ids [R], token x where `draws` falls into its share of the sum.
 
     The sum over all tokens is taken in blocks, and only the block that the draw falls into is looked at

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from mtpd.decode.engine import Engine, Request
-from mtpd.decode.model import Drafting, Model
+from mtpd.decode.drafting import Drafting
+from mtpd.decode.engine import Engine
+from mtpd.decode.model import Model
+from mtpd.decode.text import Request
 from mtpd.decode.transformers_mtp import mtp_in_transformers
 from mtpd.errors import UserError
 from mtpd.heads import Heads
@@ -122,7 +124,7 @@ def engine_texts(
         slots=batch,
         capacity=max(map(len, prompts)) + max_new_tokens,
         end_tokens=end_tokens,
-        **(drafting.model_dump(exclude={"sampled"}) if drafting is not None and heads is not None else {}),
+        drafting=drafting,
     )
     texts = sorted(engine.run(Request(each, max_new_tokens) for each in prompts), key=lambda text: text.number)
     return [text.tokens for text in texts], sum(1 + len(text.rounds) for text in texts)
@@ -183,7 +185,7 @@ def breakdown(model: Model, prompts: Sequence[Sequence[int]], *, max_new_tokens:
         model.heads,
         slots=batch,
         capacity=max(map(len, prompts)) + max_new_tokens,
-        **(model.drafting.model_dump(exclude={"sampled"}) if model.heads is not None else {}),
+        drafting=model.drafting,
     )
     found = watch(engine, model.trunk)
     for _ in engine.run(Request(each, max_new_tokens) for each in prompts):

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mtpd.decode.choice import Choice, Greedy
-from mtpd.decode.engine import Request, Text
 from mtpd.decode.model import Model
 from mtpd.decode.sampling import Sampling, temperature_and_top_p
+from mtpd.decode.text import Request, Text
 from mtpd.errors import UserError
 
 Show = Callable[[str, bool], None]

@@ -16,8 +16,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.table import Table
 
-from mtpd.decode.engine import Engine, Request
+from mtpd.decode.drafting import Drafting
+from mtpd.decode.engine import Engine
 from mtpd.decode.speed import PARTS, generated, now, watch
+from mtpd.decode.text import Request
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.run_tables import say_if_random
@@ -174,7 +176,7 @@ def _decode(
         drafting if count else None,
         slots=1,
         capacity=max(map(len, prompts)) + max_new_tokens,
-        depth=count or None,
+        drafting=Drafting(depth=count) if count else None,
         end_tokens=end_tokens,
     )
     spent = watch(engine, trunk)

@@ -41,6 +41,8 @@ class Checkpoint:
         self.shown = shown or str(path)
         if not path.is_dir():
             raise UserError(f"{self.shown}: no such directory; expected a checkpoint with {CONFIG} and {SINGLE}")
+        if not (path / CONFIG).is_file() and (found := _something_else(path)):
+            raise UserError(f"{self.shown}: {found}")
         self.config = read_json(path / CONFIG, what="a checkpoint's config")
         self.index: dict[str, str] | None = None
         index = path / INDEX
@@ -67,7 +69,9 @@ class Checkpoint:
                         f"{path / pickled[0]}: pickled weights are not read, they can run code; convert them once with "
                         "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), which writes safetensors"
                     )
-                raise UserError(f"{self.shown}: has no safetensors files")
+                raise UserError(
+                    f"{self.shown}: has no safetensors files, only a config; copy the model's weights there"
+                )
 
     @cached_property
     def tensors(self) -> dict[str, Stored]:
@@ -105,6 +109,20 @@ class Checkpoint:
     def quantisation(self) -> dict[str, Any] | None:
         found = self.config.get("quantization_config") or self.text_config.get("quantization_config")
         return found if isinstance(found, dict) else None
+
+
+def _something_else(path: Path) -> str | None:
+    """What a directory without `config.json` holds, and what to give in its place; None where it is not known."""
+    adapter = path / "adapter_config.json"
+    if adapter.is_file():
+        base = read_json(adapter, what="an adapter's config").get("base_model_name_or_path") or "its base"
+        return (
+            f"holds an adapter of {base} and no model; merge it first (peft: merge_and_unload(), then save_pretrained) "
+            f"and give the merged directory, or give {base}"
+        )
+    if any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return f"holds a tokenizer and no model ({CONFIG} and {SINGLE} are missing); give the directory of the model"
+    return None
 
 
 def read_json(path: Path, *, what: str) -> dict[str, Any]:

@@ -51,6 +51,8 @@ def export(
         UserError: the heads do not fit; the message has the alternative.
         MtpdError: what was written does not hold what it should.
     """
+    if to not in ENGINES and to not in LAYOUTS:
+        raise UserError(f"--to {to}: is not known; accepted: {', '.join([*ENGINES, *LAYOUTS])}")
     if output.exists():
         raise UserError(f"output: {output} exists; choose another output, or delete it first")
     run = open_run(path, depth=depth, untrusted=untrusted)
@@ -80,8 +82,6 @@ def choose(run: Run, to: str) -> tuple[Layout, str]:
         if reason:
             raise UserError(f"--to {to}: {reason}")
         return LAYOUTS[to], "as asked for"
-    if to not in ENGINES:
-        raise UserError(f"--to {to}: is not known; accepted: {', '.join([*ENGINES, *LAYOUTS])}")
     if run.config.kind == "chain" and native_of(run) is not None:
         names: tuple[str, ...] = ("in-place",)
     else:

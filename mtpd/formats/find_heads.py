@@ -140,6 +140,10 @@ class Native:
         return source is not None and tensor.same(source)
 
 
+class NoHeads(UserError):
+    """A checkpoint of an ordinary model: nothing declares heads, and nothing looks like any."""
+
+
 def find_heads(checkpoint: Checkpoint, *, family: str | None = None, base: Checkpoint | None = None) -> Native:
     """The heads of a checkpoint.
 
@@ -175,7 +179,7 @@ def find_heads(checkpoint: Checkpoint, *, family: str | None = None, base: Check
             f"set {chosen.counts[0]} to {found} there"
         )
     if found == 0:
-        raise UserError(f"{checkpoint.shown}: has no MTP heads ({CONFIG} declares none, and there are no tensors)")
+        raise NoHeads(f"{checkpoint.shown}: has no MTP heads ({CONFIG} declares none, and there are no tensors)")
     if found != declared:
         raise UserError(
             f"{checkpoint.shown}: {CONFIG} declares {declared} MTP heads ({said}) and there are tensors of {found}"
@@ -214,7 +218,7 @@ def _family(checkpoint: Checkpoint, name: str | None) -> Family:
             f"{', '.join(like[:4])}; a family is a table in mtpd/formats/families, see docs/serving.md, or choose "
             f"one with --family ({', '.join(FAMILIES)})"
         )
-    raise UserError(f"{checkpoint.shown}: has no MTP heads ({kind}: {CONFIG} declares none, and no tensor looks so)")
+    raise NoHeads(f"{checkpoint.shown}: has no MTP heads ({kind}: {CONFIG} declares none, and no tensor looks so)")
 
 
 def layer_shapes(checkpoint: Checkpoint, *, without: set[str]) -> dict[int, Shapes]:

@@ -31,17 +31,19 @@ OTHERS = "other.safetensors"
 
 
 def open_checkpoint(name: str) -> Checkpoint:
-    """A checkpoint by what `model` in a recipe accepts: a directory, a hub id, or `demo`.
+    """A checkpoint by what `model` in a recipe accepts: a directory, a hub id, `demo` or `tiny`.
 
     Raises:
-        UserError: there is none, or it has no files of its own (`tiny`, a GGUF file).
+        UserError: there is none, or it has no files of its own (a GGUF file).
     """
     if name == "demo":
         return Checkpoint(builtin_models.demo_directory(), shown="demo")
+    if name == "tiny":
+        return Checkpoint(builtin_models.tiny_directory(), shown="tiny")
     path = Path(name).expanduser()
     if path.is_dir():
         return Checkpoint(path, shown=name)
-    if name == "tiny" or path.suffix == ".gguf":
+    if path.suffix == ".gguf":
         raise UserError(f"model {name}: has no safetensors files; a checkpoint directory or a hub id is needed")
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"model {name}: no such directory")

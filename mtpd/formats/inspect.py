@@ -7,7 +7,7 @@ from pathlib import Path
 from mtpd.formats.export import ENGINES, FAMILIES_OF, unfit
 from mtpd.formats.exported_run import open_run
 from mtpd.formats.families.table import Family
-from mtpd.formats.find_heads import Native, find_heads, layer_shapes
+from mtpd.formats.find_heads import Native, NoHeads, find_heads, layer_shapes
 from mtpd.formats.importing import open_checkpoint, read_imported
 from mtpd.formats.layouts.table import LAYOUTS
 from mtpd.formats.model_card import read_says
@@ -34,7 +34,12 @@ def inspect(name: str, *, family: str | None = None, base: str | None = None) ->
     # Of exports without their base, `mtpd.json` says which it is.
     apart = says is not None and not layer_shapes(checkpoint, without=set())
     other = open_checkpoint(str(says["base"])) if says and apart else open_checkpoint(base) if base else None
-    native = find_heads(checkpoint, family=family or FAMILIES_OF.get(layout or ""), base=other)
+    try:
+        native = find_heads(checkpoint, family=family or FAMILIES_OF.get(layout or ""), base=other)
+    except NoHeads as found:
+        if layout is not None or family is not None:
+            raise
+        return [str(found), f"train heads for it: mtpd distill model={name}"]
     lines = _heads(native)
     if layout is not None:
         engines = [engine for engine, layouts in ENGINES.items() if layout in layouts]

@@ -1,12 +1,13 @@
-"""Heads made noise in a copy of an export: heads that a loader reads must then accept less."""
+"""Heads made noise in a copy of an export: what a loader drafts must follow the numbers that lie there."""
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,8 +23,8 @@ from mtpd.formats.tensors import Stored, chunks, stored
 LEAST = 0.05
 """CAR_1 below which heads accept hardly more than noise may."""
 
-SPREAD = 0.1
-"""Standard deviation of the noise in place of a tensor whose elements are all the same."""
+GAINS, BIASES = 0.3, 0.5
+"""Standard deviations of the noise in gains, around 1, and in biases, around 0."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Perturbed:
     folder: Path
     native: Native
     """The heads as they were written."""
+    seed: int = 0
 
     @cached_property
     def kinds(self) -> dict[str, list[str]]:
@@ -40,22 +42,16 @@ class Perturbed:
         found: dict[str, list[str]] = {}
         for name in self.native.names:
             if not name.startswith(OTHER):
-                found.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
+                found.setdefault(kind_of(name), []).append(name)
         return found
 
-    def give_back(self, kind: str) -> None:
-        """Puts the written tensors of a kind into the copy."""
+    def spoil(self, kind: str, *, draw: int = 0) -> None:
+        """Puts noise into the tensors of a kind, the same every time for a draw."""
         for name in self.kinds[kind]:
-            self._overwrite(name, self.native.raw[self.native.names[name]])
-
-    def spoil(self, kind: str) -> None:
-        """Puts noise into the tensors of a kind, the same every time."""
-        for name in self.kinds[kind]:
-            tensor = self.native.raw[self.native.names[name]].load()
-            spread = float(tensor.float().std()) if tensor.numel() > 1 else 0.0
-            generator = torch.Generator().manual_seed(zlib.crc32(self.native.names[name].encode()))
-            noise = torch.randn(tensor.shape, generator=generator) * (spread or SPREAD)
-            self._overwrite(name, stored(noise.to(tensor.dtype)))
+            theirs = self.native.names[name]
+            tensor = self.native.raw[theirs]
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{theirs} {self.seed} {draw}".encode()))
+            self._overwrite(name, stored(noise(theirs, tensor.shape, generator).to(tensor.dtype)))
 
     def _overwrite(self, name: str, tensor: Stored) -> None:
         theirs = self.native.names[name]
@@ -67,8 +63,25 @@ class Perturbed:
                 opened.write(piece)
 
 
+def kind_of(name: str) -> str:
+    """A tensor's name without the numbers of its head and expert."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def noise(name: str, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Numbers with which every part of a head has its share in what the head computes, whatever it has learned.
+
+    Sums over a row of a matrix keep the size of what they read, and so attention scores are neither near 0, where
+    queries and keys would not matter, nor so large that one position has all the weight.
+    """
+    numbers = torch.randn(tuple(shape), generator=generator)
+    if len(shape) > 1:
+        return numbers / math.sqrt(shape[-1])
+    return numbers * BIASES if name.endswith("bias") else 1.0 + GAINS * numbers
+
+
 @contextmanager
-def perturbed(native: Native) -> Iterator[Perturbed]:
+def perturbed(native: Native, *, seed: int = 0) -> Iterator[Perturbed]:
     """A copy, beside it, of the directory that heads lie in, with noise in their place; other files are linked."""
     folder = native.checkpoint.path
     files = {native.checkpoint.file_of[name] for name in native.raw}
@@ -78,7 +91,7 @@ def perturbed(native: Native) -> Iterator[Perturbed]:
         link_others(folder, copy, without=files)
         for file in files:
             shutil.copyfile(folder / file, copy / file)
-        noisy = Perturbed(copy, native)
+        noisy = Perturbed(copy, native, seed)
         for kind in noisy.kinds:
             noisy.spoil(kind)
         yield noisy

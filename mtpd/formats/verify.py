@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from mtpd.data.generation import plain_generation
@@ -33,6 +35,8 @@ LAYOUTS = {
     "transformers": ("hf-mtp", "in-place", "glm4moe"),
     "vllm": ("mimo-draft", "mimo", "glm4moe", "in-place", "medusa"),
 }
+PERTURBED = 2
+"""Prompts that are served with noise for heads."""
 CONFIDENCE = 1.96
 """Standard deviations of the interval that a difference has to be inside of: 95%."""
 
@@ -100,8 +104,8 @@ def verify(
     *,
     engine: str,
     prompts: str = "builtin-held-out",
-    limit: int = 8,
-    max_new_tokens: int = 64,
+    limit: int = 4,
+    max_new_tokens: int = 48,
     drafts: int | None = None,
     run: Path | None = None,
     environment: Path | None = None,
@@ -142,16 +146,27 @@ def verify(
     chosen = chosen[:: max(1, len(chosen) // limit)][:limit]
     texts = [render(tokenizer, prompt) for prompt in chosen]
     plain, counts = [], Counts(heads.depth)
-    for prompt in texts:
-        ids = torch.tensor(prompt)
-        plain.append(plain_text(trunk, ids, max_new_tokens))
-        _, found = generate(trunk, heads.float(), ids, max_new_tokens=max_new_tokens, end_tokens=[])
-        counts.drafted = [a + b for a, b in zip(counts.drafted, found.drafted, strict=True)]
-        counts.accepted = [a + b for a, b in zip(counts.accepted, found.accepted, strict=True)]
     native = find_heads(Checkpoint(folder), family=FAMILIES_OF.get(layout), base=Checkpoint(folder))
-    with perturbed(native) if perturb else nullcontext() as copy:
-        asked = [(folder, texts), *([(copy.folder, texts[:2])] if copy is not None else [])]
-        served, *others = _serve(engine, asked, says, max_new_tokens, depth, environment)
+    spoiled = texts[:PERTURBED] if perturb else []
+    # Plain, by mtpd, by the engine: texts of about the same cost.
+    with (
+        tqdm(total=3 * len(texts) + len(spoiled), desc="plain", unit="text", leave=False) as bar,
+        perturbed(native) if perturb else nullcontext() as copy,
+    ):
+        for prompt in texts:
+            plain.append(plain_text(trunk, torch.tensor(prompt), max_new_tokens))
+            bar.update()
+        bar.set_description("mtpd")
+        for prompt in texts:
+            _, found = generate(
+                trunk, heads.float(), torch.tensor(prompt), max_new_tokens=max_new_tokens, end_tokens=[]
+            )
+            counts.drafted = [a + b for a, b in zip(counts.drafted, found.drafted, strict=True)]
+            counts.accepted = [a + b for a, b in zip(counts.accepted, found.accepted, strict=True)]
+            bar.update()
+        bar.set_description(engine)
+        asked = [(folder, texts), *([(copy.folder, spoiled)] if copy is not None else [])]
+        served, *others = _serve(engine, asked, says, max_new_tokens, depth, environment, bar)
     ties = sum(
         theirs != ours and parted_at_tie(trunk, torch.tensor(prompt), ours, theirs)
         for prompt, theirs, ours in zip(texts, served.texts, plain, strict=True)
@@ -176,10 +191,14 @@ def _serve(
     max_new_tokens: int,
     depth: int,
     environment: Path | None,
+    bar: tqdm[Any],
 ) -> list[Served]:
     """Serves prompts with one directory after the other."""
     if engine == "transformers":
-        return [with_transformers.serve(folder, each, max_new_tokens=max_new_tokens) for folder, each in asked]
+        return [
+            with_transformers.serve(folder, each, max_new_tokens=max_new_tokens, progress=bar.update)
+            for folder, each in asked
+        ]
     models = [_for_vllm(folder.resolve(), prompts, says, depth) for folder, prompts in asked]
     return with_vllm.serve(with_vllm.environment(environment), models, max_new_tokens=max_new_tokens)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -222,6 +223,15 @@ def check_weights(directory: str | Path, config: HeadsConfig) -> None:
         )
 
 
+def _trained_with(directory: Path) -> str:
+    """The model that the recipe beside heads names."""
+    try:
+        recipe = yaml.safe_load((directory.parent / "recipe.yaml").read_text(encoding="utf-8"))
+        return str(recipe["model"])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        return "that is not named beside them"
+
+
 def load_heads(directory: str | Path, trunk: Trunk, *, fingerprint: str | None = None) -> Heads:
     """Heads from a directory that `save_heads` wrote, in eval mode.
 
@@ -244,8 +254,10 @@ def load_heads(directory: str | Path, trunk: Trunk, *, fingerprint: str | None =
         raise UserError(f"{directory / CONFIG}: kind: {config.kind} is not known; accepted: {', '.join(KINDS)}")
     # Imported heads say no trunk: their shapes have to fit, and they lie in its own checkpoint.
     if fingerprint is not None and config.trunk and config.trunk != fingerprint:
+        theirs, ours = _trained_with(directory), trunk.model.config.name_or_path or trunk.name
         raise UserError(
-            f"{directory}: these heads belong to another trunk ({config.trunk[:12]}, not {fingerprint[:12]})"
+            f"{directory}: these heads belong to another trunk ({config.trunk[:12]}, not {fingerprint[:12]}): they "
+            f"were trained with model {theirs}, and this is {ours}; give that model, as it was then, in the same dtype"
         )
     if config.hidden_size != trunk.hidden_size:
         raise UserError(

@@ -20,7 +20,7 @@ from mtpd.errors import UserError
 from mtpd.heads.base import Along, Batch, Drafter, Heads, Pick, Readout, exact
 from mtpd.heads.parallel.drafting import NewestStates, write_drafts
 from mtpd.losses import reference
-from mtpd.losses.pieces import in_pieces
+from mtpd.losses.chunked import in_chunks
 from mtpd.losses.settings import LossSettings, LossSums
 from mtpd.slots import Span
 from mtpd.trunk import Trunk
@@ -111,7 +111,7 @@ class LogitHeads(Heads):
                 return self._cross_entropy(hidden, columns, masks, settings)
             return self._distilled(hidden, columns, masks, rows, batch.teacher_PD, readout, settings)
 
-        loss, sums = in_pieces(piece, len(pieces), hidden_PD, list(self.parameters()))
+        loss, sums = in_chunks(piece, len(pieces), hidden_PD, list(self.parameters()))
         ce, divergence = sums.sum(0)
         counted = masks_PK.sum(0).double()
         few = at[:: max(1, -(-len(at) // LOGGED_ROWS))]
@@ -144,29 +144,17 @@ class LogitHeads(Heads):
         readout: Readout,
         settings: LossSettings,
     ) -> tuple[Tensor, Tensor]:
-        """The same sum as `reference.multi_depth_loss`, from logits."""
+        """The loss of these rows, from logits of all of a depth at once."""
         seen = self.look(hidden, columns)
-        total = hidden.new_zeros(())
-        logged = torch.zeros(2, self.depth, dtype=torch.float64, device=hidden.device)
-        accepted: list[Tensor] = []
-        judge = readout.judge
-        head = judge.main if settings.true_probabilities else judge.draft
-        for k in range(1, self.depth + 1):
-            mask = masks[:, k - 1]
-            y = exact(self.at(k, hidden, columns, seen))[mask]
-            ce = reference.cross_entropy(y, columns[mask, k])
-            with torch.no_grad():
-                z = exact(head(teacher_PD[alignment.teacher_row(rows[mask], k)]))
-            value = divergence(y, z, settings, columns_M=readout.rows)
-            if settings.divergence == "end_to_end_tv":
-                accepted.append(torch.ones_like(mask, dtype=y.dtype).index_put((mask,), 1.0 - value))
-            else:
-                total = total + settings.beta[k - 1] * value.sum()
-            total = total + settings.alpha[k - 1] * ce.sum()
-            logged[0, k - 1], logged[1, k - 1] = ce.detach().sum(), value.detach().sum()
-        if accepted:
-            total = total + reference.end_to_end_tv(torch.stack(accepted), masks.T, settings.depth_weights).sum()
-        return total, logged
+        head = readout.judge.main if settings.true_probabilities else readout.judge.draft
+        return reference.loss_of_logits(
+            lambda k, at: exact(self.at(k + 1, hidden, columns, seen))[at],
+            lambda k, at: exact(head(teacher_PD[alignment.teacher_row(rows[at], k + 1)])),
+            targets_P=columns.T[1:].unbind(),
+            masks_P=masks.T.unbind(),
+            settings=settings,
+            columns_M=readout.rows,
+        )
 
     @torch.no_grad()
     def _accepted(self, batch: Batch, columns: Tensor, masks: Tensor, rows: Tensor, readout: Readout) -> Tensor:
@@ -191,20 +179,6 @@ class LogitHeads(Heads):
 
     def drafter(self, trunk: Trunk, *, slots: int, capacity: int) -> Drafter:
         return LogitDrafter(self, trunk, slots=slots, capacity=capacity)
-
-
-def divergence(student_NM: Tensor, teacher_NV: Tensor, settings: LossSettings, *, columns_M: Tensor | None) -> Tensor:
-    """D of each row [N], from the functions of `reference`; of the end-to-end TV, the TV."""
-    warmth = {
-        "teacher_temperature": settings.teacher_temperature,
-        "student_temperature": settings.student_temperature,
-    }
-    if settings.divergence in reference.RENORMALISED:
-        extra: dict[str, Any] = {"mix": settings.mix} if settings.divergence == "jsd" else {}
-        return reference.RENORMALISED[settings.divergence](student_NM, teacher_NV, n=settings.top_n, **extra, **warmth)
-    if settings.divergence == "lk":
-        return reference.lk(student_NM, teacher_NV, eta=settings.eta, columns_M=columns_M, **warmth)
-    return reference.tv(student_NM, teacher_NV, columns_M=columns_M, **warmth)
 
 
 class AlongLogits:

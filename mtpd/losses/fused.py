@@ -3,7 +3,7 @@
 The gradient of a row's loss with respect to its logits y is known as soon as y is, so loss and gradient need one
 pass:
 
-    y = finish(W h)      L and dL/dy from y and the teacher row (`tile.py`)      dL/dh = (dL/dy · finish'(y)) W
+    y = finish(W h)      L and dL/dy from y and the teacher row (`fused_tile.py`)      dL/dh = (dL/dy · finish'(y)) W
 
 That is two products a head and one for the teacher; and a third a head, dL/dW = Σ (dL/dy · finish'(y)) hᵀ, where W is
 trained too. Depth k's student row t and teacher row t + k meet in one
@@ -12,9 +12,9 @@ block because blocks run over teacher rows: each teacher row is computed once fo
 Two sizes, because a CPU wants both: products are over blocks of many rows, so that W is read seldom; the sweeps
 between them are over tiles of few rows, which stay in cache. Gradients take the place of the logits they come from.
 
-Two losses need something of other rows. LK's λ is taken from a few rows before the pass. The end-to-end TV of a
-position multiplies its depths, which lie in different teacher rows; but that only scales the gradient of whole rows,
-so it is done after the pass.
+Losses may need something of other rows. The λ of a mixture (LK) is taken from a few rows before the pass. A loss that
+joins the depths of a position (end-to-end TV) multiplies what lies in different teacher rows; but that only scales the
+gradient of whole rows, so it is done after the pass.
 
 Legend: P flat positions, D hidden size, R rows of a block, S rows of a tile, M columns in use, V tokens.
 """
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from mtpd import alignment
-from mtpd.losses import reference, tile
+from mtpd.losses import fused_tile, kinds
 from mtpd.losses.settings import ESTIMATE_ROWS, LossSettings, LossSums
 from mtpd.trunk import Unembedding
 
@@ -102,7 +102,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, walk: _Walk, weight: Tensor, bias: Tensor | None, *students_PD: Tensor) -> tuple[Tensor, ...]:
         _, of_weight, of_bias, *_ = ctx.needs_input_grad
-        assert not of_weight or walk.settings.divergence != "end_to_end_tv", "its slopes come after the pass"
+        assert not of_weight or walk.settings.entry.join is None, "its slopes come after the pass"
         walk.of_weight = torch.zeros_like(weight, dtype=walk.exact) if of_weight else None
         walk.of_bias = torch.zeros_like(bias, dtype=walk.exact) if bias is not None and of_bias else None
         loss, sums, grads = walk.run(students_PD, needs_grad=any(ctx.needs_input_grad))
@@ -146,7 +146,7 @@ class _Walk:
         if settings.true_probabilities and columns_M is not None:
             assert main_head is not None, "columns_M comes with main_head"
             self.teacher_head, self.columns_M = main_head, columns_M
-        sweeps: tuple[Any, Any] = _compiled() if compiled else (tile.teacher_tile, tile.compare)
+        sweeps: tuple[Any, Any] = _compiled() if compiled else (fused_tile.teacher_tile, fused_tile.compare)
         self.teacher_tile, self.compare = sweeps
 
     def run(self, students_PD: Sequence[Tensor], *, needs_grad: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -193,7 +193,7 @@ class _Walk:
                     at = torch.where(keep, at, 0)
                 state = students_PD[k - 1][at]
                 y = _product(state, self.unembedding, raw_y[:count])
-                depth = tile.Depth.of(settings, k, self.unembedding)
+                depth = fused_tile.Depth.of(settings, k, self.unembedding)
                 label_weight = torch.tensor(depth.label_weight, dtype=exact, device=device)
                 target = self.targets_P[k - 1][at]
                 results = [
@@ -247,19 +247,20 @@ class _Walk:
         return order, kept[:, order]
 
     def _mixtures(self, students_PD: Sequence[Tensor]) -> list[Tensor]:
-        """λ of each depth, for LK: from a few rows, ahead of the pass."""
+        """λ of each depth, for a loss that mixes two divergences: from a few rows, ahead of the pass."""
         one = torch.ones((), dtype=torch.promote_types(self.unembedding.weight.dtype, torch.float32))
         weights = [one.to(self.trunk_PD.device)] * len(students_PD)
-        if self.settings.divergence != "lk":
+        mixture = self.settings.entry.mixture
+        if mixture is None:
             return weights
         for place, (student_PD, mask) in enumerate(zip(students_PD, self.masks_P, strict=True)):
             at = mask.nonzero().squeeze(1)
             at = at[:: max(1, -(-len(at) // ESTIMATE_ROWS))]
             step = max(1, TILE_BYTES // (4 * self.teacher_head.weight.shape[0]))
             accepted = [
-                reference.acceptance(
-                    tile.finished(_product(student_PD[few], self.unembedding), self.unembedding),
-                    tile.finished(
+                kinds.acceptance(
+                    fused_tile.finished(_product(student_PD[few], self.unembedding), self.unembedding),
+                    fused_tile.finished(
                         _product(self.trunk_PD[alignment.teacher_row(few, self.depths[place])], self.teacher_head),
                         self.teacher_head,
                     ),
@@ -270,7 +271,7 @@ class _Walk:
                 for few in at.split(step)
             ]
             if len(at):
-                weights[place] = reference.lk_weight(torch.cat(accepted), self.settings.eta)
+                weights[place] = mixture(torch.cat(accepted), self.settings)
         return weights
 
     def _finish(
@@ -291,11 +292,12 @@ class _Walk:
             [counted_KP.sum(1), ce_KP.sum(1), value_KP.sum(1), (agree_KP.cumprod(0) * counted_KP).sum(1)]
         )
         alpha = sums.new_tensor(settings.alpha)
-        if settings.divergence != "end_to_end_tv":
+        join = settings.entry.join
+        if join is None:
             return alpha @ sums[1] + sums.new_tensor(settings.beta) @ sums[2], sums, grads
         accepted_KP = torch.where(counted_KP, 1.0 - value_KP, 1.0).requires_grad_()
         with torch.enable_grad():
-            loss = reference.end_to_end_tv(accepted_KP, counted_KP, settings.depth_weights).sum()
+            loss = join(accepted_KP, counted_KP, settings.depth_weights).sum()
             (slope_KP,) = torch.autograd.grad(loss, accepted_KP)
         # dL/dTV of each row; the pass gave dTV/dh.
         for grad, slope_P in zip(grads, slope_KP, strict=True):
@@ -314,7 +316,7 @@ def _product(states_RD: Tensor, head: Unembedding, out: Tensor | None = None) ->
 @functools.cache
 def _compiled() -> tuple[Any, Any]:
     """The sweeps as code of torch.compile, for any number of rows."""
-    return torch.compile(tile.teacher_tile, dynamic=True), torch.compile(tile.compare, dynamic=True)
+    return torch.compile(fused_tile.teacher_tile, dynamic=True), torch.compile(fused_tile.compare, dynamic=True)
 
 
 @functools.cache

@@ -1,41 +1,129 @@
-"""Which loss is trained, and what is logged beside it. Read by `reference.py` and `fused.py` alike."""
+"""What a loss is, the register of losses, and the settings of the one that is trained.
+
+Recipes read this file and `kinds.py`: neither imports torch.
+
+Legend: N rows, S rows of a tile, M columns in use, V tokens, K depths.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
-
-Divergence = Literal["kl", "reverse_kl", "jsd", "tv", "lk", "end_to_end_tv"]
-"""What is compared with the teacher row; `reference.py` has a function for each."""
-
-TRUE_PROBABILITIES: frozenset[Divergence] = frozenset({"tv", "lk", "end_to_end_tv"})
-"""Divergences made of Σ min(p, q), what rejection sampling accepts: with a draft vocabulary the teacher's
-probabilities stay those among all tokens, and nothing is cut to a top n."""
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ESTIMATE_ROWS = 128
 """Rows of a depth at most on which LK takes its mean acceptance, evenly spaced."""
 
 
+class Teacher(NamedTuple):
+    """Teacher rows of a tile; computed once, compared with every depth."""
+
+    z: Tensor | None
+    """Logits over the temperature, [S, M], for divergences with log q in their gradient."""
+    q: Tensor
+    """softmax(z) over the columns compared, 0 in the others, [S, M]."""
+    lse: Tensor
+    """log Σ exp z over the columns compared, [S]."""
+    negative_entropy: Tensor
+    """Σ q log q, [S]."""
+    outside: Tensor | None
+    """Added to logits to leave out columns: 0 or the lowest number, [S, M]. None where all are compared."""
+    mass: Tensor | None
+    """The true probability of all columns together, [S]. None where it is 1."""
+
+    def rows(self, count: int) -> Teacher:
+        """The first rows of the tile."""
+        parts: Any = (None if part is None else part[:count] for part in self)
+        return Teacher(*parts)
+
+
+class Student(NamedTuple):
+    """Rows of one depth beside their teacher rows, both [S, M]; log-sum-exp [S]."""
+
+    y: Tensor
+    p: Tensor
+    lse: Tensor
+
+
+Reference = Callable[..., "Tensor"]
+"""(student logits [N, M], teacher logits [N, V], further arguments by name) -> D of each row [N]."""
+Twin = Callable[[Student, Teacher, "LossSettings", "Tensor"], "tuple[Tensor, Tensor]"]
+"""(student, teacher, settings, λ of the depth) -> D [S] and dD/dy [S, M], which is the caller's to overwrite."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss, Σ_k Σ_rows alpha_k CE + beta_k D: all that recipes, the reference and the fused loss ask about it.
+
+    Attributes:
+        name: value of the recipe key `train.loss`.
+        about: what it is, for the description of that key.
+        reads: keys of `train` that mean something to it, among those that not all losses read. A loss that reads
+            `alpha` and `beta` has both terms; another one has `weights`, which weigh D, or CE if there is no D.
+        reference: D of each row, as in the paper; None for a loss that is CE alone.
+        twin: D and its gradient on a tile of logits, for the fused loss; None for a loss that is CE alone.
+        arguments: further arguments of `reference`: its parameter's name, and the field of `LossSettings` it is.
+        true_probabilities: whether D reads the teacher's probabilities among all tokens. With a draft vocabulary they
+            are not renormalised over it, nothing is cut to a top n, and `reference` takes `columns_M`.
+        log_q: whether `twin` reads the teacher's logits `z`.
+        mixture: λ of a depth, which `twin` gets, from the acceptance of a few of its rows.
+        join: joins 1 - D of all depths of a position: (1 - D [K, P], which count [K, P], weights) -> loss [P].
+        logged: name of D in the metrics; empty for the name of the loss.
+    """
+
+    name: str
+    about: str
+    reads: frozenset[str]
+    reference: Reference | None = None
+    twin: Twin | None = None
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    true_probabilities: bool = False
+    log_q: bool = False
+    mixture: Callable[[Tensor, LossSettings], Tensor] | None = None
+    join: Callable[[Tensor, Tensor, Sequence[float]], Tensor] | None = None
+    logged: str = ""
+
+    def __post_init__(self) -> None:
+        assert (self.reference is None) == (self.twin is None), "a reference and its twin come together"
+
+
+LOSSES: dict[str, Loss] = {}
+"""Every loss by its name, in the order in which messages list them."""
+
+
+def register(loss: Loss) -> Loss:
+    """Makes a loss known to recipes, training and plans.
+
+    Raises:
+        ValueError: another loss has its name.
+    """
+    if loss.name in LOSSES:
+        raise ValueError(f"a loss of the name {loss.name} is registered already")
+    LOSSES[loss.name] = loss
+    return loss
+
+
 @dataclass(frozen=True)
 class LossSettings:
-    """The loss Σ_k Σ_rows alpha_k CE + beta_k D, with D the divergence.
+    """The loss Σ_k Σ_rows alpha_k CE + beta_k D, with D the divergence of the loss.
 
-    `end_to_end_tv` joins the depths of a position: there beta_k is its weight among them, Σ_k beta_k being 1.
+    A loss that joins the depths of a position has beta_k as their weights, which are scaled to sum 1.
 
     Attributes:
         alpha, beta: weights of the cross-entropy and of the divergence, one each for every depth with a loss.
-        divergence: D.
+        loss: its registered name.
         top_n: D compares the teacher's n most likely columns, renormalised; 0 for all of them.
         teacher_temperature, student_temperature: divide the logits in D; the cross-entropy has none.
-        mix: share of the teacher in the mixture that `jsd` compares with.
-        eta: how fast `lk` goes from KL to TV as acceptance grows.
+        mix: share of the teacher in the mixture of a Jensen-Shannon divergence.
+        eta: how fast the share of KL falls as acceptance grows, in a mixture of KL and TV.
     """
 
     alpha: tuple[float, ...]
     beta: tuple[float, ...]
-    divergence: Divergence = "kl"
+    loss: str = "kl"
     top_n: int = 0
     teacher_temperature: float = 1.0
     student_temperature: float = 1.0
@@ -44,19 +132,24 @@ class LossSettings:
 
     def __post_init__(self) -> None:
         assert len(self.alpha) == len(self.beta), "one alpha and one beta for each depth"
+        assert self.entry.reference is not None or not any(self.beta), "no divergence to weigh"
         assert not (self.top_n and self.true_probabilities), "Σ min(p, q) is over all columns"
-        assert self.divergence != "end_to_end_tv" or not any(self.alpha), "it scales whole rows of the gradient"
+        assert self.entry.join is None or not any(self.alpha), "it scales whole rows of the gradient"
         assert 0.0 < self.mix < 1.0, "the ends are the two KLs"
+
+    @property
+    def entry(self) -> Loss:
+        return LOSSES[self.loss]
 
     @property
     def true_probabilities(self) -> bool:
         """Whether the teacher's probabilities are those among all tokens, a draft vocabulary or not."""
-        return self.divergence in TRUE_PROBABILITIES
+        return self.entry.true_probabilities
 
     @property
     def depth_weights(self) -> tuple[float, ...]:
         """Weight of D at each depth."""
-        if self.divergence != "end_to_end_tv":
+        if self.entry.join is None:
             return self.beta
         total = sum(self.beta) or 1.0
         return tuple(weight / total for weight in self.beta)
@@ -69,7 +162,7 @@ class LossSums:
     rows: Tensor
     cross_entropy: Tensor
     divergence: Tensor
-    """D as it is in the loss, without beta; of `end_to_end_tv`, the TV of each depth by itself."""
+    """D as it is in the loss, without beta; where depths are joined, the D of each by itself."""
     accepted: Tensor
     """Rows whose drafts up to depth k, from the first depth with a loss on, all equal the main head's own choice among
     the columns, teacher-forced."""

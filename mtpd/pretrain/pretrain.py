@@ -2,7 +2,7 @@
 
     L = Σ_t Σ_{k=0..K} -log p^k(x_{t+k+1})        p^0 is the main head's
 
-Trunk, main head and heads all learn. Forward and backward run head by head (`mtpd.losses.pieces`), so that logits
+Trunk, main head and heads all learn. Forward and backward run head by head (`mtpd.losses.chunked`), so that logits
 take as much memory with many heads as with one.
 """
 
@@ -24,7 +24,7 @@ from mtpd.errors import UserError
 from mtpd.files import is_empty, replacing, write_whole
 from mtpd.heads import build_heads, configure_heads, save_heads, start_heads
 from mtpd.heads.parallel.heads import AnyParallel
-from mtpd.losses.pieces import in_pieces
+from mtpd.losses.chunked import in_chunks
 from mtpd.parallel import ranks
 from mtpd.pretrain.muon import muon_and_adamw
 from mtpd.pretrain.streams import stream_rows
@@ -77,7 +77,7 @@ class PretrainModel(nn.Module):
         parameters = [unembedding.weight, *([] if self.heads is None else self.heads.parameters())]
         if unembedding.bias is not None:
             parameters.append(unembedding.bias)
-        loss, self.losses = in_pieces(piece, 1 + self.depth, hidden, parameters)
+        loss, self.losses = in_chunks(piece, 1 + self.depth, hidden, parameters)
         return {"loss": loss}
 
 

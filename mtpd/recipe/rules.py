@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from mtpd.losses.settings import LOSSES
 from mtpd.recipe.sections import DataRecipe, EvaluationRecipe, ExtendRecipe, HeadsRecipe, TrainRecipe, TrunkRecipe
 
 OWNED_ARGUMENTS = {
@@ -157,9 +158,9 @@ def trunk_problems(
         problems.append(f"trunk.train: {trunk.train} is not accepted with extend.to or extend.auto; accepted: frozen")
     if trunk.train == "full" and trunk.rank != defaults.rank:
         problems.append(f"trunk.rank: {trunk.rank} does nothing with trunk.train: full; accepted: {defaults.rank}")
-    if trunk.train == "full" and train.loss == "end_to_end_tv":
+    if trunk.train == "full" and LOSSES[train.loss].join is not None:
         problems.append(
-            "train.loss: end_to_end_tv is not accepted with trunk.train: full; accepted: any other loss, or train: lora"
+            f"train.loss: {train.loss} is not accepted with trunk.train: full; accepted: any other loss, or train: lora"
         )
     return problems
 
@@ -278,26 +279,14 @@ def data_problems(data: DataRecipe) -> list[str]:
 
 
 TOP_N = 10_000
-RENORMALISED = ("mtp_d", "kl", "reverse_kl", "jsd")
-DISTILLING = (*RENORMALISED, "tv", "lk", "end_to_end_tv")
-READ_BY = {
-    "alpha": ("mtp_d",),
-    "beta": ("mtp_d",),
-    "weights": ("ce", *DISTILLING[1:]),
-    "top_n": RENORMALISED,
-    "teacher_temperature": DISTILLING,
-    "student_temperature": DISTILLING,
-    "jsd_mix": ("jsd",),
-    "lk_eta": ("lk",),
-}
-"""Which losses read a key of `train`. With another loss it has to keep its default."""
 
 
 def train_problems(train: TrainRecipe, depth: int) -> list[str]:
     problems = []
-    for key, losses in READ_BY.items():
-        value, default = getattr(train, key), TrainRecipe.model_fields[key].default
-        if train.loss not in losses and value != default:
+    for key, field in TrainRecipe.model_fields.items():
+        losses = [loss.name for loss in LOSSES.values() if key in loss.reads]
+        value, default = getattr(train, key), field.default
+        if losses and train.loss not in losses and value != default:
             accepted = "null" if default is None else default
             problems.append(
                 f"train.{key}: {value} does nothing with train.loss: {train.loss}; accepted: {accepted}, "
@@ -313,7 +302,7 @@ def train_problems(train: TrainRecipe, depth: int) -> list[str]:
                 f"(heads.depth is {depth})"
             )
     if not problems and not any(sum(loss_weights(train, depth), ())):
-        key, accepted = ("alpha", "alpha or beta") if train.loss == "mtp_d" else ("weights", "of them")
+        key, accepted = ("alpha", "alpha or beta") if "alpha" in LOSSES[train.loss].reads else ("weights", "of them")
         problems.append(f"train.{key}: all weights of the loss are 0; accepted: at least one {accepted} above 0")
     if train.max_steps == 0:
         problems.append("train.max_steps: 0 is not accepted; accepted: -1 for whole epochs, or at least 1")
@@ -357,12 +346,13 @@ def loss_weights(train: TrainRecipe, depth: int, *, after: int = 0) -> tuple[tup
     A list for fewer depths is looped, as heads are.
     """
     depths = range(after, depth)
-    if train.loss == "mtp_d":
+    loss = LOSSES[train.loss]
+    if "alpha" in loss.reads:
         beta = train.beta if train.beta is not None else (1.0 if depth == 1 else 0.5)
         return _per_depth(train.alpha, train.decay, depths), _per_depth(beta, train.decay, depths)
     weights = _per_depth(1.0 if train.weights is None else train.weights, train.decay, depths)
     none = (0.0,) * len(depths)
-    return (weights, none) if train.loss == "ce" else (none, weights)
+    return (weights, none) if loss.reference is None else (none, weights)
 
 
 def _per_depth(weights: float | list[float], decay: float, depths: range) -> tuple[float, ...]:
@@ -373,6 +363,6 @@ def _per_depth(weights: float | list[float], decay: float, depths: range) -> tup
 
 def compared_tokens(train: TrainRecipe) -> int:
     """The n of the top n that `train` means, 0 for all tokens."""
-    if train.loss not in RENORMALISED:
+    if "top_n" not in LOSSES[train.loss].reads:
         return 0
     return TOP_N if train.top_n is None else train.top_n

@@ -6,6 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mtpd.losses.settings import LOSSES
+from mtpd.recipe.registered import Registered
+
 LARGEST = 10**9
 """No count of anything here is larger, and what computes with it has 64 bits."""
 Weight = Annotated[float, Field(ge=0)]
@@ -153,10 +156,11 @@ class DataRecipe(Section):
 class TrainRecipe(Section):
     """The loss and its optimisation."""
 
-    loss: Literal["mtp_d", "ce", "kl", "reverse_kl", "jsd", "tv", "lk", "end_to_end_tv"] = "mtp_d"
-    """What is trained on, summed over depths. mtp_d: alpha * CE + beta * KL. ce: the true token. kl, reverse_kl,
-    jsd: that divergence from the main head. tv: one minus the chance that rejection sampling accepts. lk: from kl to
-    tv as acceptance grows. end_to_end_tv: one minus the mean chance that a draft is accepted up to depth k."""
+    loss: Annotated[str, Registered(LOSSES)] = Field(
+        default=next(iter(LOSSES)),
+        description="What is trained on, summed over depths. "
+        + " ".join(f"{loss.name}: {loss.about}." for loss in LOSSES.values()),
+    )
     alpha: Weight | list[Weight] = 0.3
     """Weight of the cross-entropy in mtp_d: one number, or one for each depth."""
     beta: Weight | list[Weight] | None = None

@@ -33,6 +33,10 @@ def find_recipe(given: Path | str) -> Path:
     names = shipped_names()
     if str(given) in names:
         return shipped_folder() / f"{given}.yaml"
+    if path.is_dir():
+        inside = path / "recipe.yaml"
+        what = f"{inside}, the recipe of that run" if inside.is_file() else "a YAML file, or a name (mtpd recipe ls)"
+        raise UserError(f"recipe file {path}: is a directory; accepted: {what}")
     if path.exists():
         return path
     raise UserError(f"recipe file {path}: no such file; {_way_out(path, names)}")

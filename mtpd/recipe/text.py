@@ -66,7 +66,7 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^$"), [""])
 
 
-def read_mapping(path: Path, *, what: str = "recipe", example: str = "recipes/demo.yaml") -> dict[str, Any]:
+def read_mapping(path: Path, *, what: str = "recipe", example: str = "mtpd recipe copy demo writes") -> dict[str, Any]:
     """The mapping in a YAML file, without its `x-` keys.
 
     Args:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
 
 from mtpd.data.find_model import check_model
-from mtpd.data.sources import check_source
+from mtpd.data.prompts import read_row
+from mtpd.data.sources import check_source, read
 from mtpd.errors import UserError
 from mtpd.recipe import DEEPSPEED_PRESETS, PretrainRecipe, Recipe
 from mtpd.recipe.trackers import check_trackers
 
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu", "hpu", "npu", "mlu", "musa", "sdaa", "xla")
+"""Kinds of devices that PyTorch has names for; whether one is there is seen when it is used."""
 RECIPE = "recipe.yaml"
 HEADS_FILE = "model.safetensors"
+EXPORTED = "mtpd.json"
+"""In what `mtpd export` wrote."""
 
 
 def check_recipe(recipe: Recipe, *, weights: bool = True) -> None:
@@ -26,14 +32,16 @@ def check_recipe(recipe: Recipe, *, weights: bool = True) -> None:
         UserError: naming the key, its value and what is accepted.
     """
     check_model(recipe.model, weights=weights)
+    if recipe.device.partition(":")[0] not in DEVICES:
+        raise UserError(f"device: {recipe.device} is not accepted; accepted: {', '.join(DEVICES)}")
     data = recipe.data
-    check_source(data.prompts, key="data.prompts")
+    _check_prompts(data.prompts, key="data.prompts")
     if data.held_out is not None:
-        check_source(data.held_out, key="data.held_out")
+        _check_prompts(data.held_out, key="data.held_out")
     for number, text in enumerate(data.given):
-        check_source(text.prompts, key=f"data.given.{number}.prompts")
+        _check_prompts(text.prompts, key=f"data.given.{number}.prompts")
     for number, source in enumerate(recipe.evaluation.extra):
-        check_source(source, key=f"evaluation.extra.{number}")
+        _check_prompts(source, key=f"evaluation.extra.{number}")
     if recipe.heads.source is not None and not (Path(recipe.heads.source) / HEADS_FILE).is_file():
         raise UserError(
             f"heads.source: {recipe.heads.source}: holds no heads; accepted: a directory of them, like runs/demo/heads"
@@ -55,6 +63,19 @@ def check_recipe(recipe: Recipe, *, weights: bool = True) -> None:
         check_folder(Path(data.store), key="data.store")
 
 
+def _check_prompts(source: str, *, key: str) -> None:
+    """`check_source`, and the first row of a file: most files that are wrong are wrong in all rows."""
+    check_source(source, key=key)
+    if Path(source).expanduser().is_file():
+        place, row = next(read(source, split="", subset=None), (source, None))
+        if row is None:
+            raise UserError(f"{key}: {source} holds no prompts")
+        if isinstance(row, list):
+            raise UserError(f"{key}: {place}: expected one JSON object a line (.jsonl), got a JSON list")
+        if not (isinstance(row, dict) and "conversations" in row):  # read by a library that takes seconds to import
+            read_row(row, place=f"{key}: {place}", default_id="")
+
+
 def check_pretrain_recipe(recipe: PretrainRecipe) -> None:
     """`check_recipe`, for `mtpd pretrain`."""
     for key, source in (("data.texts", recipe.data.texts), ("data.held_out", recipe.data.held_out)):
@@ -67,8 +88,8 @@ def check_pretrain_recipe(recipe: PretrainRecipe) -> None:
     check_folder(recipe.output, key="output")
 
 
-def check_finished(path: Path, *, heads: str = "heads") -> None:
-    """Raises UserError unless a directory holds a run with heads of that name."""
+def check_run(path: Path) -> None:
+    """Raises UserError unless a directory holds a run, finished or not."""
     if not path.exists():
         raise UserError(f"{path}: no such directory; accepted: the output directory of mtpd distill, such as runs/demo")
     if not path.is_dir():
@@ -76,15 +97,33 @@ def check_finished(path: Path, *, heads: str = "heads") -> None:
     if not (path / RECIPE).is_file():
         parent = path.resolve().parent
         hint = f" (did you mean {path.parent}?)" if (parent / RECIPE).is_file() else ""
+        if (path / EXPORTED).is_file():
+            raise UserError(
+                f"{path}: is an export, for other engines (mtpd verify serves it); give the run that it was written "
+                f"from: {_run_of(path)}"
+            )
         if (path / "config.json").is_file() and not hint:
             hint = " (this is a model; heads belong to the run that it was exported from)"
         raise UserError(
             f"{path}: holds no run (no {RECIPE}); give the output directory of mtpd distill, such as runs/demo{hint}"
         )
+
+
+def check_finished(path: Path, *, heads: str = "heads") -> None:
+    """Raises UserError unless a directory holds a run with heads of that name."""
+    check_run(path)
     if not (path / heads / HEADS_FILE).is_file():
         others = sorted(file.parent.name for file in path.glob(f"heads*/{HEADS_FILE}"))
         hint = f"accepted here: {', '.join(others)}; or " if others else ""
         raise UserError(f"{path / heads}: holds no heads; {hint}finish the run with mtpd distill {path / RECIPE}")
+
+
+def _run_of(export: Path) -> str:
+    """The run that an export says it is of."""
+    try:
+        return str(json.loads((export / EXPORTED).read_text(encoding="utf-8"))["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "what mtpd distill wrote"
 
 
 def check_folder(path: Path, *, key: str) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from mtpd.data.models import load_model, resolve_dtype, trunk_fingerprint
-from mtpd.decode.model import Drafting, Model
+from mtpd.decode.drafting import Drafting
+from mtpd.decode.model import Model
 from mtpd.errors import UserError
 from mtpd.evaluate.depths import Depths
 from mtpd.files import write_whole

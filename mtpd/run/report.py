@@ -15,6 +15,7 @@ from mtpd.files import read_sealed, write_whole
 from mtpd.recipe import Recipe, load_recipe
 from mtpd.report.page import ReportContents, Section, render_report
 from mtpd.report.samples import read_samples
+from mtpd.run.check import check_run
 from mtpd.run.directory import RunDirectory, warn_of_changes
 
 SHOWN_PROMPTS = 5
@@ -35,8 +36,7 @@ def report_run(path: Path, *, output: Path | None = None, against: Path | None =
         UserError: no run there, nothing measured yet, a file that cannot be read, or one that must not be compared.
     """
     run = RunDirectory(path)
-    if not run.recipe.is_file():
-        raise UserError(f"{path}: holds no run (no {run.recipe.name}); give the output directory of mtpd distill")
+    check_run(path)
     warn_of_changes(run)
     recipe = load_recipe(run.recipe)
     sections = _sections(recipe, run, against)

@@ -8,18 +8,9 @@ import torch
 from transformers import TrainingArguments
 
 from mtpd.errors import UserError
-from mtpd.losses.settings import Divergence, LossSettings
+from mtpd.losses.settings import LossSettings
 from mtpd.recipe import Recipe, compared_tokens, loss_weights
 from mtpd.train.measuring_trainer import measuring_arguments
-
-DIVERGENCES: dict[str, Divergence] = {
-    "reverse_kl": "reverse_kl",
-    "jsd": "jsd",
-    "tv": "tv",
-    "lk": "lk",
-    "end_to_end_tv": "end_to_end_tv",
-}
-"""What `train.loss` compares with the teacher; mtp_d and kl have the KL."""
 
 
 def loss_settings(recipe: Recipe, *, depth: int | None = None, after: int = 0) -> LossSettings:
@@ -34,7 +25,7 @@ def loss_settings(recipe: Recipe, *, depth: int | None = None, after: int = 0) -
     return LossSettings(
         alpha,
         beta,
-        divergence=DIVERGENCES.get(train.loss, "kl"),
+        loss=train.loss,
         top_n=compared_tokens(train),
         teacher_temperature=train.teacher_temperature,
         student_temperature=train.student_temperature,

@@ -21,7 +21,6 @@ from mtpd.data.packing import PackedRows, collate
 from mtpd.data.store import HiddenStates, with_hidden
 from mtpd.files import write_whole, writing
 from mtpd.heads import load_heads, save_heads
-from mtpd.losses.settings import LossSettings
 from mtpd.parallel.document_attention import by_documents
 from mtpd.parallel.partition import gathered, make_whole
 from mtpd.train import checkpoints
@@ -171,7 +170,7 @@ class HeadTrainer(SafeTrainer):
                 count = max(1.0, rows[k].item())
                 logs[f"ce_{depth}"] = cross_entropy[k].item() / count
                 if any(settings.beta):
-                    logs[f"{_name(settings)}_{depth}"] = divergence[k].item() / count
+                    logs[f"{settings.entry.logged or settings.loss}_{depth}"] = divergence[k].item() / count
                 # Of all places where depth 1 drafts, as CAR is defined. Teacher-forced on training text:
                 # the file acceptance.json, not this, says how well the heads draft. Where depth 1 is finished,
                 # nothing says whether its drafts would have been accepted.
@@ -271,11 +270,6 @@ def _round(args: TrainingArguments, parts: int) -> int:
     if args.world_size == 1 or args.dataloader_drop_last:
         return 1
     return int(args.train_batch_size * args.world_size // parts)
-
-
-def _name(settings: LossSettings) -> str:
-    """What the logged divergence of one depth is."""
-    return "tv" if settings.divergence == "end_to_end_tv" else settings.divergence
 
 
 class Metrics(TrainerCallback):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,8 +19,13 @@ from mtpd.formats.engines.result import Served, count_rounds
 from mtpd.formats.find_heads import Native, find_heads
 
 
-def serve(folder: Path, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> Served:
+def serve(
+    folder: Path, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, progress: Callable[[], object]
+) -> Served:
     """Greedy texts of `max_new_tokens` tokens, end tokens or not, drafting as deep as the checkpoint has heads.
+
+    Args:
+        progress: called after each text.
 
     Raises:
         UserError: transformers cannot read the directory's heads.
@@ -47,6 +52,7 @@ def serve(folder: Path, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
             )
         text = output[0, len(prompt) :].tolist()
         texts.append(text)
+        progress()
         found = count_rounds(rounds, text, depth)
         sums = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, found, strict=True)]
     return Served(f"transformers {transformers.__version__}", texts, *sums)

@@ -1,7 +1,7 @@
-"""A sum of pieces whose gradient is taken piece by piece, so that only what one piece holds is in memory.
+"""A sum of chunks whose gradient is taken chunk by chunk, so that only what one chunk holds is in memory.
 
-Forward and backward of a piece run one after the other, inside of the forward pass of the whole; what is kept is
-the gradient. With one head a piece this is the order of Gloeckle et al. (arXiv 2404.19737, section 2): the trunk's
+Forward and backward of a chunk run one after the other, inside of the forward pass of the whole; what is kept is
+the gradient. With one head a chunk this is the order of Gloeckle et al. (arXiv 2404.19737, section 2): the trunk's
 state is cut off, each head adds to its gradient and lets go of its logits, and the sum goes back through the trunk
 once. Memory of logits is then O(V) a position, not O(K V).
 """
@@ -14,26 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Piece = Callable[[int, Tensor], tuple[Tensor, Tensor]]
-"""(number, state) -> the piece of the loss, and a tensor to log, without a graph."""
+Chunk = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+"""(number, state) -> the chunk of the loss, and a tensor to log, without a graph."""
 
 
-def in_pieces(piece: Piece, count: int, state: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Σ of the pieces' losses, and what they log, stacked.
+def in_chunks(chunk: Chunk, count: int, state: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Σ of the chunks' losses, and what they log, stacked.
 
     Args:
-        piece: may read parameters of its own; it is called in order, once each.
-        count: number of pieces, at least 1.
-        state: what all pieces read; gets gradient where it requires it.
-        parameters: all that the pieces read and that are to get gradient.
+        chunk: may read parameters of its own; it is called in order, once each.
+        count: number of chunks, at least 1.
+        state: what all chunks read; gets gradient where it requires it.
+        parameters: all that the chunks read and that are to get gradient.
     """
-    loss, logged = _Pieces.apply(piece, count, state, *parameters)
+    loss, logged = _Chunks.apply(chunk, count, state, *parameters)
     return loss, logged
 
 
-class _Pieces(torch.autograd.Function):
+class _Chunks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, piece: Piece, count: int, state: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, chunk: Chunk, count: int, state: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         wanted = [each for each in parameters if each.requires_grad]
         cut = state.detach().requires_grad_(state.requires_grad)
         sources = ([cut] if cut.requires_grad else []) + wanted
@@ -43,7 +43,7 @@ class _Pieces(torch.autograd.Function):
         logged = []
         for number in range(count):
             with torch.set_grad_enabled(needed):
-                value, seen = piece(number, cut)
+                value, seen = chunk(number, cut)
             logged.append(seen)
             if needed and value.requires_grad:
                 grads = torch.autograd.grad(value, sources, allow_unused=True)
@@ -56,7 +56,7 @@ class _Pieces(torch.autograd.Function):
         found = iter(sums)
         first = next(found) if cut.requires_grad else None
         ctx.grads = [first, *(next(found) if each.requires_grad else None for each in parameters)]
-        assert total is not None, "at least one piece"
+        assert total is not None, "at least one chunk"
         stacked = torch.stack(logged)
         ctx.mark_non_differentiable(stacked)
         return total, stacked

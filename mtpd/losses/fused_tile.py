@@ -1,13 +1,6 @@
 """One tile of logits: the value of a loss and its gradient in the logits, each in a few sweeps over the tile.
 
-The twin of a divergence in `reference.py` is a function here of the same name. It takes one tile of a student
-and of its teacher rows, and gives D of each row and dD/dy. With p = softmax(y), a gradient g in p becomes
-dD/dy = p · (g - Σ p g) in y; what the functions compute is this, written out:
-
-    KL          D = Σ q log q - Σ q y + lse(y)       dD/dy = p - q
-    reverse KL  D = Σ p r,  r = log p - log q        dD/dy = p (r - D)
-    JSD         D = π KL(q || m) + (1-π) KL(p || m)  dD/dy = (1-π) p (r - Σ p r),  r = log p - log m
-    TV          D = 1 - Σ min(p, q)                  dD/dy = ½ p (Σ p s - s),  s = sign(q - p)
+What a divergence computes there is its twin in `kinds.py`.
 
 Sweeps are counted: on a CPU they cost as much as the matrix products in bfloat16. So the log-sum-exp comes out of
 the softmax, the arg-max out of the maxima of blocks, and factors that a whole row has wait for the [S, D] product.
@@ -17,103 +10,17 @@ Legend: S rows of the tile, M columns in use, V tokens.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mtpd.losses.settings import LossSettings
+from mtpd.losses.settings import LossSettings, Student, Teacher
 from mtpd.trunk import Unembedding
 
 BLOCK = 64
 """Columns in a block of the arg-max."""
-
-
-class Teacher(NamedTuple):
-    """Teacher rows of a tile; computed once, compared with every depth."""
-
-    z: Tensor | None
-    """Logits over the temperature, [S, M], for divergences with log q in their gradient."""
-    q: Tensor
-    """softmax(z) over the columns compared, 0 in the others, [S, M]."""
-    lse: Tensor
-    """log Σ exp z over the columns compared, [S]."""
-    negative_entropy: Tensor
-    """Σ q log q, [S]."""
-    outside: Tensor | None
-    """Added to logits to leave out columns: 0 or the lowest number, [S, M]. None where all are compared."""
-    mass: Tensor | None
-    """The true probability of all columns together, [S]. None where it is 1."""
-
-    def rows(self, count: int) -> Teacher:
-        """The first rows of the tile."""
-        parts: Any = (None if part is None else part[:count] for part in self)
-        return Teacher(*parts)
-
-
-class Student(NamedTuple):
-    """Rows of one depth beside their teacher rows, both [S, M]; log-sum-exp [S]."""
-
-    y: Tensor
-    p: Tensor
-    lse: Tensor
-
-
-Twin = Callable[[Student, Teacher, LossSettings, Tensor], tuple[Tensor, Tensor]]
-"""(student, teacher, settings, λ of the depth) -> D [S] and dD/dy [S, M], which is the caller's to overwrite."""
-
-
-def kl(student: Student, teacher: Teacher, settings: LossSettings, weight: Tensor) -> tuple[Tensor, Tensor]:
-    value = teacher.negative_entropy - (teacher.q * student.y).sum(1) + student.lse
-    return value, student.p - teacher.q
-
-
-def reverse_kl(student: Student, teacher: Teacher, settings: LossSettings, weight: Tensor) -> tuple[Tensor, Tensor]:
-    assert teacher.z is not None
-    ratio = (student.y - teacher.z).add_((teacher.lse - student.lse)[:, None])
-    value = (student.p * ratio).sum(1)
-    return value, ratio.sub_(value[:, None]).mul_(student.p)
-
-
-def jsd(student: Student, teacher: Teacher, settings: LossSettings, weight: Tensor) -> tuple[Tensor, Tensor]:
-    assert teacher.z is not None
-    mix = settings.mix
-    log_p = student.y - student.lse[:, None]
-    log_q = teacher.z - teacher.lse[:, None]
-    log_m = torch.logaddexp(log_q + math.log(mix), log_p + math.log(1 - mix))
-    of_teacher = (log_q.sub_(log_m).mul_(teacher.q)).sum(1)
-    ratio = log_p.sub_(log_m)
-    of_student = (student.p * ratio).sum(1)
-    value = mix * of_teacher + (1 - mix) * of_student
-    return value, ratio.sub_(of_student[:, None]).mul_(student.p).mul_(1 - mix)
-
-
-def tv(student: Student, teacher: Teacher, settings: LossSettings, weight: Tensor) -> tuple[Tensor, Tensor]:
-    q = teacher.q if teacher.mass is None else teacher.q * teacher.mass[:, None]
-    value = 1.0 - torch.minimum(student.p, q).sum(1)
-    sign = (q - student.p).sign_()
-    mean = (student.p * sign).sum(1)
-    return value, sign.sub_(mean[:, None]).mul_(student.p).mul_(-0.5)
-
-
-def lk(student: Student, teacher: Teacher, settings: LossSettings, weight: Tensor) -> tuple[Tensor, Tensor]:
-    of_kl, grad_kl = kl(student, teacher, settings, weight)
-    of_tv, grad_tv = tv(student, teacher, settings, weight)
-    return torch.lerp(of_tv, of_kl, weight), grad_tv.lerp_(grad_kl, weight)
-
-
-TWINS: dict[str, Twin] = {
-    "kl": kl,
-    "reverse_kl": reverse_kl,
-    "jsd": jsd,
-    "tv": tv,
-    "lk": lk,
-    # The product over depths is known after the pass: it scales whole rows of the gradient.
-    "end_to_end_tv": tv,
-}
 
 
 def teacher_tile(
@@ -141,8 +48,7 @@ def teacher_tile(
     if columns_M is not None:
         mass = torch.exp(lse - everything)
     negative_entropy = (q * z).sum(1) - lse
-    kept = z if settings.divergence in ("reverse_kl", "jsd") else None
-    return Teacher(kept, q, lse, negative_entropy, outside, mass), choice
+    return Teacher(z if settings.entry.log_q else None, q, lse, negative_entropy, outside, mass), choice
 
 
 def compare(
@@ -166,7 +72,7 @@ def compare(
         teacher: its rows, or None for a loss that is CE alone.
         target_S: the column of the label, -1 where it has none.
         label_weight: weight of CE where D has weight 1; a scalar.
-        weight: λ of `lk`; a scalar.
+        weight: λ of a loss that mixes two divergences; a scalar.
         diverges: whether D has a weight at this depth. If not, it is a number to log, and CE has weight 1.
 
     Returns:
@@ -186,7 +92,9 @@ def compare(
             softened = scaled(y, settings.student_temperature)
             inside, inside_lse, _ = softmax(softened, teacher.outside)
             student = Student(softened, inside, inside_lse)
-        value, grad = TWINS[settings.divergence](student, teacher, settings, weight)
+        twin = settings.entry.twin
+        assert twin is not None, "the loss is cross-entropy alone"
+        value, grad = twin(student, teacher, settings, weight)
         if not diverges:
             grad = p * labels
         elif any(settings.alpha):
@@ -211,7 +119,7 @@ class Depth(NamedTuple):
     def of(cls, settings: LossSettings, depth: int, head: Unembedding) -> Depth:
         """For depth 1..K."""
         alpha, beta = settings.alpha[depth - 1], settings.beta[depth - 1]
-        if settings.divergence == "end_to_end_tv":
+        if settings.entry.join is not None:
             # The weights are in the factors that come after the pass.
             beta = 1.0
         if not beta:

@@ -1,0 +1,61 @@
+"""A prompt and what is written after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from mtpd.decode.counts import Counts
+
+
+@dataclass
+class Request:
+    """One prompt.
+
+    Args:
+        prompt: token ids, at least one.
+        max_new_tokens: how many tokens at most, at least 1.
+        seed: of the random numbers of this text; greedy decoding does not read it.
+        padding: what stood before the prompt to fill a batch; only logits processors and stopping criteria see it.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    seed: int = 0
+    padding: Sequence[int] = ()
+
+
+@dataclass
+class Text:
+    """What was written after one prompt."""
+
+    request: Request
+    number: int
+    """Place of the prompt among all that were given."""
+    tokens: list[int] = field(default_factory=list)
+    rounds: list[tuple[int, int, int]] = field(default_factory=list)
+    """Tokens written before the round, how deep was drafted in it, and how many of the drafts were accepted."""
+    ended: bool = False
+    scores: list[Tensor] = field(default_factory=list)
+    """Where they are asked for: what each token was chosen from, [V]."""
+    logits: list[Tensor] = field(default_factory=list)
+
+    @property
+    def room(self) -> int:
+        """Tokens that may yet be written."""
+        return self.request.max_new_tokens - len(self.tokens)
+
+    @property
+    def newest(self) -> int:
+        """Position of the newest token."""
+        return len(self.request.prompt) + len(self.tokens) - 1
+
+    def counts(self, depth: int) -> Counts:
+        """Sums over the rounds, by the rule of `mtpd.decode.counts`."""
+        counts = Counts(depth)
+        counts.start()
+        for before, drafted, accepted in self.rounds:
+            counts.round(accepted, room=len(self.tokens) - before, drafted=drafted)
+        return counts
