@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mtpd.decode.engine import Engine
 from mtpd.decode.text import Request
 from mtpd.heads import Readout
-from mtpd.heads.base import Pick
+from mtpd.heads.drafting import Pick
 from mtpd.losses.settings import LossSettings
 from mtpd.slots import Span
 from mtpd.trunk import Trunk

@@ -173,7 +173,7 @@ def learn(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> 
                 shared_layers=args.shared_layers,
             )
             spent = train(trunk, heads, rows, steps=args.steps, rate=args.rate, seed=seed)
-            form = circuit_of(heads).config.circuit
+            form = circuit_of(heads).config.own
             known = {"name": structure, "r": form.components, "leaves": form.leaves, "m": args.shared_layers}
             known |= {"steps": args.steps, "seed": seed}
             save_heads(heads, args.run / "circuits" / "-".join(map(str, known.values())))

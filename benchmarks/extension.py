@@ -27,7 +27,7 @@ from mtpd.data.packing import PackedRows, Sample, collate
 from mtpd.data.store import HiddenStates, MemoryStore, with_hidden
 from mtpd.evaluate.depths import measure_depths
 from mtpd.heads import Heads, load_heads, save_heads
-from mtpd.heads.chain.looped import Form, extended
+from mtpd.heads.chain.looped import Form
 from mtpd.heads.chain.start import initialise
 from mtpd.recipe import Recipe
 from mtpd.train.arguments import loss_settings
@@ -72,7 +72,7 @@ class Experiment:
     ) -> Heads:
         """One stage of an extension, measured before (where it has no other start) and after."""
         options = self.options
-        heads = extended(old, self.lab.trunk, depth=depth, form=form, rank=options.rank, seed=self.seed).train()
+        heads = old.extended(self.lab.trunk, depth=depth, form=form, rank=options.rank, seed=self.seed).train()
         if change is not None:
             change(heads)
         elif form == "copies":
@@ -109,11 +109,11 @@ class Experiment:
         eight = {form: self.stage("4 to 8", heads, 8, form) for form in FORMS}
         self.base("8 heads at once", 8)
         self.stage("4 to 8", heads, 8, "copies", change=self.random)
-        self.found("CE 4 to 8, untrained", extended(ce, self.lab.trunk, depth=8, form="shared"), 0.0, None)
+        self.found("CE 4 to 8, untrained", ce.extended(self.lab.trunk, depth=8, form="shared"), 0.0, None)
         for loss in ("mtp_d", "ce"):
             one = self.base(f"1 head {loss}", 1, loss=loss)
-            two = extended(one, self.lab.trunk, depth=2, form="shared")
-            self.found(f"1 to 4 {loss}, untrained", extended(two, self.lab.trunk, depth=4, form="shared"), 0.0, None)
+            two = one.extended(self.lab.trunk, depth=2, form="shared")
+            self.found(f"1 to 4 {loss}, untrained", two.extended(self.lab.trunk, depth=4, form="shared"), 0.0, None)
         for form in FORMS:
             self.stage("8 to 16", eight[form], 16, form)
 
@@ -149,7 +149,7 @@ def cost(lab: Lab, options: Any) -> None:
     finished = {"8 heads at once": None, "5 to 8, first epoch": FinishedDepths(lab.trunk, old, None), "5 to 8": kept}
     steps: dict[str, Callable[[dict[str, torch.Tensor]], None]] = {}
     for name, below in finished.items():
-        heads = extended(old, lab.trunk, depth=8, form="copies") if below is not None else experiment.start(8)
+        heads = old.extended(lab.trunk, depth=8, form="copies") if below is not None else experiment.start(8)
         steps[name] = _step(lab, experiment.recipe(4), heads.train(), below)
     seconds: dict[str, list[float]] = {name: [] for name in ["trunk", *steps]}
     for number in range(min(len(rows), options.cost_rows)):

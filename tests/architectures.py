@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from mtpd.heads import Heads, HeadsConfig, build_heads
-from mtpd.heads.chain.start import Start, initialise, source_layers
+from mtpd.heads.chain.start import Start, initialise
+from mtpd.heads.first_weights import source_layers
 from mtpd.trunk import Trunk
 
 SIZES = {

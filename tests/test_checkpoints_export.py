@@ -24,7 +24,6 @@ from mtpd.formats.engines import with_vllm
 from mtpd.formats.export import export
 from mtpd.formats.find_heads import find_heads
 from mtpd.heads import Heads, HeadsConfig, build_heads, load_heads, save_heads
-from mtpd.heads.chain.looped import extended
 from mtpd.trunk import Trunk
 
 TOKENS = 24
@@ -154,7 +153,7 @@ def test_an_exported_directory_is_whole(tmp_path: Path) -> None:
 def test_extended_heads_are_written_out(form: Any, tmp_path: Path) -> None:
     """Fault: looped depths that are left out or doubled wrongly, adapters that are dropped without a word."""
     trunk = architectures.tiny_trunk("llama")
-    heads = extended(architectures.random_heads(trunk, depth=2), trunk, depth=4, form=form, rank=4)
+    heads = architectures.random_heads(trunk, depth=2).extended(trunk, depth=4, form=form, rank=4)
     with torch.no_grad():
         for name, parameter in heads.named_parameters():
             if "lora_B" in name:

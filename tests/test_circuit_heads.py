@@ -48,24 +48,6 @@ def test_sampled_drafts_are_exact(form: str) -> None:
     assert chi_square(found, exact) < 4.5
 
 
-def test_ancestral_windows_follow_the_conditionals() -> None:
-    """Fault: a window drawn jointly that is not what the conditionals, by which it is verified, say."""
-    trunk, _ = small_world()
-    heads = random_kind(trunk, "btree-conditionals", depth=2, std=0.8)
-    assert isinstance(heads, CircuitHeads)
-    heads.attach(trunk)
-    hidden = trunk.hidden(torch.tensor([[1, 4]]))[:, -1]
-    draws, first = 40_000, torch.tensor([[3]])
-    drawn = heads.sample(hidden.expand(draws, -1), first.expand(draws, -1), torch.Generator().manual_seed(0))
-    found = (drawn[:, 0] * 5 + drawn[:, 1]).bincount(minlength=25).double()
-    expected = torch.zeros(25, dtype=torch.float64)
-    for a in range(5):
-        step = heads.stepwise(hidden, first)
-        p = step(0, first[:, 0]).softmax(-1)[0, a]
-        expected[5 * a : 5 * a + 5] = p * step(1, torch.tensor([a])).softmax(-1)[0]
-    assert chi_square(found.float(), expected) < 4.5
-
-
 @pytest.mark.parametrize("form", ["cp", "cp-shared", "hmm-tilted"])
 def test_evidence_is_the_log_of_the_leaves(form: str) -> None:
     """Fault: a leaf that does not sum to 1; an exponential too large; a token without a column that counts."""
@@ -75,7 +57,7 @@ def test_evidence_is_the_log_of_the_leaves(form: str) -> None:
     heads.attach(trunk)
     hidden = trunk.hidden(torch.tensor([[1, 4, 2]])).flatten(0, 1)
     columns = torch.tensor([[0, 1, 2], [4, -1, 3], [2, 2, -1]])
-    leaf = heads.leaf_logits(hidden).log_softmax(-1)
+    leaf = heads.leaves.logits(hidden, trunk.unembedding).log_softmax(-1)
     at = columns.clamp_min(0)[:, :, None, None].expand(-1, -1, 3, 1)
     expected = leaf.gather(-1, at).squeeze(-1).where((columns >= 0)[..., None], 0.0)
     found = heads.evidence(hidden, columns)

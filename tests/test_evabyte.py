@@ -16,7 +16,7 @@ import mtpd
 from mtpd.cli import main
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance
-from mtpd.heads.parallel.output_heads import UnembeddedHeads
+from mtpd.heads.parallel.output_heads import OutputHeads
 
 CODE = '''
 """Stands in for EvaByte's own code: Llama's layers below an output matrix of several heads."""
@@ -83,7 +83,7 @@ def test_imported_heads_compute_what_the_matrix_says(checkpoint: Path, tmp_path:
     assert main(["import", str(checkpoint), "-o", str(run), "--trust-remote-code"]) == 0
     model = mtpd.load(run, dtype="float32", device="cpu")
     heads = model.heads
-    assert isinstance(heads, UnembeddedHeads)
+    assert isinstance(heads, OutputHeads)
     assert heads.depth == HEADS - 1
     ids = model.tokenizer("def main(", return_tensors="pt")["input_ids"]
     hidden = model.trunk.hidden(ids)

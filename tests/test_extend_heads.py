@@ -15,7 +15,6 @@ from mtpd import alignment
 from mtpd.alignment import IGNORED
 from mtpd.errors import UserError
 from mtpd.heads import Heads, load_heads, save_heads
-from mtpd.heads.chain.looped import extended
 from mtpd.heads.config import HeadsConfig
 from mtpd.losses.settings import LossSettings
 from mtpd.train.model import DistillModel
@@ -56,7 +55,7 @@ def trained(heads: Heads) -> Heads:
 def test_a_loop_is_the_heads_applied_again(llama: Trunk, form: Any, shared: bool) -> None:
     """Fault: new depths that loop the wrong heads, read the wrong state or token, or change the old ones."""
     heads = random_heads(llama, depth=2, shared=shared)
-    wider = extended(extended(heads, llama, depth=4, form=form, rank=4), llama, depth=7, form=form, rank=4)
+    wider = heads.extended(llama, depth=4, form=form, rank=4).extended(llama, depth=7, form=form, rank=4)
     batch = row(llama)
     state, old = batch["hidden"], heads.chain()
     # Two heads, looped; then the last three of four.
@@ -74,7 +73,7 @@ def test_a_loop_is_the_heads_applied_again(llama: Trunk, form: Any, shared: bool
 def test_what_is_trained(llama: Trunk, form: Any) -> None:
     """Fault: old heads that get gradients, new ones that get none, or new depths that own more than they say."""
     heads = random_heads(llama, depth=2)
-    wider = extended(heads, llama, depth=4, form=form, rank=4)
+    wider = heads.extended(llama, depth=4, form=form, rank=4)
     before = {name: tensor.clone() for name, tensor in wider.state_dict().items()}
     batch = row(llama)
     after = 0 if form == "shared" else 2
@@ -109,7 +108,7 @@ def test_what_is_trained(llama: Trunk, form: Any) -> None:
 def test_deep_alignment(llama: Trunk) -> None:
     """Fault: depths 3 and 4 that are compared with the rows of depths 1 and 2, or old depths that still cost."""
     heads = random_heads(llama, depth=2)
-    wider = extended(heads, llama, depth=4, form="copies")
+    wider = heads.extended(llama, depth=4, form="copies")
     batch = row(llama)
     below = states(llama, heads, batch)[1]
     new = DistillModel(llama, wider, LossSettings((0.3, 0.2), (0.5, 0.1), top_n=20), after=2)
@@ -133,7 +132,7 @@ def test_deep_alignment(llama: Trunk) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_saved_heads_come_back(llama: Trunk, form: Any, tmp_path: Path) -> None:
     """Fault: shared tensors saved twice or refused, adapters that are lost, an order of depths that is not kept."""
-    wider = trained(extended(random_heads(llama, depth=2), llama, depth=3, form=form, rank=4))
+    wider = trained(random_heads(llama, depth=2).extended(llama, depth=3, form=form, rank=4))
     save_heads(wider, tmp_path)
     loaded = load_heads(tmp_path, llama)
     batch = row(llama)
@@ -160,7 +159,7 @@ def test_merged_heads_draft_the_same(trunk: Trunk) -> None:
 
 def check_merged(trunk: Trunk, form: Any) -> None:
     """Heads against the same ones with a block for each depth."""
-    wider = trained(extended(random_heads(trunk, depth=2), trunk, depth=4, form=form, rank=4))
+    wider = trained(random_heads(trunk, depth=2).extended(trunk, depth=4, form=form, rank=4))
     before = {name: tensor.clone() for name, tensor in wider.state_dict().items()}
     merged = wider.merged()
     assert merged.config == HeadsConfig(depth=4, hidden_size=trunk.hidden_size, source_layers=[1, 2, 1, 2])
@@ -187,7 +186,7 @@ def test_decoded_text_is_that_of_generate(llama: Trunk, form: Any) -> None:
     from architectures import greedy_text
 
     prompt, text = greedy_text("llama", 7)
-    wider = trained(extended(random_heads(llama, depth=4), llama, depth=8, form=form, rank=4)).eval()
+    wider = trained(random_heads(llama, depth=4).extended(llama, depth=8, form=form, rank=4)).eval()
     assert decoded(llama, wider, prompt, len(text)) == text
     batch = row(llama)
     whole = states(llama, wider, batch)
@@ -204,7 +203,7 @@ def test_drafts_of_looped_heads_are_accepted(learned: Any) -> None:
     trunk, sample = learned.trunk, learned.sample
     from mtpd.evaluate.offline import measure_offline
 
-    wider = extended(learned.perfect, trunk, depth=6, form="adapters", rank=4)
+    wider = learned.perfect.extended(trunk, depth=6, form="adapters", rank=4)
     found = measure_offline(trunk, wider.eval(), [sample], progress=False)["prompts"]
     assert found.car[:3] == [1.0, 1.0, 1.0]
     merged = measure_offline(trunk, wider.merged().eval(), [sample], progress=False)["prompts"]
@@ -222,12 +221,12 @@ def decoded(trunk: Trunk, heads: Heads, prompt: list[int], count: int) -> list[i
 def test_adapters_that_cannot_be(llama: Trunk) -> None:
     """Fault: a loop of adapted heads that silently drops their adapters, or mixes ranks."""
     heads = random_heads(llama, depth=2)
-    wider = extended(heads, llama, depth=4, form="adapters", rank=4)
+    wider = heads.extended(llama, depth=4, form="adapters", rank=4)
     with pytest.raises(UserError, match=r"extend\.form: shared is not accepted .*; accepted: copies, adapters"):
-        extended(wider, llama, depth=8, form="shared")
+        wider.extended(llama, depth=8, form="shared")
     with pytest.raises(UserError, match=r"extend\.rank: 8 is not the rank .*; accepted: 4"):
-        extended(wider, llama, depth=8, form="adapters", rank=8)
-    looped = extended(trained(wider), llama, depth=8, form="adapters", rank=4)
+        wider.extended(llama, depth=8, form="adapters", rank=8)
+    looped = trained(wider).extended(llama, depth=8, form="adapters", rank=4)
     first, second = (looped.chain()[place].project.lora_B["default"].weight for place in (2, 6))
     assert first is not second
     assert torch.equal(first, second)

@@ -14,7 +14,8 @@ from mtpd import alignment
 from mtpd.alignment import IGNORED
 from mtpd.errors import UnsupportedModel
 from mtpd.heads import Heads
-from mtpd.heads.chain.start import _silence, fit, initialise, source_layers
+from mtpd.heads.chain.start import fit, initialise
+from mtpd.heads.first_weights import silence, source_layers
 from mtpd.heads.norms import gain
 from mtpd.losses.fused import LossSettings
 from mtpd.train.model import DistillModel
@@ -167,7 +168,7 @@ def test_layers_without_the_usual_names() -> None:
     """Fault: an identity start that is none, because no projection was found."""
     layer = nn.ModuleDict({"attention_out": nn.Linear(4, 4), "down_proj": nn.Linear(4, 4)})
     with pytest.raises(UnsupportedModel, match=r"OddForCausalLM: heads.init: .*accepted here: copy_last"):
-        _silence(layer, "OddForCausalLM")
+        silence(layer, "OddForCausalLM")
 
 
 def test_draft_vocabulary_survives(llama: Trunk) -> None:

@@ -169,8 +169,8 @@ def test_a_dump_keeps_values_that_yaml_could_misread(tmp_path: Path) -> None:
         ("warmup=1", "did you mean train.warmup_ratio?"),
         (
             "heads.zzz=1",
-            "accepted here: kind, depth, shared, adapters, shared_layers, adapter_rank, init, source, parallel, "
-            "circuit, vocabulary",
+            "accepted here: kind, depth, shared, adapters, shared_layers, adapter_rank, init, source, vocabulary, "
+            "parallel, circuit",
         ),
         ("data.given=[{prompts: a.jsonl, limt: 3}]", "did you mean data.given.limit?"),
     ],

@@ -28,7 +28,7 @@ from mtpd.decode.text import Request, Text
 from mtpd.decode.tree import TreeBuilder
 from mtpd.errors import UserError
 from mtpd.heads import Heads
-from mtpd.heads.base import Drafter
+from mtpd.heads.drafting import Drafter
 from mtpd.packed_modules import faster, faster_logits
 from mtpd.slots import SlotCache, Span
 from mtpd.trunk import Tap, Trunk

@@ -15,8 +15,7 @@ from unittest.mock import patch
 from transformers.modeling_layers import MtpModel
 
 from mtpd.errors import UserError
-from mtpd.heads import Heads, chain_of
-from mtpd.heads.chain.heads import ChainHeads
+from mtpd.heads import Heads
 from mtpd.trunk import Trunk
 
 
@@ -27,16 +26,16 @@ def mtp_in_transformers(trunk: Trunk, heads: Heads) -> Iterator[None]:
     Raises:
         UserError: transformers cannot build these heads for this model.
     """
-    heads = chain_of(heads, what="transformers' generate(use_mtp=True)").merged()
+    chain: Any = heads.as_chain(what="transformers' generate(use_mtp=True)").merged()
     settings: Any = trunk.model.config.get_text_config(decoder=True)
     if hasattr(settings, "num_mtp_layers") and settings.num_mtp_layers is not None:
         raise UserError(f"{trunk.name}: it has MTP layers of its own; heads cannot take their place in transformers")
-    settings.num_mtp_layers = heads.depth
+    settings.num_mtp_layers = chain.depth
     kinds = getattr(settings, "layer_types", None)
     if kinds is not None:
-        settings.mtp_layer_types = [head.block.config.layer_types[0] for head in heads.chain()]
+        settings.mtp_layer_types = [head.block.config.layer_types[0] for head in chain.chain()]
     try:
-        built = _build(trunk, heads)
+        built = _build(trunk, chain)
         with patch.object(MtpModel, "from_pretrained", lambda *args, **kwargs: built):
             yield
     finally:
@@ -45,7 +44,7 @@ def mtp_in_transformers(trunk: Trunk, heads: Heads) -> Iterator[None]:
             del settings.mtp_layer_types
 
 
-def _build(trunk: Trunk, heads: ChainHeads) -> MtpModel:
+def _build(trunk: Trunk, heads: Any) -> MtpModel:
     try:
         built = MtpModel(trunk.model, heads.depth)
         for each, head in zip(built.layers, heads.chain(), strict=True):

@@ -15,7 +15,7 @@ from mtpd.decode.choice import Choice
 from mtpd.decode.drafting import Drafting
 from mtpd.decode.drafts import Drafts
 from mtpd.decode.text import Text
-from mtpd.heads.base import Pick
+from mtpd.heads.drafting import Pick
 
 
 def grow(candidates: Sequence[tuple[Tensor, Tensor]], nodes: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,7 +26,6 @@ from mtpd.evaluate.run_tables import say_if_random
 from mtpd.evaluate.versions import machine
 from mtpd.files import read_sealed, sealed, write_whole
 from mtpd.heads import Heads
-from mtpd.heads.chain.heads import ChainHeads
 from mtpd.trunk import Trunk
 
 PAYS = 1.01
@@ -170,7 +169,7 @@ def _decode(
     end_tokens: Collection[int],
 ) -> None:
     # A chain cut short reads nothing with the heads that do not draft.
-    drafting = heads.first(count) if count and isinstance(heads, ChainHeads) else heads
+    drafting = heads.first(count) if count else heads
     engine = Engine(
         trunk,
         drafting if count else None,

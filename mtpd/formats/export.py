@@ -82,7 +82,7 @@ def choose(run: Run, to: str) -> tuple[Layout, str]:
         if reason:
             raise UserError(f"--to {to}: {reason}")
         return LAYOUTS[to], "as asked for"
-    if run.config.kind == "chain" and native_of(run) is not None:
+    if run.config.kind == LAYOUTS["in-place"].kind and native_of(run) is not None:
         names: tuple[str, ...] = ("in-place",)
     else:
         names = tuple(name for name in ENGINES[to] if name != "in-place" and LAYOUTS[name].kind == run.config.kind)

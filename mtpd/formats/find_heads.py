@@ -99,8 +99,8 @@ class Native:
         """Why mtpd cannot compute these heads; None if it can."""
         if self.family.cannot_run:
             return self.family.cannot_run
-        if self.family.kind == "medusa":
-            return self._odd_medusa()
+        if self.family.whole is not None:
+            return self._odd_head(*self.family.whole)
         if self.family.stacked is not None:
             return self._odd_stack(self.family.stacked)
         for index in range(self.count):
@@ -121,15 +121,14 @@ class Native:
             return None
         return f"its output matrix is {rows} x {size}, not {self.count + 1} x {tokens} rows of {self.hidden_size}"
 
-    def _odd_medusa(self) -> str | None:
-        """What a Medusa head has that mtpd's has not."""
-        known = {"residual.project.weight", "residual.project.bias", "unembed.weight"}
+    def _odd_head(self, known: frozenset[str], form: str) -> str | None:
+        """Names what a head has, or lacks, that mtpd's does not."""
         for index in range(self.count):
             prefix = f"layers.{index}."
             own = {name.removeprefix(prefix) for name in self.names if name.startswith(prefix)}
             if own != known:
                 odd = ", ".join(sorted(own ^ known)[:3])
-                return f"head {index + 1} is no single residual block with a bias and an output head ({odd})"
+                return f"head {index + 1} is no {form} ({odd})"
         return None
 
     def _copies(self, ours: str, tensor: Stored) -> bool:

@@ -18,8 +18,7 @@ from mtpd.formats.find_heads import Native, find_heads, layer_shapes
 from mtpd.formats.tensors import stored, write_tensors
 from mtpd.formats.to_family import first_heads
 from mtpd.heads import CONFIG as HEADS_CONFIG
-from mtpd.heads import WEIGHTS, Heads, build_heads
-from mtpd.heads.config import HeadsConfig, ParallelShape
+from mtpd.heads import KINDS, WEIGHTS, Heads, HeadsConfig, build_heads, class_of
 from mtpd.recipe.text import to_yaml
 from mtpd.trunk import Trunk
 
@@ -107,7 +106,7 @@ def shape_of(native: Native, depth: int | None) -> tuple[bool, int]:
     if wanted < 1 or (native.count > 1 and wanted > native.count):
         accepted = "at least 1" if native.count == 1 else f"1 to {native.count}"
         raise UserError(f"depth: {wanted} is not accepted; accepted: {accepted}, {native.checkpoint.shown} has so many")
-    if native.family.kind != "chain" and wanted > native.count:
+    if not KINDS[native.family.kind].loops and wanted > native.count:
         raise UserError(
             f"depth: {wanted} is not accepted; accepted: 1 to {native.count}, {native.family.kind} heads are not reused"
         )
@@ -115,27 +114,17 @@ def shape_of(native: Native, depth: int | None) -> tuple[bool, int]:
 
 
 def heads_config(native: Native, *, depth: int, shared: bool, vocabulary: int = 0, trunk: str = "") -> HeadsConfig:
-    """What heads of mtpd say about themselves that start as these."""
-    if native.family.kind == "medusa":
-        columns = native.tensors["layers.0.unembed.weight"].shape[0]
-        return HeadsConfig(kind="medusa", depth=depth, hidden_size=native.hidden_size, columns=columns, trunk=trunk)
-    if native.family.kind == "parallel":
-        columns = vocabulary or native.tensors["layers.0.weight"].shape[0]
-        shape = ParallelShape(block="unembedding")
-        form: dict[str, Any] = {
-            "kind": "parallel",
-            "parallel": shape,
-            "columns": columns,
-            "vocabulary_size": vocabulary,
-        }
-        return HeadsConfig(depth=depth, hidden_size=native.hidden_size, trunk=trunk, **form)
-    return HeadsConfig(
+    """Describes heads of mtpd that start as these."""
+    kind = native.family.kind
+    own = class_of(kind).from_native(
+        native.tensors,
+        source_layers=native.source_layers if KINDS[kind].loops else [],
         depth=depth,
-        hidden_size=native.hidden_size,
-        source_layers=native.source_layers[: 1 if shared else depth],
         shared=shared,
-        vocabulary_size=vocabulary,
-        trunk=trunk,
+        vocabulary=vocabulary,
+    )
+    return HeadsConfig(
+        kind=kind, depth=depth, hidden_size=native.hidden_size, vocabulary_size=vocabulary, trunk=trunk, **own
     )
 
 
@@ -163,8 +152,8 @@ def native_heads(
     size = 0 if vocabulary is None else len(vocabulary)
     heads = build_heads(trunk, heads_config(native, depth=depth, shared=shared, vocabulary=size, trunk=fingerprint))
     tensors = {key: tensor.load() for key, tensor in first_heads(native.tensors, 1 if shared else depth).items()}
-    if native.family.kind == "parallel" and vocabulary is not None:
-        tensors = {key: tensor[vocabulary] for key, tensor in tensors.items()}
+    if vocabulary is not None:
+        tensors = type(heads).native_rows(tensors, vocabulary)
     tensors["vocabulary"] = torch.zeros(0, dtype=torch.long) if vocabulary is None else vocabulary
     heads.load_state_dict(tensors)
     return heads
@@ -181,8 +170,8 @@ def native_form(name: str) -> dict[str, Any]:
 
 
 def form_of(native: Native) -> dict[str, Any]:
-    """The section of a recipe that heads of their kind have."""
-    return {"parallel": {"block": "unembedding"}} if native.family.kind == "parallel" else {}
+    """Gives the keys of `heads` in a recipe that native heads of their kind need beside kind and depth."""
+    return dict(KINDS[native.family.kind].native or {})
 
 
 def runnable(name: str) -> Native:

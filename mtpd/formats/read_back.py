@@ -31,8 +31,7 @@ from mtpd.formats.find_heads import HEAD, Native, find_heads, layer_shapes
 from mtpd.formats.importing import heads_config
 from mtpd.formats.noise_check import Perturbed, kind_of, perturbed
 from mtpd.formats.tensors import is_zero
-from mtpd.heads import build_heads
-from mtpd.heads.chain.heads import ChainHeads
+from mtpd.heads import KINDS, build_heads
 from mtpd.heads.config import HeadsConfig
 from mtpd.trunk import Trunk
 
@@ -158,7 +157,7 @@ def unread(native: Native, moved: Mapping[str, Sequence[float]]) -> list[str]:
 
 def _accepted(outputs: list[Tensor], native: Native, trunk: Trunk, texts: Texts) -> int:
     """Drafts of depth 1 that are the base's own choice."""
-    logits = outputs[0] if native.family.kind != "chain" else trunk.unembedding(outputs[0])
+    logits = trunk.unembedding(outputs[0]) if KINDS[native.family.kind].loops else outputs[0]
     return int((logits[:, :-2].argmax(-1) == texts.chosen[:, 1:-1]).sum())
 
 
@@ -206,7 +205,7 @@ def _by_transformers(native: Native, trunk: Trunk, texts: Texts) -> Reader:
 
 
 def _by_mtpd(run: Run, native: Native, trunk: Trunk, texts: Texts) -> Reader:
-    if native.family.kind == "chain" and not native.source_layers:
+    if KINDS[native.family.kind].loops and not native.source_layers:
         # Exports that lie apart have biases of zero that the base's layers lack, and so no layer of their kind.
         layers = [run.config.source_layers[block] for block in run.config.block_of[: native.count]]
         config = HeadsConfig(depth=native.count, hidden_size=native.hidden_size, source_layers=layers)
@@ -218,17 +217,6 @@ def _by_mtpd(run: Run, native: Native, trunk: Trunk, texts: Texts) -> Reader:
     def read(folder: Path) -> list[Tensor]:
         found = find_heads(Checkpoint(folder), family=native.family.name, base=native.base).tensors
         heads.load_state_dict({name: found[name].load() for name in names}, strict=False)
-        if not isinstance(heads, ChainHeads):
-            along = heads.along(trunk, texts.hidden, texts.ids, position_ids_BT=texts.positions)
-            at = torch.arange(texts.ids.numel())
-            return [along.logits(depth, at).unflatten(0, texts.ids.shape) for depth in range(1, native.count + 1)]
-        return [
-            head(
-                trunk.embed(alignment.tokens_read(texts.ids, depth)).float(),
-                texts.hidden,
-                position_ids_BT=texts.positions,
-            )
-            for depth, head in enumerate(heads.chain(), start=1)
-        ]
+        return heads.each_alone(trunk, texts.hidden, texts.ids, position_ids_BT=texts.positions)
 
     return read

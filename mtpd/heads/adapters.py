@@ -16,7 +16,7 @@ ALPHA = 2
 
 
 def adapted(head: nn.Module, rank: int) -> Any:
-    """A head around the parameters of another, which adds an adapter of this rank to every linear layer.
+    """Makes a head around the parameters of another, with an adapter of this rank in every linear layer.
 
     It computes what the other one does until the adapter is trained. The shared parameters are frozen by this.
     """
@@ -30,7 +30,7 @@ def adapted(head: nn.Module, rank: int) -> Any:
 
 
 def without_adapter(head: nn.Module) -> nn.Module:
-    """A copy of a head with parameters of its own, its adapter merged into them: W + s B A."""
+    """Copies a head and merges its adapter into the copy's parameters: W + s B A."""
     from peft.tuners.lora import LoraLayer
 
     plain = copy.deepcopy(head)
@@ -45,7 +45,7 @@ def without_adapter(head: nn.Module) -> nn.Module:
 
 
 def _around(module: nn.Module) -> nn.Module:
-    """A copy of the tree of modules around the same parameters and buffers."""
+    """Copies the tree of modules around the same parameters and buffers."""
     twin = copy.copy(module)
     twin.__dict__["_modules"] = {
         name: child if child is None else _around(child) for name, child in module._modules.items()
@@ -60,7 +60,7 @@ def saved_once(module: nn.Module) -> None:
 
 
 def _repeated(module: nn.Module) -> dict[str, str]:
-    """Further names of shared parameters and buffers, each with the first name of the same tensor."""
+    """Maps further names of shared parameters and buffers to the first name of the same tensor."""
     first: dict[int, str] = {}
     repeated = {}
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]

@@ -1,7 +1,7 @@
-"""What a kind of heads offers: a loss to train it, drafts along a known text, and a drafter for decoding.
+"""The interface of all kinds of heads: a loss to train them, drafts along a known text, and a drafter for decoding.
 
-Everything outside of `mtpd.heads` uses heads through these. A kind of which the logits come out of the trunk's own
-frozen unembedding gives its states (`StateHeads`); one with logits of its own gives those
+Everything outside of `mtpd.heads` uses heads through it. A kind whose logits come out of the trunk's own frozen
+unembedding gives states (`StateHeads`); a kind with logits of its own gives those
 (`mtpd.heads.logit_heads.LogitHeads`).
 
 Shape legend: B rows, T positions, P = B * T, D hidden size, K depths, M columns in use, V tokens.
@@ -9,7 +9,7 @@ Shape legend: B rows, T positions, P = B * T, D hidden size, K depths, M columns
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from mtpd import alignment
+from mtpd.errors import UserError
 from mtpd.heads.config import HeadsConfig
+from mtpd.heads.drafting import Drafter
+from mtpd.heads.kinds import KINDS
 from mtpd.losses.fused import multi_depth_loss
 from mtpd.losses.settings import LossSettings, LossSums
 from mtpd.packed_modules import forget
-from mtpd.slots import Span
 from mtpd.trunk import Trunk, Unembedding
 
 
@@ -31,8 +33,8 @@ class Batch:
 
     The states are those that heads read: after the final norm, or before their shared layers.
 
-    Of rows that are split, this is a part. Ids, labels, positions and the teacher's states go on behind it, with A more
-    [B, T + A] that belong to the next part: heads read and predict those tokens, and have no loss at their positions.
+    Under sequence parallelism: one shard of each row, with A positions of lookahead that carry no loss. Ids, labels,
+    positions and the teacher's states are [B, T + A] then.
     """
 
     input_ids: Tensor
@@ -48,7 +50,7 @@ class Batch:
 
     @property
     def own_positions(self) -> Tensor:
-        """Positions [B, T] of what the heads compute."""
+        """Positions [B, T] that the heads compute."""
         return self.position_ids[:, : self.hidden.shape[1]]
 
     @property
@@ -57,24 +59,24 @@ class Batch:
         return (self.hidden if self.teacher is None else self.teacher).flatten(0, 1)
 
     def flat(self, states_BTD: Tensor) -> Tensor:
-        """States [P, D] at flat positions; those that belong to the next part are 0."""
+        """Flattens states to [P, D]; those of lookahead positions are 0."""
         ahead = self.input_ids.shape[1] - states_BTD.shape[1]
         return (nn.functional.pad(states_BTD, (0, 0, 0, ahead)) if ahead else states_BTD).flatten(0, 1)
 
     def counted(self, depth: int) -> Tensor:
-        """Which flat positions have loss at a depth, [P] bool."""
+        """Marks the flat positions that have loss at a depth, [P] bool."""
         mask = alignment.counted(self.labels, self.position_ids, depth)
         mask[:, self.hidden.shape[1] :] = False
         return mask.flatten()
 
     def tokens(self, depth: int) -> Tensor:
-        """The token x_{t+depth+1} that this depth predicts at each flat position; 0 is the main head. [P]"""
+        """Gives the token x_{t+depth+1} that this depth predicts at each flat position; 0 is the main head. [P]"""
         return alignment.target_tokens(self.input_ids, depth).flatten()
 
 
 @dataclass(frozen=True)
 class Readout:
-    """The main head, and the columns of it that heads draft over."""
+    """The main head, and the columns (tokens) of it that heads draft over."""
 
     main: Unembedding
     """Over all tokens, without rows that only pad the vocabulary."""
@@ -84,22 +86,22 @@ class Readout:
     """Token of each column [M]; None where columns are tokens."""
     columns: Tensor
     """Column of each token, -1 where it has none."""
-    teacher: Readout | None = None
+    other_teacher: Readout | None = None
     """The teacher's, where its main head is another one."""
 
     @property
-    def judge(self) -> Readout:
-        """The teacher's."""
-        return self.teacher or self
+    def teacher(self) -> Readout:
+        """The one that the heads are compared with."""
+        return self.other_teacher or self
 
     @classmethod
     def of(cls, trunk: Trunk, rows: Tensor | None) -> Readout:
-        """Of a trunk, for a draft vocabulary or (None) for all tokens."""
+        """Selects a draft vocabulary, or (None) all tokens, of a trunk's main head."""
         return cls.over(trunk.unembedding, rows)
 
     @classmethod
     def over(cls, unembedding: Unembedding, rows: Tensor | None, teacher: Readout | None = None) -> Readout:
-        """Of a main head."""
+        """Selects a draft vocabulary, or (None) all tokens, of a main head."""
         draft, device = unembedding.select(rows), unembedding.weight.device
         columns = torch.full((unembedding.weight.shape[0],), -1, dtype=torch.long, device=device)
         used = torch.arange(draft.weight.shape[0], device=device)
@@ -108,7 +110,7 @@ class Readout:
 
 
 class Along(Protocol):
-    """What heads draft at the positions of texts whose tokens are known."""
+    """Drafts at the positions of texts whose tokens are known."""
 
     depth: int
 
@@ -119,52 +121,6 @@ class Along(Protocol):
         """The column [n] that greedy decoding drafts there, if it drafted the true tokens before it."""
 
 
-@dataclass(frozen=True)
-class Pick:
-    """Chooses drafts.
-
-    Attributes:
-        choose: columns [N] from logits [N, M] and the number of drafts before in this round.
-        joint: whether heads that choose the likeliest drafts together may do so, without asking.
-    """
-
-    choose: Callable[[Tensor, int], Tensor]
-    joint: bool = False
-
-    def __call__(self, logits: Tensor, number: int) -> Tensor:
-        return self.choose(logits, number)
-
-
-class Drafter(Protocol):
-    """Drafting for texts that lie in slots. `mtpd.heads.chain.drafting.ChainDrafter` says what the arguments are."""
-
-    @property
-    def depth(self) -> int:
-        """Drafts a round at most."""
-
-    def begin(self, span: Span, hidden: Tensor, tokens: Tensor, lengths: Sequence[int]) -> None:
-        """Reads new texts."""
-
-    def read(self, span: Span, hidden: Tensor) -> None:
-        """Takes trunk states of the newest positions."""
-
-    def draft(
-        self,
-        tokens: Tensor,
-        newest: Sequence[int],
-        depth: int,
-        pick: Pick,
-        go_on: Callable[[Tensor, Tensor], bool] | None = None,
-    ) -> int:
-        """Writes drafts behind the newest tokens, and says how many each row has."""
-
-    def ids(self, columns: Tensor) -> Tensor:
-        """Token ids of columns of the logits."""
-
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        """Makes the first positions of one slot those of another."""
-
-
 class Heads(nn.Module):
     """K heads of one kind."""
 
@@ -172,6 +128,35 @@ class Heads(nn.Module):
     layers: nn.ModuleList
     independent = False
     """Whether what is drafted at a depth does not depend on the drafts before it."""
+    own_logits = True
+    """Whether logits come from parameters of the heads, which are then read outside of the forward calls of modules."""
+
+    @classmethod
+    def build(cls, trunk: Trunk, config: HeadsConfig) -> Heads:
+        """Makes heads with weights yet to be set."""
+        make: Any = cls
+        found: Heads = make(trunk, config)
+        return found
+
+    @classmethod
+    def from_native(
+        cls, tensors: Mapping[str, Any], *, source_layers: Sequence[int], depth: int, shared: bool, vocabulary: int
+    ) -> dict[str, Any]:
+        """Works out what the kind adds to `HeadsConfig` for heads that a checkpoint has.
+
+        Args:
+            tensors: their tensors, by their names here; only shapes are read.
+            source_layers: for each of them, the trunk's layer that its block is like.
+            depth: how many are used, or how often the one is.
+            shared: whether one block serves all depths.
+            vocabulary: tokens of a draft vocabulary, 0 for all.
+        """
+        raise NotImplementedError(f"no checkpoint has heads of this kind ({cls.__name__})")
+
+    @classmethod
+    def native_rows(cls, tensors: Mapping[str, Tensor], vocabulary: Tensor) -> dict[str, Tensor]:
+        """Restricts a checkpoint's tensors to a draft vocabulary, where they have a row for each token."""
+        return dict(tensors)
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
@@ -184,63 +169,93 @@ class Heads(nn.Module):
 
     @property
     def shared_layers(self) -> int:
-        """How many of the trunk's last layers the states that these heads read have yet to go through.
-
-        0: none, and they have been through the final norm.
-        """
+        """Number of top trunk layers that the heads apply themselves; 0 if they read final states."""
         return self.config.shared_layers
 
     def rows(self) -> Tensor | None:
-        """Token ids of the draft vocabulary, or None when the heads draft over the whole of it."""
+        """Gives the token ids of the draft vocabulary, or None where heads draft over all tokens."""
         vocabulary: Any = self.vocabulary
         return vocabulary if vocabulary.numel() else None
 
     def train(self, mode: bool = True) -> Self:
-        """As modules do. What was made for decoding is made anew after training."""
+        """Also drops cached decoding copies, which training makes stale."""
         forget(self)
         return super().train(mode)
 
     def blocks(self) -> Iterable[nn.Module]:
-        """Modules whose insides may be computed a second time in the backward pass instead of being kept."""
+        """Lists the modules that gradient checkpointing may recompute in the backward pass."""
         return ()
 
     def shorten(self, depth: int) -> None:
         """Keeps the heads of depth 1..`depth` only: no later one changes what they draft."""
-        raise NotImplementedError
+        assert 1 <= depth <= self.depth, "heads can only become fewer"
+        self.layers = self.layers[:depth]
+        kept = {"depth": depth, "source_layers": self.config.source_layers[:depth]}
+        self.config = self.config.model_copy(update=kept)
+
+    def first(self, depth: int) -> Heads:
+        """Gives heads that draft `depth` tokens for no more work than those take; by default, all of these."""
+        return self
+
+    def as_chain(self, *, what: str) -> Any:
+        """Gives these heads where only a chain is served, as `mtpd.heads.chain.heads.ChainHeads`.
+
+        Args:
+            what: begins the message, such as the name of a command.
+
+        Raises:
+            UserError: they are of another kind.
+        """
+        accepted = ", ".join(kind.name for kind in KINDS.values() if kind.loops)
+        raise UserError(f"{what}: heads of kind {self.config.kind} are not accepted; accepted: {accepted}")
+
+    def extended(self, trunk: Trunk, *, depth: int, form: Any, rank: int = 0, seed: int = 0) -> Heads:
+        """Loops the last heads to be deeper ones, where each reads the state of the one before."""
+        raise NotImplementedError("`as_chain` refuses these heads")
 
     def loss(
         self, trunk: Trunk, batch: Batch, readout: Readout, settings: LossSettings, *, compiled: bool = False
     ) -> tuple[Tensor, LossSums]:
-        """The summed loss, with gradient in the heads, and the sums behind it (`mtpd.losses.fused`)."""
+        """Sums the loss, with gradient in the heads, and gives the sums behind it (`mtpd.losses.fused`)."""
         raise NotImplementedError
 
     def along(self, trunk: Trunk, hidden_BTD: Tensor, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Along:
-        """Drafts at every position of texts, whose trunk states are given."""
+        """Drafts at every position of texts whose trunk states are given."""
         raise NotImplementedError
 
+    def each_alone(
+        self, trunk: Trunk, hidden_BTD: Tensor, input_ids_BT: Tensor, *, position_ids_BT: Tensor
+    ) -> list[Tensor]:
+        """Computes what each head gives on the trunk's states, whatever the heads before it give: logits [B, T, M]."""
+        along = self.along(trunk, hidden_BTD, input_ids_BT, position_ids_BT=position_ids_BT)
+        at = torch.arange(input_ids_BT.numel(), device=input_ids_BT.device)
+        return [along.logits(depth, at).unflatten(0, input_ids_BT.shape) for depth in range(1, self.depth + 1)]
+
     def drafter(self, trunk: Trunk, *, slots: int, capacity: int) -> Drafter:
-        """A new drafting state for texts in slots."""
+        """Makes a new drafting state for texts in slots."""
         raise NotImplementedError
 
     def piece_bytes(self) -> int:
-        """What the loss takes at a time beside parameters and gradients, where the heads have logits of their own."""
+        """Counts the bytes of logits that the loss holds at a time, where the heads have logits of their own."""
         return 0
 
 
 class StateHeads(Heads):
     """Heads that give states for the trunk's own unembedding."""
 
+    own_logits = False
+
     def forward(
         self, trunk: Trunk, hidden_BTD: Tensor, input_ids_BT: Tensor, *, position_ids_BT: Tensor
     ) -> list[Tensor]:
-        """Teacher-forced states of depth 1..K, each [B, T, D]; tokens may go on behind the T positions."""
+        """Computes teacher-forced states of depth 1..K, each [B, T, D]; tokens may go on behind the T positions."""
         raise NotImplementedError
 
     def blocks(self) -> Iterable[nn.Module]:
         return self.layers
 
     def trained_states(self, trunk: Trunk, batch: Batch) -> list[Tensor]:
-        """States of the depths that have loss."""
+        """Computes the states of the depths that have loss."""
         assert not batch.after, "depths that do not read each other's states are trained together"
         return self(trunk, batch.hidden, batch.input_ids, position_ids_BT=batch.own_positions)
 
@@ -257,8 +272,8 @@ class StateHeads(Heads):
             masks_P=[batch.counted(k) for k in depths],
             settings=settings,
             after=batch.after,
-            teacher_head=readout.judge.draft,
-            main_head=readout.judge.main,
+            teacher_head=readout.teacher.draft,
+            main_head=readout.teacher.main,
             columns_M=readout.rows,
             compiled=compiled,
         )
@@ -284,5 +299,5 @@ class AlongStates:
 
 
 def exact(values: Tensor) -> Tensor:
-    """In float32, or in float64 where they are."""
+    """Casts to float32; float64 stays."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,53 +1,24 @@
-"""What a saved set of heads says about itself."""
+"""Describes a saved set of heads: `heads/config.json`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MOST_COMPONENTS = 256
+from mtpd.heads.kinds import KINDS, with_sections
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+"""Files of saved heads."""
 
 
-class ParallelShape(BaseModel):
-    """What parallel heads add to `HeadsConfig`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    block: Literal["decoder", "linear", "residual", "unembedding"] = "decoder"
-    """decoder: a norm, a projection and a decoder layer; linear: a projection; residual: h + SiLU(W h + b);
-    unembedding: nothing, and an output matrix of its own instead of the shared one."""
-
-
-class CircuitShape(BaseModel):
-    """What circuit heads add to `HeadsConfig`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    structure: Literal["ff", "cp", "hmm", "btree"] = "cp"
-    components: int = Field(default=8, ge=1, le=MOST_COMPONENTS)
-    """r, the values of each latent variable."""
-    leaves: Literal["full", "shared", "tilted"] = "shared"
-    """full: an unembedding for each place and component. shared: one unembedding, the trunk's, after expanders. tilted:
-    an unembedding for each place, and shifts of its logits for each component."""
-    rank: int = Field(default=16, ge=1)
-    """Of what tells the expanders of one place apart, where leaves are shared."""
-    greedy: Literal["max_product", "conditionals"] = "conditionals"
-    """How greedy drafts are found."""
-
-    @model_validator(mode="after")
-    def _one_component(self) -> CircuitShape:
-        if self.structure == "ff" and self.components != 1:
-            raise ValueError(f"components: {self.components} for ff, which has 1")
-        return self
-
-
+@with_sections(optional=True)
 class HeadsConfig(BaseModel):
     """Contents of `heads/config.json`."""
 
     model_config = ConfigDict(extra="forbid")
 
-    kind: str = "chain"
+    kind: str = next(iter(KINDS))
     depth: int = Field(ge=1)
     hidden_size: int = Field(ge=1)
     source_layers: list[int] = []
@@ -59,8 +30,6 @@ class HeadsConfig(BaseModel):
     the one that all share."""
     adapters: list[Annotated[int, Field(ge=0)]] = []
     """Per depth, the rank of a LoRA adapter of its own on its block, 0 for none; empty: none at any depth."""
-    parallel: ParallelShape | None = None
-    circuit: CircuitShape | None = None
     shared_layers: int = Field(default=0, ge=0)
     """How many of the trunk's last layers run a second time, with adapters, before the heads; 0: heads read the
     trunk's states."""
@@ -74,6 +43,11 @@ class HeadsConfig(BaseModel):
     """Fingerprint of the trunk that the heads belong to."""
     weights: str = ""
     """SHA-256 of the file of the weights, as it was saved; empty: not known, as in imported heads."""
+
+    @property
+    def own(self) -> Any:
+        """The section that these heads have for their kind alone; None for kinds without one."""
+        return getattr(self, self.kind, None)
 
     @property
     def block_of(self) -> list[int]:
@@ -93,18 +67,14 @@ class HeadsConfig(BaseModel):
             raise ValueError(f"adapters: {len(self.adapters)} ranks for {self.depth} depths")
         if bool(self.shared_layers) != bool(self.adapter_rank):
             raise ValueError(f"adapter_rank: {self.adapter_rank} for {self.shared_layers} shared layers")
-        blocks = {
-            "chain": max(self.block_of) + 1,
-            "parallel": self.depth if self.parallel is not None and self.parallel.block == "decoder" else 0,
-            "medusa": 0,
-            "circuit": 0,
-        }.get(self.kind, len(self.source_layers))
+        kind = KINDS.get(self.kind)
+        blocks = len(self.source_layers) if kind is None else kind.blocks(self)
         if len(self.source_layers) != blocks:
             raise ValueError(f"source_layers: {len(self.source_layers)} entries for {blocks} blocks")
-        for kind in ("parallel", "circuit"):
-            if (getattr(self, kind) is not None) != (self.kind == kind):
+        for name, each in KINDS.items():
+            if each.section is not None and (getattr(self, name) is not None) != (self.kind == name):
                 raise ValueError(
-                    f"{kind}: is for heads of kind {kind}, and needed there; these are of kind {self.kind}"
+                    f"{name}: is for heads of kind {name}, and needed there; these are of kind {self.kind}"
                 )
         return self
 

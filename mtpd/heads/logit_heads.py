@@ -9,7 +9,7 @@ in use, V tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mtpd import alignment
 from mtpd.errors import UserError
-from mtpd.heads.base import Along, Batch, Drafter, Heads, Pick, Readout, exact
-from mtpd.heads.parallel.drafting import NewestStates, write_drafts
+from mtpd.heads.base import Along, Batch, Heads, Readout, exact
+from mtpd.heads.drafting import Drafter, NewestStates, Pick
 from mtpd.losses import reference
 from mtpd.losses.chunked import in_chunks
 from mtpd.losses.settings import LossSettings, LossSums
@@ -144,9 +144,9 @@ class LogitHeads(Heads):
         readout: Readout,
         settings: LossSettings,
     ) -> tuple[Tensor, Tensor]:
-        """The loss of these rows, from logits of all of a depth at once."""
+        """Computes the loss of these rows from all logits of a depth at once."""
         seen = self.look(hidden, columns)
-        head = readout.judge.main if settings.true_probabilities else readout.judge.draft
+        head = readout.teacher.main if settings.true_probabilities else readout.teacher.draft
         return reference.loss_of_logits(
             lambda k, at: exact(self.at(k + 1, hidden, columns, seen))[at],
             lambda k, at: exact(head(teacher_PD[alignment.teacher_row(rows[at], k + 1)])),
@@ -167,7 +167,7 @@ class LogitHeads(Heads):
         for k in range(1, self.depth + 1):
             at = alignment.teacher_row(rows, k).clamp_max(len(teacher_PD) - 1)
             y = self.at(k, hidden, columns, seen)
-            agree = agree & (y.argmax(-1) == readout.judge.draft(teacher_PD[at]).argmax(-1)) & masks[:, k - 1]
+            agree = agree & (y.argmax(-1) == readout.teacher.draft(teacher_PD[at]).argmax(-1)) & masks[:, k - 1]
             found.append(agree.sum().double())
         return torch.stack(found)
 
@@ -209,34 +209,24 @@ class LogitDrafter(NewestStates):
     def __init__(self, heads: LogitHeads, trunk: Trunk, *, slots: int, capacity: int) -> None:
         super().__init__(trunk, slots=slots, capacity=capacity)
         self.heads = heads
-        self.depth = heads.depth
         self.rows = heads.rows()
         self.columns = Readout.of(trunk, self.rows).columns
 
-    def ids(self, columns: Tensor) -> Tensor:
-        return columns if self.rows is None else self.rows[columns]
+    @property
+    def depth(self) -> int:
+        return self.heads.depth
 
-    def draft(
-        self,
-        tokens: Tensor,
-        newest: Sequence[int],
-        depth: int,
-        pick: Pick,
-        go_on: Callable[[Tensor, Tensor], bool] | None = None,
-    ) -> int:
-        hidden = self.behind(newest)
+    def drafts(
+        self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick
+    ) -> Iterator[tuple[Tensor | None, Tensor]]:
+        hidden = self.newest_states(newest)
         known = self.columns[Span(newest, 1, tokens.device).read(tokens)]
         if self.heads.joint and pick.joint:
-            span = Span(newest, depth, tokens.device)
-            span.write(tokens, self.ids(self.heads.best(hidden, known)[:, :depth]), steps=1)
-            return depth
+            yield from ((None, columns) for columns in self.heads.best(hidden, known)[:, :depth].unbind(1))
+            return
         step = self.heads.stepwise(hidden, known)
-        before = known[:, 0]
-
-        def choose(index: int) -> tuple[Tensor, Tensor, Tensor]:
-            nonlocal before
-            logits = step(index, before)
-            before = pick(logits, index)
-            return logits, before, self.ids(before)
-
-        return write_drafts(tokens, newest, depth, choose, go_on)
+        columns = known[:, 0]
+        for index in range(depth):
+            logits = step(index, columns)
+            columns = pick(logits, index)
+            yield logits, columns

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def gain(norm: nn.Module) -> Tensor:
-    """The factor [D] that a norm multiplies with; some classes store it as 1 + weight."""
+    """Reads the factor [D] that a norm multiplies with; some classes store it as 1 + weight."""
     weight: Any = norm.weight
     return weight.detach() + _gain_offset(norm)
 
@@ -23,14 +23,14 @@ def set_gain(norm: nn.Module, value: Tensor) -> None:
 
 
 def unit_norm(final_norm: nn.Module) -> nn.Module:
-    """A norm of the same class with gain 1, whichever way the class stores its gain."""
+    """Copies a norm and sets its gain to 1, whichever way the class stores it."""
     norm = copy.deepcopy(final_norm)
     set_gain(norm, torch.ones_like(gain(norm)))
     return norm
 
 
 def _gain_offset(norm: nn.Module) -> float:
-    """1.0 where the class computes (1 + weight) * x (Gemma), 0.0 where it computes weight * x."""
+    """Gives 1.0 where the class computes (1 + weight) * x (Gemma), 0.0 where it computes weight * x."""
     probe: Any = copy.deepcopy(norm)
     if probe.weight.is_meta:
         # A norm without values (a run that is only planned) computes nothing: the probe needs some.

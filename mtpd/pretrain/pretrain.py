@@ -23,6 +23,7 @@ from mtpd.data.models import resolve_device, resolve_dtype, trunk_fingerprint
 from mtpd.errors import UserError
 from mtpd.files import is_empty, replacing, write_whole
 from mtpd.heads import build_heads, configure_heads, save_heads, start_heads
+from mtpd.heads.parallel.config import KIND
 from mtpd.heads.parallel.heads import AnyParallel
 from mtpd.losses.chunked import in_chunks
 from mtpd.parallel import ranks
@@ -239,7 +240,7 @@ def _model(recipe: PretrainRecipe, tokenizer: Any) -> Any:
 def _heads(recipe: PretrainRecipe, trunk: Trunk) -> AnyParallel | None:
     if not recipe.heads.depth:
         return None
-    form = {"kind": "parallel", "depth": recipe.heads.depth, "parallel": {"block": recipe.heads.block}}
+    form = {"kind": KIND.name, "depth": recipe.heads.depth, KIND.name: {"block": recipe.heads.block}}
     settings = HeadsRecipe.model_validate(form).model_dump()
     heads: Any = build_heads(trunk, configure_heads(settings, trunk, vocabulary=0, fingerprint=""))
     start_heads(heads, trunk, "identity", lambda: (), seed=recipe.seed)

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mtpd.recipe.sections import LARGEST, SCHEDULERS, Count, Section, Share, Text
+from mtpd.heads.parallel.config import Block
+from mtpd.recipe.sections import SCHEDULERS, Count, Share, Text
+from mtpd.section import LARGEST, Section
 
 
 class JointHeads(Section):
@@ -15,7 +17,7 @@ class JointHeads(Section):
 
     depth: int = Field(default=0, ge=0, le=16)
     """K, the number of heads beside the main head; 0 for none."""
-    block: Literal["decoder", "linear", "residual", "unembedding"] = "linear"
+    block: Block = "linear"
     """As `heads.parallel.block` of `mtpd distill`."""
 
 

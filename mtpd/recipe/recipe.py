@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from mtpd.errors import UserError
+from mtpd.heads.kinds import KINDS
 from mtpd.recipe.pretrain import PretrainRecipe
 from mtpd.recipe.rules import (
     OWNED_ARGUMENTS,
@@ -31,13 +32,13 @@ from mtpd.recipe.sections import (
     EvaluationRecipe,
     ExtendRecipe,
     HeadsRecipe,
-    Section,
     TrainRecipe,
     TrunkRecipe,
 )
 from mtpd.recipe.shipped import find_recipe
 from mtpd.recipe.text import COMMAND_LINE, apply_override, explain, nest, read_mapping, similar_key, to_yaml
 from mtpd.recipe.untrusted import refuse_untrusted
+from mtpd.section import Section
 
 SYNONYMS = {
     **{argument: key for argument, key in OWNED_ARGUMENTS.items() if argument != key},
@@ -96,8 +97,13 @@ class Recipe(Section):
         return self
 
 
-@cache
 def _schema(kind: type[Section]) -> Mapping[str, Any]:
+    return _schema_with(kind, tuple(KINDS))
+
+
+@cache
+def _schema_with(kind: type[Section], kinds_of_heads: tuple[str, ...]) -> Mapping[str, Any]:
+    """Makes the schema once, and again when a kind of heads is registered."""
     return kind.model_json_schema()
 
 

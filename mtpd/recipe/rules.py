@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from mtpd.heads.kinds import KINDS
 from mtpd.losses.settings import LOSSES
 from mtpd.recipe.sections import DataRecipe, EvaluationRecipe, ExtendRecipe, HeadsRecipe, TrainRecipe, TrunkRecipe
 
@@ -90,8 +91,11 @@ def extend_problems(extend: ExtendRecipe, heads: HeadsRecipe, evaluation: Evalua
             if getattr(extend, key) != getattr(defaults, key)
         ]
     problems = []
-    if heads.kind != "chain":
-        problems.append(f"extend.to: {heads.kind} heads do not read each other's states; accepted heads.kind: chain")
+    if not KINDS[heads.kind].loops:
+        accepted = ", ".join(kind.name for kind in KINDS.values() if kind.loops)
+        problems.append(
+            f"extend.to: {heads.kind} heads do not read each other's states; accepted heads.kind: {accepted}"
+        )
     if extend.to is not None and extend.to <= heads.depth:
         problems.append(
             f"extend.to: {extend.to} is not more than the {heads.depth} heads there are; accepted: {heads.depth + 1} "
@@ -145,9 +149,10 @@ def trunk_problems(
             f"data.hidden_states: {data.hidden_states} does nothing with trunk.teacher: detached, whose states change; "
             "accepted: recompute"
         )
-    if heads.kind not in ("chain", "parallel"):
+    if not KINDS[heads.kind].trains_trunk:
+        accepted = ", ".join(kind.name for kind in KINDS.values() if kind.trains_trunk)
         problems.append(
-            f"trunk.train: {trunk.train} is not accepted with heads.kind: {heads.kind}; accepted: chain, parallel"
+            f"trunk.train: {trunk.train} is not accepted with heads.kind: {heads.kind}; accepted: {accepted}"
         )
     if heads.shared_layers:
         problems.append(

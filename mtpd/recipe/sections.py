@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from mtpd.heads.kinds import KINDS, with_sections
 from mtpd.losses.settings import LOSSES
 from mtpd.recipe.registered import Registered
+from mtpd.section import LARGEST, Section
 
-LARGEST = 10**9
-"""No count of anything here is larger, and what computes with it has 64 bits."""
 Weight = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -30,49 +30,14 @@ SCHEDULERS = Literal[
 ]
 
 
-class Section(BaseModel):
-    """Settings of all parts of a recipe: no unknown keys, no coercion, no NaN or infinity, no changes later."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class ParallelRecipe(Section):
-    """Form of parallel heads."""
-
-    block: Literal["decoder", "linear", "residual", "unembedding"] = "decoder"
-    """What stands between the trunk's state and the unembedding. decoder: a layer of the trunk's own kind; linear:
-    one matrix; residual: Medusa's block; unembedding: nothing, but each head has an unembedding of its own, for small
-    vocabularies such as bytes."""
-
-
-class CircuitRecipe(Section):
-    """Form of circuit heads."""
-
-    structure: Literal["ff", "cp", "hmm", "btree"] = "cp"
-    """How the tokens of a window depend on each other. ff: not at all; cp: a mixture; hmm: a chain of latent
-    variables; btree: a binary tree of them."""
-    components: int | None = Field(default=None, ge=1, le=256)
-    """r, the values of each latent variable; null: 8, or 1 for ff, which has no more."""
-    leaves: Literal["full", "shared", "tilted"] = "shared"
-    """full: an unembedding for each place of the window and component, for small vocabularies such as bytes.
-    shared: the trunk's unembedding, behind an expander for each. tilted: an unembedding for each place, whose logits a
-    component shifts, also for small vocabularies: one softmax a place in place of one for each component."""
-    rank: int | None = Field(default=None, ge=1, le=LARGEST)
-    """Rank of what tells the expanders of one place apart, where leaves are shared; null: 16."""
-    greedy: Literal["max_product", "conditionals"] = "conditionals"
-    """Greedy drafts. max_product: the likeliest window and latents together; conditionals: each token the likeliest
-    after those before it."""
-
-
+@with_sections(optional=False)
 class HeadsRecipe(Section):
     """The heads that are trained."""
 
-    kind: Literal["chain", "parallel", "medusa", "circuit"] = "chain"
-    """Kind of the heads. chain: K heads in DeepSeek-V3 form, each reading the hidden state of the one before.
-    parallel: K heads on the same state. medusa: the same, with a residual block and an unembedding each. circuit: the
-    joint distribution of the window of K + 1 tokens as a probabilistic circuit."""
+    kind: Annotated[str, Registered(KINDS)] = Field(
+        default=next(iter(KINDS)),
+        description="Kind of the heads. " + " ".join(f"{kind.name}: {kind.about}." for kind in KINDS.values()),
+    )
     depth: int = Field(default=4, ge=1, le=16)
     """K, the number of heads: tokens drafted beyond the main head's own."""
     shared: bool = False
@@ -94,8 +59,6 @@ class HeadsRecipe(Section):
     source: Text | None = None
     """Directory of heads to start from instead, such as `heads` of `mtpd pretrain`: for parallel heads those of the
     same block, for circuits those of block linear."""
-    parallel: ParallelRecipe = ParallelRecipe()
-    circuit: CircuitRecipe = CircuitRecipe()
     vocabulary: Annotated[int, Field(ge=0, le=LARGEST)] | Text = 0
     """Draft vocabulary: how many of the tokens most frequent in the training responses can be drafted, special tokens
     among them; 0 for all tokens. Or a file that `mtpd data vocab` wrote."""
@@ -141,7 +104,7 @@ class DataRecipe(Section):
     """Tokens of a generated response at most."""
     generation_batch: Count = 64
     """Prompts answered at a time; lower it when memory runs out."""
-    given: list[GivenText] = []
+    given: list[GivenText] = Field(default=[])
     """Further texts to train on, with their own responses."""
     row_length: int = Field(default=512, ge=32, le=LARGEST)
     """Tokens of a packed row: several documents share one, with their borders kept."""
@@ -219,9 +182,9 @@ class TrainRecipe(Section):
     One more, or 0, ends the training."""
     logging_steps: Count = 10
     """Steps from one line of metrics to the next."""
-    report_to: list[Text] = []
+    report_to: list[Text] = Field(default=[])
     """Trackers known to transformers, such as tensorboard or wandb, beside metrics.jsonl."""
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default={})
     """Any other argument of transformers.TrainingArguments, passed on as it is."""
 
 
@@ -252,7 +215,7 @@ class ExtendRecipe(Section):
 
     to: int | None = Field(default=None, ge=2, le=64)
     """Heads after the last stage; null for no extension."""
-    stages: list[Count] = []
+    stages: list[Count] = Field(default=[])
     """Heads after each stage, at most twice as many as before it; empty: twice as many each time."""
     form: Literal["copies", "shared", "adapters"] = "copies"
     """What a new depth owns. copies: a block; shared: nothing, the blocks there are serve all depths and are trained on
@@ -291,5 +254,5 @@ class EvaluationRecipe(Section):
     by them."""
     patience: int = Field(default=0, ge=0, le=LARGEST)
     """Such measurements without a higher tau after which training stops; 0 never stops early."""
-    extra: list[Text] = []
+    extra: list[Text] = Field(default=[])
     """Further prompts (.jsonl files, datasets ids, or `builtin-other`), each measured as a suite of its own."""

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from mtpd.data.models import resolve_device
 from mtpd.evaluate.contamination import write_signatures
-from mtpd.heads import WEIGHTS, chain_of, load_heads, save_heads
+from mtpd.heads import WEIGHTS, load_heads, save_heads
 from mtpd.parallel import ranks
 from mtpd.parallel.partitioned_trunk import trunk_apart
 from mtpd.recipe import Recipe
@@ -130,4 +130,4 @@ def _take_steps(session: Session, console: Console) -> Path:
     if recipe.extend.to is None and not recipe.extend.auto:
         return run.path
     material = Material(session, samples, chosen_by, lambda: (rows, store))
-    return extend_heads(material, chain_of(heads, what="extend.to"), console)
+    return extend_heads(material, heads.as_chain(what="extend.to"), console)

@@ -23,9 +23,7 @@ from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.depths import Depths, depths_pay_table, measure_depths
 from mtpd.files import fingerprint_file, read_sealed, sealed, write_whole
-from mtpd.heads import WEIGHTS, build_heads, chain_of, load_heads, save_heads
-from mtpd.heads.chain.heads import ChainHeads
-from mtpd.heads.chain.looped import extended
+from mtpd.heads import WEIGHTS, Heads, build_heads, load_heads, save_heads
 from mtpd.parallel import ranks
 from mtpd.parallel.partitioned_trunk import trunk_apart
 from mtpd.recipe import ExtendRecipe, Recipe, dump, parse_recipe, stages_of
@@ -102,7 +100,7 @@ def _extend(
 
 def _extend_run(session: Session, console: Console, *, fresh: bool) -> Path:
     recipe, run = session.recipe, session.run
-    heads = chain_of(load_heads(run.heads, session.trunk, fingerprint=session.fingerprint), what="mtpd extend")
+    heads = load_heads(run.heads, session.trunk, fingerprint=session.fingerprint).as_chain(what="mtpd extend")
     prompts = split_prompts(recipe)
     samples, apart = measured_samples(session, prompts.held_out)
     samples, chosen_by = set_apart(recipe, samples, apart)
@@ -122,7 +120,7 @@ def _with_section(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
     return parse_recipe(values, source="mtpd extend")
 
 
-def extend_heads(material: Material, heads: ChainHeads, console: Console, *, fresh: bool = False) -> Path:
+def extend_heads(material: Material, heads: Heads, console: Console, *, fresh: bool = False) -> Path:
     """All stages that the recipe says; with `extend.auto`, as long as the newest depths pay."""
     session = material.session
     settings = session.recipe.extend
@@ -152,7 +150,7 @@ def _begin(
     stage: RunDirectory,
     session: Session,
     settings: ExtendRecipe,
-    heads: ChainHeads,
+    heads: Heads,
     base: RunDirectory,
     depth: int,
     *,
@@ -188,7 +186,7 @@ def _begin(
     write_whole(stage.stage, json.dumps(sealed(content), indent=1) + "\n")
 
 
-def _run_stage(material: Material, stage: RunDirectory, old: ChainHeads, depth: int) -> ChainHeads:
+def _run_stage(material: Material, stage: RunDirectory, old: Heads, depth: int) -> Heads:
     """Loops, trains and measures, or goes on with it."""
     recipe = _stage_recipe(material.session.recipe, stage.path)
     # A checkpoint that a user names is one of the run.
@@ -197,7 +195,7 @@ def _run_stage(material: Material, stage: RunDirectory, old: ChainHeads, depth: 
     if not ranks.from_main((stage.heads / WEIGHTS).is_file):
         made = stage.heads if settings.steps == 0 else stage.heads_trained
         if not ranks.from_main((made / WEIGHTS).is_file):
-            heads = extended(old, trunk, depth=depth, form=settings.form, rank=settings.rank, seed=session.recipe.seed)
+            heads = old.extended(trunk, depth=depth, form=settings.form, rank=settings.rank, seed=session.recipe.seed)
             if ranks.is_main() and not (stage.heads_before / WEIGHTS).is_file():
                 save_heads(heads, stage.heads_before)
             measure(session, heads, material.samples, stage.heads_before, stage.acceptance_before)
@@ -214,7 +212,7 @@ def _run_stage(material: Material, stage: RunDirectory, old: ChainHeads, depth: 
             ranks.barrier()
         if settings.steps != 0:
             keep_heads(session, material.samples)
-    trained = chain_of(load_heads(stage.heads, trunk, fingerprint=session.fingerprint), what="mtpd extend")
+    trained = load_heads(stage.heads, trunk, fingerprint=session.fingerprint).as_chain(what="mtpd extend")
     measure(session, trained, material.samples, stage.heads, stage.acceptance)
     keep_texts(session, trained, material.samples)
     return trained
@@ -230,7 +228,7 @@ def _stage_recipe(recipe: Recipe, output: Path) -> Recipe:
     return recipe.model_copy(update={"output": output, "train": recipe.train.model_copy(update=changes)})
 
 
-def _store_of_states(session: Session, rows: PackedRows, old: ChainHeads) -> HiddenStates | None:
+def _store_of_states(session: Session, rows: PackedRows, old: Heads) -> HiddenStates | None:
     """What keeps the states of the deepest finished head: as the recipe keeps those of the trunk."""
     data = session.recipe.data
     if data.hidden_states == "recompute":
@@ -242,13 +240,13 @@ def _store_of_states(session: Session, rows: PackedRows, old: ChainHeads) -> Hid
     return DiskStore(session.run.hidden_states, session.trunk, rows, key=key, together=True)
 
 
-def _measured_depths(material: Material, heads: ChainHeads, run: RunDirectory) -> Depths | None:
+def _measured_depths(material: Material, heads: Heads, run: RunDirectory) -> Depths | None:
     """Which depth pays, measured once and kept; None where the recipe decodes nothing."""
     session = material.session
     if not session.recipe.evaluation.decode_prompts:
         return None
     if ranks.is_main() and not run.depths.is_file():
-        copy = chain_of(build_heads(session.trunk, heads.config), what="mtpd extend")
+        copy = build_heads(session.trunk, heads.config).as_chain(what="mtpd extend")
         copy.load_state_dict(heads.state_dict())
         prompts = spread(material.samples, min(DECODED_PROMPTS, session.recipe.evaluation.decode_prompts))
         found = measure_depths(
@@ -265,7 +263,7 @@ def _measured_depths(material: Material, heads: ChainHeads, run: RunDirectory) -
     return Depths.load(run.depths)
 
 
-def _pays(material: Material, heads: ChainHeads, run: RunDirectory, console: Console) -> bool:
+def _pays(material: Material, heads: Heads, run: RunDirectory, console: Console) -> bool:
     """Whether the deepest head is the fastest number of drafts: only then can a deeper one gain anything."""
     found = _measured_depths(material, heads, run)
     assert found is not None, "extend.auto is refused without evaluation.decode_prompts"
@@ -281,7 +279,7 @@ def _pays(material: Material, heads: ChainHeads, run: RunDirectory, console: Con
     return pays
 
 
-def _show(material: Material, stage: RunDirectory, heads: ChainHeads, console: Console) -> None:
+def _show(material: Material, stage: RunDirectory, heads: Heads, console: Console) -> None:
     """Acceptance and speed of a stage, by depth."""
     before, after = Acceptance.load(stage.acceptance_before), Acceptance.load(stage.acceptance)
     apart = other_families(material.session.recipe)

@@ -10,7 +10,7 @@ from mtpd.data.models import load_model, real_tokens, resolve_device, resolve_dt
 from mtpd.data.responses import end_tokens
 from mtpd.errors import UserError
 from mtpd.formats.importing import native_form
-from mtpd.heads import configure_heads
+from mtpd.heads import KINDS, configure_heads
 from mtpd.parallel import ranks
 from mtpd.parallel.partitioned_trunk import is_apart
 from mtpd.parallel.sequence import check_split
@@ -39,11 +39,13 @@ def with_native_depth(recipe: Recipe) -> Recipe:
     heads = recipe.heads
     if heads.init != "native":
         return recipe
-    if heads.kind not in ("chain", "parallel"):
-        raise UserError(f"heads.init: native is not accepted for {heads.kind} heads; accepted: chain, parallel")
+    further = KINDS[heads.kind].native
+    if further is None:
+        accepted = ", ".join(kind.name for kind in KINDS.values() if kind.native is not None)
+        raise UserError(f"heads.init: native is not accepted for {heads.kind} heads; accepted: {accepted}")
     if heads.adapters:
         raise UserError(f"heads.adapters: {heads.adapters} is not accepted with native heads; accepted: 0")
-    if heads.kind == "chain" and {"kind", "depth"} <= heads.model_fields_set:
+    if not further and {"kind", "depth"} <= heads.model_fields_set:
         return recipe
     form = native_form(recipe.model)
     if "kind" in heads.model_fields_set and heads.kind != form["kind"]:

@@ -16,7 +16,6 @@ from mtpd.data.packing import PackedRows, Sample
 from mtpd.data.store import HiddenStates, MemoryStore
 from mtpd.errors import UserError, enough_memory
 from mtpd.heads import Heads
-from mtpd.heads.base import StateHeads
 from mtpd.parallel.deepspeed_config import load_settings
 from mtpd.parallel.partition import deepspeed_running, partitioned
 from mtpd.parallel.sequence import SplitRows
@@ -66,9 +65,7 @@ def train_heads(
                     "stage 1 or 2"
                 )
             running.enter_context(deepspeed_running(trunk.device))
-            options["deepspeed"] = settings.for_heads(
-                heads, hidden_size=trunk.hidden_size, own_logits=not isinstance(heads, StateHeads)
-            )
+            options["deepspeed"] = settings.for_heads(heads, hidden_size=trunk.hidden_size, own_logits=heads.own_logits)
         dtype = trunk.dtype if joint is None else joint.dtype
         arguments = training_arguments(recipe, dtype=dtype, device=trunk.device, **options)
         trunk.to(arguments.device)

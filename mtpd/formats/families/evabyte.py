@@ -5,6 +5,7 @@ The heads read the same state as the main one, after the final norm.
 """
 
 from mtpd.formats.families.table import Family
+from mtpd.heads.parallel.config import KIND
 
 FAMILY = Family(
     name="evabyte",
@@ -13,6 +14,6 @@ FAMILY = Family(
     counts=("num_pred_heads",),
     names=(("lm_head.weight", "outputs.weight"),),
     stacked="outputs.weight",
-    kind="parallel",
+    kind=KIND.name,
     reference="github.com/OpenEvaByte/evabyte, modeling_evabyte.py",
 )

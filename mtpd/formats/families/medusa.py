@@ -1,6 +1,7 @@
 """Medusa in the layout of the published Vicuna heads: `medusa_lm_head.safetensors` beside a config of its own."""
 
 from mtpd.formats.families.table import Family
+from mtpd.heads.medusa.config import KIND
 
 FAMILY = Family(
     name="medusa",
@@ -15,7 +16,11 @@ FAMILY = Family(
         ("{i}.{m}.weight", "layers.{i}.unembed.{m}.weight"),
     ),
     separate=True,
-    kind="medusa",
+    kind=KIND.name,
+    whole=(
+        frozenset({"residual.project.weight", "residual.project.bias", "unembed.weight"}),
+        "single residual block with a bias and an output head",
+    ),
     engines=("vLLM",),
     reference="arXiv 2401.10774; github.com/FasterDecoding/Medusa; vLLM medusa.py",
 )

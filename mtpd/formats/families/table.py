@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mtpd.heads.chain.config import KIND as CHAIN
+
 Names = tuple[tuple[str, str], ...]
 
 OTHER = "other."
@@ -45,6 +47,7 @@ class Family:
         cannot_run: why mtpd cannot compute these heads, or None if it can. Their tensors go in and out anyway.
         separate: whether the heads lie in a directory of their own, without the base.
         kind: of mtpd's heads that compute the same.
+        whole: the tensors of a head, where it has these and no others if mtpd can compute it; and what it is then.
         stacked: mtpd's name of one output matrix in which the heads lie below the main one, which counts as a head.
         engines: serving engines whose source reads the family: vLLM 0.32, SGLang 0.5.23, transformers 5.23.
     """
@@ -67,8 +70,9 @@ class Family:
     cannot_run: str | None = None
     separate: bool = False
     engines: tuple[str, ...] = ()
-    kind: Literal["chain", "medusa", "parallel"] = "chain"
+    kind: str = CHAIN.name
     stacked: str | None = None
+    whole: tuple[frozenset[str], str] | None = None
 
     def per_head(self, config: Mapping[str, Any]) -> int:
         """Sub-layers of a head: 1 but where the family builds a head of several."""

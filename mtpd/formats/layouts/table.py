@@ -8,6 +8,8 @@ from pathlib import Path
 
 from mtpd.formats.exported_run import Run
 from mtpd.formats.layouts import glm4_moe, hf_mtp, in_place, medusa, mimo, speculators
+from mtpd.heads.chain.config import KIND as CHAIN_HEADS
+from mtpd.heads.medusa.config import KIND as MEDUSA_HEADS
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Layout:
     refused: Callable[[Run], str | None]
     write: Callable[[Run, Path], None]
     serve: dict[str, str]
-    kind: str = "chain"
+    kind: str = CHAIN_HEADS.name
     """Of the heads that it is for."""
 
 
@@ -122,7 +124,7 @@ LAYOUTS = {
             medusa.refused,
             medusa.write,
             {"vLLM": MEDUSA},
-            kind="medusa",
+            kind=MEDUSA_HEADS.name,
         ),
     )
 }

@@ -10,31 +10,32 @@ Shape legend: N rows, Q positions of a pass, D hidden size, M columns of the dra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mtpd.heads.base import Heads
+from mtpd.heads.drafting import Drafter, Pick
 from mtpd.packed_modules import faster, faster_logits
 from mtpd.slots import SlotCache, Span
 from mtpd.trunk import Trunk
 
-if TYPE_CHECKING:
-    from mtpd.heads.chain.heads import ChainHeads
 
-
-class ChainDrafter:
-    """Keys, values and states of the heads of each depth.
+class ChainDrafter(Drafter):
+    """A drafter that keeps keys, values and states of the head of each depth.
 
     Args:
+        heads: which the chain is of.
+        chain: the head of each depth.
         slots: texts at most.
         capacity: positions of each.
     """
 
-    def __init__(self, heads: ChainHeads, trunk: Trunk, *, slots: int, capacity: int) -> None:
+    def __init__(self, heads: Heads, chain: Sequence[nn.Module], trunk: Trunk, *, slots: int, capacity: int) -> None:
         self.trunk = trunk
-        self.heads = [faster(head) for head in heads.chain()]
+        self.heads: list[Any] = [faster(head) for head in chain]
         self.rows = heads.rows()
         # Never over rows that only pad the vocabulary.
         self.unembedding = faster_logits(heads, trunk.unembedding.select(None), self.rows)
@@ -55,14 +56,6 @@ class ChainDrafter:
         return len(self.heads)
 
     def begin(self, span: Span, hidden: Tensor, tokens: Tensor, lengths: Sequence[int]) -> None:
-        """Reads new texts.
-
-        Args:
-            span: the prompts' positions, from 0 on, padded on the right.
-            hidden: trunk states [N, Q, D].
-            tokens: all tokens by slot [S, C]; those behind the known ones are any ids.
-            lengths: known tokens of each row, its first new one included.
-        """
         self.read(span, hidden)
         state = hidden
         for index in range(self.depth):
@@ -72,53 +65,23 @@ class ChainDrafter:
                 self.true[index][row] = max(0, length - 1 - index)
 
     def read(self, span: Span, hidden: Tensor) -> None:
-        """Takes trunk states [N, Q, D] of the newest positions; later ones may replace those of rejected drafts."""
         span.write(self.states[0], hidden)
 
-    def draft(
-        self,
-        tokens: Tensor,
-        newest: Sequence[int],
-        depth: int,
-        pick: Callable[[Tensor, int], Tensor],
-        go_on: Callable[[Tensor, Tensor], bool] | None = None,
-    ) -> int:
-        """Drafts the tokens after the newest one of each row, into `tokens`.
-
-        Args:
-            tokens: all tokens by slot [S, C]; drafts are written behind the known ones.
-            newest: position of the newest known token of each row.
-            depth: how many drafts at most.
-            pick: chooses columns [N] from logits [N, M] and the number of drafts before.
-            go_on: asked with logits and columns after each draft but the last; False ends the round's drafting.
-
-        Returns:
-            How many drafts each row has.
-        """
-        count = len(newest)
-        rows = torch.arange(count, device=tokens.device)
-        ends = torch.tensor(newest, device=tokens.device)
+    def drafts(
+        self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick
+    ) -> Iterator[tuple[Tensor | None, Tensor]]:
         for index in range(depth):
             true = self.true[index]
             width = max(1, *(end - true[row] for row, end in enumerate(newest)))
             span = Span([end - width for end in newest], width, tokens.device)
             mask = self.caches[index].go_on(span)
             state = self._pass(index, span, span.read(self.states[index]), tokens, mask)
-            logits = self.unembedding(state[:, -1])
-            choice = pick(logits, index)
-            tokens[rows, ends + (index + 1)] = self.ids(choice)
             for row, end in enumerate(newest):
                 true[row] = max(0, end - index)
-            if go_on is not None and index + 1 < depth and not go_on(logits, choice):
-                return index + 1
-        return depth
-
-    def ids(self, columns: Tensor) -> Tensor:
-        """Token ids of columns of the logits."""
-        return columns if self.rows is None else self.rows[columns]
+            logits = self.unembedding(state[:, -1])
+            yield logits, pick(logits, index)
 
     def copy_row(self, source: int, target: int, length: int) -> None:
-        """Makes the first `length` positions of one slot those of another."""
         for cache in self.caches:
             cache.copy_row(source, target, length)
         for states in self.states:
@@ -127,7 +90,7 @@ class ChainDrafter:
             true[target] = true[source]
 
     def _pass(self, index: int, span: Span, state: Tensor, tokens: Tensor, mask: Any) -> Tensor:
-        """h^k [N, Q, D] of head k = index + 1, kept for the head after it."""
+        """Computes h^k [N, Q, D] of head k = index + 1, and keeps it for the head after it."""
         known = span.read(tokens, steps=index + 1)
         state = self.heads[index](
             self.trunk.embed(known),

@@ -12,6 +12,7 @@ Shape legend: B rows, T positions, D hidden size.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from mtpd import alignment
 from mtpd.heads.adapters import adapted, saved_once, without_adapter
 from mtpd.heads.base import Batch, StateHeads
 from mtpd.heads.chain.drafting import ChainDrafter
+from mtpd.heads.chain.looped import Form, looped
 from mtpd.heads.config import HeadsConfig
 from mtpd.heads.norms import unit_norm
 from mtpd.trunk import Trunk
@@ -40,7 +42,7 @@ class ChainHead(nn.Module):
         self.project = nn.Linear(2 * size, size, bias=False)
 
     def mix(self, embed_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:
-        """u = M [norm(embedding) ; norm(hidden)]. [B, T, D]"""
+        """Computes u = M [norm(embedding) ; norm(hidden)]. [B, T, D]"""
         return self.project(torch.cat([self.embed_norm(embed_BTD), self.hidden_norm(hidden_BTD)], dim=-1))
 
     def forward(
@@ -52,7 +54,7 @@ class ChainHead(nn.Module):
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Hidden states [B, T, D] of this depth from the embeddings of x_{t+k} and the states of depth k-1."""
+        """Computes the states [B, T, D] of this depth from the embeddings of x_{t+k} and the states of depth k-1."""
         return self.block(
             inputs_embeds=self.mix(embed_BTD, hidden_BTD),
             position_ids=position_ids_BT,
@@ -84,7 +86,7 @@ class ChainHeads(StateHeads):
         return list(dict.fromkeys(self.chain()))
 
     def chain(self) -> list[ChainHead]:
-        """The heads of depth 1..K; the same one several times where they share a block."""
+        """Lists the heads of depth 1..K; the same one several times where they share a block."""
         heads: list[Any] = [
             self.adapted[str(depth)] if str(depth) in self.adapted else self.layers[block]
             for depth, block in enumerate(self.config.block_of, start=1)
@@ -92,7 +94,6 @@ class ChainHeads(StateHeads):
         return heads
 
     def shorten(self, depth: int) -> None:
-        """Keeps the heads of depth 1..`depth` only: no later one changes what they draft."""
         assert 1 <= depth <= self.depth, "heads can only become fewer"
         config = self.config
         blocks = max(config.block_of[:depth]) + 1
@@ -107,14 +108,14 @@ class ChainHeads(StateHeads):
         self.config = config.model_copy(update=kept)
 
     def first(self, depth: int) -> ChainHeads:
-        """The heads of depth 1..`depth` around the same parameters."""
+        """Gives the heads of depth 1..`depth` around the same parameters: deeper ones are not run."""
         heads = copy.copy(self)
         heads.__dict__["_modules"] = dict(self._modules)
         heads.shorten(depth)
         return heads
 
     def merged(self) -> ChainHeads:
-        """The same heads with a block for each depth: looped blocks are copied, adapters become part of the weights.
+        """Gives the same heads a block for each depth: looped blocks are copied, adapters merged into the weights.
 
         What is drafted stays the same to rounding; every parameter is trainable.
         """
@@ -127,7 +128,7 @@ class ChainHeads(StateHeads):
     def forward(
         self, trunk: Trunk, hidden_BTD: Tensor, input_ids_BT: Tensor, *, position_ids_BT: Tensor, after: int = 0
     ) -> list[Tensor]:
-        """Teacher-forced states h^{after+1}..h^K, each [B, T, D]: head k reads the true token x_{t+k}.
+        """Computes teacher-forced states h^{after+1}..h^K, each [B, T, D]: head k reads the true token x_{t+k}.
 
         Args:
             hidden_BTD: the trunk's states h^0; or h^after, to compute the depths past `after` alone.
@@ -140,11 +141,64 @@ class ChainHeads(StateHeads):
             states.append(state)
         return states
 
+    def each_alone(
+        self, trunk: Trunk, hidden_BTD: Tensor, input_ids_BT: Tensor, *, position_ids_BT: Tensor
+    ) -> list[Tensor]:
+        """Computes the states [B, T, D] of each head on the trunk's states, in place of those of the head before."""
+        return [
+            head(
+                trunk.embed(alignment.tokens_read(input_ids_BT, depth)).to(hidden_BTD.dtype),
+                hidden_BTD,
+                position_ids_BT=position_ids_BT,
+            )
+            for depth, head in enumerate(self.chain(), start=1)
+        ]
+
     def trained_states(self, trunk: Trunk, batch: Batch) -> list[Tensor]:
         state = batch.below if batch.after else batch.hidden
         assert state is not None, "the states that the first trained depth reads"
         return self(trunk, state, batch.input_ids, position_ids_BT=batch.own_positions, after=batch.after)
 
     def drafter(self, trunk: Trunk, *, slots: int, capacity: int) -> ChainDrafter:
-        """A new drafting state for texts in slots."""
-        return ChainDrafter(self, trunk, slots=slots, capacity=capacity)
+        return ChainDrafter(self, self.chain(), trunk, slots=slots, capacity=capacity)
+
+    def as_chain(self, *, what: str) -> ChainHeads:
+        return self
+
+    def extended(self, trunk: Trunk, *, depth: int, form: Form, rank: int = 0, seed: int = 0) -> ChainHeads:
+        """Makes heads of K+m depths that draft as K heads do whose last m are looped; not trained yet.
+
+        Of the new heads, the parameters that the new depths own are trainable; those of depths 1..K are frozen. With
+        `shared`, where new depths own nothing, all are trainable.
+
+        Args:
+            depth: K+m, at most 2 K.
+            rank: of adapters.
+            seed: of the first half of new adapters; the other half is 0.
+
+        Raises:
+            UserError: adapters in a form that cannot have them.
+        """
+        config = looped(self.config, depth, form, rank)
+        with torch.random.fork_rng(devices=[]), torch.device(trunk.device):
+            torch.manual_seed(seed)
+            wider = ChainHeads(trunk, config)
+        wider.load_state_dict({**wider.state_dict(), **self.state_dict()})
+        source, target = self.chain(), wider.chain()
+        new = depth - self.depth
+        for place in range(self.depth, depth):
+            head = source[place - new]
+            if form == "copies":
+                target[place].load_state_dict(without_adapter(head).state_dict())
+            elif str(place - new + 1) in self.adapted:
+                target[place].load_state_dict(head.state_dict())
+        if form != "shared":
+            for head in target[: self.depth]:
+                head.requires_grad_(False)
+        return wider.train(self.training)
+
+    @classmethod
+    def from_native(
+        cls, tensors: Mapping[str, Any], *, source_layers: Sequence[int], depth: int, shared: bool, vocabulary: int
+    ) -> dict[str, Any]:
+        return {"source_layers": list(source_layers[: 1 if shared else depth]), "shared": shared}

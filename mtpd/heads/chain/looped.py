@@ -12,65 +12,32 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-
 from mtpd.errors import UserError
-from mtpd.heads.adapters import without_adapter
-from mtpd.heads.chain.heads import ChainHeads
 from mtpd.heads.config import HeadsConfig
-from mtpd.trunk import Trunk
 
 Form = Literal["copies", "shared", "adapters"]
 
 
-def extended(heads: ChainHeads, trunk: Trunk, *, depth: int, form: Form, rank: int = 0, seed: int = 0) -> ChainHeads:
-    """New heads of K+m depths that draft as K heads do whose last m are looped; not trained yet.
-
-    Of the new heads, the parameters that the new depths own are trainable; those of depths 1..K are frozen. With
-    `shared`, where new depths own nothing, all are trainable.
+def looped(old: HeadsConfig, depth: int, form: Form, rank: int) -> HeadsConfig:
+    """Works out the config of `depth` heads: these, and as many of the last ones again as are missing.
 
     Args:
-        heads: of K depths; left as they are.
-        depth: K+m, at most 2 K.
         rank: of adapters.
-        seed: of the first half of new adapters; the other half is 0.
 
     Raises:
         UserError: adapters in a form that cannot have them.
     """
-    old = heads.config
-    new = depth - old.depth
-    assert 0 < new <= old.depth, "the last m of K heads are looped"
-    ranks = old.adapters or [0] * old.depth
-    looped = ranks[-new:]
-    if form == "shared" and any(looped):
+    assert old.depth < depth <= 2 * old.depth, "the last m of K heads are looped"
+    again = old.adapters[old.depth - depth :]
+    if form == "shared" and any(again):
         raise UserError(
             "extend.form: shared is not accepted for heads that have adapters of their own; accepted: copies, adapters"
         )
-    if form == "adapters" and any(each not in (0, rank) for each in looped):
+    if form == "adapters" and any(each not in (0, rank) for each in again):
         raise UserError(
-            f"extend.rank: {rank} is not the rank of the adapters that are looped; accepted: {max(looped)}, or "
+            f"extend.rank: {rank} is not the rank of the adapters that are looped; accepted: {max(again)}, or "
             "extend.form: copies"
         )
-    with torch.random.fork_rng(devices=[]), torch.device(trunk.device):
-        torch.manual_seed(seed)
-        wider = ChainHeads(trunk, _config(old, depth, form, rank))
-    source, target = heads.chain(), wider.chain()
-    state = {**wider.state_dict(), **heads.state_dict()}
-    wider.load_state_dict(state)
-    for place in range(old.depth, depth):
-        looped_head = source[place - new]
-        if form == "copies":
-            target[place].load_state_dict(without_adapter(looped_head).state_dict())
-        elif ranks[place - new]:
-            target[place].load_state_dict(looped_head.state_dict())
-    if form != "shared":
-        for head in target[: old.depth]:
-            head.requires_grad_(False)
-    return wider.train(heads.training)
-
-
-def _config(old: HeadsConfig, depth: int, form: Form, rank: int) -> HeadsConfig:
     new = depth - old.depth
     sources, blocks = list(old.source_layers), list(old.block_of)
     ranks = list(old.adapters)

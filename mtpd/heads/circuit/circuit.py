@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -32,11 +31,11 @@ from torch import Tensor
 
 TINY = 1e-30
 NEAR_ONE = 0.95
-"""What a component's weight on itself is at the start, where components are tied by matrices."""
+"""Weight of a component on itself at the start, where components are tied by matrices."""
 
 
 class Circuit(Protocol):
-    """How the places of a window depend on each other."""
+    """The dependence of the places of a window on each other."""
 
     places: int
     components: int
@@ -44,54 +43,34 @@ class Circuit(Protocol):
     """Z."""
 
     def start(self) -> Tensor:
-        """What is added to the sum weights before the softmax at the start, [Z]: all circuits start near to cp."""
+        """Gives what is added to sum weights before the softmax at the start, [Z]: all circuits start near to cp."""
 
     def prefix(self, evidence: Tensor, weights: Tensor) -> Tensor:
-        """log p(component of place i | tokens of the places before i). [N, n, r], normalised over r
+        """Computes log p(component of place i | tokens of the places before i). [N, n, r], normalised over r
 
         Args:
             evidence: [N, n, r].
-            weights: before the softmax, [N, Z], in any number format.
+            weights: before the softmax, [N, Z], in any dtype.
         """
 
     def follow(self, weights: Tensor) -> Generator[Tensor, Tensor, Any]:
-        """`prefix`, place by place: gives [N, r] for a place, and is sent the evidence [N, r] of the token there."""
+        """Computes `prefix` place by place: yields [N, r], and is sent the evidence [N, r] of the token there."""
 
-    def log_marginal(self, evidence: Tensor, weights: Tensor) -> Tensor:
-        """log p of the tokens that are known. [N]"""
+    def likeliest(self, evidence: Tensor, weights: Tensor) -> Tensor:
+        """Chooses components [N, n] by max-product, from the top down after a pass up.
 
-    def latents(self, evidence: Tensor, weights: Tensor, way: Way) -> Tensor:
-        """A component for each place [N, n], given the evidence: drawn, or the best."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """How latents are chosen: from the top down, after a pass up that reduces what stands below."""
-
-    reduce: Callable[[Tensor], Tensor]
-    """Over the last dimension."""
-    choose: Callable[[Tensor], Tensor]
-    """An index into the last dimension."""
-
-
-MAXIMUM = Way(lambda scores: scores.amax(-1), lambda scores: scores.argmax(-1))
-"""Max-product: the likeliest latents, together with the likeliest tokens if the evidence holds their maxima."""
-
-
-def drawing(generator: torch.Generator | None = None) -> Way:
-    """Ancestral sampling: latents from their posterior."""
-
-    def choose(scores: Tensor) -> Tensor:
-        # Gumbel: the largest of log p + noise is a draw from p.
-        uniform = torch.rand(scores.shape, generator=generator, dtype=torch.float64, device=scores.device)
-        return (scores - (-uniform.clamp_min(TINY).log()).log()).argmax(-1)
-
-    return Way(lambda scores: scores.logsumexp(-1), choose)
+        They are the likeliest, together with the likeliest tokens where the evidence holds a leaf's maximum.
+        """
 
 
 def new_circuit(structure: str, places: int, components: int) -> Circuit:
-    """ff, cp, hmm or btree."""
-    kinds: dict[str, Callable[[int, int], Circuit]] = {"ff": Mixture, "cp": Mixture, "hmm": Chain, "btree": Tree}
+    """Makes a circuit of structure ff, cp, hmm or btree."""
+    kinds: dict[str, Callable[[int, int], Circuit]] = {
+        "ff": Mixture,
+        "cp": Mixture,
+        "hmm": HiddenMarkov,
+        "btree": BinaryTree,
+    }
     return kinds[structure](places, components)
 
 
@@ -118,14 +97,11 @@ class Mixture:
             evidence = yield state
             state = (state + evidence).log_softmax(-1)
 
-    def log_marginal(self, evidence: Tensor, weights: Tensor) -> Tensor:
-        return (self._first(weights) + evidence.sum(1)).logsumexp(-1)
-
-    def latents(self, evidence: Tensor, weights: Tensor, way: Way) -> Tensor:
-        return way.choose(self._first(weights) + evidence.sum(1))[:, None].expand(-1, self.places)
+    def likeliest(self, evidence: Tensor, weights: Tensor) -> Tensor:
+        return (self._first(weights) + evidence.sum(1)).argmax(-1)[:, None].expand(-1, self.places)
 
 
-class Chain:
+class HiddenMarkov:
     """hmm, with transitions of each step."""
 
     def __init__(self, places: int, components: int) -> None:
@@ -137,7 +113,7 @@ class Chain:
         return torch.cat([first, *[_near_identity(self.components)] * (self.places - 1)])
 
     def _split(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the first place [N, r], and of each step [N, n - 1, r, r], from and to."""
+        """Splits weights: of the first place [N, r], and of each step [N, n - 1, r, r], from and to."""
         r = self.components
         return weights[:, :r], weights[:, r:].unflatten(1, (self.places - 1, r, r))
 
@@ -157,30 +133,25 @@ class Chain:
             state = _forward((state + evidence).log_softmax(-1), transition)
         yield state
 
-    def log_marginal(self, evidence: Tensor, weights: Tensor) -> Tensor:
-        first, steps = self._split(weights)
-        below = self._up(evidence, log_softmax(steps), lambda scores: scores.logsumexp(-1))
-        return (log_softmax(first) + below[0]).logsumexp(-1)
-
-    def latents(self, evidence: Tensor, weights: Tensor, way: Way) -> Tensor:
+    def likeliest(self, evidence: Tensor, weights: Tensor) -> Tensor:
         first, steps = self._split(weights)
         transition = log_softmax(steps)
-        below = self._up(evidence, transition, way.reduce)
-        chosen = [way.choose(log_softmax(first) + below[0])]
+        below = self._up(evidence, transition)
+        chosen = [(log_softmax(first) + below[0]).argmax(-1)]
         rows = torch.arange(len(evidence), device=evidence.device)
         for place in range(1, self.places):
-            chosen.append(way.choose(transition[rows, place - 1, chosen[-1]] + below[place]))
+            chosen.append((transition[rows, place - 1, chosen[-1]] + below[place]).argmax(-1))
         return torch.stack(chosen, dim=1)
 
-    def _up(self, evidence: Tensor, transition: Tensor, reduce: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """By place, what each component makes of the evidence from there on, [N, r]."""
+    def _up(self, evidence: Tensor, transition: Tensor) -> list[Tensor]:
+        """Computes, by place, the best score of the evidence from there on for each component, [N, r]."""
         below = [evidence[:, -1]]
         for place in range(self.places - 2, -1, -1):
-            below.append(evidence[:, place] + reduce(transition[:, place] + below[-1][:, None]))
+            below.append(evidence[:, place] + (transition[:, place] + below[-1][:, None]).amax(-1))
         return below[::-1]
 
 
-class Tree:
+class BinaryTree:
     """btree: regions of 2, 4, 8, ... places, all of a size at once.
 
     Where the places are no power of two, the regions are those of the next one, and lack what lies behind the last.
@@ -199,7 +170,7 @@ class Tree:
         return torch.cat([first, *[_near_identity(self.components)] * sum(self.regions[:-1])])
 
     def _split(self, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Of the root [N, r], and of the regions of each smaller size [N, m, r, r], output and component."""
+        """Splits weights: of the root [N, r], and of regions of each smaller size [N, m, r, r], by output."""
         r = self.components
         inner = weights[:, r:].unflatten(1, (-1, r, r)) if len(self.regions) > 1 else weights.new_zeros(0)
         return weights[:, :r], list(inner.split(self.regions[:-1], dim=1)) if len(self.regions) > 1 else []
@@ -233,7 +204,7 @@ class Tree:
     def _region(
         self, size: int, number: int, down: Tensor, tied: Sequence[Tensor]
     ) -> Generator[Tensor, Tensor, Tensor]:
-        """The places of a region from left to right; at the end, what it makes of their tokens.
+        """Yields the places of a region from left to right; returns what it makes of their tokens.
 
         Args:
             size: the index of its size in `regions`; -1 is a single place.
@@ -250,46 +221,41 @@ class Tree:
             units = units + (yield from self._region(size - 1, 2 * number + 1, right, tied))
         return units if tie is None else _backward(units, tie)
 
-    def log_marginal(self, evidence: Tensor, weights: Tensor) -> Tensor:
-        first, inner = self._split(weights)
-        products = self._up(evidence, [log_softmax(each) for each in inner], lambda scores: scores.logsumexp(-1))
-        return (log_softmax(first) + products[-1][:, 0]).logsumexp(-1)
-
-    def latents(self, evidence: Tensor, weights: Tensor, way: Way) -> Tensor:
+    def likeliest(self, evidence: Tensor, weights: Tensor) -> Tensor:
         first, inner = self._split(weights)
         tied = [log_softmax(each) for each in inner]
-        products = self._up(evidence, tied, way.reduce)
-        chosen = way.choose(log_softmax(first) + products[-1][:, 0])[:, None]
+        products = self._up(evidence, tied)
+        chosen = (log_softmax(first) + products[-1][:, 0]).argmax(-1)[:, None]
         for size in range(len(self.regions) - 2, -1, -1):
             # A region's output is the component of the region around it.
             output = chosen.repeat_interleave(2, dim=1)[:, : self.regions[size]]
             at = output[:, :, None, None].expand(-1, -1, 1, self.components)
-            chosen = way.choose(tied[size].gather(2, at).squeeze(2) + products[size])
+            chosen = (tied[size].gather(2, at).squeeze(2) + products[size]).argmax(-1)
         return chosen.repeat_interleave(2, dim=1)[:, : self.places]
 
-    def _up(self, evidence: Tensor, tied: Sequence[Tensor], reduce: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """By size of region, the products of its halves [N, m, r]."""
+    def _up(self, evidence: Tensor, tied: Sequence[Tensor]) -> list[Tensor]:
+        """Computes, by size of region, the best products of its halves [N, m, r]."""
         products = []
         units = evidence
         for size in range(len(self.regions)):
             products.append(_pairs(units).sum(2))
             if size < len(tied):
-                units = reduce(tied[size] + products[-1][:, :, None])
+                units = (tied[size] + products[-1][:, :, None]).amax(-1)
         return products
 
 
 def softmax(values: Tensor) -> Tensor:
-    """Over the last dimension, in float32 or better."""
+    """Normalises the last dimension, in float32 or better."""
     return values.softmax(-1, dtype=torch.promote_types(values.dtype, torch.float32))
 
 
 def log_softmax(values: Tensor) -> Tensor:
-    """Over the last dimension, in float32 or better."""
+    """Normalises the last dimension, in float32 or better."""
     return values.log_softmax(-1, dtype=torch.promote_types(values.dtype, torch.float32))
 
 
 def _near_identity(components: int) -> Tensor:
-    """Added before a softmax over the columns of an r x r matrix, flat [r * r]: `NEAR_ONE` on the diagonal."""
+    """Gives what makes a softmax over the columns of an r x r matrix `NEAR_ONE` on the diagonal, flat [r * r]."""
     if components == 1:
         return torch.zeros(1)
     rest = (1.0 - NEAR_ONE) / (components - 1)
@@ -297,18 +263,18 @@ def _near_identity(components: int) -> Tensor:
 
 
 def _forward(log_p: Tensor, weight: Tensor) -> Tensor:
-    """log Σ_i p_i W[i, :] for log p [..., r] and probabilities W [..., r, r], both normalised."""
+    """Computes log Σ_i p_i W[i, :] for log p [..., r] and probabilities W [..., r, r], both normalised."""
     return (log_p.exp()[..., None, :] @ weight).squeeze(-2).clamp_min(TINY).log()
 
 
 def _backward(scores: Tensor, weight: Tensor) -> Tensor:
-    """log Σ_j W[:, j] exp(score_j) for scores [..., r] of any size."""
+    """Computes log Σ_j W[:, j] exp(score_j) for scores [..., r] of any size."""
     top = scores.detach().amax(-1, keepdim=True)
     return (weight @ (scores - top).exp()[..., None]).squeeze(-1).clamp_min(TINY).log() + top
 
 
 def _pairs(units: Tensor) -> Tensor:
-    """Left and right halves of regions, [N, m, 2, r]; a half without places is log 1 = 0."""
+    """Pairs the left and right halves of regions, [N, m, 2, r]; a half without places is log 1 = 0."""
     if units.shape[1] % 2:
         units = torch.nn.functional.pad(units, (0, 0, 0, 1))
     return units.unflatten(1, (-1, 2))

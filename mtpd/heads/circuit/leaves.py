@@ -37,11 +37,11 @@ class Leaves(nn.Module):
     """Leaves of all places and components; `main` is the trunk's unembedding, which shared ones stand before."""
 
     def logits(self, hidden: Tensor, main: Unembedding | None, *, first: int = 0, last: int | None = None) -> Tensor:
-        """[C, n, r, M], or those of the places `first` to `last`."""
+        """Computes logits [C, n, r, M], or those of the places `first` to `last`."""
         raise NotImplementedError
 
     def evidence(self, hidden: Tensor, columns: Tensor, main: Unembedding | None) -> Tensor:
-        """log φ_ij of one column for each of the first places, [C, n, r]; 0 where the column is -1."""
+        """Computes log φ_ij of one column for each of the first places, [C, n, r]; 0 where the column is -1."""
         logits = exact(self.logits(hidden, main, last=columns.shape[1]))
         targets = columns[:, :, None].expand(logits.shape[:-1])
         ce = nn.functional.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=-1, reduction="none")
@@ -50,14 +50,14 @@ class Leaves(nn.Module):
     def probabilities(
         self, hidden: Tensor, main: Unembedding | None, *, first: int = 0, last: int | None = None
     ) -> Tensor:
-        """φ_ij of the places `first` to `last`, [C, n, r, M]."""
+        """Computes φ_ij of the places `first` to `last`, [C, n, r, M]."""
         return softmax(self.logits(hidden, main, first=first, last=last))
 
     def hold(self) -> None:
-        """Computes what does not depend on states, for inference from now on; nothing says later that it is old."""
+        """Caches state-independent terms for inference; later weight changes do not invalidate it."""
 
     def start(self, maps: list[Tensor], main: Unembedding, random: torch.Generator) -> None:
-        """All components of a place start as the main head behind this place's map [D, D]."""
+        """Starts all components of a place as the main head behind this place's map [D, D]."""
         raise NotImplementedError
 
 
@@ -85,10 +85,10 @@ class FullLeaves(Leaves):
 
 
 class _FullEvidence(torch.autograd.Function):
-    """Softmaxes of a few leaves at a time, kept in the number format of the products for their gradient.
+    """Computes softmaxes of a few leaves at a time, and keeps them in the dtype of the matmuls for their gradient.
 
-    That is one-hot minus softmax, times what comes in. At a time, because sweeps over all of them, places x components
-    x M numbers a position, would go at the pace of memory.
+    That is one-hot minus softmax, times what comes in. At a time, because elementwise passes over all of them, places x
+    components x M numbers a position, would go at the pace of memory.
     """
 
     @staticmethod
@@ -128,7 +128,7 @@ class _FullEvidence(torch.autograd.Function):
 
 
 def _tiles(weight: Tensor, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """A few leaves at a time: which ones, and their weights [l, M, D] in the states' number format."""
+    """Yields a few leaves at a time: which ones, and their weights [l, M, D] in the dtype of the states."""
     flat = weight.flatten(0, 1)
     size = max(1, TILE_BYTES // (4 * max(1, len(states)) * flat.shape[1]))
     for first in range(0, len(flat), size):
@@ -217,7 +217,7 @@ class SharedLeaves(Leaves):
 
     @torch.no_grad()
     def start(self, maps: list[Tensor], main: Unembedding, random: torch.Generator) -> None:
-        """All components of a place start as this place's map; what tells them apart starts as 0."""
+        """Starts all components of a place as this place's map, and what tells them apart as 0."""
         for place, matrix in enumerate(maps):
             self.base[place] = matrix
         self.down.copy_(torch.randn(self.down.shape, generator=random) * self.down.shape[-1] ** -0.5)
@@ -225,6 +225,6 @@ class SharedLeaves(Leaves):
 
 
 def behind(matrix: Tensor, main: Unembedding) -> Tensor:
-    """An unembedding's weight [M, D] behind a map [D, D], its scale included."""
+    """Multiplies an unembedding's weight [M, D], its scale included, with a map [D, D] in front of it."""
     weight = main.weight.float() * main.scale
     return weight @ matrix.to(weight)

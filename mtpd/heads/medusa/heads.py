@@ -8,23 +8,19 @@ repeated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mtpd.errors import UserError
 from mtpd.heads.config import HeadsConfig
 from mtpd.heads.logit_heads import LogitHeads
 from mtpd.heads.parallel.heads import ResidualHead
 from mtpd.trunk import Trunk
 
-STARTS = ("identity", "random")
-
 
 class MedusaHead(nn.Module):
-    """One depth."""
+    """The head of one depth."""
 
     def __init__(self, trunk: Trunk, columns: int) -> None:
         super().__init__()
@@ -32,12 +28,12 @@ class MedusaHead(nn.Module):
         self.unembed = nn.Linear(trunk.hidden_size, columns, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Logits [..., M] of states [..., D]."""
+        """Computes logits [..., M] of states [..., D]."""
         return self.unembed(self.residual(hidden))
 
 
 class MedusaHeads(LogitHeads):
-    """K heads."""
+    """K Medusa heads."""
 
     independent = True
 
@@ -48,39 +44,8 @@ class MedusaHeads(LogitHeads):
     def at(self, depth: int, hidden: Tensor, columns: Tensor, seen: Any) -> Tensor:
         return self.layers[depth - 1](hidden)
 
-    def shorten(self, depth: int) -> None:
-        assert 1 <= depth <= self.depth, "heads can only become fewer"
-        self.layers = self.layers[:depth]
-        self.config = self.config.model_copy(update={"depth": depth})
-
-
-def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, Any]:
-    """The part of `HeadsConfig` that is Medusa's own, from the `heads` section of a recipe."""
-    if settings["init"] not in (None, *STARTS):
-        raise UserError(
-            f"heads.init: {settings['init']} is not accepted for medusa heads; accepted: {', '.join(STARTS)}"
-        )
-    return {"columns": settings["columns"]}
-
-
-@torch.no_grad()
-def initialise(heads: MedusaHeads, trunk: Trunk, start: str | None, *, seed: int = 0) -> bool:
-    """Gives new heads their first weights. Returns whether `fit` has to follow: it never has."""
-    random = torch.Generator().manual_seed(seed)
-    std = float(getattr(trunk.config, "initializer_range", 0.02))
-    main = trunk.unembedding.select(heads.rows())
-    for each in heads.layers:
-        head: Any = each
-        project = head.residual.project
-        project.weight.zero_()
-        project.bias.zero_()
-        head.unembed.weight.copy_(main.weight.float() * main.scale)
-        if start == "random":
-            project.weight.copy_(torch.randn(project.weight.shape, generator=random) * std)
-            head.unembed.weight.copy_(torch.randn(head.unembed.weight.shape, generator=random) * std)
-    return False
-
-
-def fit(heads: MedusaHeads, trunk: Trunk, batches: Iterable[dict[str, Tensor]]) -> None:
-    """No start of these heads is fitted."""
-    raise AssertionError("initialise asks for no fit")
+    @classmethod
+    def from_native(
+        cls, tensors: Mapping[str, Any], *, source_layers: Sequence[int], depth: int, shared: bool, vocabulary: int
+    ) -> dict[str, Any]:
+        return {"columns": tensors["layers.0.unembed.weight"].shape[0]}

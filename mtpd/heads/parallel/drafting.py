@@ -8,114 +8,50 @@ Shape legend: N rows, Q positions of a pass, D hidden size, K depths, M columns 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtpd.heads.base import Pick
+from mtpd.heads.base import Heads
+from mtpd.heads.drafting import NewestStates, Pick
 from mtpd.packed_modules import faster, faster_logits
 from mtpd.slots import SlotCache, Span
 from mtpd.trunk import Trunk
 
-if TYPE_CHECKING:
-    from mtpd.heads.parallel.heads import ParallelHeads
-
-
-class NewestStates:
-    """The trunk's states by slot, and the newest of them.
-
-    Args:
-        slots: texts at most.
-        capacity: positions of each.
-    """
-
-    def __init__(self, trunk: Trunk, *, slots: int, capacity: int) -> None:
-        # One place more for what belongs to no position.
-        self.states = torch.zeros(slots, capacity + 1, trunk.hidden_size, dtype=trunk.dtype, device=trunk.device)
-
-    def begin(self, span: Span, hidden: Tensor, tokens: Tensor, lengths: Sequence[int]) -> None:
-        """As `mtpd.heads.base.Drafter`, like the others."""
-        self.read(span, hidden)
-
-    def read(self, span: Span, hidden: Tensor) -> None:
-        span.write(self.states, hidden)
-
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        self.states[target, :length] = self.states[source, :length]
-
-    def behind(self, newest: Sequence[int]) -> Tensor:
-        """h_{N-1} [N, D], for the position N of the newest token of each row."""
-        span = Span([end - 1 for end in newest], 1, self.states.device)
-        return span.read(self.states)[:, 0]
-
-
-def write_drafts(
-    tokens: Tensor,
-    newest: Sequence[int],
-    depth: int,
-    choose: Callable[[int], tuple[Tensor, Tensor, Tensor]],
-    go_on: Callable[[Tensor, Tensor], bool] | None,
-) -> int:
-    """Puts the drafts of each depth behind the newest tokens.
-
-    Args:
-        choose: gives logits, columns and token ids of a depth (0-based).
-    """
-    rows = torch.arange(len(newest), device=tokens.device)
-    ends = torch.tensor(newest, device=tokens.device)
-    for index in range(depth):
-        logits, columns, ids = choose(index)
-        tokens[rows, ends + (index + 1)] = ids
-        if go_on is not None and index + 1 < depth and not go_on(logits, columns):
-            return index + 1
-    return depth
-
 
 class _Drafts(NewestStates):
-    def __init__(self, heads: ParallelHeads, trunk: Trunk, *, slots: int, capacity: int) -> None:
+    def __init__(self, heads: Heads, trunk: Trunk, *, slots: int, capacity: int) -> None:
         super().__init__(trunk, slots=slots, capacity=capacity)
-        self.depth = heads.depth
+        self.heads: list[Any] = list(heads.layers)
         self.rows = heads.rows()
         # Never over rows that only pad the vocabulary.
         self.unembedding = faster_logits(heads, trunk.unembedding.select(None), self.rows)
 
-    def ids(self, columns: Tensor) -> Tensor:
-        return columns if self.rows is None else self.rows[columns]
+    @property
+    def depth(self) -> int:
+        return len(self.heads)
 
 
 class StateDrafter(_Drafts):
-    """Of heads that read one position: all depths in one product."""
+    """Drafts with heads that read one position: all depths in one matmul."""
 
-    def __init__(self, heads: ParallelHeads, trunk: Trunk, *, slots: int, capacity: int) -> None:
-        super().__init__(heads, trunk, slots=slots, capacity=capacity)
-        self.heads: list[Any] = list(heads.layers)
-
-    def draft(
-        self,
-        tokens: Tensor,
-        newest: Sequence[int],
-        depth: int,
-        pick: Pick,
-        go_on: Callable[[Tensor, Tensor], bool] | None = None,
-    ) -> int:
-        hidden = self.behind(newest)
+    def drafts(
+        self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick
+    ) -> Iterator[tuple[Tensor | None, Tensor]]:
+        hidden = self.newest_states(newest)
         logits = self.unembedding(torch.stack([head(hidden) for head in self.heads[:depth]], dim=1))
-
-        def choose(index: int) -> tuple[Tensor, Tensor, Tensor]:
-            columns = pick(logits[:, index], index)
-            return logits[:, index], columns, self.ids(columns)
-
-        return write_drafts(tokens, newest, depth, choose, go_on)
+        for index in range(depth):
+            yield logits[:, index], pick(logits[:, index], index)
 
 
 class BlockDrafter(_Drafts):
-    """Of heads with a decoder layer, each with keys and values of its own."""
+    """Drafts with heads that have a decoder layer each, with keys and values of its own."""
 
-    def __init__(self, heads: ParallelHeads, trunk: Trunk, *, slots: int, capacity: int) -> None:
+    def __init__(self, heads: Heads, trunk: Trunk, *, slots: int, capacity: int) -> None:
         super().__init__(heads, trunk, slots=slots, capacity=capacity)
-        self.heads: list[Any] = [faster(head) for head in heads.layers]
+        self.heads = [faster(head) for head in heads.layers]
         self.caches = [
             SlotCache(head.block.config, slots=slots, capacity=capacity, dtype=trunk.dtype, device=trunk.device)
             for head in self.heads
@@ -137,15 +73,10 @@ class BlockDrafter(_Drafts):
             cache.copy_row(source, target, length)
             held[target] = held[source]
 
-    def draft(
-        self,
-        tokens: Tensor,
-        newest: Sequence[int],
-        depth: int,
-        pick: Pick,
-        go_on: Callable[[Tensor, Tensor], bool] | None = None,
-    ) -> int:
-        def choose(index: int) -> tuple[Tensor, Tensor, Tensor]:
+    def drafts(
+        self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick
+    ) -> Iterator[tuple[Tensor | None, Tensor]]:
+        for index in range(depth):
             held = self.held[index]
             width = max(1, *(end - held[row] for row, end in enumerate(newest)))
             span = Span([end - width for end in newest], width, tokens.device)
@@ -156,7 +87,4 @@ class BlockDrafter(_Drafts):
             for row, end in enumerate(newest):
                 held[row] = end
             logits = self.unembedding(state[:, -1])
-            columns = pick(logits, index)
-            return logits, columns, self.ids(columns)
-
-        return write_drafts(tokens, newest, depth, choose, go_on)
+            yield logits, pick(logits, index)

@@ -1,0 +1,130 @@
+"""Drafting for texts that lie in slots: the round that all kinds of heads share, and what they keep between rounds.
+
+Shape legend: S slots, C positions of a slot, N rows, Q positions of a forward, D hidden size, M columns of the draft
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtpd.slots import Span
+from mtpd.trunk import Trunk
+
+
+@dataclass(frozen=True)
+class Pick:
+    """Chooses drafts.
+
+    Attributes:
+        choose: gives columns [N] for logits [N, M] and the number of drafts before in this round.
+        joint: whether heads that choose the likeliest drafts together may do so, without asking.
+    """
+
+    choose: Callable[[Tensor, int], Tensor]
+    joint: bool = False
+
+    def __call__(self, logits: Tensor, number: int) -> Tensor:
+        return self.choose(logits, number)
+
+
+GoOn = Callable[[Tensor, Tensor], bool]
+"""Decides from the logits and columns of the newest drafts whether the round goes on."""
+
+
+class Drafter(ABC):
+    """Drafts with heads of one kind, and keeps what they need of each slot."""
+
+    rows: Tensor | None = None
+    """Token of each column [M]; None where columns are tokens."""
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """Drafts a round at most."""
+
+    @abstractmethod
+    def begin(self, span: Span, hidden: Tensor, tokens: Tensor, lengths: Sequence[int]) -> None:
+        """Reads new texts.
+
+        Args:
+            span: the prompts' positions, from 0 on, padded on the right.
+            hidden: trunk states [N, Q, D].
+            tokens: all tokens by slot [S, C]; those behind the known ones are any ids.
+            lengths: known tokens of each row, its first new one included.
+        """
+
+    @abstractmethod
+    def read(self, span: Span, hidden: Tensor) -> None:
+        """Takes trunk states [N, Q, D] of the newest positions; later ones may replace those of rejected drafts."""
+
+    @abstractmethod
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Makes the first `length` positions of one slot those of another."""
+
+    @abstractmethod
+    def drafts(
+        self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick
+    ) -> Iterator[tuple[Tensor | None, Tensor]]:
+        """Yields the logits [N, M] and the chosen columns [N] of one depth after the other.
+
+        The drafts of a depth stand in `tokens` before the next depth is asked for. Logits may be None where
+        `pick.joint` lets the heads choose by themselves. The arguments are those of `draft`.
+        """
+
+    def draft(self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick, go_on: GoOn | None = None) -> int:
+        """Drafts the tokens after the newest one of each row, into `tokens`.
+
+        Args:
+            tokens: all tokens by slot [S, C]; drafts are written behind the known ones.
+            newest: position of the newest known token of each row.
+            depth: how many drafts at most.
+            pick: chooses columns.
+            go_on: asked after each draft but the last; False ends the round.
+
+        Returns:
+            How many drafts each row has.
+        """
+        rows = torch.arange(len(newest), device=tokens.device)
+        ends = torch.tensor(newest, device=tokens.device)
+        for drafted, (logits, columns) in enumerate(self.drafts(tokens, newest, depth, pick), start=1):
+            tokens[rows, ends + drafted] = self.ids(columns)
+            if logits is not None and go_on is not None and drafted < depth and not go_on(logits, columns):
+                return drafted
+        return depth
+
+    def ids(self, columns: Tensor) -> Tensor:
+        """Translates columns of the logits to token ids."""
+        return columns if self.rows is None else self.rows[columns]
+
+
+class NewestStates(Drafter):
+    """A drafter that keeps the trunk's states by slot.
+
+    Args:
+        slots: texts at most.
+        capacity: positions of each.
+    """
+
+    def __init__(self, trunk: Trunk, *, slots: int, capacity: int) -> None:
+        # One place more for what belongs to no position.
+        self.states = torch.zeros(slots, capacity + 1, trunk.hidden_size, dtype=trunk.dtype, device=trunk.device)
+
+    def begin(self, span: Span, hidden: Tensor, tokens: Tensor, lengths: Sequence[int]) -> None:
+        self.read(span, hidden)
+
+    def read(self, span: Span, hidden: Tensor) -> None:
+        span.write(self.states, hidden)
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        self.states[target, :length] = self.states[source, :length]
+
+    def newest_states(self, newest: Sequence[int]) -> Tensor:
+        """h_{N-1} [N, D], for the position N of the newest token of each row."""
+        span = Span([end - 1 for end in newest], 1, self.states.device)
+        return span.read(self.states)[:, 0]
