@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +99,49 @@ def test_files_that_documents_name_exist() -> None:
             assert any(place.is_file() for place in places), f"{page.relative_to(ROOT)} names {name}"
             named += 1
     assert named > 20
+
+
+EXTENDED = """
+import sys
+import torch
+from mtpd.cli import main
+from mtpd.formats.families import FAMILIES
+from mtpd.losses.settings import LOSSES, LossSettings, Student, Teacher
+
+folder, loss = sys.argv[1], LOSSES["brier"]
+y, z = torch.randn(2, 5, 7, dtype=torch.float64)
+y.requires_grad_()
+expected = loss.reference(y, z, n=0)
+[gradient] = torch.autograd.grad(expected.sum(), y)
+teacher = Teacher(z, z.softmax(1), z.logsumexp(1), (z.softmax(1) * z.log_softmax(1)).sum(1), None, None)
+student = Student(y.detach(), y.detach().softmax(1), y.detach().logsumexp(1))
+value, ours = loss.twin(student, teacher, LossSettings((0.0,), (1.0,), "brier"), torch.tensor(0.0))
+torch.testing.assert_close(value, expected.detach())
+torch.testing.assert_close(ours, gradient)
+
+small = ["data.limit=6", "data.max_new_tokens=8", "train.max_steps=1", "evaluation.prompts_limit=1"]
+small += ["evaluation.max_new_tokens=6", "device=cpu"]
+assert main(["distill", "smoke", *small, "train.loss=brier", "evaluation.decode_prompts=0", f"output={folder}/a"]) == 0
+assert main(["export", f"{folder}/a", "--to", "acme", "-o", f"{folder}/out"]) == 0
+names = FAMILIES["acme"].to_mtpd(["draft.1.enorm.weight"], heads=2, layers=4)
+assert names == {"layers.1.embed_norm.weight": "draft.1.enorm.weight"}, names
+bigram = ["heads.kind=bigram", "heads.bigram.rank=8", "evaluation.decode_prompts=1"]
+assert main(["distill", "smoke", *small, *bigram, f"output={folder}/b"]) == 0
+"""
+
+
+def test_the_changes_that_extending_shows_do_what_they_say(tmp_path: Path) -> None:
+    """Fault: a shown change that no longer applies, or whose loss, kind, family or layout is not taken."""
+    shutil.copytree(ROOT / "mtpd", tmp_path / "mtpd", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    diffs = re.findall(r"^```diff\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(diffs) == 4
+    for diff in diffs:
+        command = ["git", "apply", "--unidiff-zero", "-"]
+        applied = subprocess.run(command, cwd=tmp_path, input=diff, capture_output=True, text=True, check=False)
+        assert applied.returncode == 0, f"docs/extending.md: {applied.stderr}{diff}"
+    command = [sys.executable, "-c", EXTENDED, str(tmp_path / "runs")]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
