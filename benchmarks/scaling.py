@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py
 
-Nothing is measured: the numbers come from the formula of `mtpd.plan.scaling`, and from the rates below.
+Nothing is measured: memory comes from `mtpd.plan.scaling`, time from `step_time.py` and the rates below.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mtpd.plan.plan import plan
-from mtpd.plan.scaling import Load, Machine, Sharding, fits, host_memory, memory, step_seconds
+from step_time import Machine, Work, step_seconds, work_of
+
+from mtpd.plan.scaling import Sharding, fits, host_memory, memory
 from mtpd.recipe import load_recipe
 
 GPU_MEMORY = 80e9
@@ -62,11 +63,11 @@ FURTHER = {"DeepSeek-V3, 671B": ["heads.shared=true"]}
 """A head is a layer with 256 experts there: one for all depths, as the model itself was trained."""
 
 
-def load_of(name: str, *words: str) -> Load:
+def load_of(name: str, *words: str) -> Work:
     """Counts parameters on the meta device, as a plan does."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(CONFIGS[name]))
-        return plan(load_recipe(None, [f"model={folder}", *SETTINGS, *FURTHER.get(name, []), *words])).load
+        return work_of(load_recipe(None, [f"model={folder}", *SETTINGS, *FURTHER.get(name, []), *words]))
 
 
 def amount(bytes_: float) -> str:
@@ -75,7 +76,7 @@ def amount(bytes_: float) -> str:
     return shown if bytes_ <= 0.9 * GPU_MEMORY else f"({shown})"
 
 
-def table(name: str, load: Load) -> str:
+def table(name: str, load: Work) -> str:
     """The table of one model, in Markdown."""
     lines = [
         f"### {name}",

@@ -1,12 +1,12 @@
-"""Steps of one process and of two, timed beside what the formula of `mtpd.plan.scaling` says of them.
+"""Steps of one process and of two, timed beside what the formula of `step_time.py` says of them.
 
-    python benchmarks/step_times.py --json tests/data/step-times.json
+    python benchmarks/step_times.py --json benchmarks/step-times.json
 
 A Llama with random weights, and chain heads for it, in float32; each process has a core and one thread. What the
 machine can do is measured before and after each case, by the processes at the same time, as they work in a step:
 operations a second of the products of a layer, a head and the loss; bytes a second of a sweep over what lies between
 them, and of a copy of a layer's weights; numbers a second of a softmax; bytes a second that gloo's collectives bring
-in. Steps are timed as `mtpd distill` takes them: the median, without the first ones. `tests/test_step_time.py` holds
+in. Steps are timed as `mtpd distill` takes them: the median, without the first ones. `test_step_time.py` holds
 what was found to the formula.
 """
 
@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lab import machine
+from step_time import Machine, Work, step_seconds, work_of
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from mtpd.data.packing import PackedRows
@@ -36,8 +37,7 @@ from mtpd.data.store import MemoryStore, fill
 from mtpd.heads import build_heads, configure_heads, start_heads
 from mtpd.losses.fused import TILE_BYTES
 from mtpd.parallel import ranks
-from mtpd.plan.plan import plan
-from mtpd.plan.scaling import Load, Machine, Sharding, step_seconds
+from mtpd.plan.scaling import Sharding
 from mtpd.recipe import Recipe, load_recipe
 from mtpd.run.directory import RunDirectory
 from mtpd.run.session import Session
@@ -80,11 +80,11 @@ def recipe_of(sharding: str, tokens: int, steps: int, folder: Path, *, name: str
     return load_recipe(None, [*WORDS, *given, f"train.max_steps={steps}", "train.save_steps=1000000"])
 
 
-def load_of(model: dict[str, Any], words: Sequence[str], tokens: int) -> Load:
+def load_of(model: dict[str, Any], words: Sequence[str], tokens: int) -> Work:
     """What the formula is given, from the configuration alone."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(model))
-        return plan(load_recipe(None, [*words, f"model={folder}", f"data.row_length={tokens}"])).load
+        return work_of(load_recipe(None, [*words, f"model={folder}", f"data.row_length={tokens}"]))
 
 
 class Clock(TrainerCallback):

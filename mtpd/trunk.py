@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
 
 from mtpd.errors import UnsupportedModel
 
@@ -163,7 +162,6 @@ class Trunk(nn.Module):
         *,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | dict[str, Tensor] | None = None,
-        cache: Cache | None = None,
         before_last: int = 0,
     ) -> Tensor:
         """Hidden states [B, T, D] after the final norm, or those that the last `before_last` layers begin with.
@@ -176,8 +174,7 @@ class Trunk(nn.Module):
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
+            use_cache=False,
         ).last_hidden_state
 
     @torch.no_grad()
@@ -219,14 +216,6 @@ class Trunk(nn.Module):
         """Token embeddings [..., D] as the first decoder layer receives them; gradient where they are trained."""
         embeddings = self.model.get_input_embeddings()(input_ids)
         return embeddings * float(getattr(self.config, "embedding_multiplier", None) or 1.0)
-
-    def new_cache(self) -> DynamicCache:
-        """An empty key/value cache that keeps every position.
-
-        Sliding-window layers are kept whole too: a cache that has dropped old positions cannot be
-        cropped after a rejected draft. The masks still hide what lies outside of the window.
-        """
-        return DynamicCache()
 
     def block(self, source_layer: int) -> nn.Module:
         """A new one-layer decoder, of the kind of the trunk's layer `source_layer` (0-based), with its final norm.
@@ -352,10 +341,3 @@ class Tap:
         layers[layer] = tapped
         self.decoder = copy.copy(decoder)
         self.decoder.__dict__["_modules"] = dict(decoder._modules) | {"layers": nn.ModuleList(layers)}
-
-
-def crop(cache: Cache, length: int) -> None:
-    """Drops what the cache holds past its first `length` positions."""
-    surplus = cache.get_seq_length() - length
-    if surplus > 0:
-        cache.crop(-surplus)

@@ -52,11 +52,11 @@ def test_training_reads_what_data_store_made(
     rows = 0
     hidden = Trunk.hidden
 
-    def counted(self: Trunk, input_ids, *, position_ids=None, cache=None, **kwargs):  # type: ignore[no-untyped-def]
+    def counted(self: Trunk, input_ids, *, position_ids=None, **kwargs):  # type: ignore[no-untyped-def]
         nonlocal rows
-        # Generation has a cache, and measurement no packed rows.
-        rows += len(input_ids) if cache is None and position_ids is not None and input_ids.shape[1] == 64 else 0
-        return hidden(self, input_ids, position_ids=position_ids, cache=cache, **kwargs)
+        # Measurement has no packed rows.
+        rows += len(input_ids) if position_ids is not None and input_ids.shape[1] == 64 else 0
+        return hidden(self, input_ids, position_ids=position_ids, **kwargs)
 
     monkeypatch.setattr(Trunk, "hidden", counted)
     assert main(["distill", *arguments]) == 0

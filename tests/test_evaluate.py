@@ -343,7 +343,7 @@ def test_tables_and_picture(tmp_path: Path) -> None:
     shown = console.export_text()
     assert "0.10 → 0.80" in shown
     assert "1.10 → 2.45" in shown
-    assert "2.00x → 2.00x" in shown
+    assert "2.00 → 2.00x" in shown
 
 
 def test_a_tie_is_told_from_a_mistake() -> None:

@@ -46,7 +46,7 @@ def test_a_speed_up_stands_beside_both_baselines() -> None:
         assert estimates[ratio].text(2) in table
     table = printed(decoded_table(found, found))
     for speed_up in (total.speed_up, total.speed_up_over_engine):
-        assert f"{speed_up:.2f}x → {speed_up:.2f}x" in table
+        assert f"{speed_up:.2f} → {speed_up:.2f}x" in table
     assert total.engine_seconds is not None
     assert f"{total.tokens / total.engine_seconds:.1f}" in table
     for text in (markdown(found, intervals(found)), junit(found, intervals(found), seconds=1.0)):
@@ -124,3 +124,16 @@ def test_which_models_are_random() -> None:
     assert not at_chance(learned.trunk, [])
     assert not at_chance(learned.trunk, [[1]])
     assert torch.is_grad_enabled()
+
+
+def test_the_decoded_table_fits_into_a_log() -> None:
+    """Fault: cells of a table with both baselines are broken over two lines where the output is a file."""
+    found = acceptance(**{"builtin-other": rows(12, 0)})
+    for suite in found.suites.values():
+        suite.identical, suite.ties = 9, 3
+    console = Console(width=132)
+    with console.capture() as captured:
+        console.print(decoded_table(found, found))
+    lines = [line for line in captured.get().splitlines() if line.startswith("│")]
+    assert len(lines) == 2
+    assert all("…" not in line and "9/12, 3 ties" in line for line in lines[:1])

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, LlamaModel
 
 from mtpd.errors import UnsupportedModel
 from mtpd.heads.norms import gain, set_gain
-from mtpd.trunk import Trunk, Unembedding, crop
+from mtpd.trunk import Trunk, Unembedding
 
 
 def test_check_passes(trunk: Trunk) -> None:
@@ -166,15 +166,3 @@ def test_gains_of_norms(trunk: Trunk) -> None:
     torch.testing.assert_close(gain(norm), wanted)
     torch.testing.assert_close(norm(hidden), unit * wanted)
     assert torch.equal(norm.weight == wanted, torch.full_like(wanted, "gemma" not in trunk.name.lower()).bool())
-
-
-def test_crop(trunk: Trunk) -> None:
-    """Fault: rejected positions that stay in a cache, and sliding windows that have dropped what is needed again."""
-    ids = random_tokens(1, 50)
-    cache = trunk.new_cache()
-    trunk.hidden(ids, cache=cache)
-    for length in (60, 50, 45, 30):
-        crop(cache, length)
-        assert cache.get_seq_length() == min(length, 50)
-    again = trunk.hidden(ids[:, 30:], position_ids=torch.arange(30, 50)[None], cache=cache)
-    torch.testing.assert_close(again, trunk.hidden(ids)[:, 30:], rtol=1e-4, atol=1e-4)

@@ -20,7 +20,7 @@ def verify(
         str, typer.Option("--suite", help="demo (held-out built-in prompts), a .jsonl file, or a datasets id.")
     ] = "demo",
     limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts of the suite, at most.")] = 4,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=2, help="Tokens of each text.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=2, help="Tokens of each text.")] = 32,
     drafts: Annotated[
         int | None, typer.Option("--drafts", min=1, help="Tokens drafted a round. Default: the depth of the export.")
     ] = None,

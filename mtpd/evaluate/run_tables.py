@@ -66,7 +66,7 @@ def decoded_table(before: Acceptance, after: Acceptance, *, apart: frozenset[str
     table = Table(title=title, title_justify="left")
     say_if_random(table, after)
     for column in ("suite", "prompts", "CAR after", "tau", *DECODED_COLUMNS):
-        table.add_column(column, justify="left" if column == "suite" else "right")
+        table.add_column(column.replace(" ", "\n"), justify="left" if column == "suite" else "right")
     first = with_total(before, apart=apart)
     for name, suite in with_total(after, apart=apart).items():
         table.add_row(
@@ -77,9 +77,9 @@ def decoded_table(before: Acceptance, after: Acceptance, *, apart: frozenset[str
             rate(suite.tokens, suite.plain_seconds),
             rate(suite.tokens, suite.engine_seconds),
             f"{rate(first[name].tokens, first[name].seconds)} → {rate(suite.tokens, suite.seconds)}",
-            f"{_times(first[name].speed_up)} → {_times(suite.speed_up)}",
-            f"{_times(first[name].speed_up_over_engine)} → {_times(suite.speed_up_over_engine)}",
-            f"{suite.identical}/{suite.prompts}" + (f", {suite.ties} at a tie" if suite.ties else ""),
+            _times(first[name].speed_up, suite.speed_up),
+            _times(first[name].speed_up_over_engine, suite.speed_up_over_engine),
+            same_text(suite),
             style="bold" if name == TOTAL else None,
         )
     return table
@@ -95,8 +95,15 @@ def rate(tokens: int, seconds: float | None) -> str:
     return f"{tokens / seconds:.1f}" if seconds else NOT_MEASURED
 
 
-def _times(speed_up: float | None) -> str:
-    return f"{speed_up:.2f}x" if speed_up is not None else NOT_MEASURED
+def same_text(suite: SuiteCounts) -> str:
+    """In how many prompts the text was that of `generate`, and how many of the others part from it at a tie."""
+    ties = f", {suite.ties} tie{'s' * (suite.ties > 1)}" if suite.ties else ""
+    return f"{suite.identical}/{suite.prompts}{ties}"
+
+
+def _times(before: float | None, after: float | None) -> str:
+    """A speed-up before and after, in a cell narrow enough for a table of both baselines to fit into 132 columns."""
+    return f"{before:.2f} → {after:.2f}x" if before is not None and after is not None else NOT_MEASURED
 
 
 def say_if_random(table: Table, acceptance: Acceptance) -> None:

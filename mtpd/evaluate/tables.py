@@ -10,7 +10,7 @@ from rich.table import Table
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.gate import COMPARED, Change, Comparison, label
 from mtpd.evaluate.intervals import FEWEST, Estimate
-from mtpd.evaluate.run_tables import DECODED_COLUMNS, NOT_MEASURED, TOTAL, rate, say_if_random
+from mtpd.evaluate.run_tables import DECODED_COLUMNS, NOT_MEASURED, TOTAL, rate, same_text, say_if_random
 
 if TYPE_CHECKING:  # brings in torch
     from mtpd.evaluate.trunk_quality import TrunkQuality
@@ -63,8 +63,7 @@ def _decoded_cells(suite: SuiteCounts, found: Mapping[str, Estimate]) -> list[st
     speed_ups = [
         found[name].text(2) if name in found else NOT_MEASURED for name in ("speed_up", "speed_up_over_engine")
     ]
-    same = f"{suite.identical}/{suite.prompts}" + (f", {suite.ties} at a tie" if suite.ties else "")
-    return [*(rate(suite.tokens, each) for each in seconds), *speed_ups, same]
+    return [*(rate(suite.tokens, each) for each in seconds), *speed_ups, same_text(suite)]
 
 
 def depths_table(acceptance: Acceptance, estimates: Estimates) -> Table:

@@ -120,7 +120,8 @@ def _something_else(path: Path) -> str | None:
             f"holds an adapter of {base} and no model; merge it first (peft: merge_and_unload(), then save_pretrained) "
             f"and give the merged directory, or give {base}"
         )
-    if any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    words = any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+    if words and not any(path.glob("*.safetensors")):
         return f"holds a tokenizer and no model ({CONFIG} and {SINGLE} are missing); give the directory of the model"
     return None
 

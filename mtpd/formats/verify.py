@@ -105,7 +105,7 @@ def verify(
     engine: str,
     prompts: str = "builtin-held-out",
     limit: int = 4,
-    max_new_tokens: int = 48,
+    max_new_tokens: int = 32,
     drafts: int | None = None,
     run: Path | None = None,
     environment: Path | None = None,

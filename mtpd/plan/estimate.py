@@ -156,8 +156,6 @@ class Sizes:
     """Features of queries, keys and values together."""
     cached: int
     """Features of keys and values together."""
-    attended: int
-    """Features of queries and of values together: what attention multiplies for each pair of tokens."""
     inner: int
     """Features inside of the MLP, of all experts that a token goes to."""
     experts: int
@@ -171,9 +169,6 @@ class Sizes:
         heads = int(config.num_attention_heads)
         width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         cached = 2 * width * int(getattr(config, "num_key_value_heads", None) or heads)
-        # Of latent attention, whose keys are wider than its values.
-        keys = int(getattr(config, "qk_head_dim", None) or width)
-        values = int(getattr(config, "v_head_dim", None) or width)
         experts = int(getattr(config, "num_experts_per_tok", None) or 0)
         inner: Any = getattr(config, "moe_intermediate_size", None) if experts else None
         inner = inner or config.intermediate_size
@@ -188,31 +183,10 @@ class Sizes:
             tokens=tokens,
             projected=width * heads + cached,
             cached=cached,
-            attended=heads * (keys + values),
             inner=inner * max(1, experts),
             experts=experts,
             item=item,
         )
-
-    @property
-    def exchanged(self) -> int:
-        """Features of a token that ranks which share rows exchange in a layer: what attention reads and gives."""
-        return self.projected + (self.projected - self.cached)
-
-    @property
-    def between(self) -> int:
-        """Numbers of a token that the trunk reads and writes between its products, counted in a llama.
-
-        In a layer, two norms (7 each) and two residuals (3) of the width, rotations (10) of queries and keys, and the
-        gate of the MLP (5); besides, the embedding (2) and the final norm (7).
-        """
-        layer = 20 * self.hidden + 10 * (self.projected - self.cached // 2) + 5 * self.inner
-        return self.layers * layer + 9 * self.hidden
-
-    @property
-    def between_heads(self) -> int:
-        """The same of chain heads, forward and backward, as it is counted: five norms a head are most of it."""
-        return self.depth * (169 * self.hidden + 26 * (self.projected - self.cached // 2) + 14 * self.inner)
 
 
 def estimate_memory(

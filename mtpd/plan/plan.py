@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,9 @@ from mtpd.plan.estimate import Sizes, TextEstimate, estimate_disk, estimate_memo
 from mtpd.plan.scaling import SPARE, Fit, Load, fits, host_memory
 from mtpd.recipe import Recipe, stages_of
 from mtpd.run.session import check_row_length, with_native_depth
-from mtpd.train.arguments import loss_settings
 from mtpd.trunk import Trunk
 
 WIDTH = 100
-POSITION = 8
-"""Bytes of the number of a position, which goes with what attention reads of a token."""
 SHARDED_BY_DEEPSPEED = {
     "none": "nothing has to be sharded",
     "zero1": "the optimizer state of the heads is sharded",
@@ -62,6 +59,7 @@ class Plan:
     memory: dict[str, dict[str, int]]
     """By phase (generating, training, decoding) and purpose."""
     disk: dict[str, int | None]
+    sizes: Sizes
     load: Load
     devices: int
     device_memory: float
@@ -271,6 +269,7 @@ def plan(recipe: Recipe, *, devices: int | None = None, device_memory: float | N
         text=text,
         memory=memory,
         disk=estimate_disk(recipe, sizes, text, of_trunk=of_trunk),
+        sizes=sizes,
         load=training_load(recipe, trunk, heads, sizes, memory["training"], of_trunk=of_trunk),
         devices=count,
         device_memory=bytes_of_each if device_memory is None else 1e9 * device_memory,
@@ -282,7 +281,7 @@ def plan(recipe: Recipe, *, devices: int | None = None, device_memory: float | N
 def training_load(
     recipe: Recipe, trunk: Trunk, heads: Heads, sizes: Sizes, training: Mapping[str, int], *, of_trunk: int = 0
 ) -> Load:
-    """What a rank computes and holds in training.
+    """What a rank holds in training.
 
     Args:
         training: bytes by purpose, as `estimate_memory` gives them.
@@ -291,9 +290,6 @@ def training_load(
     layers = list(trunk.decoder.layers)
     parts: Any = getattr(heads, "layers", None)
     blocks = list(parts) if parts is not None and len(parts) else [heads]
-    # A block that serves all depths is gone through once for each.
-    often = recipe.heads.depth / len(blocks)
-    parts = recipe.train.sequence_parallel
     # What the formula says itself; of a trunk that is trained in float32, its copy in its own number format.
     sharded = {"trunk", "trunk, float32", "trunk in its number format", "adapters of the trunk, float32"}
     sharded |= {"heads, float32", "gradients", "optimizer"}
@@ -306,45 +302,12 @@ def training_load(
         hidden=sizes.hidden,
         item=sizes.item,
         beside={name: part for name, part in training.items() if name not in sharded and part},
-        tokens=recipe.train.rows_per_step * recipe.data.row_length // parts,
-        active=_active(layers, trunk.config),
-        active_heads=round(often * _active([heads], trunk.config)),
-        row=recipe.data.row_length,
-        attended=trunk.depth * sizes.attended,
-        attended_heads=sizes.depth * sizes.attended,
-        between=sizes.between,
-        between_heads=sizes.between_heads,
-        **_of_loss(recipe, sizes.columns),
-        depth=recipe.heads.depth,
-        vocabulary=sizes.columns,
-        parts=parts,
-        exchanged=trunk.depth * (sizes.exchanged * sizes.item + parts * POSITION),
-        exchanged_heads=sizes.depth * (2 * sizes.exchanged * sizes.item + parts * POSITION),
+        parts=recipe.train.sequence_parallel,
     )
 
 
 def _numbers(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _of_loss(recipe: Recipe, columns: int) -> dict[str, int]:
-    """What the loss does for a column and token, as counted with labels and the KL.
-
-    Other losses: 5 sweeps a depth with labels alone (ce), 10 with the KL alone, 38 with lk.
-    """
-    if 0 < loss_settings(recipe).top_n < columns:
-        return {"sweeps": 12 + 16 * recipe.heads.depth, "softmaxes": 2 + 2 * recipe.heads.depth}
-    return {"sweeps": 5 + 13 * recipe.heads.depth, "softmaxes": 1 + recipe.heads.depth}
-
-
-def _active(modules: Iterable[torch.nn.Module], config: Any) -> int:
-    """Parameters that one token goes through: all, but for the experts that it is not sent to."""
-    each = [pair for module in modules for pair in module.named_parameters()]
-    experts = sum(parameter.numel() for name, parameter in each if ".experts." in name)
-    names = ("n_routed_experts", "num_experts", "num_local_experts")
-    count = next((int(found) for name in names if (found := getattr(config, name, None))), 1)
-    chosen = int(getattr(config, "num_experts_per_tok", None) or count)
-    return sum(parameter.numel() for _, parameter in each) - round(experts * (1 - chosen / count))
 
 
 def _devices(device: torch.device, count: int | None) -> tuple[int, float]:

@@ -221,6 +221,20 @@ def finish_provenance(run: RunDirectory, gain: Mapping[str, Any] | None) -> None
     write_whole(run.provenance, json.dumps(sealed(content), indent=2) + "\n")
 
 
+def note_training(stage: RunDirectory, gain: Mapping[str, Any] | None) -> None:
+    """Says in the provenance of a stage, which is that of its run, which heads the stage kept.
+
+    Args:
+        gain: what training changed; None where nothing was trained.
+    """
+    if not stage.provenance.is_file():
+        return
+    content = read_sealed(stage.provenance, refusal="not a provenance")
+    content.pop("training", None)
+    content |= {} if gain is None else {"training": dict(gain)}
+    write_whole(stage.provenance, json.dumps(sealed(content), indent=2) + "\n")
+
+
 def warn_of_changes(run: RunDirectory) -> None:
     """Warns of files that are not those that the run finished with.
 

@@ -30,7 +30,7 @@ from mtpd.recipe import ExtendRecipe, Recipe, dump, parse_recipe, stages_of
 from mtpd.recipe.untrusted import refuse_untrusted
 from mtpd.report.car import write_car
 from mtpd.run.acceptance import keep_texts, measure
-from mtpd.run.directory import RunDirectory
+from mtpd.run.directory import RunDirectory, note_training
 from mtpd.run.finished import open_finished
 from mtpd.run.kept_heads import gain_of_run, keep_heads, other_families, verdict_line
 from mtpd.run.material import (
@@ -296,6 +296,9 @@ def _show(material: Material, stage: RunDirectory, heads: Heads, console: Consol
     found = _measured_depths(material, heads, stage)
     if found is not None:
         console.print(depths_pay_table(found, before))
-    if material.session.recipe.extend.steps != 0:
-        gain = ranks.from_main(lambda: gain_of_run(material.session.recipe, stage))
+    trained = material.session.recipe.extend.steps != 0
+    gain = gain_of_run(material.session.recipe, stage) if trained else None
+    if ranks.is_main():
+        note_training(stage, None if gain is None else gain.noted())
+    if gain is not None:
         console.print(verdict_line(gain, stage), highlight=False, soft_wrap=True)

@@ -57,6 +57,11 @@ class Gain:
         return OUTCOMES[self.tau.direction]
 
     @property
+    def told(self) -> bool:
+        """Whether there are prompts enough for an interval."""
+        return self.tau.change.low is not None
+
+    @property
     def kept(self) -> Literal["trained", "start"]:
         """Which heads a run keeps after it."""
         return "start" if self.outcome == "worse" else "trained"
@@ -131,10 +136,11 @@ def verdict(session: Session, rows: PackedRows) -> list[str]:
 
     All ranks call it, and the main one has the lines.
     """
-    gain = ranks.from_main(lambda: gain_of_run(session.recipe, session.run))
+    ranks.wait_for(session.run.acceptance)
+    gain = gain_of_run(session.recipe, session.run)
     lines = [verdict_line(gain, session.run)]
     random = ranks.from_main(lambda: Acceptance.load(session.run.acceptance).random_trunk)
-    if gain.outcome != "better" and not random and (ranks.is_main() or session.trunk.partitioned):
+    if gain.told and gain.outcome != "better" and not random and (ranks.is_main() or session.trunk.partitioned):
         lines.append(_wanted(session, rows, gain))
     return lines
 
@@ -148,6 +154,11 @@ def verdict_line(gain: Gain, run: RunDirectory) -> str:
             f"TRAINING MADE THE HEADS WORSE: {gain.shown()} held out; {run.heads} holds the heads as they started, "
             f"{run.heads_trained} the trained ones"
         )
+    if not gain.told:
+        return (
+            f"{gain.prompts} held-out prompts do not tell whether training gained anything, it takes {FEWEST}: tau "
+            f"{gain.tau.before:.3f} → {gain.tau.after:.3f}; the trained heads are kept"
+        )
     return f"training gained nothing that can be told from chance: {gain.shown()} held out; the trained heads are kept"
 
 
@@ -159,16 +170,17 @@ def _wanted(session: Session, rows: PackedRows, gain: Gain) -> str:
     length = f"{rows.response_tokens:,} response tokens"
     more = f"this model wants more text (data.prompts, data.limit, data.max_new_tokens), several times as much; {DEMO}"
     if len(texts) < FEWEST:
-        return f"it was trained on {length} in {rows.documents} texts alone: {more}"
+        # Few texts, or such as have several responses or none before which there is a prompt.
+        said = f"the heads were trained on {length} in {rows.documents} texts"
+        return f"{said}; {more}" if rows.documents < FEWEST else said
     learned = gain_of(_on_texts(session, run.heads_before, texts), _on_texts(session, trained, texts))
     change = f"tau went from {learned.tau.before:.3f} to {learned.tau.after:.3f} ({learned.tau.shown()})"
     said = f"on {learned.prompts} texts that were trained on, {change}"
     if learned.outcome == "better":
-        return f"{said}: the heads have learned those {length}, and that does not carry over to other text; {more}"
+        return f"{said}: the heads have learned those {length}, and held-out text does not show it; {more}"
     return (
         f"{said}: the heads have not even learned the {length} that they were trained on. More text alone does not "
-        "help; "
-        f"train them otherwise (train.learning_rate is {train.learning_rate:g}, train.epochs {train.epochs:g}, "
+        f"help; train them otherwise (train.learning_rate is {train.learning_rate:g}, train.epochs {train.epochs:g}, "
         f"train.max_steps {train.max_steps})"
     )
 
@@ -182,13 +194,13 @@ def _on_texts(session: Session, folder: Path, texts: Sequence[Sample]) -> Accept
 def trained_texts(rows: PackedRows, count: int) -> list[Sample]:
     """At most `count` prompts with one response each out of packed rows, from as many rows as there are."""
     found: list[Sample] = []
-    for index in range(0, len(rows), max(1, len(rows) // count)):
-        row = rows[index]
+    chosen = range(0, len(rows), max(1, len(rows) // count))
+    for number, index in enumerate(chosen, start=1):
+        row, wanted = rows[index], -(-count * number // len(chosen))
         starts = [*(row["position_ids"] == 0).nonzero().squeeze(1).tolist(), rows.row_length]
         for first, end in itertools.pairwise(starts):
             ids, mask = row["input_ids"][first:end].tolist(), (row["labels"][first:end] != IGNORED).tolist()
             # A response that others follow, or without a prompt, is not a text that decoding writes.
-            if True in mask[1:] and not mask[0] and all(mask[mask.index(True) :]):
+            if len(found) < wanted and True in mask[1:] and not mask[0] and all(mask[mask.index(True) :]):
                 found.append(Sample(f"{index}:{first}", ids, mask, "trained"))
-                break
-    return found[:count]
+    return found

@@ -11,17 +11,12 @@ from typing import Any
 import pytest
 import torch
 from processes import in_fresh_ranks
-from step_counts import ULYSSES, CountSteps
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mtpd.data.packing import PackedRows
-from mtpd.data.store import MemoryStore, fill
-from mtpd.heads import build_heads, configure_heads, start_heads
-from mtpd.plan.plan import plan
-from mtpd.plan.scaling import (
-    Load,
+from benchmarks.step_counts import ULYSSES, CountSteps
+from benchmarks.step_time import (
     Machine,
-    Sharding,
+    Work,
     copied,
     heads_flops,
     heads_swept,
@@ -31,14 +26,19 @@ from mtpd.plan.scaling import (
     trunk_flops,
     trunk_swept,
     updated,
+    work_of,
 )
+from mtpd.data.packing import PackedRows
+from mtpd.data.store import MemoryStore, fill
+from mtpd.heads import build_heads, configure_heads, start_heads
+from mtpd.plan.scaling import Sharding
 from mtpd.recipe import load_recipe
 from mtpd.run.directory import RunDirectory
 from mtpd.run.session import Session
 from mtpd.run.training import train_heads
 from mtpd.trunk import Trunk
 
-RECORD = Path(__file__).parent / "data" / "step-times.json"
+RECORD = Path(__file__).parent / "step-times.json"
 MODEL = {
     "model_type": "llama",
     "hidden_size": 128,
@@ -65,10 +65,10 @@ CASES: dict[int, list[tuple[Sharding, bool, int] | tuple[Sharding, bool, int, in
 }
 
 
-def load_of(model: dict[str, Any], words: list[str], folder: Path) -> Load:
+def load_of(model: dict[str, Any], words: list[str], folder: Path) -> Work:
     """What the formula is given, from the configuration alone."""
     (folder / "config.json").write_text(json.dumps(model))
-    return plan(load_recipe(None, [*words, f"model={folder}"])).load
+    return work_of(load_recipe(None, [*words, f"model={folder}"]))
 
 
 def counted(folder: str) -> dict[str, Any]:
@@ -108,20 +108,22 @@ def counted(folder: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     """What was counted of one rank, and of the first of two."""
-    ended = in_fresh_ranks("test_step_time", "counted", str(tmp_path_factory.mktemp("counted")), counts=(1, 2))
+    ended = in_fresh_ranks(
+        "benchmarks.test_step_time", "counted", str(tmp_path_factory.mktemp("counted")), counts=(1, 2)
+    )
     for each in ended:
         assert set(each.codes) == {0}, each.errors
     return {count: each.values[0] for count, each in enumerate(ended, start=1)}
 
 
 @pytest.fixture(scope="module")
-def split(tmp_path_factory: pytest.TempPathFactory) -> Load:
+def split(tmp_path_factory: pytest.TempPathFactory) -> Work:
     words = [*WORDS, "train.deepspeed=zero2", "train.sequence_parallel=2"]
     return load_of(MODEL, words, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+def load(tmp_path_factory: pytest.TempPathFactory) -> Work:
     return load_of(MODEL, WORDS, tmp_path_factory.mktemp("model"))
 
 
@@ -129,7 +131,7 @@ def total(step: dict[str, Any], what: str) -> int:
     return sum(step[what].values())
 
 
-def test_products(steps: dict[int, dict[str, Any]], load: Load) -> None:
+def test_products(steps: dict[int, dict[str, Any]], load: Work) -> None:
     """Fault: a product that the formula forgets or counts twice: a depth's, the teacher's, one of the backward pass."""
     alone, without = steps[1]["none"], steps[1]["none stored"]
     assert total(without, "flops") == pytest.approx(heads_flops(load), rel=0.01)
@@ -137,7 +139,7 @@ def test_products(steps: dict[int, dict[str, Any]], load: Load) -> None:
 
 
 @pytest.mark.parametrize("sharding", ["none", "zero1", "zero2", "zero3"])
-def test_messages(steps: dict[int, dict[str, Any]], load: Load, sharding: Sharding) -> None:
+def test_messages(steps: dict[int, dict[str, Any]], load: Work, sharding: Sharding) -> None:
     """Fault: weights or gradients that are sent more often than the formula says, or a frozen trunk's backward pass."""
     of_heads, of_trunk = received(load, sharding, 2)
     stored = total(steps[2][f"{sharding} stored"], "received")
@@ -151,7 +153,7 @@ def test_messages(steps: dict[int, dict[str, Any]], load: Load, sharding: Shardi
         )
 
 
-def test_split_rows(steps: dict[int, dict[str, Any]], load: Load, split: Load) -> None:
+def test_split_rows(steps: dict[int, dict[str, Any]], load: Work, split: Work) -> None:
     """Fault: a part is taken for a row, attention for that of a part, or nothing for what ranks exchange for it."""
     stored = steps[2]["zero3 stored split"]
     assert split.tokens == load.tokens // 2
@@ -165,7 +167,7 @@ def test_split_rows(steps: dict[int, dict[str, Any]], load: Load, split: Load) -
     assert found == pytest.approx(split.tokens / 2 * split.exchanged_heads, rel=0.05)
 
 
-def test_sweeps(steps: dict[int, dict[str, Any]], load: Load) -> None:
+def test_sweeps(steps: dict[int, dict[str, Any]], load: Work) -> None:
     """Fault: what lies between products is forgotten, or is taken to cost what it did when it was written otherwise."""
     alone, without = steps[1]["none"], steps[1]["none stored"]
     assert total(alone, "swept") - total(without, "swept") == pytest.approx(trunk_swept(load), rel=0.05)
@@ -175,7 +177,7 @@ def test_sweeps(steps: dict[int, dict[str, Any]], load: Load) -> None:
 
 
 @pytest.mark.parametrize("sharding", ["none", "zero1", "zero2", "zero3"])
-def test_copies(steps: dict[int, dict[str, Any]], load: Load, sharding: Sharding) -> None:
+def test_copies(steps: dict[int, dict[str, Any]], load: Work, sharding: Sharding) -> None:
     """Fault: gradients and weights that are copied more often than the formula says, or moments that are not shared."""
     of_heads, of_trunk = copied(load, sharding, 2)
     stored = total(steps[2][f"{sharding} stored"], "swept")
@@ -202,3 +204,45 @@ def test_times_that_were_measured(case: dict[str, Any], tmp_path: Path) -> None:
     said = step_seconds(load, case["sharding"], case["ranks"], machine, stored=case["stored"])
     # Nothing is added for what is left out, so that it is less than what was measured.
     assert 0.7 * case["seconds"] < said < 1.02 * case["seconds"]
+
+
+LARGE = Work(
+    trunk=70_000_000_000,
+    layers=68_000_000_000,
+    largest_layer=850_000_000,
+    heads=4_000_000_000,
+    largest_head=1_000_000_000,
+    hidden=8192,
+    item=2,
+    beside={"loss": 10**9},
+    tokens=4096,
+    active=68_000_000_000,
+    active_heads=4_000_000_000,
+    row=2048,
+    attended=1_300_000,
+    attended_heads=65_000,
+    between=50_000_000,
+    between_heads=8_000_000,
+    sweeps=76,
+    softmaxes=10,
+    depth=4,
+    vocabulary=128_000,
+)
+MACHINE = Machine(flops=4e14, memory=2.7e12, copies=2.7e12, softmax=3e11, link=4e11, network=3e11)
+
+
+def test_a_step_takes_the_longer_of_work_and_messages() -> None:
+    """Fault: messages of the trunk where its states are stored, or time that goes down on a slower network."""
+    stored = step_seconds(LARGE, "zero3", 16, MACHINE, stored=True)
+    slow = replace(MACHINE, network=1e9)
+    assert stored < step_seconds(LARGE, "zero3", 16, MACHINE, stored=False)
+    assert step_seconds(LARGE, "zero3", 16, slow, stored=False) > 68e9 * 2 * 15 / 16 / 1e9
+    assert step_seconds(LARGE, "zero3", 8, slow, stored=False) == step_seconds(LARGE, "zero3", 8, MACHINE, stored=False)
+    assert step_seconds(LARGE, "zero3", 8, replace(MACHINE, overlaps=False), stored=True) > step_seconds(
+        LARGE, "zero3", 8, MACHINE, stored=True
+    )
+    # What is collected has its time too, beside messages.
+    trunk = 2 * 4096 * (68e9 + 2048 * 1.3e6) / 4e14 + 4096 * 50e6 * 3 / 2.7e12
+    assert step_seconds(LARGE, "none", 1, MACHINE, stored=False) - step_seconds(
+        LARGE, "none", 1, MACHINE, stored=True
+    ) == pytest.approx(trunk)
