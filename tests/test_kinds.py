@@ -17,8 +17,8 @@ from mtpd.heads import KINDS, register
 from mtpd.recipe import load_recipe
 
 PACKAGE = Path(__file__).parents[1] / "mtpd"
-NAMESAKES = {"medusa": {"formats", "cli"}}
-"""A family of checkpoints and a layout of exports have the name of a kind, in these rooms."""
+NAMESAKES = {"medusa": "formats"}
+"""A family of checkpoints and a layout of exports have the name of a kind, in this room."""
 
 
 def strings(file: Path) -> set[str]:
@@ -40,7 +40,8 @@ def test_the_name_of_a_kind_stands_in_its_own_folder() -> None:
     assert len(KINDS) > 3
     for name in KINDS:
         homes = {file for file, texts in found.items() if name in texts}
-        homes = {file for file in homes if file.parts[0] not in NAMESAKES.get(name, ())}
+        # A layout of exports may have the name of a kind, and the command that writes it names it too.
+        homes = {file for file in homes if file.parts[0] != NAMESAKES.get(name) and file != Path("cli", "export.py")}
         assert homes == {Path("heads", name, "config.py")}, name
 
 
