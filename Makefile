@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help venv demo test walk lint format verify-vllm clean
+.PHONY: help venv demo test walk docs lint format verify-vllm clean
 .DEFAULT_GOAL := help
 
 help:  ## Show these targets
@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    index="--extra-index-url $(CPU_INDEX)"; \
 	fi; \
 	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt --no-deps $$index $(TORCH)
-	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
 demo: $(INSTALLED)  ## Train heads for a small real model, and measure the gain
@@ -42,6 +42,9 @@ test: lint  ## Check style and types, and run the tests
 SIZE ?= full
 walk: $(INSTALLED)  ## Run every command that the documents print, from a wheel
 	$(BIN)/python tests/walk.py --size $(SIZE)
+
+docs: $(INSTALLED)  ## Build the documentation site in build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lint: $(INSTALLED)  ## Check style and types
 	$(BIN)/ruff check --quiet .

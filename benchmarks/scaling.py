@@ -1,4 +1,4 @@
-"""Memory of a GPU and time of a step on paper, for 8 to 512 GPUs: the tables of benchmarks/step_time.md.
+"""Memory of a GPU and time of a step on paper, for 8 to 512 GPUs: the tables of docs/results/scaling.md.
 
     python benchmarks/scaling.py
 

@@ -5,7 +5,7 @@ one rate, and the bytes that all else reads and writes at another. Messages go o
 counts; or they follow it, where they are carried by what computes. What there is of each is counted in tests, and the
 time compared with steps that were measured. Kernels' starts, reading rows and waiting for each other are left out.
 
-`benchmarks/step_time.md` has the formula in tables, and what was measured beside it.
+`docs/results/step_times.md` has the formula in tables, and what was measured beside it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ A Llama with random weights, and chain heads for it, in float32; each process ha
 machine can do is measured before and after each case, by the processes at the same time, as they work in a step:
 operations a second of the products of a layer, a head and the loss; bytes a second of a sweep over what lies between
 them, and of a copy of a layer's weights; numbers a second of a softmax; bytes a second that gloo's collectives bring
-in. Steps are timed as `mtpd distill` takes them: the median, without the first ones. `tests/test_step_time.py` holds
+in. Steps are timed as `mtpd distill` takes them: the median, without the first ones. `test_step_time.py` holds
 what was found to the formula.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -25,6 +26,15 @@ from mtpd.train.model import DistillModel
 from mtpd.trunk import Trunk
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def loggers() -> None:
+    """Warnings reach the test, also where an earlier one ran a library that turns off the loggers it finds."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.split(".")[0] == "mtpd" and isinstance(logger, logging.Logger):
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(params=architectures.ARCHITECTURES)

@@ -2,7 +2,7 @@
 
 Blocks are fenced or indented by four spaces. Their paragraphs are told apart by what they are: commands begin with the
 name of a program, Python with an import, YAML reads as a mapping. What is none of these (a drawing, a formula, output)
-is fenced as `text`, so that no command is left out because nobody knew it.
+is fenced as `text`, and a change to a file as `diff`, so that no command is left out because nobody knew it.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _unindented(block: Sequence[Line]) -> list[Line]:
 
 def _paragraphs(document: str, info: str, block: Sequence[Line]) -> Iterator[Printed]:
     """The paragraphs of a block by kind; those of Python are one."""
-    if info == "text":
+    if info in ("text", "diff"):
         return
     python: list[Line] = []
     for paragraph in _split(block):

@@ -104,8 +104,15 @@ def test_a_run_of_every_architecture(
     arguments = words(save_checkpoint(tmp_path / "model", name), prompts, output, "dtype=bfloat16")
     assert main(arguments) == 0, capsys.readouterr().err
     assert {path.name for path in output.iterdir() if not path.name.startswith("hidden-states")} == {
-        *("recipe.yaml", "provenance.json", "responses.jsonl", "held-out.jsonl", "metrics.jsonl", "car.svg"),
-        "samples.json",
+        *(
+            "recipe.yaml",
+            "provenance.json",
+            "responses.jsonl",
+            "held-out.jsonl",
+            "metrics.jsonl",
+            "car.svg",
+            "samples.json",
+        ),
         "trained-prompts.safetensors",
         *("heads", "heads-before", "checkpoint-1", "checkpoint-2"),
         *("acceptance-before.json", "acceptance.json"),

@@ -127,7 +127,9 @@ def test_files_that_people_read_are_warned_of(name: str, finished_run: Path, cap
 def test_a_finished_run_with_a_damaged_file(finished_run_made: Path, tmp_path: Path) -> None:
     """Fault: the same command, or loading the heads, goes on from a damaged file, or ends with a traceback."""
     names = [path.relative_to(finished_run_made) for path in sorted(finished_run_made.rglob("*")) if path.is_file()]
-    names = [name for name in names if name.suffix not in (".png", ".html") and "checkpoint-" not in str(name)]
+    names = [name for name in names if name.suffix not in (".png", ".svg", ".html") and "checkpoint-" not in str(name)]
+    # Counts that decide how much is drafted, never what is written: they have no seal.
+    names = [name for name in names if name.name != "chances.json"]
     assert len(names) >= 14
     recipe = load_recipe(finished_run_made / "recipe.yaml").model_copy(update={"output": tmp_path / "run"})
     whole = outcome(finished_run_made)

@@ -223,7 +223,7 @@ def test_compare_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     [
         (b'{"schema": 2, "mode": "offl', "not an acceptance file"),
         (b"", "not an acceptance file"),
-        (None, "cannot be read"),
+        (None, "no such file"),
         ("nan", "not an acceptance file: suites.one.rows.0.expected.0: Input should be a finite number"),
         ("sum", "rows: accepted is not their sum"),
         ("empty", "holds no suite with a prompt in it"),

@@ -40,7 +40,8 @@ def test_the_name_of_a_kind_stands_in_its_own_folder() -> None:
     assert len(KINDS) > 3
     for name in KINDS:
         homes = {file for file, texts in found.items() if name in texts}
-        homes = {file for file in homes if file.parts[0] != NAMESAKES.get(name)}
+        # A layout of exports may have the name of a kind, and the command that writes it names it too.
+        homes = {file for file in homes if file.parts[0] != NAMESAKES.get(name) and file != Path("cli", "export.py")}
         assert homes == {Path("heads", name, "config.py")}, name
 
 

@@ -301,7 +301,7 @@ def test_broken_files_are_refused_by_place(text: str, message: str, tmp_path: Pa
 def test_unreadable_files_are_refused_by_name(tmp_path: Path) -> None:
     """Fault: a wrong path ends in a traceback."""
     assert refusal(path=tmp_path / "nope.yaml").startswith(f"recipe file {tmp_path}/nope.yaml: no such file")
-    assert "Is a directory" in refusal(path=tmp_path)
+    assert "is a directory" in refusal(path=tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     assert "not UTF-8 text" in refusal(path=tmp_path / "binary.yaml")
 

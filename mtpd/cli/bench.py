@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mtpd.cli.generate import Depth, Dtype, Run, Tree
+from mtpd.cli.generate import Depth, Dtype, Lookup, Run, Tree
 from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.data.sources import check_source
@@ -35,6 +35,7 @@ def bench(
     runs: Annotated[int, typer.Option("--runs", min=1, help="Times each way is measured; medians are shown.")] = 3,
     depth: Depth = None,
     tree: Tree = None,
+    lookup: Lookup = None,
     dtype: Dtype = None,
     tune: Annotated[
         bool, typer.Option("--tune", help="First find the fastest depth and threshold, and store them with the heads.")
@@ -71,7 +72,7 @@ def bench(
 
         # A speed-up over generate counts its slower loop in, so that of the drafts alone stands beside it.
         ways = [*dict.fromkeys([*ways, "engine"])]
-        model = load(run, dtype=dtype, depth=depth, tree=tree, untrusted=untrusted)
+        model = load(run, dtype=dtype, depth=depth, tree=tree, lookup=lookup, untrusted=untrusted)
         ends = end_tokens(model.trunk.model, model.tokenizer)
         chosen = load_prompts("builtin-held-out" if suite == "demo" else suite)
         # Every so many: neighbours are often of one kind.

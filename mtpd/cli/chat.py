@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli.generate import Depth, Dtype, Run, Seed, Temperature, Tokens, TopP, Tree, summary
+from mtpd.cli.generate import Depth, Dtype, Lookup, Run, Seed, Temperature, Tokens, TopP, Tree, summary
 from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.run.check import check_finished
@@ -22,6 +22,7 @@ def chat(
     seed: Seed = 0,
     depth: Depth = None,
     tree: Tree = None,
+    lookup: Lookup = None,
     dtype: Dtype = None,
     system: Annotated[str | None, typer.Option("--system", help="What the model is told before the talk.")] = None,
     untrusted: UntrustedRun = False,
@@ -38,9 +39,8 @@ def chat(
         from mtpd.decode.stream_text import Session, settings  # brings in torch
         from mtpd.run.loading import load
 
-        session = Session(
-            load(run, dtype=dtype, depth=depth, tree=tree, untrusted=untrusted), settings(temperature, top_p, seed)
-        )
+        model = load(run, dtype=dtype, depth=depth, tree=tree, lookup=lookup, untrusted=untrusted)
+        session = Session(model, settings(temperature, top_p, seed))
         messages = [{"role": "system", "content": system}] if system else []
         session.warm_up()
         while line := _ask():

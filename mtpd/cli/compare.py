@@ -13,13 +13,11 @@ from mtpd.run.check import acceptance_file, check_file
 
 
 def compare(
-    baseline: Annotated[
-        Path, typer.Argument(help="The file to compare with; of a run directory, its acceptance.json.")
-    ],
+    baseline: Annotated[Path, typer.Argument(help="The acceptance file to compare with, or a run directory.")],
     candidate: Annotated[Path, typer.Argument(help="The acceptance file in question, or a run directory.")],
     max_drop: Annotated[
         float | None,
-        typer.Option("--max-drop", help="Judge as the gate of mtpd eval does. Default: compare, and exit with 0."),
+        typer.Option("--max-drop", help="Fail if more than this is lost, as mtpd eval does. Default: only show."),
     ] = None,
     markdown: MarkdownFile = None,
     junit: JunitFile = None,

@@ -14,14 +14,14 @@ from mtpd.cli.terminal import quiet_libraries
 from mtpd.recipe import load_recipe
 from mtpd.run.check import check_file, check_recipe
 
-app = typer.Typer(no_args_is_help=True, help="Make the hidden states or the draft vocabulary of a run ahead of it.")
+app = typer.Typer(no_args_is_help=True, help="Compute the hidden states or the draft vocabulary of a run before it.")
 
 
 @app.command()
 def store(
     context: typer.Context, arguments: RecipeArguments = None, untrusted: Untrusted = False, debug: Debug = False
 ) -> None:
-    """Compute the trunk's hidden states of all training rows, so that training does not run the trunk.
+    """Compute the model's hidden states of all training rows, so that training does not run the model.
 
     They go to the directory data.store, or into the run directory. The same command resumes an interrupted one.
 
@@ -57,10 +57,11 @@ def vocab(
     untrusted: Untrusted = False,
     debug: Debug = False,
 ) -> None:
-    """Count the tokens of the training responses, and keep the heads.vocabulary most frequent and special ones.
+    """Write a draft vocabulary: the most frequent tokens of the training responses, and the special ones.
 
-    The file is for heads.vocabulary of other runs: heads train and draft over its tokens only, and the text stays
-    that of the whole vocabulary.
+    The number heads.vocabulary of the recipe says how many. In other runs, heads.vocabulary takes the file.
+
+    Heads then train and draft over these tokens only. The text does not change.
 
     Example:
 

@@ -36,15 +36,15 @@ def distill(
         typer.Option("--dry-run", help="Print the plan (parameters, tokens, memory, disk, steps) and stop."),
     ] = False,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start over: what an earlier run left in the run directory is deleted.")
+        bool, typer.Option("--fresh", help="Start over: delete what an earlier run left in the run directory.")
     ] = False,
     resume: Annotated[
         str,
         typer.Option(
             "--resume",
             metavar="auto | CHECKPOINT",
-            help="What training goes on from: the newest whole checkpoint, or the one of that name (checkpoint-200); "
-            "later ones are deleted then.",
+            help="The checkpoint that training continues from: the newest whole one, or one by name (checkpoint-200). "
+            "With a name, later ones are deleted.",
         ),
     ] = "auto",
     untrusted: Untrusted = False,
@@ -56,7 +56,7 @@ def distill(
         typer.Option(
             "--devices",
             min=1,
-            help="With --dry-run: how many devices to plan for; else those of this machine.",
+            help="With --dry-run: how many devices to plan for. Default: those of this machine.",
             show_default=False,
         ),
     ] = None,
@@ -65,7 +65,7 @@ def distill(
         typer.Option(
             "--device-memory",
             min=0.001,
-            help="With --dry-run: GB of memory of each device to plan for; else that of this machine.",
+            help="With --dry-run: GB of memory of each device. Default: that of this machine.",
             show_default=False,
         ),
     ] = None,
@@ -73,8 +73,9 @@ def distill(
 ) -> None:
     """Train MTP heads for a model by self-distillation, and measure what they gain.
 
-    The same command resumes an interrupted run from its run directory, also with another number of processes. Ctrl-C
-    and SIGTERM save a checkpoint after the step and exit with 130 and 143; a second one exits at once.
+    The same command resumes an interrupted run from its run directory, also with another number of processes.
+
+    Ctrl-C and SIGTERM save a checkpoint after the step, and exit with 130 and 143. A second one exits at once.
 
     Examples:
 

@@ -15,7 +15,8 @@ from mtpd.run.check import acceptance_file, check_file, check_finished
 RESPONSES = Path("~/.cache/mtpd/responses")
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory of mtpd distill.")]
 MaxDrop = Annotated[
-    float, typer.Option("--max-drop", help="What may be lost: 0.01 is one point of CAR_1, and one percent of tau.")
+    float,
+    typer.Option("--max-drop", help="The loss that is accepted: 0.01 is one point of CAR_1, and one percent of tau."),
 ]
 MarkdownFile = Annotated[Path | None, typer.Option("--markdown", help="Write the result for a pull request.")]
 JunitFile = Annotated[Path | None, typer.Option("--junit", help="Write the result as JUnit XML.")]
@@ -34,7 +35,7 @@ def evaluate(
     mode: Annotated[
         Literal["offline", "decoded"] | None,
         typer.Option(
-            help="offline: teacher-forced over the trunk's greedy text. decoded: really decoding. "
+            help="offline: reads the model's greedy text once. decoded: really decodes. "
             "Default: that of --against, else offline."
         ),
     ] = None,
@@ -45,22 +46,22 @@ def evaluate(
     heads: Annotated[str, typer.Option(help="Folder of the heads in the run directory.")] = "heads",
     drafts: Annotated[int | None, typer.Option(min=1, help="Tokens drafted a round. Default: all heads.")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Prompts of each suite. Default: as --against, else its own.")
+        int | None, typer.Option(min=1, help="Prompts of each suite. Default: as in --against, else the suite's own.")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a response. Default: as --against, else the suite's own.")
+        int | None, typer.Option(min=1, help="Tokens of a response. Default: as in --against, else the suite's own.")
     ] = None,
-    responses: Annotated[Path, typer.Option(help="Where the trunk's responses are kept between calls.")] = RESPONSES,
+    responses: Annotated[Path, typer.Option(help="Where the model's responses are kept between calls.")] = RESPONSES,
     against: Annotated[
         Path | None,
         typer.Option(help="Compare with this acceptance file, or the one of a run, on the same prompts."),
     ] = None,
     max_drop: MaxDrop = 0.01,
     write_baseline: Annotated[
-        Path | None, typer.Option(help="Write the result here as well, unless the gate did not pass.")
+        Path | None, typer.Option(help="Also write the result here, if the gate passes or there is none.")
     ] = None,
     check_trunk: Annotated[
-        bool, typer.Option("--check-trunk", help="Measure the main head before and after the run too.")
+        bool, typer.Option("--check-trunk", help="Also measure the model itself, before and after the run.")
     ] = False,
     markdown: MarkdownFile = None,
     junit: JunitFile = None,

@@ -38,9 +38,7 @@ def export(
     depth: Annotated[int | None, typer.Option("--depth", min=1, help="Depths to export. Default: all.")] = None,
     perturb: Annotated[
         bool,
-        typer.Option(
-            help="Also load what was written, with noise for heads too, which must accept less: loads the base."
-        ),
+        typer.Option(help="Also load the export, and check that each kind of tensor changes what the heads compute."),
     ] = True,
     untrusted: UntrustedRun = False,
     debug: Debug = False,

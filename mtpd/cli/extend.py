@@ -25,18 +25,21 @@ def extend(
         typer.Option("--stages", help="Heads after each stage, such as 8,16. Default: twice as many each time."),
     ] = None,
     shared: Annotated[
-        bool, typer.Option("--shared", help="New depths share the blocks there are, and own nothing.")
+        bool, typer.Option("--shared", help="New heads use the blocks there are, and have no weights of their own.")
     ] = False,
     adapters: Annotated[
-        int | None, typer.Option("--adapters", help="New depths share the blocks and own LoRA adapters of this rank.")
+        int | None,
+        typer.Option("--adapters", help="New heads use the blocks there are, with LoRA adapters of this rank."),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", help="Steps of each stage; 0 loops the heads as they are, and measures.")
+        int | None, typer.Option("--steps", help="Training steps of each stage; 0 adds heads without training.")
     ] = None,
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", help="Peak learning rate of a stage.")
     ] = None,
-    auto: Annotated[bool, typer.Option("--auto", help="Go on until another stage no longer pays here.")] = False,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Add stages until one no longer makes decoding faster here.")
+    ] = False,
     untrusted: Annotated[
         bool,
         typer.Option(
@@ -45,13 +48,16 @@ def extend(
             "or sends data away.",
         ),
     ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what an earlier call left of these stages.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over: delete what an earlier call left of these stages.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Extend the heads of a run: the last ones start the next ones, which alone are trained (looped extension, MTP-D).
+    """Add heads to a run: they start as copies of the last ones, and only they are trained (looped extension, MTP-D).
 
-    Each stage is a run directory in RUN/extended. The same command resumes an interrupted stage. What no option says is
-    as in the `extend` section of the run's recipe.
+    Each stage is a run directory in RUN/extended. The same command resumes an interrupted stage.
+
+    Options that are left out come from the `extend` section of the run's recipe.
 
     Examples:
 

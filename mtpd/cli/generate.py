@@ -31,6 +31,13 @@ Tree = Annotated[
     int | None,
     typer.Option("--tree", min=0, help="Draft a tree of so many tokens, for heads that draft independently; 0: none."),
 ]
+Lookup = Annotated[
+    bool | None,
+    typer.Option(
+        "--lookup/--no-lookup",
+        help="Heads and look-up draft together: what followed the newest tokens when they last stood in the text.",
+    ),
+]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"] | None,
     typer.Option("--dtype", help="Number format; by default that of the run.", show_default=False),
@@ -47,6 +54,7 @@ def generate(
     seed: Seed = 0,
     depth: Depth = None,
     tree: Tree = None,
+    lookup: Lookup = None,
     dtype: Dtype = None,
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")] = False,
     untrusted: UntrustedRun = False,
@@ -66,9 +74,8 @@ def generate(
         from mtpd.decode.stream_text import Session, settings  # brings in torch
         from mtpd.run.loading import load
 
-        session = Session(
-            load(run, dtype=dtype, depth=depth, tree=tree, untrusted=untrusted), settings(temperature, top_p, seed)
-        )
+        model = load(run, dtype=dtype, depth=depth, tree=tree, lookup=lookup, untrusted=untrusted)
+        session = Session(model, settings(temperature, top_p, seed))
         ids = session.prompt(text, raw=raw)
         session.warm_up()
         began = time.perf_counter()

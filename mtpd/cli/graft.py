@@ -19,7 +19,7 @@ def graft(
     family: FamilyOption = None,
     debug: Debug = False,
 ) -> None:
-    """Write a checkpoint with the base's tensors and the original's MTP layers.
+    """Put the MTP layers of the original onto a fine-tuned checkpoint that lost them.
 
     Example:
 

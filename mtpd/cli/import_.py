@@ -24,7 +24,9 @@ def import_heads(
     base: BaseOption = None,
     depth: Annotated[
         int | None,
-        typer.Option("--depth", min=1, help="Heads to take; of a single one, how often it is used. Default: all."),
+        typer.Option(
+            "--depth", min=1, help="How many heads to take; a single head may be used several times. Default: all."
+        ),
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the run execute Python code that comes with the model.")

@@ -13,10 +13,10 @@ from mtpd.cli.terminal import quiet_libraries
 Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint directory or a hub id.")]
 FamilyOption = Annotated[
     str | None,
-    typer.Option("--family", callback=known_family, help="Family of the heads, where the config does not tell."),
+    typer.Option("--family", callback=known_family, help="Family of the heads, if the config does not say it."),
 ]
 BaseOption = Annotated[
-    str | None, typer.Option("--base", help="The base, for heads that lie in a directory of their own.")
+    str | None, typer.Option("--base", help="The base model, for heads that are in a directory of their own.")
 ]
 
 

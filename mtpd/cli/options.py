@@ -48,7 +48,7 @@ Processes = Annotated[
     typer.Option(
         "--processes",
         min=1,
-        help="With --launcher: processes on each machine; else one for each accelerator.",
+        help="With --launcher: processes on each machine. Default: one for each accelerator.",
         show_default=False,
     ),
 ]
@@ -57,7 +57,8 @@ Nodes = Annotated[
     typer.Option(
         "--nodes",
         metavar="HOSTFILE",
-        help="With --launcher deepspeed: the machines, a line `NAME slots=COUNT` each. They share a file system.",
+        help="With --launcher deepspeed: a file with a line `NAME slots=COUNT` for each machine. They need a file "
+        "system that all of them see.",
         show_default=False,
     ),
 ]

@@ -14,8 +14,8 @@ from mtpd.data.sources import check_source
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="EXPORT", help="What mtpd export wrote.")],
-    engine: Annotated[Literal["transformers", "vllm"], typer.Option("--engine", help="What serves it.")],
+    path: Annotated[Path, typer.Argument(metavar="EXPORT", help="A directory that mtpd export wrote.")],
+    engine: Annotated[Literal["transformers", "vllm"], typer.Option("--engine", help="The engine that serves it.")],
     suite: Annotated[
         str, typer.Option("--suite", help="demo (held-out built-in prompts), a .jsonl file, or a datasets id.")
     ] = "demo",
@@ -25,13 +25,15 @@ def verify(
         int | None, typer.Option("--drafts", min=1, help="Tokens drafted a round. Default: the depth of the export.")
     ] = None,
     run: Annotated[
-        Path | None, typer.Option("--run", help="The run that was exported. Default: where it was then.")
+        Path | None, typer.Option("--run", help="The run that was exported. Default: where it was at that time.")
     ] = None,
     environment: Annotated[
         Path | None,
         typer.Option("--environment", help="Virtual environment with vLLM; made there if it is missing."),
     ] = None,
-    perturb: Annotated[bool, typer.Option(help="Also serve perturbed heads, which must accept less.")] = True,
+    perturb: Annotated[
+        bool, typer.Option(help="Also serve noise in place of the heads, which must accept less.")
+    ] = True,
     debug: Debug = False,
 ) -> None:
     """Serve an export in float32 and compare text and acceptance with mtpd's own decoding.

@@ -9,6 +9,7 @@ give equal counts. Where a text ends is known when it has ended, so its rounds a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -32,6 +33,8 @@ class Counts:
     forwards: int = 0
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    sources: dict[str, int] = field(default_factory=dict)
+    """Accepted drafts by the source that drafted them; empty where heads are the only one."""
 
     def __post_init__(self) -> None:
         self.drafted = self.drafted or [0] * self.depth
@@ -45,13 +48,16 @@ class Counts:
             self.forwards + other.forwards,
             [a + b for a, b in zip(self.drafted, other.drafted, strict=True)],
             [a + b for a, b in zip(self.accepted, other.accepted, strict=True)],
+            dict(Counter(self.sources) + Counter(other.sources)),
         )
 
     def __str__(self) -> str:
         """Write a line; tau and CAR are of the rounds that count, tokens and passes are of all."""
         passes = f"{self.tokens} tokens in {self.forwards} forward passes"
         each = [f"CAR_{k} {share:.2f}" for k, share in enumerate(self.car, start=1)]
-        return f"{passes}; {' '.join([*each, f'tau {self.tau:.2f}'])} over {max(self.drafted, default=0)} rounds"
+        sources = [f"{count} from {source}" for source, count in self.sources.items()]
+        shown = f"{passes}; {' '.join([*each, f'tau {self.tau:.2f}'])} over {max(self.drafted, default=0)} rounds"
+        return shown + (f"; accepted drafts: {', '.join(sources)}" if sources else "")
 
     @property
     def car(self) -> list[float]:

@@ -17,5 +17,7 @@ class Drafting(BaseModel):
     """Further candidates a round, each an alternative to one of the drafts."""
     tree: int = Field(default=0, ge=0)
     """Drafts are a tree of this many at most instead of a chain; for heads whose drafts do not depend on each other."""
+    lookup: bool = False
+    """Heads and look-up draft together, and the machine's times decide how much; the rest is not read then."""
     sampled: bool = False
     """Under sampling, drafts are drawn from the heads' distributions instead of being their most likely tokens."""

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtpd.decode.chances import REACH
 from mtpd.decode.choice import Choice, Greedy
 from mtpd.decode.drafting import Drafting
 from mtpd.decode.drafts import Drafts
+from mtpd.decode.planner import MOST, Planner
 from mtpd.decode.text import Request, Text
 from mtpd.decode.tree import TreeBuilder
 from mtpd.errors import UserError
@@ -50,6 +52,7 @@ class Engine:
         end_tokens: ids that end a text; the one that does is part of it.
         on_tokens: called with a text and its new tokens after each round; True ends the text.
         before_pass: called before each pass of the trunk.
+        planner: chooses the drafts of each round, of heads and look-up together, in the place of `drafting`.
 
     Raises:
         UserError: a depth that the heads do not have, or a tree where drafts depend on each other.
@@ -67,10 +70,13 @@ class Engine:
         end_tokens: Collection[int] = (),
         on_tokens: Callable[[Text, list[int]], bool | None] | None = None,
         before_pass: Callable[[], None] | None = None,
+        planner: Planner | None = None,
     ) -> None:
         deepest = heads.depth if heads is not None else 0
         self.drafting = Drafting(depth=max(1, deepest)) if drafting is None or heads is None else drafting
-        self.depth = min(self.drafting.depth, deepest)
+        self.deepest = deepest
+        self.planner = planner
+        self.depth = min(self.drafting.depth, deepest) if planner is None else max(deepest, REACH)
         if heads is not None and not 1 <= self.drafting.depth <= deepest:
             raise UserError(
                 f"depth: {self.drafting.depth} is not accepted; accepted: 1 to {deepest}, the heads there are"
@@ -91,7 +97,8 @@ class Engine:
         self.ends = frozenset(end_tokens)
         self.on_tokens = on_tokens
         # Drafts may lie past the longest text, and one place belongs to no position.
-        room = capacity + max(self.depth + self.drafting.siblings, self.drafting.tree) + 1
+        widest = max(self.depth + self.drafting.siblings, self.drafting.tree) if planner is None else MOST
+        room = capacity + widest + 1
         self.cache = SlotCache(trunk.config, slots=slots, capacity=room, dtype=trunk.dtype, device=trunk.device)
         self.drafter = heads.drafter(trunk, slots=slots, capacity=room) if heads is not None else None
         self.unembedding = faster_logits(trunk, trunk.unembedding)
@@ -154,7 +161,10 @@ class Engine:
         """Drafts, verifies, and writes the accepted tokens of all active rows."""
         device = self.device
         newest = [text.newest for text in self.active]
-        drafts = None if self.drafter is None else self._draft(self.drafter, newest)
+        if self.planner is not None:
+            drafts = self.planner.draft(self.drafter, self.deepest, self.tokens, newest, self.active)
+        else:
+            drafts = None if self.drafter is None else self._draft(self.drafter, newest)
         read = Span(newest, 1, device).read(self.tokens)
         if drafts is not None:
             read = torch.cat([read, drafts.tokens], dim=1)
@@ -168,16 +178,18 @@ class Engine:
         new = self.choice.choose(self.unembedding(hidden), self.active, drafts)
         hidden = self._read_by_heads(hidden)
         depth = 0 if drafts is None else drafts.depth
-        if self.drafter is not None and drafts is not None:
-            if drafts.parents is not None:
-                self._compact(newest, drafts.paths, hidden)
-            longest = 1 + min(depth, drafts.tokens.shape[1])
+        if drafts is not None and drafts.parents is not None:
+            self._compact(newest, drafts.paths, hidden)
+        if self.drafter is not None:
+            longest = 1 if drafts is None else 1 + min(depth, drafts.tokens.shape[1])
             self.drafter.read(Span(newest, longest, device), hidden[:, :longest])
         # The drafts in `tokens` that were not accepted give way.
         width = max(map(len, new))
         known = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in new], device=device)
         Span(newest, width, device).write(self.tokens, known, steps=1)
-        for text, tokens in zip(self.active, new, strict=True):
+        for row, (text, tokens) in enumerate(zip(self.active, new, strict=True)):
+            if drafts is not None and drafts.sources is not None:
+                text.sources += [drafts.sources[row][column - 1] for column in drafts.paths[row]]
             text.rounds.append((len(text.tokens), depth, len(tokens) - 1))
             self._write(text, tokens)
 
@@ -242,6 +254,8 @@ class Engine:
             text = self.active[slot]
             if not text.ended:
                 continue
+            if self.planner is not None:
+                self.planner.forget(text)
             last = self.active.pop()
             if last is not text:
                 self.active[slot] = last

@@ -27,11 +27,14 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto import modeling_auto
 
+from mtpd.decode.chances import REACH, Chances
 from mtpd.decode.choice import Choice, Greedy
+from mtpd.decode.costs import measure_costs
 from mtpd.decode.counts import Counts
 from mtpd.decode.drafting import Drafting
 from mtpd.decode.engine import Engine, check_tree
 from mtpd.decode.hf_processors import Processed, independent
+from mtpd.decode.planner import Costs, Planner
 from mtpd.decode.sampling import SampledDrafts, Sampling
 from mtpd.decode.text import Request, Text
 from mtpd.errors import UserError
@@ -53,13 +56,23 @@ class Model:
     Args:
         heads: None generates plainly, with the same engine.
         drafting: how far to draft; None drafts with all heads.
+        chances: how often drafts are right, for drafts of heads and look-up together; None believes the heads.
 
     Raises:
         UserError: a tree of drafts that these heads cannot make.
     """
 
-    def __init__(self, trunk: Trunk, heads: Heads | None, tokenizer: Any = None, drafting: Drafting | None = None):
+    def __init__(
+        self,
+        trunk: Trunk,
+        heads: Heads | None,
+        tokenizer: Any = None,
+        drafting: Drafting | None = None,
+        chances: Chances | None = None,
+    ):
         self.trunk = trunk
+        self.chances = chances or Chances()
+        self._costs: Costs | None = None
         self.heads = heads
         self.tokenizer = tokenizer
         self.drafting = drafting or Drafting(depth=heads.depth if heads is not None else 1)
@@ -248,7 +261,9 @@ class Model:
 
     @property
     def depth(self) -> int:
-        """Drafts a round, at most."""
+        """Drafts a round, one after the other, at most."""
+        if self.drafting.lookup:
+            return max(REACH, 0 if self.heads is None else self.heads.depth)
         return 0 if self.heads is None else self.drafting.depth
 
     def engine(self, requests: list[Request], **settings: Any) -> Engine:
@@ -259,8 +274,17 @@ class Model:
             slots=min(SLOTS, len(requests)),
             capacity=max(len(request.prompt) + request.max_new_tokens for request in requests),
             drafting=self.drafting,
+            planner=self._planner(settings.get("choice")),
             **settings,
         )
+
+    def _planner(self, choice: Choice | None) -> Planner | None:
+        """What chooses drafts of heads and look-up together, where they do; drawn drafts are of heads alone."""
+        if not self.drafting.lookup or (choice is not None and not choice.branches):
+            return None
+        if self._costs is None:
+            self._costs = measure_costs(self.trunk, self.heads)
+        return Planner(self.chances, self._costs)
 
     def _requests(self, input_ids: Tensor, mask: Tensor | None, room: int, *, sample: bool) -> list[Request]:
         seeds = torch.randint(2**62, (len(input_ids),)).tolist() if sample else [0] * len(input_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -37,6 +38,8 @@ class Text:
     tokens: list[int] = field(default_factory=list)
     rounds: list[tuple[int, int, int]] = field(default_factory=list)
     """Tokens written before the round, how deep was drafted in it, and how many of the drafts were accepted."""
+    sources: list[str] = field(default_factory=list)
+    """Of each accepted draft, in order, where it came from; empty where heads are the only source."""
     ended: bool = False
     scores: list[Tensor] = field(default_factory=list)
     """Where they are asked for: what each token was chosen from, [V]."""
@@ -58,4 +61,5 @@ class Text:
         counts.start()
         for before, drafted, accepted in self.rounds:
             counts.round(accepted, room=len(self.tokens) - before, drafted=drafted)
+        counts.sources = dict(Counter(self.sources))
         return counts

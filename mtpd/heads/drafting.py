@@ -37,6 +37,11 @@ GoOn = Callable[[Tensor, Tensor], bool]
 """Decides from the logits and columns of the newest drafts whether the round goes on."""
 
 
+Level = Callable[[list[list[float]], list[list[int]], list[list[int]]], bool]
+"""Takes, by row, log-probabilities, token ids and parents of the candidates of a depth; False ends the drafting. A
+parent is a place among the candidates of the depth before."""
+
+
 class Drafter(ABC):
     """Drafts with heads of one kind, and keeps what they need of each slot."""
 
@@ -97,6 +102,25 @@ class Drafter(ABC):
             if logits is not None and go_on is not None and drafted < depth and not go_on(logits, columns):
                 return drafted
         return depth
+
+    def draft_tree(self, tokens: Tensor, newest: Sequence[int], depth: int, beam: int, level: Level) -> None:
+        """Drafts a tree, depth by depth. Here the likeliest token goes on, and the others stand beside it.
+
+        Args:
+            depth: how deep at most.
+            beam: candidates of each path that goes on.
+            level: is given the candidates of each depth.
+        """
+        goes_on = True
+
+        def choose(logits: Tensor, number: int) -> Tensor:
+            nonlocal goes_on
+            best, columns = logits.float().log_softmax(-1).topk(min(beam, logits.shape[-1]), dim=-1)
+            parents = [[0] * columns.shape[1]] * columns.shape[0]
+            goes_on = level(best.tolist(), self.ids(columns).tolist(), parents)
+            return columns[:, 0]
+
+        self.draft(tokens, newest, depth, Pick(choose), lambda logits, columns: goes_on)
 
     def ids(self, columns: Tensor) -> Tensor:
         """Translates columns of the logits to token ids."""

@@ -26,7 +26,7 @@ SLIDING = "sliding_attention"
 CORE = "sdpa"
 """Name of what computes inside of a document: PyTorch's scaled dot product."""
 LONG = 1024
-"""Tokens of a row from which on this is faster on a processor (docs/results.md); accelerators were not measured."""
+"""Shortest row for which this is faster on a processor (docs/results/row_attention.md). Accelerators: not measured."""
 
 
 class RowAttention:

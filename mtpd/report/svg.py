@@ -222,7 +222,7 @@ def stacked_chart(
             box = f'x="{across(begin):.1f}" y="{y:.1f}" width="{max(0.0, wide - 1):.1f}" height="{ROW - 12:.1f}"'
             drawn.append(f'<g class="{_colour(style)}"><rect class="dot" {box}><title>{said}</title></rect></g>')
             begin += value
-        drawn.append(_text(across(begin) + 5, y + 15, f"{begin:.1f}", "start"))
+        drawn.append(_text(across(begin) + 5, y + 15, _number(round(begin, 1)), "start"))
     return "".join(drawn) + "</svg>"
 
 

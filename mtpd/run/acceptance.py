@@ -11,13 +11,15 @@ from rich.console import Console
 
 from mtpd.data.models import load_model, resolve_dtype
 from mtpd.data.packing import Sample
+from mtpd.decode.chances import CHANCES
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
+from mtpd.evaluate.chances import count_chances
 from mtpd.evaluate.decoded import measure_decoded
 from mtpd.evaluate.measure import Model
 from mtpd.evaluate.offline import measure_offline
 from mtpd.evaluate.run_tables import decoded_table, offline_table
 from mtpd.evaluate.trunk_quality import at_chance
-from mtpd.files import fingerprint_file
+from mtpd.files import fingerprint_file, write_whole
 from mtpd.heads import WEIGHTS, Heads, build_heads, load_heads
 from mtpd.parallel import ranks
 from mtpd.report.car import write_car
@@ -67,6 +69,18 @@ def keep_texts(session: Session, heads: Heads, samples: Sequence[Sample]) -> Non
         if ranks.is_main():
             found.save(run.samples)
     ranks.barrier()
+
+
+def keep_chances(session: Session, heads: Heads, samples: Sequence[Sample]) -> None:
+    """Counts on held-out texts how often drafts are right, for decoding with heads and look-up together.
+
+    The main rank alone: nothing is counted where the trunk is partitioned.
+    """
+    file = session.run.heads / CHANCES
+    if ranks.is_main() and not file.is_file() and not session.trunk.partitioned and samples:
+        copy = _in_format_of_trunk(session, heads)
+        found = count_chances(session.trunk, copy, samples, progress=session.progress)
+        write_whole(file, found.model_dump_json() + "\n")
 
 
 def _in_format_of_trunk(session: Session, heads: Heads) -> Heads:

@@ -173,7 +173,12 @@ def measured(path: Path, folder: Path) -> bool:
     Raises:
         UserError: the file is damaged.
     """
-    return path.is_file() and Acceptance.load(path).heads == fingerprint_file(folder / WEIGHTS)
+    if not path.is_file():
+        return False
+    weights = folder / WEIGHTS
+    found = Acceptance.load(path).heads
+    # Heads that were deleted since have nothing to be measured again with.
+    return not weights.is_file() or found == fingerprint_file(weights)
 
 
 def write_provenance(run: RunDirectory, *, trunk: str, rows: str, prompts: Sequence[str]) -> None:

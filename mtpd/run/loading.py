@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from mtpd.data.models import load_model, resolve_dtype, trunk_fingerprint
+from mtpd.decode.chances import CHANCES, Chances, parse_chances
 from mtpd.decode.drafting import Drafting
 from mtpd.decode.model import Model
 from mtpd.errors import UserError
@@ -31,6 +32,7 @@ def load(
     device: str | None = None,
     depth: int | None = None,
     tree: int | None = None,
+    lookup: bool | None = None,
     untrusted: bool = False,
 ) -> Model:
     """The model of a run with its heads.
@@ -41,6 +43,8 @@ def load(
         device: None is the one of the run's recipe.
         depth: drafts a round; None is what `read_drafting` finds.
         tree: drafts are a tree of this many at most, as deep as `depth`; 0 is a chain, None what `decoding.json` says.
+        lookup: heads and look-up (what followed the newest tokens before) draft together; None is what `decoding.json`
+            says, or heads alone.
         untrusted: the run is somebody else's: code that comes with its model is not run, whatever its recipe says.
 
     Raises:
@@ -72,7 +76,23 @@ def load(
         drafting = Drafting(depth=depth, tree=drafting.tree)
     if tree is not None:
         drafting = drafting.model_copy(update={"tree": tree, **({"siblings": 0} if tree else {})})
-    return Model(trunk, heads, tokenizer, drafting)
+    if lookup is not None:
+        drafting = drafting.model_copy(update={"lookup": lookup})
+    return Model(trunk, heads, tokenizer, drafting, read_chances(folder))
+
+
+def read_chances(folder: Path) -> Chances:
+    """How often drafts were right on held-out text, as `mtpd distill` counted it; without the file, heads are believed.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = folder / CHANCES
+    return (
+        parse_chances(file.read_text(encoding="utf-8", errors="replace"), source=str(file))
+        if file.is_file()
+        else Chances()
+    )
 
 
 def read_drafting(run: Path, recipe: Recipe, *, deepest: int) -> Drafting:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mtpd.heads.base import Heads
-from mtpd.heads.drafting import Drafter, Pick
+from mtpd.heads.drafting import Drafter, Level, Pick
 from mtpd.packed_modules import faster, faster_logits
 from mtpd.slots import SlotCache, Span
 from mtpd.trunk import Trunk
@@ -80,6 +80,67 @@ class ChainDrafter(Drafter):
                 true[row] = max(0, end - index)
             logits = self.unembedding(state[:, -1])
             yield logits, pick(logits, index)
+
+    def draft_tree(self, tokens: Tensor, newest: Sequence[int], depth: int, beam: int, level: Level) -> None:
+        """Drafts a tree: at each depth the `beam` likeliest paths go on, all of them in one pass of the next head.
+
+        Head k reads the newest token at position N-k, as it does in a chain, and behind it each node of the paths that
+        go on, at the position of its depth but in a place of its own. A node sees what is known and the path to it.
+        """
+        device, count = tokens.device, len(newest)
+        rows = torch.arange(count, device=device)[:, None]
+        none = torch.zeros(count, 0, dtype=torch.long, device=device)
+        # The nodes so far, [N, n]; a parent of -1 is the newest token. Which nodes each sees, [N, n, n].
+        nodes, parents, depths, seen = none, none, none, torch.zeros(count, 0, 0, dtype=torch.bool, device=device)
+        # Of the newest nodes, which go on: log-probabilities of their paths, and places among the candidates, [N, F].
+        paths, places = torch.zeros(count, 1, device=device), torch.zeros(count, 1, dtype=torch.long, device=device)
+        before: Tensor | None = None
+        for index in range(depth):
+            true, size = self.true[index], nodes.shape[1]
+            width = max(1, *(end - index - true[row] for row, end in enumerate(newest)))
+            starts = [end - index - width for end in newest]
+            span = Span(starts, width, device)
+            ids = torch.cat([span.read(tokens, steps=index + 1), nodes], dim=1)
+            states = span.read(self.states[index])
+            if before is not None:
+                # What a head reads at a node is the state of the head before it at the node's parent.
+                states = torch.cat([states, before[rows, parents + 1]], dim=1)
+            positions = torch.cat([span.positions, span.positions[:, -1:] + depths], dim=1)
+            sees = torch.zeros(count, width + size, width + size, dtype=torch.bool, device=device)
+            sees[:, :width, :width] = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+            sees[:, width:, :width] = True
+            sees[:, width:, width:] = seen
+            mask = self.caches[index].go_on(Span(starts, width + size, device), positions=positions, seen=sees)
+            found = self.heads[index](
+                self.trunk.embed(ids), states, position_ids_BT=positions, attention_mask=mask, cache=self.caches[index]
+            )
+            if index + 1 < self.depth:
+                span.write(self.states[index + 1], found[:, :width])
+            for row, end in enumerate(newest):
+                true[row] = max(0, end - index)
+            before = found[:, width - 1 :]
+            frontier = places.shape[1]
+            best, columns = self.unembedding(found[:, -frontier:]).float().log_softmax(-1).topk(beam, dim=-1)
+            behind = torch.arange(frontier, device=device).repeat_interleave(best.shape[-1]).expand(count, -1)
+            best, drafted = best.flatten(1), self.ids(columns).flatten(1)
+            goes_on = level(best.tolist(), drafted.tolist(), places[rows, behind].tolist())
+            if not goes_on or index + 1 == depth:
+                return
+            paths, places = (best + paths[rows, behind]).topk(min(beam, best.shape[1]), dim=1)
+            behind = behind.gather(1, places)
+            origin = size - frontier + behind if size else torch.full_like(behind, -1)
+            fresh = torch.eye(places.shape[1], dtype=torch.bool, device=device).expand(count, -1, -1)
+            older = seen[rows, origin] if size else seen.new_zeros(count, places.shape[1], 0)
+            seen = torch.cat(
+                [
+                    torch.cat([seen, seen.new_zeros(count, size, places.shape[1])], dim=2),
+                    torch.cat([older, fresh], dim=2),
+                ],
+                dim=1,
+            )
+            nodes = torch.cat([nodes, drafted.gather(1, places)], dim=1)
+            parents = torch.cat([parents, origin], dim=1)
+            depths = torch.cat([depths, torch.full_like(places, index + 1)], dim=1)
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         for cache in self.caches:

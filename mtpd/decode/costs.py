@@ -1,0 +1,64 @@
+"""Seconds of a pass by the tokens in it, and of a head: measured on the machine, since they decide which drafts pay."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from mtpd.decode.engine import Engine
+from mtpd.decode.planner import BEAM, MOST, Costs
+from mtpd.heads import Heads
+from mtpd.slots import Span
+from mtpd.trunk import Trunk
+
+SIZES = (1, 2, 4, 8, 16, 1 + MOST, 4 * (1 + MOST))
+"""Tokens of the passes that are timed."""
+CONTEXT = 128
+"""Tokens before them."""
+REPEATS = 5
+
+
+@torch.inference_mode()
+def measure_costs(trunk: Trunk, heads: Heads | None) -> Costs:
+    """Times passes of the trunk with its main head, and of the heads, behind a short text. Takes seconds."""
+    capacity = CONTEXT + max(SIZES)
+    engine = Engine(trunk, heads, slots=1, capacity=capacity)
+    tokens = torch.arange(capacity, device=trunk.device)[None] % (trunk.tokens or trunk.unembedding.weight.shape[0])
+    engine.tokens[:, :capacity] = tokens
+    start = Span([0], CONTEXT, trunk.device)
+    engine.cache.begin(start)
+    hidden = engine._pass(tokens[:, :CONTEXT], start, mask=None)
+
+    def one_pass(size: int) -> None:
+        span = Span([CONTEXT], size, trunk.device)
+        mask = engine.cache.go_on(span)
+        states = engine._pass(tokens[:, CONTEXT : CONTEXT + size], span, mask)
+        engine.unembedding(states).argmax(-1).tolist()
+
+    passes = {size: _seconds(functools.partial(one_pass, size)) for size in SIZES}
+    # Rounding of clocks and other work on the machine must not make a wider pass look cheaper.
+    for small, large in itertools.pairwise(SIZES):
+        passes[large] = max(passes[large], passes[small])
+    if engine.drafter is None or heads is None:
+        return Costs(passes, head=0.0)
+    drafter = engine.drafter
+    drafter.begin(start, engine._read_by_heads(hidden), engine.tokens, [CONTEXT + 1])
+    depth = heads.depth
+    newest = [CONTEXT]
+    seconds = _seconds(lambda: drafter.draft_tree(engine.tokens, newest, depth, BEAM, lambda *_: True))
+    return Costs(passes, head=seconds / depth)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    call()
+    taken = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
