@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from seals import edited
 from test_cli_eval import SHORT, measure
 
 from mtpd.cli import main
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.depths import Depth, Depths
-from mtpd.files import sealed
 from mtpd.report.samples import read_samples
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
@@ -318,7 +318,7 @@ def test_the_report_from_the_run_alone(run: Path) -> None:
     assert [word.partition(",")[0] for word, _ in words] == ["tau", "CAR_k", "AR_k", "Σ min(p", "control", "speed-up"]
     assert all(len(meaning) > 60 for _, meaning in words)
     # A repeated call keeps when and where it was finished, and the texts.
-    (run / "provenance.json").write_text(json.dumps(sealed({**provenance, "machine": "another"})))
+    edited(run / "provenance.json", machine="another")
     kept = (run / "samples.json").stat().st_mtime_ns
     assert main(["distill", str(run / "recipe.yaml"), f"output={run}"]) == 0
     again = json.loads((run / "provenance.json").read_text())
