@@ -60,14 +60,14 @@ def verdict(offline: list[Measured], decoded: list[Measured], depths: Depths | N
         lines.append(
             (
                 "flat",
-                f"Of {len(depths.depths) - 1} drafts a round, {depths.fastest} are the fastest: "
+                f"Fastest with {drafts(depths.fastest)} a round, of 0 to {len(depths.depths) - 1}: "
                 f"{most.tokens_per_second:.1f} tokens/s, against {depths.depths[0].tokens_per_second:.1f} without "
                 f"drafts and {depths.plain_tokens_per_second:.1f} with transformers' generate "
-                f"({depths.prompts} prompts).",
+                f"({prompts_of(depths.prompts)}).",
             )
         )
     elif depths is not None:
-        lines.append(("down", f"No number of drafts is faster than none ({depths.prompts} prompts)."))
+        lines.append(("down", f"No number of drafts is faster than none ({prompts_of(depths.prompts)})."))
     for each in offline:
         lines += _doubts(each)
     return Verdict(tone, headline, lines)
@@ -76,7 +76,7 @@ def verdict(offline: list[Measured], decoded: list[Measured], depths: Depths | N
 def _headline(measured: Measured) -> tuple[Tone, str]:
     tau, prompts = measured.ratios["tau"], measured.counts.prompts
     if measured.comparison is None:
-        return "flat", f"{measured.title}: tau {tau.text()} on {prompts} prompts."
+        return "flat", f"{measured.title}: tau {tau.text()} on {prompts_of(prompts)}."
     change = measured.comparison.suites[None]["tau"]
     numbers = f"tau {change.before:.3f} → {change.after:.3f} on {measured.comparison.prompts[None]} prompts"
     if change.change.low is None:
@@ -148,8 +148,13 @@ def drafts(count: int) -> str:
     return f"{count} draft" + ("s" if count != 1 else "")
 
 
+def prompts_of(count: int) -> str:
+    """A number of prompts, in words."""
+    return f"{count} prompt" + ("s" if count != 1 else "")
+
+
 def measured_on(acceptance: Acceptance, suites: list[str]) -> str:
     """Suites, prompts, drafts and mode of a measurement, for each card that shows a number of it."""
     prompts = sum(acceptance.suites[name].prompts for name in suites)
     where = suites[0] if len(suites) == 1 else f"{len(suites)} suites"
-    return f"{acceptance.mode}, {where}, {prompts} prompts, {drafts(acceptance.total().depth)} a round"
+    return f"{acceptance.mode}, {where}, {prompts_of(prompts)}, {drafts(acceptance.total().depth)} a round"

@@ -6,11 +6,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from mtpd.decode.model import Model
-from mtpd.evaluate.acceptance import Acceptance
+from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.depths import Depths, measure_depths
 from mtpd.files import fingerprint_file
 from mtpd.heads import WEIGHTS
+from mtpd.recipe import load_recipe
 from mtpd.run.directory import RunDirectory, measured
+from mtpd.run.kept_heads import other_families
 
 MOST_PROMPTS, MOST_TOKENS, MOST_RUNS = 2, 64, 2
 """Prompts that every number of drafts decodes, tokens of each, and how often: there are many numbers of drafts."""
@@ -29,8 +31,6 @@ def depths_of_run(
     run = RunDirectory(path)
     if model.heads is None or not (run.heads / WEIGHTS).is_file():
         return None
-    # CAR of each depth is that of the same heads, measured offline on all held-out prompts.
-    offline = measured(run.acceptance, run.heads)
     found = measure_depths(
         model.trunk,
         model.heads,
@@ -38,8 +38,15 @@ def depths_of_run(
         max_new_tokens=min(MOST_TOKENS, max_new_tokens),
         runs=min(MOST_RUNS, runs),
         end_tokens=end_tokens,
-        acceptance=Acceptance.load(run.acceptance).total() if offline else None,
+        acceptance=held_out_counts(run) if measured(run.acceptance, run.heads) else None,
         heads_fingerprint=fingerprint_file(run.heads / WEIGHTS),
     )
     found.save(run.depths)
     return found
+
+
+def held_out_counts(run: RunDirectory) -> SuiteCounts:
+    """Offline counts over all held-out prompts, for the CAR of each depth; suites of other families are not in them."""
+    found = Acceptance.load(run.acceptance)
+    apart = other_families(load_recipe(run.recipe))
+    return found.total([name for name in found.suites if name not in apart] or None)
