@@ -35,11 +35,12 @@ from mtpd.decode.sampling import SampledDrafts, Sampling
 from mtpd.decode.text import Request
 from mtpd.evaluate.offline import measure_offline
 from mtpd.heads import Batch, Heads, Readout, build_heads, configure_heads, load_heads, save_heads, start_heads
+from mtpd.heads.circuit.config import CircuitConfig
 from mtpd.heads.circuit.heads import CircuitHeads
 from mtpd.heads.shared_layers.heads import SharedLayerHeads
 from mtpd.losses.settings import LossSettings
 from mtpd.pretrain.streams import stream_rows
-from mtpd.recipe.sections import CircuitRecipe, HeadsRecipe
+from mtpd.recipe.sections import HeadsRecipe
 from mtpd.trunk import Trunk
 
 STRUCTURES = ("ff", "cp", "hmm", "btree")
@@ -61,8 +62,9 @@ def new(
     """Heads with their first weights; ff has one component, and leaves of its own."""
     if structure == "ff":
         components, leaves = 1, "full"
-    circuit = CircuitRecipe.model_validate({"structure": structure, "components": components, "leaves": leaves})
-    recipe = HeadsRecipe(kind="circuit", depth=DEPTH, circuit=circuit, shared_layers=shared_layers)
+    circuit = CircuitConfig.model_validate({"structure": structure, "components": components, "leaves": leaves})
+    form = {"kind": "circuit", "depth": DEPTH, "circuit": circuit, "shared_layers": shared_layers}
+    recipe = HeadsRecipe.model_validate(form)
     heads = build_heads(trunk, configure_heads(recipe.model_dump(), trunk, vocabulary=0, fingerprint=""))
     start_heads(heads, trunk, "identity", lambda: (), seed=seed, source=source)
     return heads

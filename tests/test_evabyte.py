@@ -92,7 +92,7 @@ def test_imported_heads_compute_what_the_matrix_says(checkpoint: Path, tmp_path:
     torch.testing.assert_close(model.trunk.unembedding(hidden)[0], every[:, 0])
     columns = torch.zeros(len(hidden[0]), HEADS, dtype=torch.long)
     for depth in range(1, HEADS):
-        found = heads.at(depth, hidden[0], columns, heads.look(hidden[0], columns))
+        found = heads.depth_logits(depth, hidden[0], columns, heads.encode_window(hidden[0], columns))
         torch.testing.assert_close(found, every[:, depth])
     settings: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
     plain = model.trunk.model.generate(ids, **settings)

@@ -117,11 +117,11 @@ def test_loss_in_pieces(llama: Trunk, form: str, loss: str) -> None:
     assert isinstance(heads, LogitHeads)
     hidden = rows.hidden.flatten(0, 1)
     columns = torch.stack([readout.columns[rows.tokens(k)] for k in range(4)], dim=1)
-    seen = heads.look(hidden, columns)
+    seen = heads.encode_window(hidden, columns)
     terms, accepted = [], []
     for k in range(1, 4):
         at = rows.counted(k).nonzero().squeeze(1)
-        y = heads.at(k, hidden, columns, seen)[at]
+        y = heads.depth_logits(k, hidden, columns, seen)[at]
         z = (readout.main if chosen.true_probabilities else readout.draft)(hidden[alignment.teacher_row(at, k)])
         ce = reference.cross_entropy(y, columns[at, k])
         terms.append(alpha[k - 1] * ce.sum())

@@ -235,7 +235,7 @@ class Heads(nn.Module):
         """Makes a new drafting state for texts in slots."""
         raise NotImplementedError
 
-    def piece_bytes(self) -> int:
+    def chunk_bytes(self) -> int:
         """Counts the bytes of logits that the loss holds at a time, where the heads have logits of their own."""
         return 0
 

@@ -31,7 +31,7 @@ class HeadsConfig(BaseModel):
     adapters: list[Annotated[int, Field(ge=0)]] = []
     """Per depth, the rank of a LoRA adapter of its own on its block, 0 for none; empty: none at any depth."""
     shared_layers: int = Field(default=0, ge=0)
-    """How many of the trunk's last layers run a second time, with adapters, before the heads; 0: heads read the
+    """Number of the trunk's last layers that run a second time, with adapters, before the heads; 0: heads read the
     trunk's states."""
     adapter_rank: int = Field(default=0, ge=0)
     """Rank of those adapters; 0 where there are none."""
@@ -80,6 +80,6 @@ class HeadsConfig(BaseModel):
 
 
 def _in_order(blocks: list[int]) -> bool:
-    """Whether each new number is the next one."""
+    """Tells whether each new number is the next one."""
     new = list(dict.fromkeys(blocks))
     return new == list(range(len(new)))

@@ -20,7 +20,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Kind:
-    """What is known of a kind of heads before they are built."""
+    """The entry of a kind of heads, known before any are built."""
 
     name: str
     about: str

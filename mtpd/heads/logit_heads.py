@@ -1,9 +1,9 @@
 """Heads that have logits of their own instead of states for the trunk's unembedding.
 
 Their losses are those of `mtpd.losses.reference`, with autograd, over a few hundred positions at a time: forward and
-backward of a piece run one after the other, so that memory does not grow with the rows of a batch.
+backward of a chunk run one after the other, so that memory does not grow with the rows of a batch.
 
-Shape legend: P flat positions, C positions of a piece, D hidden size, K depths, n = K + 1 places of a window, M columns
+Shape legend: P flat positions, C positions of a chunk, D hidden size, K depths, n = K + 1 places of a window, M columns
 in use, V tokens.
 """
 
@@ -25,10 +25,10 @@ from mtpd.losses.settings import LossSettings, LossSums
 from mtpd.slots import Span
 from mtpd.trunk import Trunk
 
-PIECE = 512
-"""Positions of a piece, where logits of all of them are held."""
+CHUNK = 512
+"""Positions of a chunk whose logits are all held."""
 LOGGED_ROWS = 32
-"""Rows of a batch at most, from which the share of accepted drafts that is logged is estimated."""
+"""Rows of a batch at most from which the logged acceptance is estimated."""
 
 
 class LogitHeads(Heads):
@@ -39,42 +39,42 @@ class LogitHeads(Heads):
     """
 
     joint = False
-    """Whether `best` chooses the drafts of a window together."""
-    known_rows = PIECE
-    """Positions of a piece of a loss that needs `known` alone."""
+    """Whether `joint_argmax` chooses the drafts of a window together."""
+    ce_chunk = CHUNK
+    """Positions of a chunk of a loss that needs `target_log_probs` alone."""
 
-    def at(self, depth: int, hidden: Tensor, columns: Tensor, seen: Any) -> Tensor:
-        """Logits [C, M] of a depth, after the true tokens before it.
+    def depth_logits(self, depth: int, hidden: Tensor, columns: Tensor, window: Any) -> Tensor:
+        """Computes logits [C, M] of a depth, after the true tokens before it.
 
         Args:
             hidden: [C, D].
             columns: of the window's tokens, [C, n]; those of depth `depth` and later are not read.
-            seen: what `look` gave for these.
+            window: what `encode_window` gave for these.
         """
         raise NotImplementedError
 
-    def look(self, hidden: Tensor, columns: Tensor) -> Any:
-        """What all depths need of a window, computed once. A tensor with C rows, or None."""
+    def encode_window(self, hidden: Tensor, columns: Tensor) -> Any:
+        """Computes once what all depths need of a window: a tensor with C rows, or None."""
         return None
 
-    def known(self, hidden: Tensor, columns: Tensor) -> Tensor | None:
-        """log p of the true token of depths 1..K [C, K], where that is cheaper than by way of logits."""
+    def target_log_probs(self, hidden: Tensor, columns: Tensor) -> Tensor | None:
+        """Computes log p of the true token of depths 1..K [C, K], where that is cheaper than by way of logits."""
         return None
 
-    def best(self, hidden: Tensor, columns: Tensor) -> Tensor:
-        """Columns [C, K] of drafts chosen together, after the token of place 0 (`columns` [C, 1])."""
+    def joint_argmax(self, hidden: Tensor, columns: Tensor) -> Tensor:
+        """Chooses the columns [C, K] of all drafts together, after the token of place 0 (`columns` [C, 1])."""
         raise NotImplementedError
 
-    def logits_of_a_window(self) -> int:
-        """How many logits the loss holds of each position."""
+    def logits_per_position(self) -> int:
+        """Counts the logits that the loss holds of each position."""
         return self.depth * self.config.columns
 
-    def piece_bytes(self) -> int:
+    def chunk_bytes(self) -> int:
         # Logits, their softmax and its gradient, in two and four bytes.
-        return PIECE * self.logits_of_a_window() * (2 + 4 + 4)
+        return CHUNK * self.logits_per_position() * (2 + 4 + 4)
 
     def stepwise(self, hidden: Tensor, first: Tensor) -> Callable[[int, Tensor], Tensor]:
-        """Logits of one draft after the other: a function that is called in order.
+        """Makes a function that computes the logits of one draft after the other.
 
         It takes the number of drafts before and the column of the newest; of the first draft, that of place 0, which
         `first` [C, 1] holds too.
@@ -83,14 +83,14 @@ class LogitHeads(Heads):
 
         def step(index: int, before: Tensor) -> Tensor:
             columns[:, index] = before
-            return self.at(index + 1, hidden, columns, self.look(hidden, columns))
+            return self.depth_logits(index + 1, hidden, columns, self.encode_window(hidden, columns))
 
         return step
 
     def loss(
         self, trunk: Trunk, batch: Batch, readout: Readout, settings: LossSettings, *, compiled: bool = False
     ) -> tuple[Tensor, LossSums]:
-        """As the others; LK takes its λ from each piece, and the share of accepted drafts is estimated.
+        """As `StateHeads.loss`, except: the λ of a mixture of divergences is per chunk, and acceptance is estimated.
 
         Raises:
             UserError: `compiled`, for which there is no code here.
@@ -102,16 +102,16 @@ class LogitHeads(Heads):
         columns_Pn = torch.stack([readout.columns[batch.tokens(k)] for k in range(self.depth + 1)], dim=1)
         at = masks_PK[:, 0].nonzero().squeeze(1)
         only_ce = not any(settings.beta)
-        pieces = at.split(self.known_rows if only_ce else PIECE) if len(at) else [at]
+        chunks = at.split(self.ce_chunk if only_ce else CHUNK) if len(at) else [at]
 
-        def piece(number: int, state: Tensor) -> tuple[Tensor, Tensor]:
-            rows = pieces[number]
+        def chunk(number: int, state: Tensor) -> tuple[Tensor, Tensor]:
+            rows = chunks[number]
             hidden, columns, masks = exact(state[rows]), columns_Pn[rows], masks_PK[rows]
             if only_ce:
                 return self._cross_entropy(hidden, columns, masks, settings)
             return self._distilled(hidden, columns, masks, rows, batch.teacher_PD, readout, settings)
 
-        loss, sums = in_chunks(piece, len(pieces), hidden_PD, list(self.parameters()))
+        loss, sums = in_chunks(chunk, len(chunks), hidden_PD, list(self.parameters()))
         ce, divergence = sums.sum(0)
         counted = masks_PK.sum(0).double()
         few = at[:: max(1, -(-len(at) // LOGGED_ROWS))]
@@ -121,11 +121,11 @@ class LogitHeads(Heads):
     def _cross_entropy(
         self, hidden: Tensor, columns: Tensor, masks: Tensor, settings: LossSettings
     ) -> tuple[Tensor, Tensor]:
-        known = self.known(hidden, columns)
+        known = self.target_log_probs(hidden, columns)
         if known is None:
-            seen = self.look(hidden, columns)
+            window = self.encode_window(hidden, columns)
             terms = [
-                -reference.cross_entropy(exact(self.at(k, hidden, columns, seen)), columns[:, k])
+                -reference.cross_entropy(exact(self.depth_logits(k, hidden, columns, window)), columns[:, k])
                 for k in range(1, self.depth + 1)
             ]
             known = torch.stack(terms, dim=1)
@@ -145,10 +145,10 @@ class LogitHeads(Heads):
         settings: LossSettings,
     ) -> tuple[Tensor, Tensor]:
         """Computes the loss of these rows from all logits of a depth at once."""
-        seen = self.look(hidden, columns)
+        window = self.encode_window(hidden, columns)
         head = readout.teacher.main if settings.true_probabilities else readout.teacher.draft
         return reference.loss_of_logits(
-            lambda k, at: exact(self.at(k + 1, hidden, columns, seen))[at],
+            lambda k, at: exact(self.depth_logits(k + 1, hidden, columns, window))[at],
             lambda k, at: exact(head(teacher_PD[alignment.teacher_row(rows[at], k + 1)])),
             targets_P=columns.T[1:].unbind(),
             masks_P=masks.T.unbind(),
@@ -158,15 +158,15 @@ class LogitHeads(Heads):
 
     @torch.no_grad()
     def _accepted(self, batch: Batch, columns: Tensor, masks: Tensor, rows: Tensor, readout: Readout) -> Tensor:
-        """Of these rows, those of which the first k drafts are the main head's choice, by depth [K]."""
+        """Counts the rows of which the first k drafts are the teacher's choice, by depth [K]."""
         teacher_PD = batch.teacher_PD
         hidden = exact(batch.flat(batch.hidden)[rows])
-        seen = self.look(hidden, columns)
+        window = self.encode_window(hidden, columns)
         agree = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         found = []
         for k in range(1, self.depth + 1):
             at = alignment.teacher_row(rows, k).clamp_max(len(teacher_PD) - 1)
-            y = self.at(k, hidden, columns, seen)
+            y = self.depth_logits(k, hidden, columns, window)
             agree = agree & (y.argmax(-1) == readout.teacher.draft(teacher_PD[at]).argmax(-1)) & masks[:, k - 1]
             found.append(agree.sum().double())
         return torch.stack(found)
@@ -187,17 +187,17 @@ class AlongLogits:
     def __init__(self, heads: LogitHeads, hidden_PD: Tensor, columns_Pn: Tensor) -> None:
         self.heads, self.hidden_PD, self.columns_Pn = heads, hidden_PD, columns_Pn
         self.depth = heads.depth
-        self.seen = self._in_parts(heads.look, columns_Pn)
-        self.together = self._in_parts(heads.best, columns_Pn[:, :1]) if heads.joint else None
+        self.window = self._in_parts(heads.encode_window, columns_Pn)
+        self.together = self._in_parts(heads.joint_argmax, columns_Pn[:, :1]) if heads.joint else None
 
     def _in_parts(self, function: Callable[[Tensor, Tensor], Any], columns: Tensor) -> Any:
-        parts = zip(self.hidden_PD.split(PIECE), columns.split(PIECE), strict=True)
+        parts = zip(self.hidden_PD.split(CHUNK), columns.split(CHUNK), strict=True)
         found = [function(hidden, each) for hidden, each in parts]
         return None if found[0] is None else torch.cat(found)
 
     def logits(self, depth: int, at: Tensor) -> Tensor:
-        seen = None if self.seen is None else self.seen[at]
-        return self.heads.at(depth, self.hidden_PD[at], self.columns_Pn[at], seen)
+        window = None if self.window is None else self.window[at]
+        return self.heads.depth_logits(depth, self.hidden_PD[at], self.columns_Pn[at], window)
 
     def choice(self, depth: int, at: Tensor, logits: Tensor) -> Tensor:
         return logits.argmax(-1) if self.together is None else self.together[at, depth - 1]
@@ -222,7 +222,7 @@ class LogitDrafter(NewestStates):
         hidden = self.newest_states(newest)
         known = self.columns[Span(newest, 1, tokens.device).read(tokens)]
         if self.heads.joint and pick.joint:
-            yield from ((None, columns) for columns in self.heads.best(hidden, known)[:, :depth].unbind(1))
+            yield from ((None, columns) for columns in self.heads.joint_argmax(hidden, known)[:, :depth].unbind(1))
             return
         step = self.heads.stepwise(hidden, known)
         columns = known[:, 0]

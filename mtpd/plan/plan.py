@@ -250,7 +250,7 @@ def plan(recipe: Recipe, *, devices: int | None = None, device_memory: float | N
     wanted = recipe.evaluation.dtype
     decoding = dtype if wanted == "trunk" else resolve_dtype(wanted, device)
     memory = estimate_memory(
-        recipe, sizes, text, decoding_item=decoding.itemsize, own_logits=heads.piece_bytes(), of_trunk=of_trunk
+        recipe, sizes, text, decoding_item=decoding.itemsize, own_logits=heads.chunk_bytes(), of_trunk=of_trunk
     )
     count, bytes_of_each = _devices(device, devices)
     return Plan(

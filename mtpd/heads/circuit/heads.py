@@ -30,8 +30,8 @@ from mtpd.losses.settings import LossSettings, LossSums
 from mtpd.packed_modules import faster
 from mtpd.trunk import Trunk, Unembedding
 
-KNOWN_ROWS = 1024
-"""Positions of a piece, where leaves are not held: weights are read, and their gradients summed, once a piece."""
+CE_CHUNK = 1024
+"""Positions of a chunk, where leaves are not held: weights are read, and their gradients summed, once a chunk."""
 
 
 class CircuitHeads(LogitHeads):
@@ -48,7 +48,7 @@ class CircuitHeads(LogitHeads):
         else:
             kind = FullLeaves if shape.leaves == "full" else TiltedLeaves
             self.leaves = kind(places, shape.latent_values, config.columns, size)
-            self.known_rows = KNOWN_ROWS
+            self.ce_chunk = CE_CHUNK
         self.sums = nn.Linear(size, self.circuit.sums) if self.circuit.sums else None
         self.joint = shape.greedy == "max_product"
         self.independent = shape.latent_values == 1
@@ -65,7 +65,7 @@ class CircuitHeads(LogitHeads):
         self._main = trunk.unembedding.select(self.rows())
         self.leaves.hold()
 
-    def logits_of_a_window(self) -> int:
+    def logits_per_position(self) -> int:
         softmaxes = 1 if isinstance(self.leaves, TiltedLeaves) else self.circuit.components
         return self.circuit.places * softmaxes * self.config.columns
 
@@ -83,7 +83,7 @@ class CircuitHeads(LogitHeads):
         # Places behind the last that is drafted are summed out.
         return nn.functional.pad(found, (0, 0, 0, self.circuit.places - columns.shape[1]))
 
-    def look(self, hidden: Tensor, columns: Tensor) -> Tensor:
+    def encode_window(self, hidden: Tensor, columns: Tensor) -> Tensor:
         """Computes log p(component of each place | tokens before it), [C, n, r]."""
         return self._prefix(self.evidence(hidden, columns), hidden)
 
@@ -93,17 +93,17 @@ class CircuitHeads(LogitHeads):
         with torch.autocast(hidden.device.type, enabled=False):
             return self.circuit.prefix(evidence, weights)
 
-    def at(self, depth: int, hidden: Tensor, columns: Tensor, seen: Tensor) -> Tensor:
+    def depth_logits(self, depth: int, hidden: Tensor, columns: Tensor, window: Tensor) -> Tensor:
         """Computes logits [C, M] of place `depth` after the tokens before it: they are log-probabilities."""
         leaf = self.leaves.probabilities(hidden, self._main, first=depth, last=depth + 1)[:, 0]
-        return _mixed(seen[:, depth], leaf)
+        return _mixed(window[:, depth], leaf)
 
-    def known(self, hidden: Tensor, columns: Tensor) -> Tensor:
+    def target_log_probs(self, hidden: Tensor, columns: Tensor) -> Tensor:
         evidence = self.evidence(hidden, columns)
         mixed = self._prefix(evidence, hidden)
         return (mixed + evidence).logsumexp(-1)[:, 1 : columns.shape[1]]
 
-    def best(self, hidden: Tensor, columns: Tensor) -> Tensor:
+    def joint_argmax(self, hidden: Tensor, columns: Tensor) -> Tensor:
         """Chooses the window by max-product, given place 0."""
         leaf, evidence = self._after_first(hidden, columns)
         evidence[:, 1:] = leaf[:, 1:].amax(-1).clamp_min(TINY).log()

@@ -30,7 +30,7 @@ from mtpd.trunk import Unembedding
 TINY = 1e-37
 """Probabilities below count as this one."""
 TILE_BYTES = 3 * 2**20
-"""Of the softmaxes that full leaves compute at a time: what a cache holds."""
+"""Bytes of softmaxes that full leaves compute at a time: as much as a cache holds."""
 
 
 class Leaves(nn.Module):

@@ -19,7 +19,7 @@ from mtpd.trunk import Trunk
 
 STARTS = ("regression", "identity")
 TRAINING_COPIES = 4
-"""Of each weight, in float32: itself, its gradient, and the two moments of Adam."""
+"""Copies of each weight in float32: itself, its gradient, and the two moments of Adam."""
 
 
 def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class MedusaHeads(LogitHeads):
         super().__init__(config)
         self.layers = nn.ModuleList(MedusaHead(trunk, config.columns) for _ in range(config.depth))
 
-    def at(self, depth: int, hidden: Tensor, columns: Tensor, seen: Any) -> Tensor:
+    def depth_logits(self, depth: int, hidden: Tensor, columns: Tensor, window: Any) -> Tensor:
         return self.layers[depth - 1](hidden)
 
     @classmethod

@@ -32,7 +32,7 @@ class OutputHeads(LogitHeads):
             nn.Linear(trunk.hidden_size, config.columns, bias=False) for _ in range(config.depth)
         )
 
-    def at(self, depth: int, hidden: Tensor, columns: Tensor, seen: Any) -> Tensor:
+    def depth_logits(self, depth: int, hidden: Tensor, columns: Tensor, window: Any) -> Tensor:
         return self.layers[depth - 1](hidden)
 
     def logits(self, depth: int, hidden_BTD: Tensor, main: Unembedding, *, position_ids_BT: Tensor) -> Tensor:

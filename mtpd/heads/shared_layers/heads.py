@@ -87,8 +87,8 @@ class SharedLayerHeads(Heads):
     def blocks(self) -> Iterable[nn.Module]:
         return self.inner.blocks()
 
-    def piece_bytes(self) -> int:
-        return self.inner.piece_bytes()
+    def chunk_bytes(self) -> int:
+        return self.inner.chunk_bytes()
 
     def shorten(self, depth: int) -> None:
         self.inner.shorten(depth)
