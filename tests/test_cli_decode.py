@@ -20,6 +20,7 @@ from mtpd.decode.drafting import Drafting
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import RANDOM
 from mtpd.evaluate.depths import Depth, Depths
+from mtpd.files import fingerprint_file
 from mtpd.heads import save_heads
 from mtpd.recipe import dump, parse_recipe
 from mtpd.run.loading import load, write_drafting
@@ -200,6 +201,14 @@ def test_bench(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         [line] = [line for line in out.splitlines() if line.startswith(f"{way}: ")]
         assert line.endswith("2 of 2 texts the same")
     assert "bookkeeping" in out
+    depths = Depths.load(run / "depths.json")
+    assert ([each.depth for each in depths.depths], depths.prompts) == ([0, 1, 2, 3], 2)
+    assert depths.heads == fingerprint_file(run / "heads" / "model.safetensors")
+    for each in depths.depths:
+        assert each.part_ms is not None
+        assert each.round_ms == pytest.approx(sum(each.part_ms.values()))
+        assert (each.part_ms["drafts"] > 0) == (each.depth > 0)
+        assert min(each.part_ms[part] for part in ("trunk", "verification", "bookkeeping")) > 0
     stored = Drafting.model_validate_json((run / "heads" / "decoding.json").read_text())
     found = f"depth {stored.depth}, siblings {stored.siblings}, threshold {stored.threshold:g}"
     assert out.startswith(f"{found}: ")

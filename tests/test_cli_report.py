@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from seals import edited
 from test_cli_eval import SHORT, measure
 
 from mtpd.cli import main
 from mtpd.evaluate.acceptance import Acceptance
+from mtpd.evaluate.depths import Depth, Depths
 from mtpd.report.samples import read_samples
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
@@ -34,12 +36,18 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.values: dict[tuple[str, str], list[float]] = {}
-        self.summary: dict[str, str] = {}
+        self.rows: dict[str, dict[str, str]] = {}
+        """By measurement, the big number of each of its cards."""
+        self.tiles: list[str] = []
+        """All that each card says."""
+        self.labels: list[str] = []
         self.depths: list[int] = []
         self.addresses: list[str] = []
         self.tags: list[str] = []
         self._suite = ""
+        self._row = ""
         self._summary: str | None = None
+        self._tile = 0
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -49,13 +57,26 @@ class Page(HTMLParser):
         self._suite = given.get("data-suite", self._suite)
         if "data-value" in given:
             self.values.setdefault((self._suite, given["data-ratio"]), []).append(float(given["data-value"]))
+        self._row = given.get("data-measured", self._row)
+        if given.get("class") == "tile":
+            self.tiles.append("")
+            self._tile = 1
+        elif self._tile and tag == "div":
+            self._tile += 1
+        if "data-label" in given:
+            self.labels.append(given["data-label"])
         if "data-depth" in given:
             self.depths.append(int(given["data-depth"]))
         self._summary = given.get("data-summary")
 
+    def handle_endtag(self, tag: str) -> None:
+        self._tile -= tag == "div" and self._tile > 0
+
     def handle_data(self, data: str) -> None:
+        if self._tile:
+            self.tiles[-1] += data
         if self._summary is not None:
-            self.summary.setdefault(self._summary, data)
+            self.rows.setdefault(self._row, {})[self._summary] = data
             self._summary = None
 
 
@@ -76,9 +97,11 @@ const cut = [...document.querySelectorAll('svg')].flatMap(svg => {
   const box = svg.getBoundingClientRect();
   return box.width ? [...svg.querySelectorAll('text')].filter(t => out(t.getBoundingClientRect(), box)) : [];
 }).map(t => t.textContent);
+const scrolled = [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1).length;
 const shown = document.querySelector('[data-summary=tau]').innerText;
 document.getElementById('probe').textContent = JSON.stringify({
-  wide, inner: window.innerWidth, colour, cut, shown, charts: document.querySelectorAll('svg').length,
+  wide, inner: window.innerWidth, colour, cut, shown, scrolled,
+  charts: document.querySelectorAll('svg[role=img]').length,
   loaded: performance.getEntriesByType('resource').length, texts: texts.length });
 </script></body>"""
 
@@ -129,6 +152,7 @@ def test_the_report_in_a_browser(run: Path) -> None:
         assert probe["inner"] == width
         assert not probe["cut"], f"at {width} pixels labels are cut off: {probe['cut']}"
         assert probe["loaded"] == 0
+        assert not probe["scrolled"], f"at {width} pixels {probe['scrolled']} tables have to be scrolled"
         channels = [int(number) for number in re.findall(r"\d+", probe["colour"])[:3]]
         assert (max(channels) < 80) == dark, probe["colour"]
 
@@ -147,13 +171,15 @@ def test_the_report_in_a_browser(run: Path) -> None:
     assert page.values["all", "speed_up"] == [
         pytest.approx(Acceptance.load(run / "acceptance-decoded.json").total().speed_up)
     ]
-    # The first row of cards is of the run's own held-out prompts.
-    assert page.summary["tau"] == looks[390, False][1]["shown"] == f"{held_out.total(apart).tau:.3f}"
-    assert page.summary["car_1"] == f"{held_out.total(apart).car[0]:.3f}"
+    assert page.rows["Held-out prompts"]["tau"] == looks[390, False][1]["shown"]
+    assert page.rows["Held-out prompts"]["tau"] == f"{held_out.total(apart).tau:.3f}"
+    assert page.rows["mtpd eval"]["tau"] == f"{suites.total().tau:.3f}"
+    assert page.rows["mtpd eval"]["car_1"] == f"{suites.total().car[0]:.3f}"
     assert page.depths == [depth for text in read_samples(run / "samples.json") for depth in text.depths]
     assert page.depths
-    # Two sections, each with two charts and one for each suite where there are several, and the training curves.
-    assert looks[1280, False][1]["charts"] >= 4 + len(held_out.suites) + 4
+    # Two sections, with two charts and one for each suite where there are several, and the training curves: loss,
+    # cross-entropy and divergence by depth, acceptance in training and beside it, learning rate.
+    assert looks[1280, False][1]["charts"] == 4 + len(held_out.suites) + 6
 
 
 def test_the_report_is_whole_without_a_browser(run: Path) -> None:
@@ -174,7 +200,8 @@ def test_the_report_is_whole_without_a_browser(run: Path) -> None:
     assert page.depths == [0, 2]
     found = Acceptance.load(run / "acceptance.json")
     together = found.total([name for name in found.suites if name != "builtin-other"])
-    assert page.summary["tau"] == f"{together.tau:.3f}"
+    assert page.rows["Held-out prompts"]["tau"] == f"{together.tau:.3f}"
+    assert [path.name for path in run.parent.glob("page*")] == ["page.html"]
     for name in (
         "samples.json",
         "metrics.jsonl",
@@ -202,3 +229,180 @@ def test_the_report_of_files_of_the_first_schema(run: Path) -> None:
     text = (run / "report.html").read_text()
     assert "No paired changes" in text
     assert "no counts by prompt (schema 1)" in text
+
+
+def report_of(run: Path) -> Page:
+    assert main(["report", str(run)]) == 0
+    return Page((run / "report.html").read_text())
+
+
+def test_cards_say_what_they_were_measured_on(run: Path) -> None:
+    """Fault: a card of one measurement in the row of another, or a number that does not say where it comes from."""
+    for mode in ("offline", "decoded"):
+        assert measure(run, *SHORT, "--limit", "5", "--mode", mode, "--drafts", "1") == 0
+    page = report_of(run)
+    files = {
+        "Held-out prompts": "acceptance.json",
+        "Held-out prompts, decoded": "acceptance-decoded.json",
+        "mtpd eval": "evaluation.json",
+        "mtpd eval, decoded": "evaluation-decoded.json",
+    }
+    assert list(page.rows) == list(files)
+    said: dict[str, int] = {}
+    for title, name in files.items():
+        found = Acceptance.load(run / name)
+        names = [suite for suite in found.suites if suite != "builtin-other"]
+        counts = found.total(names)
+        assert page.rows[title]["tau"] == f"{counts.tau:.3f}"
+        if found.mode == "decoded":
+            assert counts.speed_up is not None
+            assert counts.speed_up_over_engine is not None
+            assert page.rows[title]["speed_up"] == f"{counts.speed_up:.2f}×"
+            assert page.rows[title]["speed_up_over_engine"] == f"{counts.speed_up_over_engine:.2f}×"
+        else:
+            assert page.rows[title]["car_1"] == f"{counts.car[0]:.3f}"
+        suites = names[0] if len(names) == 1 else f"{len(names)} suites"
+        drafts = f"{counts.depth} draft" + ("s" if counts.depth > 1 else "")
+        said[f"{found.mode}, {suites}, {counts.prompts} prompts, {drafts} a round"] = 4
+    for text, cards in said.items():
+        assert sum(text in tile for tile in page.tiles) == cards, text
+    assert len(page.tiles) == sum(said.values())
+
+
+def test_a_speed_up_never_stands_alone(run: Path) -> None:
+    """Fault: a speed-up over generate is shown as if the drafts had gained it, also where nobody timed the engine."""
+    page = report_of(run)
+    assert page.labels.count("speed-up over generate") == page.labels.count("speed-up over engine without drafts") > 0
+    content = json.loads((run / "acceptance-decoded.json").read_text())
+    del content["sha256"]
+    for suite in content["suites"].values():
+        suite["engine_seconds"] = None
+        suite["plain_seconds"] = 9 * suite["seconds"]
+        for row in suite["rows"]:
+            row["engine_seconds"] = None
+            row["plain_seconds"] = 9 * row["seconds"]
+    (run / "acceptance-decoded.json").write_text(json.dumps(content))
+    page = report_of(run)
+    assert page.rows["Held-out prompts, decoded"]["speed_up"] == "9.00×"
+    assert "speed_up_over_engine" not in page.rows["Held-out prompts, decoded"]
+    [tile] = [tile for tile in page.tiles if "speed-up over engine" in tile]
+    assert "not in this file" in tile
+    text = (run / "report.html").read_text()
+    assert "the engine without drafts was not timed" in text
+    assert "More than tau is not the drafts" in text
+
+
+def test_the_report_from_the_run_alone(run: Path) -> None:
+    """Fault: texts, loss by depth, hardware, time or the words' meanings need another command, or are missing."""
+    provenance = json.loads((run / "provenance.json").read_text())
+    samples = json.loads((run / "samples.json").read_text())
+    assert samples["heads"] == Acceptance.load(run / "acceptance.json").heads
+    held_out = {
+        row.id for suite in Acceptance.load(run / "acceptance.json").suites.values() for row in suite.rows or []
+    }
+    assert {text["id"] for text in samples["texts"]} <= held_out
+    assert {text["suite"] for text in samples["texts"]} == set(Acceptance.load(run / "acceptance.json").suites)
+    page = report_of(run)
+    assert page.depths == [depth for text in samples["texts"] for depth in text["depths"]]
+    text = (run / "report.html").read_text()
+    for shown in (
+        provenance["machine"],
+        provenance["finished"][:10],
+        "8 steps",
+        "ce_2",
+        "kl_2",
+        "Not measured in this",
+    ):
+        assert shown in text
+    words = re.findall("<div><dt>(.*?)</dt><dd>(.*?)</dd></div>", text[text.index('id="words"') :])
+    assert [word.partition(",")[0] for word, _ in words] == ["tau", "CAR_k", "AR_k", "Σ min(p", "control", "speed-up"]
+    assert all(len(meaning) > 60 for _, meaning in words)
+    # A repeated call keeps when and where it was finished, and the texts.
+    edited(run / "provenance.json", machine="another")
+    kept = (run / "samples.json").stat().st_mtime_ns
+    assert main(["distill", str(run / "recipe.yaml"), f"output={run}"]) == 0
+    again = json.loads((run / "provenance.json").read_text())
+    assert (again["machine"], again["finished"]) == ("another", provenance["finished"])
+    assert (run / "samples.json").stat().st_mtime_ns == kept
+
+
+def test_the_report_against_another_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: acceptance of two models drawn side by side, as if one could be compared with the other."""
+    assert measure(run, *SHORT, "--limit", "5") == 0
+    (run / "report.html").unlink(missing_ok=True)
+    baseline = run.parent / "base.json"
+    content = json.loads((run / "evaluation.json").read_text())
+    del content["sha256"]
+    shutil.copy(run / "evaluation.json", baseline)
+    assert main(["report", str(run), "--against", str(baseline)]) == 0
+    (run / "report.html").unlink()
+    refused = []
+    baseline.write_text(json.dumps({**content, "trunk": "other"}))
+    for words in (
+        ["report", str(run), "--against", str(baseline)],
+        ["compare", str(baseline), str(run / "evaluation.json")],
+    ):
+        capsys.readouterr()
+        assert main(words) == 2
+        refused.append(capsys.readouterr().err.splitlines()[-1])
+    assert refused[0] == refused[1]
+    assert "measured with different trunks (other, " in refused[0]
+    assert not (run / "report.html").exists()
+    baseline.write_text(json.dumps({**content, "mode": "decoded"}))
+    assert main(["report", str(run), "--against", str(baseline)]) == 2
+    assert "has no evaluation-decoded.json" in capsys.readouterr().err
+
+
+def test_the_report_of_depths(run: Path) -> None:
+    """Fault: tokens/s by number of drafts without their baselines, without parts, or of heads that are gone."""
+    heads = Acceptance.load(run / "acceptance.json").heads
+    parts = {"trunk": 8.0, "drafts": 1.0, "verification": 2.0, "bookkeeping": 0.5}
+    found = Depths(
+        prompts=2, max_new_tokens=8, dtype="float32", heads=heads, machine="a machine", plain_tokens_per_second=50.0,
+        depths=[
+            Depth(depth=0, tokens_per_second=80.0, round_ms=10.5, draft_ms=0, part_ms={**parts, "drafts": 0.0}),
+            Depth(depth=1, tokens_per_second=100.0, round_ms=11.5, draft_ms=1.0, part_ms=parts, car=0.3),
+        ],
+    )  # fmt: skip
+    found.save(run / "depths.json")
+    text = (report_of(run), (run / "report.html").read_text())[1]
+    assert "Where the time of a round goes" in text
+    for shown in (
+        "2.00×</span> transformers' generate and 1.25× the engine without drafts",
+        "a machine",
+        "1 draft, pass",
+    ):
+        assert shown in text
+    found.model_copy(update={"heads": "gone"}).save(run / "depths.json")
+    assert report_of(run)
+    assert "Where the time of a round goes" not in (run / "report.html").read_text()
+
+
+def test_the_report_says_that_the_start_was_kept(run: Path) -> None:
+    """Fault: a run whose training made the heads worse reads as one that gained nothing, or as a good one."""
+    worse = json.loads((run / "acceptance.json").read_text())
+    del worse["sha256"]
+    worse["heads"] = "trained"
+    for suite in worse["suites"].values():
+        suite["drafted"] = suite["accepted"] = [0, 0]
+        for row in suite["rows"]:
+            row["accepted"] = [0 for _ in row["accepted"]]
+        for key in ("drafted", "accepted"):
+            suite[key] = [sum(column) for column in zip(*(row[key] for row in suite["rows"]), strict=True)]
+    before = json.loads((run / "acceptance.json").read_text())
+    del before["sha256"]
+    for suite in before["suites"].values():
+        for row in suite["rows"]:
+            row["accepted"] = row["drafted"]
+        suite["accepted"] = [sum(column) for column in zip(*(row["accepted"] for row in suite["rows"]), strict=True)]
+    for name, content in (("", before), ("-before", before), ("-trained", worse)):
+        (run / f"acceptance{name}.json").write_text(json.dumps(content))
+    page = report_of(run)
+    text = (run / "report.html").read_text()
+    head = re.search('<div class="card (.*?)" id="verdict"><p class="head">(.*?)</p>', text)
+    assert head is not None
+    assert head[1] == "down"
+    assert head[2].startswith("Training made the drafts worse: tau ")
+    assert head[2].endswith("The run keeps the heads as they started.")
+    assert list(page.rows)[-1] == "Trained heads, not kept"
+    assert page.rows["Trained heads, not kept"]["tau"] == "1.000"

@@ -334,7 +334,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         Acceptance.load(path)
 
 
-def test_tables_and_picture(tmp_path: Path) -> None:
+def test_tables(tmp_path: Path) -> None:
     """Fault: before and after exchanged, or a suite of other families summed with the rest."""
     before, after = acceptance(accepted=[1, 0, 0]), acceptance()
     console = Console(record=True, width=200, file=(tmp_path / "out").open("w"))

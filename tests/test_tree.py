@@ -28,6 +28,7 @@ from mtpd.decode.sampling import SampledDrafts, Sampling, temperature_and_top_p
 from mtpd.decode.text import Request
 from mtpd.decode.tree import grow
 from mtpd.errors import UserError
+from mtpd.evaluate.depths import Depths
 from mtpd.heads import Heads, save_heads
 from mtpd.recipe import dump, parse_recipe
 from mtpd.run.loading import load
@@ -259,6 +260,7 @@ def test_trees_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     limits = ["--prompts", "1", "--max-new-tokens", "3", "--runs", "1"]
     assert main(["bench", str(run), *limits, "--tune"]) == 0
     assert "tree 32" in capsys.readouterr().out
+    assert len(Depths.load(run / "depths.json").depths) == 4
     (run / "heads" / "decoding.json").write_text('{"depth": 3, "tree": 9}')
     assert load(run, depth=2).drafting == Drafting(depth=2, tree=9)
     assert load(run, tree=0).drafting == Drafting(depth=3)

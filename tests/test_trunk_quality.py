@@ -19,7 +19,7 @@ from mtpd.evaluate.measure import Model
 from mtpd.evaluate.offline import walk_offline
 from mtpd.evaluate.suites import Question
 from mtpd.evaluate.trunk_quality import last_number, negative_log_likelihood, right_answers, trunk_quality
-from mtpd.report.samples import read_samples, sample_texts, token_depths
+from mtpd.report.samples import belong_to, read_samples, sample_texts, token_depths
 
 
 def test_perplexity_is_that_of_the_whole_model(name: str) -> None:
@@ -92,6 +92,8 @@ def test_samples_hold_the_text(tmp_path: Path) -> None:
     }
     model = Model(trunk, tokenizer, "t", [])
     sample_texts(model, random_heads(trunk), samples, heads_fingerprint="h").save(tmp_path / "samples.json")
+    assert belong_to(tmp_path / "samples.json", "h")
+    assert not belong_to(tmp_path / "samples.json", "others")
     texts = read_samples(tmp_path / "samples.json")
     assert [text.id for text in texts] == ["a", "b"]
     for text, sample in zip(texts, samples["one"], strict=False):

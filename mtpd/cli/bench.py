@@ -89,7 +89,9 @@ def bench(
             model, texts, ways=ways, max_new_tokens=max_new_tokens, end_tokens=ends, batch=batch, runs=runs
         )
         parts = breakdown(model, texts[:2], batch=batch)
-        by_depth = depths_of_run(run, model, texts, end_tokens=ends) if batch == 1 else None
+        by_depth = None
+        if batch == 1:
+            by_depth = depths_of_run(run, model, texts, end_tokens=ends, max_new_tokens=max_new_tokens, runs=runs)
         typer.echo(
             f"{len(texts)} prompts of {suite}, {batch} at a time, {model.trunk.dtype}; "
             f"a round: {described(model.drafting)}"

@@ -54,6 +54,8 @@ class Section:
     before_name: str = "before training"
     apart: tuple[str, ...] = ()
     """Suites that are not summed."""
+    kept: bool = True
+    """These are the run's heads, and not trained ones that were worse than the start."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,13 @@ def _section(section: Section) -> dict[str, Any]:
         "decoded": section.after.mode == "decoded",
         "measured_on": measured_on(section.after, together),
         "measured": Measured(
-            title, section.after, counts[None], after[None], comparison, section.before_name if section.before else ""
+            title,
+            section.after,
+            counts[None],
+            after[None],
+            comparison,
+            section.before_name if section.before else "",
+            section.kept,
         ),
         "section": section,
         "styles": styled(sides),

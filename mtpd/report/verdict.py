@@ -38,16 +38,21 @@ class Measured:
     comparison: Comparison | None
     baseline: str
     """What it is compared with; empty for nothing."""
+    kept: bool = True
+    """These are the run's heads, and not trained ones that were worse than the start."""
 
 
 def verdict(offline: list[Measured], decoded: list[Measured], depths: Depths | None) -> Verdict:
-    """Sentences about all measurements of a run; the first offline one gives the headline, else the first decoded."""
-    first = [*offline, *decoded][0]
+    """Sentences about all measurements of a run.
+
+    What training did is the headline, also where its heads were not kept; else the first measurement is.
+    """
+    first = next((each for each in offline if not each.kept), [*offline, *decoded][0])
     tone, headline = _headline(first)
     lines: list[tuple[Tone, str]] = []
     if first.acceptance.random_trunk:
         lines.append(("down", RANDOM))
-    lines += [_headline(each) for each in offline[1:]]
+    lines += [_headline(each) for each in offline if each is not first]
     for each in decoded:
         lines += _speed(each)
     if depths is not None and depths.fastest:
@@ -55,14 +60,14 @@ def verdict(offline: list[Measured], decoded: list[Measured], depths: Depths | N
         lines.append(
             (
                 "flat",
-                f"Of {len(depths.depths) - 1} drafts a round, {depths.fastest} are the fastest: "
+                f"Fastest with {drafts(depths.fastest)} a round, of 0 to {len(depths.depths) - 1}: "
                 f"{most.tokens_per_second:.1f} tokens/s, against {depths.depths[0].tokens_per_second:.1f} without "
                 f"drafts and {depths.plain_tokens_per_second:.1f} with transformers' generate "
-                f"({depths.prompts} prompts).",
+                f"({prompts_of(depths.prompts)}).",
             )
         )
     elif depths is not None:
-        lines.append(("down", f"No number of drafts is faster than none ({depths.prompts} prompts)."))
+        lines.append(("down", f"No number of drafts is faster than none ({prompts_of(depths.prompts)})."))
     for each in offline:
         lines += _doubts(each)
     return Verdict(tone, headline, lines)
@@ -71,7 +76,7 @@ def verdict(offline: list[Measured], decoded: list[Measured], depths: Depths | N
 def _headline(measured: Measured) -> tuple[Tone, str]:
     tau, prompts = measured.ratios["tau"], measured.counts.prompts
     if measured.comparison is None:
-        return "flat", f"{measured.title}: tau {tau.text()} on {prompts} prompts."
+        return "flat", f"{measured.title}: tau {tau.text()} on {prompts_of(prompts)}."
     change = measured.comparison.suites[None]["tau"]
     numbers = f"tau {change.before:.3f} → {change.after:.3f} on {measured.comparison.prompts[None]} prompts"
     if change.change.low is None:
@@ -89,7 +94,8 @@ def _headline(measured: Measured) -> tuple[Tone, str]:
             "down": f"Worse than {measured.baseline}",
             "flat": f"No different from {measured.baseline}, as far as so many prompts can show",
         }
-    return change.direction, f"{said[change.direction]}: {numbers}."
+    start = "" if measured.kept else " The run keeps the heads as they started."
+    return change.direction, f"{said[change.direction]}: {numbers}.{start}"
 
 
 def _speed(measured: Measured) -> Iterator[tuple[Tone, str]]:
@@ -142,8 +148,13 @@ def drafts(count: int) -> str:
     return f"{count} draft" + ("s" if count != 1 else "")
 
 
+def prompts_of(count: int) -> str:
+    """A number of prompts, in words."""
+    return f"{count} prompt" + ("s" if count != 1 else "")
+
+
 def measured_on(acceptance: Acceptance, suites: list[str]) -> str:
     """Suites, prompts, drafts and mode of a measurement, for each card that shows a number of it."""
     prompts = sum(acceptance.suites[name].prompts for name in suites)
     where = suites[0] if len(suites) == 1 else f"{len(suites)} suites"
-    return f"{acceptance.mode}, {where}, {prompts} prompts, {drafts(acceptance.total().depth)} a round"
+    return f"{acceptance.mode}, {where}, {prompts_of(prompts)}, {drafts(acceptance.total().depth)} a round"

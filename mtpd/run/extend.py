@@ -30,6 +30,7 @@ from mtpd.recipe import ExtendRecipe, Recipe, dump, parse_recipe, stages_of
 from mtpd.recipe.untrusted import refuse_untrusted
 from mtpd.report.car import write_car
 from mtpd.run.acceptance import keep_texts, measure
+from mtpd.run.depths import held_out_counts
 from mtpd.run.directory import RunDirectory, note_training
 from mtpd.run.finished import open_finished
 from mtpd.run.kept_heads import gain_of_run, keep_heads, other_families, verdict_line
@@ -255,7 +256,7 @@ def _measured_depths(material: Material, heads: Heads, run: RunDirectory) -> Dep
             [sample.prompt_ids for sample in prompts],
             max_new_tokens=min(DECODED_TOKENS, session.recipe.evaluation.max_new_tokens),
             end_tokens=session.ends,
-            acceptance=Acceptance.load(run.acceptance).total(),
+            acceptance=held_out_counts(run),
             heads_fingerprint=fingerprint_file(run.heads / WEIGHTS),
         )
         found.save(run.depths)

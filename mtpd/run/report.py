@@ -58,7 +58,6 @@ def report_run(path: Path, *, output: Path | None = None, against: Path | None =
 
 def _sections(recipe: Recipe, run: RunDirectory, against: Path | None) -> list[Section]:
     """All measurements of the run: on held-out prompts, then by `mtpd eval`."""
-    apart = [Path(source).stem for source in recipe.evaluation.extra]
     sections = []
     for title, path, before in (
         ("Held-out prompts", run.acceptance, run.acceptance_before),
@@ -67,7 +66,12 @@ def _sections(recipe: Recipe, run: RunDirectory, against: Path | None) -> list[S
         if path.is_file():
             after = Acceptance.load(path)
             first = Acceptance.load(before) if before.is_file() else None
-            sections.append(Section(title, after, first, apart=tuple(name for name in apart if name in after.suites)))
+            # Heads that were kept as they started have changed in nothing.
+            first = None if first is None or first.heads == after.heads else first
+            sections.append(Section(title, after, first, apart=_apart(recipe, after)))
+    if run.acceptance_trained.is_file():
+        after, first = Acceptance.load(run.acceptance_trained), Acceptance.load(run.acceptance_before)
+        sections.append(Section("Trained heads, not kept", after, first, apart=_apart(recipe, after), kept=False))
     baseline = None if against is None else Acceptance.load(against)
     for title, path in (("mtpd eval", run.evaluation), ("mtpd eval, decoded", run.evaluation_decoded)):
         if path.is_file():
@@ -82,6 +86,11 @@ def _sections(recipe: Recipe, run: RunDirectory, against: Path | None) -> list[S
             f"--against: {run.path} has no {wanted.name} to compare; run mtpd eval {run.path} --against {against} first"
         )
     return sections
+
+
+def _apart(recipe: Recipe, acceptance: Acceptance) -> tuple[str, ...]:
+    names = [Path(source).stem for source in recipe.evaluation.extra]
+    return tuple(name for name in names if name in acceptance.suites)
 
 
 def _depths(run: RunDirectory, sections: Sequence[Section]) -> Depths | None:
