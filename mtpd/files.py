@@ -20,6 +20,8 @@ from typing import Any
 
 from mtpd.errors import MtpdError, UserError
 
+CACHE = Path.home() / ".cache" / "mtpd"
+"""What is made once on a machine and can be made again."""
 PARTIAL = ".partial"
 """End of the names of files that are being written."""
 OLD = 60.0

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Annotated
 
 import typer
 
-from mtpd.cli.generate import Depth, Dtype, Lookup, Run, Seed, Temperature, Tokens, TopP, Tree, summary
+from mtpd.cli.generate import Depth, Dtype, Run, Seed, Sources, Temperature, Tokens, TopP, drafting_of, show, summary
 from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
+from mtpd.decode.drafting import ALL_SOURCES
 from mtpd.run.check import check_finished
 
 
@@ -20,9 +20,8 @@ def chat(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    sources: Sources = ALL_SOURCES,
     depth: Depth = None,
-    tree: Tree = None,
-    lookup: Lookup = None,
     dtype: Dtype = None,
     system: Annotated[str | None, typer.Option("--system", help="What the model is told before the talk.")] = None,
     untrusted: UntrustedRun = False,
@@ -30,16 +29,19 @@ def chat(
 ) -> None:
     """Talk with a run's model, through its chat template. An empty line or Ctrl-D ends the talk.
 
+    Accepted drafts are green (heads) or blue (look-up); the model's own tokens have no colour.
+
     Example:
 
         mtpd chat runs/demo
     """
     check_finished(run)
+    drafting = drafting_of(sources, depth)
     with quiet_libraries(debug=debug):
         from mtpd.decode.stream_text import Session, settings  # brings in torch
         from mtpd.run.loading import load
 
-        model = load(run, dtype=dtype, depth=depth, tree=tree, lookup=lookup, untrusted=untrusted)
+        model = load(run, dtype=dtype, drafting=drafting, untrusted=untrusted)
         session = Session(model, settings(temperature, top_p, seed))
         messages = [{"role": "system", "content": system}] if system else []
         session.warm_up()
@@ -48,14 +50,13 @@ def chat(
             began = time.perf_counter()
             pieces: list[str] = []
 
-            def show(piece: str, accepted: bool, pieces: list[str] = pieces) -> None:
+            def take(piece: str, source: str | None, pieces: list[str] = pieces) -> None:
                 pieces.append(piece)
-                typer.echo(piece, nl=False)
-                sys.stdout.flush()
+                show(piece, source)
 
-            text = session.write(session.conversation(messages), max_new_tokens, show=show)
+            text = session.write(session.conversation(messages), max_new_tokens, show=take)
             typer.echo()
-            typer.secho(summary(text, session.model.depth, time.perf_counter() - began), err=True, dim=True)
+            typer.secho(summary(text, time.perf_counter() - began), err=True, dim=True)
             messages.append({"role": "assistant", "content": "".join(pieces)})
 
 

@@ -11,6 +11,7 @@ import typer
 
 from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
+from mtpd.decode.drafting import ALL_SOURCES, SOURCES
 from mtpd.errors import UserError
 from mtpd.run.check import check_finished
 
@@ -18,31 +19,44 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory that `
 Prompt = Annotated[str | None, typer.Option("--prompt", help="The prompt; without it, standard input is read.")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to write at most.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy; more draws at random.")]
-TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw from the likeliest tokens of this mass.")]
+TopP = Annotated[
+    float,
+    typer.Option("--top-p", min=0.0, max=1.0, help="Draw from the likeliest tokens that make up this probability."),
+]
+Sources = Annotated[
+    str,
+    typer.Option(
+        "--sources",
+        help="What drafts, separated by commas: heads, lookup (what followed the newest tokens when they last stood in "
+        "the text). As much in each round as pays on this machine.",
+    ),
+]
 Depth = Annotated[
     int | None,
     typer.Option(
-        "--depth",
-        help="Drafts a round; by default what `mtpd bench --tune` found, else what was fastest in the run "
-        "(depths.json, evaluation.decode_depth), else all heads.",
-    ),
-]
-Tree = Annotated[
-    int | None,
-    typer.Option("--tree", min=0, help="Draft a tree of so many tokens, for heads that draft independently; 0: none."),
-]
-Lookup = Annotated[
-    bool | None,
-    typer.Option(
-        "--lookup/--no-lookup",
-        help="Heads and look-up draft together: what followed the newest tokens when they last stood in the text.",
+        "--depth", min=1, help="Draft a chain of so many heads in every round, and nothing else.", show_default=False
     ),
 ]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"] | None,
-    typer.Option("--dtype", help="Number format; by default that of the run.", show_default=False),
+    typer.Option("--dtype", help="Number format of the model; by default that of the run.", show_default=False),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of the random draws.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of random draws; the same seed writes the same text.")]
+COLOURS = {"heads": typer.colors.GREEN, "lookup": typer.colors.CYAN}
+"""Of accepted drafts by their source."""
+
+
+def drafting_of(sources: str, depth: int | None) -> dict[str, Any]:
+    """Turn options into fields of `mtpd.decode.drafting.Drafting`.
+
+    Raises:
+        UserError: a source that there is not.
+    """
+    names = [name.strip() for name in sources.split(",") if name.strip()]
+    unknown = [name for name in names if name not in SOURCES]
+    if unknown or not names:
+        raise UserError(f"--sources: {', '.join(unknown) or 'nothing'} is not accepted; accepted: {', '.join(SOURCES)}")
+    return {"sources": names, "depth": depth}
 
 
 def generate(
@@ -52,21 +66,21 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    sources: Sources = ALL_SOURCES,
     depth: Depth = None,
-    tree: Tree = None,
-    lookup: Lookup = None,
     dtype: Dtype = None,
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")] = False,
     untrusted: UntrustedRun = False,
     debug: Debug = False,
 ) -> None:
-    """Answer one prompt with a run's heads: accepted drafts are green, the model's own tokens are not.
+    """Answer one prompt. Accepted drafts are green (heads) or blue (look-up); the model's own tokens have no colour.
 
     Example:
 
         mtpd generate runs/demo --prompt "Name three rivers."
     """
     check_finished(run)
+    drafting = drafting_of(sources, depth)
     text = prompt if prompt is not None else sys.stdin.read()
     if not text.strip():
         raise UserError("prompt: it is empty; pass --prompt TEXT, or text on standard input")
@@ -74,26 +88,27 @@ def generate(
         from mtpd.decode.stream_text import Session, settings  # brings in torch
         from mtpd.run.loading import load
 
-        model = load(run, dtype=dtype, depth=depth, tree=tree, lookup=lookup, untrusted=untrusted)
+        model = load(run, dtype=dtype, drafting=drafting, untrusted=untrusted)
         session = Session(model, settings(temperature, top_p, seed))
         ids = session.prompt(text, raw=raw)
         session.warm_up()
         began = time.perf_counter()
-        written = session.write(ids, max_new_tokens, show=_show)
+        written = session.write(ids, max_new_tokens, show=show)
         typer.echo()
-        typer.echo(summary(written, session.model.depth, time.perf_counter() - began), err=True)
+        typer.echo(summary(written, time.perf_counter() - began), err=True)
 
 
-def _show(piece: str, accepted: bool) -> None:
-    typer.secho(piece, nl=False, fg=typer.colors.GREEN if accepted else None)
+def show(piece: str, source: str | None) -> None:
+    """Write a piece of text in the colour of its source."""
+    typer.secho(piece, nl=False, fg=None if source is None else COLOURS[source])
     sys.stdout.flush()
 
 
-def summary(text: Any, depth: int, seconds: float) -> str:
-    """What one text cost."""
-    forwards = 1 + len(text.rounds)
-    rate = f"{len(text.tokens) / seconds:.1f} tokens/s"
+def summary(text: Any, seconds: float) -> str:
+    """What one text cost, and what drafted."""
+    counts = text.counts(0)
+    drafted = [f"{sum(each)} from {source}" for source, each in counts.sources.items()]
     return (
-        f"{len(text.tokens)} tokens in {forwards} passes of the model (tau {len(text.tokens) / forwards:.2f}, "
-        f"up to {depth} drafts a round), {rate}"
+        f"{counts.tokens} tokens in {counts.forwards} passes of the model (tau {counts.tau:.2f}); drafts accepted: "
+        f"{', '.join(drafted) or 'none'}; {counts.tokens / seconds:.1f} tokens/s"
     )

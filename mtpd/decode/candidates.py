@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-HEADS, LOOKUP, CORPUS = "heads", "lookup", "corpus"
-"""Sources of drafts."""
+from mtpd.decode.drafting import Source
 
 
 @dataclass
@@ -22,12 +21,12 @@ class Candidates:
     parents: list[int] = field(default_factory=lambda: [-1])
     depths: list[int] = field(default_factory=lambda: [0])
     chances: list[float] = field(default_factory=lambda: [1.0])
-    sources: list[str] = field(default_factory=lambda: [""])
-    """Of each node the source that gave it the greater chance."""
+    sources: list[Source] = field(default_factory=lambda: ["heads"])
+    """Of each node the source that gave it the greater chance; what stands at node 0 says nothing."""
     _children: dict[tuple[int, int], int] = field(default_factory=dict)
     _best: list[float] = field(default_factory=lambda: [1.0])
 
-    def add(self, parent: int, token: int, chance: float, source: str) -> int:
+    def add(self, parent: int, token: int, chance: float, source: Source) -> int:
         """Adds a node, or merges it with the one that is there. Two sources that agree are likelier to be right.
 
         Args:

@@ -10,12 +10,15 @@ The counts are made on texts that were not trained on (`mtpd.evaluate.chances`),
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mtpd.errors import UserError
+from mtpd.files import read_sealed, sealed, write_whole
 
 CHANCES = "chances.json"
 """Beside the heads: the counts."""
@@ -91,13 +94,21 @@ def _assumed(match: int, place: int) -> float:
     return known / (known + 2.0)
 
 
-def parse_chances(text: str, *, source: str) -> Chances:
-    """Reads a table.
+def read_chances(folder: Path) -> Chances:
+    """The counts beside the heads of a folder; without the file, heads are believed.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
+    file = folder / CHANCES
+    if not file.is_file():
+        return Chances()
     try:
-        return Chances.model_validate_json(text)
+        return Chances.model_validate(read_sealed(file, refusal="not counts of drafts"))
     except ValidationError as error:
-        raise UserError(f"{source}: is damaged; delete it; `mtpd distill` on the run writes it anew") from error
+        raise UserError(f"{file}: cannot be read; delete it: `mtpd distill` on the run counts again") from error
+
+
+def write_chances(folder: Path, chances: Chances) -> None:
+    """Stores the counts beside the heads of a folder."""
+    write_whole(folder / CHANCES, json.dumps(sealed(chances.model_dump(mode="json"))) + "\n")

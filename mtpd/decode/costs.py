@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
+import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 
 from mtpd.decode.engine import Engine
 from mtpd.decode.planner import BEAM, MOST, Costs
+from mtpd.errors import MtpdError, UserError
+from mtpd.files import CACHE, fingerprint_json, read_sealed, sealed, short, write_whole
 from mtpd.heads import Heads
 from mtpd.slots import Span
 from mtpd.trunk import Trunk
@@ -21,6 +26,41 @@ SIZES = (1, 2, 4, 8, 16, 1 + MOST, 4 * (1 + MOST))
 CONTEXT = 128
 """Tokens before them."""
 REPEATS = 5
+
+
+def machine_costs(trunk: Trunk, heads: Heads | None, *, anew: bool = False) -> Costs:
+    """The costs on this machine: those in the cache for these shapes, this number format and device, or measured now.
+
+    Args:
+        anew: measures even where the cache has them.
+    """
+    cuda = trunk.device.type == "cuda"
+    of_heads = None if heads is None else heads.config.model_dump(mode="json", exclude={"trunk"})
+    key = [
+        trunk.model.config.to_json_string(use_diff=False),
+        of_heads,
+        str(trunk.dtype),
+        torch.cuda.get_device_name(trunk.device) if cuda else torch.backends.cpu.get_cpu_capability(),
+        0 if cuda else torch.get_num_threads(),
+        torch.__version__,
+        platform.node(),
+    ]
+    file = CACHE / "costs" / f"{short(fingerprint_json(key))}.json"
+    if not anew and file.is_file():
+        try:
+            found = read_sealed(file, refusal="not a measurement of costs")
+            return Costs({int(size): float(seconds) for size, seconds in found["passes"].items()}, float(found["head"]))
+        except (UserError, KeyError, TypeError, ValueError, AttributeError):
+            # A damaged file is measured over.
+            pass
+    costs = measure_costs(trunk, heads)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(sealed(asdict(costs))) + "\n")
+    except (MtpdError, OSError):
+        # Where nothing can be kept, the next process measures again.
+        pass
+    return costs
 
 
 @torch.inference_mode()

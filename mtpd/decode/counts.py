@@ -9,8 +9,8 @@ give equal counts. Where a text ends is known when it has ended, so its rounds a
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -24,6 +24,16 @@ def conditional(car: Sequence[float]) -> list[float]:
     return [now / before if before else 0.0 for now, before in zip(car, [1.0, *car[:-1]], strict=True)]
 
 
+def sum_sources(parts: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, list[int]]:
+    """Add counts by source and depth."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    found = {}
+    for name in names:
+        columns = itertools.zip_longest(*(part.get(name, ()) for part in parts), fillvalue=0)
+        found[name] = [sum(column) for column in columns]
+    return found
+
+
 @dataclass
 class Counts:
     """Sums over rounds. Index 0 is depth 1; `accepted[k]` counts drafts whose first k + 1 tokens were all accepted."""
@@ -33,8 +43,8 @@ class Counts:
     forwards: int = 0
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
-    sources: dict[str, int] = field(default_factory=dict)
-    """Accepted drafts by the source that drafted them; empty where heads are the only one."""
+    sources: dict[str, list[int]] = field(default_factory=dict)
+    """Accepted drafts by the source that drafted them, and by depth, from 1 on."""
 
     def __post_init__(self) -> None:
         self.drafted = self.drafted or [0] * self.depth
@@ -48,16 +58,16 @@ class Counts:
             self.forwards + other.forwards,
             [a + b for a, b in zip(self.drafted, other.drafted, strict=True)],
             [a + b for a, b in zip(self.accepted, other.accepted, strict=True)],
-            dict(Counter(self.sources) + Counter(other.sources)),
+            sum_sources([self.sources, other.sources]),
         )
 
     def __str__(self) -> str:
-        """Write a line; tau and CAR are of the rounds that count, tokens and passes are of all."""
-        passes = f"{self.tokens} tokens in {self.forwards} forward passes"
+        """Write a line; tau and CAR of a chain are of the rounds that count, tokens and passes are of all."""
         each = [f"CAR_{k} {share:.2f}" for k, share in enumerate(self.car, start=1)]
-        sources = [f"{count} from {source}" for source, count in self.sources.items()]
-        shown = f"{passes}; {' '.join([*each, f'tau {self.tau:.2f}'])} over {max(self.drafted, default=0)} rounds"
-        return shown + (f"; accepted drafts: {', '.join(sources)}" if sources else "")
+        rounds = f" over {self.drafted[0]} rounds" if self.depth else ""
+        sources = [f"{sum(counts)} from {source}" for source, counts in self.sources.items()]
+        shown = f"{self.tokens} tokens in {self.forwards} forward passes; {' '.join([*each, f'tau {self.tau:.2f}'])}"
+        return shown + rounds + (f"; accepted drafts: {', '.join(sources)}" if sources else "")
 
     @property
     def car(self) -> list[float]:
@@ -71,8 +81,14 @@ class Counts:
 
     @property
     def tau(self) -> float:
-        """Tokens per forward pass of the trunk: 1 + Σ CAR_k."""
-        return 1.0 + sum(self.car)
+        """Tokens per forward pass of the trunk: 1 + Σ CAR_k of a chain, else as they were counted."""
+        return 1.0 + sum(self.car) if self.depth else self.tokens / max(1, self.forwards)
+
+    def count_source(self, source: str, place: int) -> None:
+        """An accepted draft of a source, with so many drafts before it in its round."""
+        counts = self.sources.setdefault(source, [])
+        counts += [0] * (place + 1 - len(counts))
+        counts[place] += 1
 
     def start(self) -> None:
         """The forward pass over the prompt, which writes one token."""

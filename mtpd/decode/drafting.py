@@ -1,23 +1,27 @@
-"""How far heads draft."""
+"""What drafts in a round, and how much of it."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
+
+Source = Literal["heads", "lookup"]
+HEADS: Source = "heads"
+LOOKUP: Source = "lookup"
+"""What followed the newest tokens when they last stood in the text."""
+SOURCES: tuple[Source, ...] = (HEADS, LOOKUP)
+ALL_SOURCES = ",".join(SOURCES)
 
 
 class Drafting(BaseModel):
-    """How far to draft: contents of `heads/decoding.json`."""
+    """What drafts; by default everything that there is, as much in each round as pays."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    depth: int = Field(ge=1)
-    threshold: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Drafting stops where the product of the probabilities that the heads gave to their drafts falls below it."""
-    siblings: int = Field(default=0, ge=0)
-    """Further candidates a round, each an alternative to one of the drafts."""
-    tree: int = Field(default=0, ge=0)
-    """Drafts are a tree of this many at most instead of a chain; for heads whose drafts do not depend on each other."""
-    lookup: bool = False
-    """Heads and look-up draft together, and the machine's times decide how much; the rest is not read then."""
+    sources: tuple[Source, ...] = Field(default=SOURCES, min_length=1)
+    """Those that are asked; a run that lacks one goes without it."""
+    depth: int | None = Field(default=None, ge=1)
+    """A chain of so many drafts of the heads alone in every round, which measures heads; None chooses in each round."""
     sampled: bool = False
-    """Under sampling, drafts are drawn from the heads' distributions instead of being their most likely tokens."""
+    """Where text is sampled, heads alone draft, a chain that is drawn from their distributions."""

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from mtpd.decode.drafting import Source
+
 
 @dataclass
 class Drafts:
@@ -29,7 +31,7 @@ class Drafts:
     """[N, S], the column that each node comes after; None for a chain."""
     depths: Tensor | None = None
     """[N, S], from 1 on; None for a chain."""
-    sources: list[list[str]] | None = None
+    sources: list[list[Source]] | None = None
     """By row, where each node came from; None where all are of the heads."""
     paths: list[list[int]] = field(default_factory=list)
     """Set when tokens are chosen: by row, the columns that were accepted, in order."""

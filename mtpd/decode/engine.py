@@ -2,7 +2,7 @@
 
 A round: the heads draft K tokens for each row; one pass of the trunk over the newest token and the
 drafts gives the main head's logits after each of them; the longest prefix of drafts that the main head
-agrees with is accepted, and a token of its own follows (Stern et al., arXiv 1811.03115). Without heads
+agrees with is accepted, and a token of its own follows (Stern et al., arXiv 1811.03115). Without drafts
 a round is a plain step. Drafts may be a tree (`mtpd.decode.drafts`): then a path of it is accepted.
 
 Each text lies in a slot (see `mtpd.slots`). Texts that are being written occupy the first slots; where
@@ -23,14 +23,13 @@ from torch import Tensor, nn
 
 from mtpd.decode.chances import REACH
 from mtpd.decode.choice import Choice, Greedy
-from mtpd.decode.drafting import Drafting
+from mtpd.decode.drafting import HEADS
 from mtpd.decode.drafts import Drafts
 from mtpd.decode.planner import MOST, Planner
 from mtpd.decode.text import Request, Text
-from mtpd.decode.tree import TreeBuilder
 from mtpd.errors import UserError
 from mtpd.heads import Heads
-from mtpd.heads.drafting import Drafter
+from mtpd.heads.drafting import Pick
 from mtpd.packed_modules import faster, faster_logits
 from mtpd.slots import SlotCache, Span
 from mtpd.trunk import Tap, Trunk
@@ -46,16 +45,15 @@ class Engine:
         heads: None decodes plainly.
         slots: how many texts at a time.
         capacity: tokens of the longest text, prompt included.
-        drafting: how far to draft; None is a chain of as many drafts as there are heads. Whether drafts are sampled
-            is the choice's to say.
+        depth: heads draft a chain of so many tokens in every round; None is as many as there are heads.
         choice: how tokens are chosen from logits.
         end_tokens: ids that end a text; the one that does is part of it.
         on_tokens: called with a text and its new tokens after each round; True ends the text.
         before_pass: called before each pass of the trunk.
-        planner: chooses the drafts of each round, of heads and look-up together, in the place of `drafting`.
+        planner: chooses the drafts of each round, of heads and look-up together, in the place of `depth`.
 
     Raises:
-        UserError: a depth that the heads do not have, or a tree where drafts depend on each other.
+        UserError: a depth that the heads do not have.
     """
 
     def __init__(
@@ -65,7 +63,7 @@ class Engine:
         *,
         slots: int,
         capacity: int,
-        drafting: Drafting | None = None,
+        depth: int | None = None,
         choice: Choice | None = None,
         end_tokens: Collection[int] = (),
         on_tokens: Callable[[Text, list[int]], bool | None] | None = None,
@@ -73,17 +71,12 @@ class Engine:
         planner: Planner | None = None,
     ) -> None:
         deepest = heads.depth if heads is not None else 0
-        self.drafting = Drafting(depth=max(1, deepest)) if drafting is None or heads is None else drafting
+        if depth is not None and heads is not None and not 1 <= depth <= deepest:
+            raise UserError(f"depth: {depth} is not accepted; accepted: 1 to {deepest}, the heads there are")
         self.deepest = deepest
         self.planner = planner
-        self.depth = min(self.drafting.depth, deepest) if planner is None else max(deepest, REACH)
-        if heads is not None and not 1 <= self.drafting.depth <= deepest:
-            raise UserError(
-                f"depth: {self.drafting.depth} is not accepted; accepted: 1 to {deepest}, the heads there are"
-            )
+        self.depth = min(depth or deepest, deepest) if planner is None else max(deepest, REACH)
         self.choice = choice or Greedy()
-        if self.drafting.tree:
-            check_tree(self.drafting, heads, drawn=not self.choice.branches)
         self.device = trunk.device
         # Layers that are fetched when they compute have no weights to be packed, and are watched by their own modules.
         self.decoder: Any = trunk.decoder if trunk.partitioned else faster(trunk.decoder)
@@ -97,10 +90,11 @@ class Engine:
         self.ends = frozenset(end_tokens)
         self.on_tokens = on_tokens
         # Drafts may lie past the longest text, and one place belongs to no position.
-        widest = max(self.depth + self.drafting.siblings, self.drafting.tree) if planner is None else MOST
-        room = capacity + widest + 1
+        room = capacity + (self.depth if planner is None else MOST) + 1
         self.cache = SlotCache(trunk.config, slots=slots, capacity=room, dtype=trunk.dtype, device=trunk.device)
         self.drafter = heads.drafter(trunk, slots=slots, capacity=room) if heads is not None else None
+        if self.drafter is not None and heads is not None:
+            self.drafter.independent = heads.independent
         self.unembedding = faster_logits(trunk, trunk.unembedding)
         # Heads read prompts to the deepest of them, however few draft.
         self.tokens = torch.zeros(slots, room + deepest + 2, dtype=torch.long, device=trunk.device)
@@ -161,10 +155,7 @@ class Engine:
         """Drafts, verifies, and writes the accepted tokens of all active rows."""
         device = self.device
         newest = [text.newest for text in self.active]
-        if self.planner is not None:
-            drafts = self.planner.draft(self.drafter, self.deepest, self.tokens, newest, self.active)
-        else:
-            drafts = None if self.drafter is None else self._draft(self.drafter, newest)
+        drafts = self._draft(newest)
         read = Span(newest, 1, device).read(self.tokens)
         if drafts is not None:
             read = torch.cat([read, drafts.tokens], dim=1)
@@ -188,8 +179,9 @@ class Engine:
         known = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in new], device=device)
         Span(newest, width, device).write(self.tokens, known, steps=1)
         for row, (text, tokens) in enumerate(zip(self.active, new, strict=True)):
-            if drafts is not None and drafts.sources is not None:
-                text.sources += [drafts.sources[row][column - 1] for column in drafts.paths[row]]
+            if drafts is not None:
+                of = None if drafts.sources is None else drafts.sources[row]
+                text.sources += [HEADS if of is None else of[column - 1] for column in drafts.paths[row]]
             text.rounds.append((len(text.tokens), depth, len(tokens) - 1))
             self._write(text, tokens)
 
@@ -207,12 +199,18 @@ class Engine:
         self.cache.move(index, start + source, start + target)
         hidden[index, target] = hidden[index, source]
 
-    def _draft(self, drafter: Drafter, newest: list[int]) -> Drafts:
-        """Drafts until the depth, or until a further draft is too unlikely to be accepted."""
-        tree = TreeBuilder(self.choice, self.active, self.drafting)
-        depth = drafter.draft(self.tokens, newest, self.depth, tree.pick, tree.go_on)
-        chain = Span(newest, depth, self.device).read(self.tokens, steps=1)
-        return tree.drafts(chain.clone(), drafter.ids)
+    def _draft(self, newest: list[int]) -> Drafts | None:
+        """What the round verifies."""
+        if self.planner is not None:
+            return self.planner.draft(self.drafter, self.deepest, self.tokens, newest, self.active)
+        if self.drafter is None:
+            return None
+
+        def choose(logits: Tensor, number: int) -> Tensor:
+            return self.choice.draft(logits, self.active, number)
+
+        depth = self.drafter.draft(self.tokens, newest, self.depth, Pick(choose, joint=self.choice.likeliest))
+        return Drafts.chain(Span(newest, depth, self.device).read(self.tokens, steps=1).clone())
 
     def _pass(
         self,
@@ -265,25 +263,3 @@ class Engine:
                 if self.drafter is not None:
                     self.drafter.copy_row(len(self.active), slot, length)
             yield text
-
-
-def check_tree(drafting: Drafting, heads: Heads | None, *, drawn: bool = False) -> None:
-    """Whether drafts can be a tree.
-
-    Args:
-        drafting: with a tree.
-        drawn: whether drafts are drawn from the heads' distributions.
-
-    Raises:
-        UserError: they cannot.
-    """
-    nodes, siblings = drafting.tree, drafting.siblings
-    if heads is not None and not heads.independent:
-        raise UserError(
-            f"tree: {nodes} is not accepted for heads of kind {heads.config.kind}, whose drafts depend on the drafts "
-            "before them; accepted: 0, or siblings; or parallel, medusa or ff circuit heads"
-        )
-    if siblings:
-        raise UserError(f"siblings: {siblings} does nothing beside tree: {nodes}; accepted: 0, or no tree")
-    if drawn:
-        raise UserError(f"tree: {nodes} is not accepted where drafts are sampled; accepted: 0, or sampled: false")

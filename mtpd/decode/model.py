@@ -6,6 +6,7 @@ inputs, logits processors and stopping criteria, and calls back here in the plac
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,12 +28,12 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto import modeling_auto
 
-from mtpd.decode.chances import REACH, Chances
+from mtpd.decode.chances import Chances
 from mtpd.decode.choice import Choice, Greedy
-from mtpd.decode.costs import measure_costs
+from mtpd.decode.costs import machine_costs
 from mtpd.decode.counts import Counts
-from mtpd.decode.drafting import Drafting
-from mtpd.decode.engine import Engine, check_tree
+from mtpd.decode.drafting import HEADS, LOOKUP, Drafting, Source
+from mtpd.decode.engine import Engine
 from mtpd.decode.hf_processors import Processed, independent
 from mtpd.decode.planner import Costs, Planner
 from mtpd.decode.sampling import SampledDrafts, Sampling
@@ -55,11 +56,11 @@ class Model:
 
     Args:
         heads: None generates plainly, with the same engine.
-        drafting: how far to draft; None drafts with all heads.
-        chances: how often drafts are right, for drafts of heads and look-up together; None believes the heads.
+        drafting: what drafts; None is heads and look-up together, as much in each round as pays.
+        chances: how often drafts are right; None believes the heads.
 
     Raises:
-        UserError: a tree of drafts that these heads cannot make.
+        UserError: a chain of more drafts than there are heads.
     """
 
     def __init__(
@@ -75,9 +76,10 @@ class Model:
         self._costs: Costs | None = None
         self.heads = heads
         self.tokenizer = tokenizer
-        self.drafting = drafting or Drafting(depth=heads.depth if heads is not None else 1)
-        if self.drafting.tree:
-            check_tree(self.drafting, heads)
+        self.drafting = drafting or Drafting()
+        depth, deepest = self.drafting.depth, 0 if heads is None else heads.depth
+        if depth is not None and heads is not None and depth > deepest:
+            raise UserError(f"depth: {depth} is not accepted; accepted: 1 to {deepest}, the heads there are")
         self.counts: list[Counts] = []
         """Of each row of the last call."""
 
@@ -88,9 +90,8 @@ class Model:
             parts.append("no heads")
         else:
             heads = "head" if self.heads.depth == 1 else "heads"
-            parts += [f"{self.heads.depth} {self.heads.config.kind} {heads}", f"draft depth {self.depth}"]
-            parts += [f"tree of {self.drafting.tree}"] if self.drafting.tree else []
-            parts += [f"{self.drafting.siblings} siblings"] if self.drafting.siblings else []
+            parts += [f"{self.heads.depth} {self.heads.config.kind} {heads}"]
+        parts += [f"a chain of {self.depth}" if self.depth else f"drafts of {' and '.join(self.sources) or 'none'}"]
         return f"{type(self).__name__}({', '.join(parts)}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
 
     @property
@@ -105,6 +106,12 @@ class Model:
         if not self.counts:
             raise UserError("acceptance: nothing was generated yet; call generate(...) first")
         return sum(self.counts[1:], self.counts[0])
+
+    def drafting_with(self, **fields: Any) -> Model:
+        """Return a model of the same weights and costs that drafts differently; fields of `Drafting`."""
+        other = copy.copy(self)
+        other._costs, other.drafting, other.counts = self.costs, Drafting(**fields), []
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -261,30 +268,45 @@ class Model:
 
     @property
     def depth(self) -> int:
-        """Drafts a round, one after the other, at most."""
-        if self.drafting.lookup:
-            return max(REACH, 0 if self.heads is None else self.heads.depth)
-        return 0 if self.heads is None else self.drafting.depth
+        """Length of the chain that is drafted in every round; 0 where each round drafts what pays, or nothing."""
+        return (self.drafting.depth or 0) if self.heads is not None else 0
+
+    @property
+    def sources(self) -> list[Source]:
+        """What drafts."""
+        there = {HEADS: self.heads is not None, LOOKUP: True}
+        return [source for source in self.drafting.sources if there[source]]
 
     def engine(self, requests: list[Request], **settings: Any) -> Engine:
         """Slots for these requests, and drafting as this model does it."""
+        slots = settings.pop("slots", min(SLOTS, len(requests)))
         return Engine(
             self.trunk,
-            self.heads,
-            slots=min(SLOTS, len(requests)),
+            self.heads if self.depth or HEADS in self.sources else None,
+            slots=slots,
             capacity=max(len(request.prompt) + request.max_new_tokens for request in requests),
-            drafting=self.drafting,
+            depth=self.drafting.depth,
             planner=self._planner(settings.get("choice")),
             **settings,
         )
 
-    def _planner(self, choice: Choice | None) -> Planner | None:
-        """What chooses drafts of heads and look-up together, where they do; drawn drafts are of heads alone."""
-        if not self.drafting.lookup or (choice is not None and not choice.branches):
-            return None
+    @property
+    def costs(self) -> Costs:
+        """Seconds of passes and heads on this machine: those that were measured once, or measured now."""
         if self._costs is None:
-            self._costs = measure_costs(self.trunk, self.heads)
-        return Planner(self.chances, self._costs)
+            self._costs = machine_costs(self.trunk, self.heads)
+        return self._costs
+
+    def measure_costs(self) -> Costs:
+        """Measures `costs` anew."""
+        self._costs = machine_costs(self.trunk, self.heads, anew=True)
+        return self._costs
+
+    def _planner(self, choice: Choice | None) -> Planner | None:
+        """What chooses the drafts of a round, unless a chain is wanted; drawn drafts are a chain of heads."""
+        if self.depth or not self.sources or (choice is not None and not choice.branches):
+            return None
+        return Planner(self.chances, self.costs, self.sources)
 
     def _requests(self, input_ids: Tensor, mask: Tensor | None, room: int, *, sample: bool) -> list[Request]:
         seeds = torch.randint(2**62, (len(input_ids),)).tolist() if sample else [0] * len(input_ids)

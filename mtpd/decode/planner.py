@@ -10,15 +10,16 @@ Shape legend: N rows, S nodes, F nodes of a depth that go on, m candidates of ea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtpd.decode.candidates import HEADS, LOOKUP, Candidates, columns, worth_verifying
+from mtpd.decode.candidates import Candidates, columns, worth_verifying
 from mtpd.decode.chances import REACH, Chances
+from mtpd.decode.drafting import HEADS, LOOKUP, SOURCES, Source
 from mtpd.decode.drafts import Drafts
 from mtpd.decode.lookup import LookupIndex
 from mtpd.heads.drafting import Drafter
@@ -57,13 +58,16 @@ class Planner:
 
     Args:
         chances: how often drafts of each kind are right.
-        costs: seconds of passes.
+        costs: seconds of passes; None verifies `nodes` drafts in every round, and asks every head, whatever it costs:
+            what is accepted then depends neither on the machine nor on the batch.
         sources: which ones draft.
+        nodes: drafts of a row at most.
     """
 
     chances: Chances
-    costs: Costs
-    sources: frozenset[str] = frozenset({HEADS, LOOKUP})
+    costs: Costs | None
+    sources: Collection[Source] = SOURCES
+    nodes: int = MOST
     _indices: dict[int, LookupIndex] = field(default_factory=dict)
 
     def draft(
@@ -82,12 +86,15 @@ class Planner:
         if LOOKUP in self.sources:
             for candidates, text in zip(rows, texts, strict=True):
                 self._look_up(candidates, 0, self._index(text))
-        spent = 0.0
+        asked = 0
         if drafter is not None and HEADS in self.sources:
-            spent = self._ask_heads(rows, drafter, depth, tokens, newest, texts)
-        likeliest = [candidates.likeliest(MOST) for candidates in rows]
-        chances = [[c.chances[node] for node in nodes] for c, nodes in zip(rows, likeliest, strict=True)]
-        count = worth_verifying(chances, lambda nodes: self._seconds(rows, nodes), spent)
+            asked = self._ask_heads(rows, drafter, depth, tokens, newest, texts)
+        likeliest = [candidates.likeliest(self.nodes) for candidates in rows]
+        if self.costs is None:
+            count = max(map(len, likeliest))
+        else:
+            chances = [[c.chances[node] for node in nodes] for c, nodes in zip(rows, likeliest, strict=True)]
+            count = worth_verifying(chances, self._seconds(rows), asked * self.costs.head)
         if not count:
             return None
         chosen = [nodes[:count] for nodes in likeliest]
@@ -135,8 +142,8 @@ class Planner:
         tokens: Tensor,
         newest: Sequence[int],
         texts: Sequence[Any],
-    ) -> float:
-        """Lets heads draft as deep as pays; gives back the seconds that it took, by what they were measured to be."""
+    ) -> int:
+        """Lets heads draft as deep as pays, and gives back how deep that was."""
         # By row, the node of each path that goes on.
         going: list[list[int]] = [[0] for _ in rows]
         done = 0
@@ -161,10 +168,12 @@ class Planner:
 
         if self._worth(rows, 0):
             drafter.draft_tree(tokens, newest, depth, BEAM, level)
-        return done * self.costs.head
+        return done
 
     def _worth(self, rows: Sequence[Candidates], done: int) -> bool:
         """Whether one more depth of heads may bring more than the same time brings without it."""
+        if self.costs is None:
+            return True
         share = self.chances.right_at(done + 1)
         gain = 0.0
         for candidates in rows:
@@ -172,10 +181,14 @@ class Planner:
             beyond = [c for c, d in zip(candidates.chances, candidates.depths, strict=True) if d == done + 1]
             # What look-up has already found there is not gained again.
             gain += max(0.0, min(1.0, sum(reach)) - min(1.0, sum(beyond))) * share
-        order = [[c.chances[n] for n in c.likeliest(MOST)] for c in rows]
-        count = worth_verifying(order, lambda nodes: self._seconds(rows, nodes))
-        rate = (len(rows) + sum(sum(each[:count]) for each in order)) / self._seconds(rows, count)
+        order = [[c.chances[n] for n in c.likeliest(self.nodes)] for c in rows]
+        seconds = self._seconds(rows)
+        count = worth_verifying(order, seconds)
+        rate = (len(rows) + sum(sum(each[:count]) for each in order)) / seconds(count)
         return gain > rate * self.costs.head
 
-    def _seconds(self, rows: Sequence[Candidates], nodes: int) -> float:
-        return self.costs.of_pass(len(rows) * (1 + nodes))
+    def _seconds(self, rows: Sequence[Candidates]) -> Callable[[int], float]:
+        """Seconds of a pass by the drafts of each row."""
+        costs = self.costs
+        assert costs is not None
+        return lambda nodes: costs.of_pass(len(rows) * (1 + nodes))

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from mtpd.decode.drafting import Drafting
+from mtpd.decode.counts import Counts
+from mtpd.decode.drafting import HEADS, LOOKUP, Drafting
 from mtpd.decode.engine import Engine
 from mtpd.decode.model import Model
 from mtpd.decode.text import Request
@@ -26,15 +27,22 @@ from mtpd.heads import Heads
 from mtpd.trunk import Trunk
 
 WAYS = {
-    "mtpd": "this package with the heads",
-    "plain": "transformers' generate without heads",
-    "transformers": "transformers' generate(use_mtp=True) with the same heads, one prompt at a time",
+    "plain": "transformers' generate without drafts",
     "engine": "this package without drafts",
+    "lookup": "transformers' generate with its prompt look-up",
+    "own-lookup": "this package, look-up alone",
+    "chain": "this package, a chain of all heads in every round",
+    "heads": "this package, heads alone",
+    "mtpd": "this package, heads and look-up together",
+    "assistant": "transformers' generate with a smaller model that drafts",
+    "transformers": "transformers' generate(use_mtp=True) with the same heads",
 }
+"""In the order in which they are shown; `mtpd` is what a run's model does."""
+ALONE = ("lookup", "assistant", "transformers")
+"""Ways that take one prompt at a time."""
+PROMPT_LOOKUP = 4
+"""Tokens that transformers looks up at most: its `prompt_lookup_num_tokens`. More were slower on a CPU."""
 PARTS = ("trunk", "drafts", "verification", "bookkeeping")
-SIBLINGS = (1, 2, 4, 8)
-TREES = (8, 16, 32)
-THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5)
 
 
 @dataclass
@@ -44,8 +52,8 @@ class Speed:
     name: str
     seconds: list[float] = field(default_factory=list)
     tokens: int = 0
-    forwards: int = 0
-    """Passes of the trunk, summed over rows; 0 where they are not counted."""
+    counts: Counts | None = None
+    """Of all texts; None where they are not counted."""
     texts: list[list[int]] = field(default_factory=list)
 
     @property
@@ -56,7 +64,7 @@ class Speed:
     @property
     def tau(self) -> float | None:
         """Tokens for each pass of the trunk that a row took part in."""
-        return self.tokens / self.forwards if self.forwards else None
+        return None if self.counts is None else self.counts.tokens / self.counts.forwards
 
     def against(self, other: Speed) -> float:
         """Ratio of the rates: the median over runs, each compared with its own neighbour."""
@@ -73,8 +81,13 @@ def compare(
     end_tokens: Collection[int] = (),
     batch: int = 1,
     runs: int = 3,
+    assistant: Any = None,
 ) -> dict[str, Speed]:
     """Times greedy decoding of all prompts, `batch` at a time.
+
+    Args:
+        ways: names of `WAYS`.
+        assistant: a model of transformers, for the way of that name.
 
     Raises:
         UserError: an unknown way, or one that does not decode so many prompts at a time.
@@ -82,15 +95,26 @@ def compare(
     for way in ways:
         if way not in WAYS:
             raise UserError(f"against: {way} is not known; accepted: {', '.join(WAYS)}")
-    if batch > 1 and "transformers" in ways:
-        raise UserError("batch: transformers' generate(use_mtp=True) takes one prompt at a time; accepted with it: 1")
+    alone = [way for way in ways if way in ALONE]
+    if batch > 1 and alone:
+        raise UserError(
+            f"batch: {batch} is not accepted with {alone[0]}, which takes one prompt at a time; accepted: 1"
+        )
+    if "assistant" in ways and assistant is None:
+        raise UserError("against: assistant needs a smaller model of the same tokenizer; name it with --assistant")
     speeds = {way: Speed(way) for way in ways}
     with mtp_in_transformers(model.trunk, _heads(model)) if "transformers" in ways else nullcontext():
-        calls: dict[str, Callable[[], tuple[list[list[int]], int]]] = {
-            "mtpd": lambda: engine_texts(model.trunk, model.heads, prompts, drafting=model.drafting, **limits),
-            "engine": lambda: engine_texts(model.trunk, None, prompts, **limits),
-            "plain": lambda: (generated(model.trunk, prompts, **limits), 0),
-            "transformers": lambda: (generated(model.trunk, prompts, use_mtp=True, **limits), 0),
+        trunk = model.trunk
+        calls: dict[str, Callable[[], tuple[list[list[int]], Counts | None]]] = {
+            "plain": lambda: (generated(trunk, prompts, **limits), None),
+            "engine": lambda: engine_texts(Model(trunk, None, drafting=Drafting(sources=(HEADS,))), prompts, **limits),
+            "lookup": lambda: (generated(trunk, prompts, prompt_lookup_num_tokens=PROMPT_LOOKUP, **limits), None),
+            "own-lookup": lambda: engine_texts(model.drafting_with(sources=(LOOKUP,)), prompts, **limits),
+            "chain": lambda: engine_texts(model.drafting_with(depth=_heads(model).depth), prompts, **limits),
+            "heads": lambda: engine_texts(model.drafting_with(sources=(HEADS,)), prompts, **limits),
+            "mtpd": lambda: engine_texts(model, prompts, **limits),
+            "assistant": lambda: (generated(trunk, prompts, assistant_model=assistant, **limits), None),
+            "transformers": lambda: (generated(trunk, prompts, use_mtp=True, **limits), None),
         }
         limits: dict[str, Any] = {"max_new_tokens": 4, "end_tokens": end_tokens, "batch": batch}
         for way in ways:
@@ -100,34 +124,28 @@ def compare(
             turn = run % len(ways)
             for way in [*ways[turn:], *ways[:turn]]:
                 began = now(model.trunk)
-                texts, forwards = calls[way]()
+                texts, counts = calls[way]()
                 speed = speeds[way]
                 speed.seconds.append(now(model.trunk) - began)
-                speed.texts, speed.forwards, speed.tokens = texts, forwards, sum(map(len, texts))
+                speed.texts, speed.counts, speed.tokens = texts, counts, sum(map(len, texts))
     return speeds
 
 
 def engine_texts(
-    trunk: Trunk,
-    heads: Heads | None,
+    model: Model,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     end_tokens: Collection[int],
     batch: int,
-    drafting: Drafting | None = None,
-) -> tuple[list[list[int]], int]:
-    """Texts of this package in the order of the prompts, and the passes of the trunk, summed over rows."""
-    engine = Engine(
-        trunk,
-        heads,
-        slots=batch,
-        capacity=max(map(len, prompts)) + max_new_tokens,
-        end_tokens=end_tokens,
-        drafting=drafting,
+) -> tuple[list[list[int]], Counts]:
+    """Texts of a model in the order of the prompts, `batch` at a time, and the counts of all."""
+    requests = [Request(each, max_new_tokens) for each in prompts]
+    texts = sorted(
+        model.engine(requests, slots=batch, end_tokens=end_tokens).run(requests), key=lambda text: text.number
     )
-    texts = sorted(engine.run(Request(each, max_new_tokens) for each in prompts), key=lambda text: text.number)
-    return [text.tokens for text in texts], sum(1 + len(text.rounds) for text in texts)
+    counts = [text.counts(model.depth) for text in texts]
+    return [text.tokens for text in texts], sum(counts[1:], counts[0])
 
 
 def generated(
@@ -137,11 +155,16 @@ def generated(
     max_new_tokens: int,
     end_tokens: Collection[int],
     batch: int,
-    use_mtp: bool = False,
+    **drafts: Any,
 ) -> list[list[int]]:
-    """Greedy texts of transformers' `generate`, padded on the left, without penalties that a checkpoint asks for."""
+    """Greedy texts of transformers' `generate`, padded on the left, without penalties that a checkpoint asks for.
+
+    Args:
+        drafts: settings and arguments of `generate` that say what drafts.
+    """
     ends = sorted(end_tokens)
     texts: list[list[int]] = []
+    model = {name: drafts.pop(name) for name in ("assistant_model",) if name in drafts}
     before = trunk.model.generation_config
     trunk.model.generation_config = GenerationConfig()
     config = GenerationConfig(
@@ -149,7 +172,7 @@ def generated(
         do_sample=False,
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,
-        use_mtp=use_mtp or None,
+        **drafts,
     )
     try:
         for start in range(0, len(prompts), batch):
@@ -157,7 +180,7 @@ def generated(
             width = max(map(len, rows))
             ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=trunk.device)
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=trunk.device)
-            output = trunk.model.generate(ids, attention_mask=mask, generation_config=config)
+            output = trunk.model.generate(ids, attention_mask=mask, generation_config=config, **model)
             for new in output[:, width:].tolist():
                 end = next((place for place, token in enumerate(new, start=1) if token in end_tokens), None)
                 texts.append(new[:end])
@@ -180,15 +203,10 @@ class Breakdown:
 
 def breakdown(model: Model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 64, batch: int = 1) -> Breakdown:
     """Times the parts of a round: the trunk's pass, drafting, main head with choice, and everything else."""
-    engine = Engine(
-        model.trunk,
-        model.heads,
-        slots=batch,
-        capacity=max(map(len, prompts)) + max_new_tokens,
-        drafting=model.drafting,
-    )
+    requests = [Request(each, max_new_tokens) for each in prompts]
+    engine = model.engine(requests, slots=batch)
     found = watch(engine, model.trunk)
-    for _ in engine.run(Request(each, max_new_tokens) for each in prompts):
+    for _ in engine.run(requests):
         pass
     return found
 
@@ -227,54 +245,6 @@ def watch(engine: Engine, trunk: Trunk) -> Breakdown:
     patched.unembedding = timed("verification", engine.unembedding)
     patched.choice.choose = timed("verification", engine.choice.choose)
     return found
-
-
-def tune(
-    model: Model,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int = 64,
-    end_tokens: Collection[int] = (),
-    batch: int = 1,
-    runs: int = 2,
-) -> list[tuple[Drafting, float]]:
-    """Measures tokens/s of every depth, then of siblings or trees, then of thresholds; fastest first."""
-    heads = _heads(model)
-    limits: dict[str, Any] = {"end_tokens": end_tokens, "batch": batch}
-
-    def rates(candidates: Sequence[Drafting]) -> list[float]:
-        seconds: list[list[float]] = [[] for _ in candidates]
-        tokens = [0] * len(candidates)
-        for each in candidates:
-            engine_texts(model.trunk, heads, prompts[:1], drafting=each, max_new_tokens=2, **limits)
-        for run in range(runs):
-            order = list(range(len(candidates)))
-            for place in order if run % 2 == 0 else reversed(order):
-                began = now(model.trunk)
-                texts, _ = engine_texts(
-                    model.trunk, heads, prompts, drafting=candidates[place], max_new_tokens=max_new_tokens, **limits
-                )
-                seconds[place].append(now(model.trunk) - began)
-                tokens[place] = sum(map(len, texts))
-        return [count / min(times) for count, times in zip(tokens, seconds, strict=True)]
-
-    measured: list[tuple[Drafting, float]] = []
-
-    def best(candidates: Sequence[Drafting]) -> Drafting:
-        measured.extend(zip(candidates, rates(candidates), strict=True))
-        measured.sort(key=lambda pair: -pair[1])
-        return measured[0][0]
-
-    fastest = best([Drafting(depth=depth) for depth in range(1, heads.depth + 1)])
-    fastest = best([fastest.model_copy(update={"siblings": count}) for count in SIBLINGS])
-    if heads.independent:
-        # A tree is as deep as pays by itself.
-        fastest = best([Drafting(depth=heads.depth, tree=nodes) for nodes in TREES])
-    if heads.depth > 1:
-        # Drafting stops by itself where it does not pay: deeper than the best fixed depth is worth a try.
-        deeper = {"depth": min(fastest.depth + 1, heads.depth)}
-        best([fastest.model_copy(update={**deeper, "threshold": each}) for each in THRESHOLDS])
-    return measured
 
 
 def now(trunk: Trunk) -> float:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from mtpd.decode.choice import Choice, Greedy
+from mtpd.decode.drafting import Source
 from mtpd.decode.model import Model
 from mtpd.decode.sampling import Sampling, temperature_and_top_p
 from mtpd.decode.text import Request, Text
 from mtpd.errors import UserError
 
-Show = Callable[[str, bool], None]
-"""Called with a piece of text and whether it was drafted."""
+Show = Callable[[str, Source | None], None]
+"""Called with a piece of text and the source that drafted it; None for the main head's own."""
 
 
 def settings(temperature: float, top_p: float, seed: int) -> tuple[Choice, int]:
@@ -67,8 +69,10 @@ class Session:
 
         def on_tokens(text: Text, new: list[int]) -> None:
             # The last token of a round is the model's own; the others were drafted.
-            for place, token in enumerate(new):
-                shown.put(token, drafted=bool(text.rounds) and place < text.rounds[-1][2])
+            accepted = text.rounds[-1][2] if text.rounds else 0
+            sources = text.sources[len(text.sources) - accepted :]
+            for token, source in itertools.zip_longest(new, sources[: len(new)]):
+                shown.put(token, source)
 
         engine = self.model.engine([request], choice=self.choice, end_tokens=self.ends, on_tokens=on_tokens)
         [text] = engine.run([request])
@@ -86,21 +90,21 @@ class Shown:
         self.tokens: list[int] = []
         self.text = ""
 
-    def put(self, token: int, *, drafted: bool) -> None:
+    def put(self, token: int, source: Source | None) -> None:
         if token in self.ends:
             return
         self.tokens.append(token)
         whole = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
         # A character of several tokens is not there before the last of them.
         if not whole.endswith("�"):
-            self._show(whole, drafted)
+            self._show(whole, source)
 
     def finish(self) -> None:
-        self._show(self.tokenizer.decode(self.tokens, skip_special_tokens=True), False)
+        self._show(self.tokenizer.decode(self.tokens, skip_special_tokens=True), None)
 
-    def _show(self, whole: str, drafted: bool) -> None:
+    def _show(self, whole: str, source: Source | None) -> None:
         if self.show is not None and len(whole) > len(self.text):
-            self.show(whole[len(self.text) :], drafted)
+            self.show(whole[len(self.text) :], source)
         self.text = whole
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from mtpd.decode.counts import Counts
+from mtpd.decode.drafting import Source
 
 
 @dataclass
@@ -38,8 +39,8 @@ class Text:
     tokens: list[int] = field(default_factory=list)
     rounds: list[tuple[int, int, int]] = field(default_factory=list)
     """Tokens written before the round, how deep was drafted in it, and how many of the drafts were accepted."""
-    sources: list[str] = field(default_factory=list)
-    """Of each accepted draft, in order, where it came from; empty where heads are the only source."""
+    sources: list[Source] = field(default_factory=list)
+    """Of each accepted draft, in order, where it came from."""
     ended: bool = False
     scores: list[Tensor] = field(default_factory=list)
     """Where they are asked for: what each token was chosen from, [V]."""
@@ -56,10 +57,28 @@ class Text:
         return len(self.request.prompt) + len(self.tokens) - 1
 
     def counts(self, depth: int) -> Counts:
-        """Sums over the rounds, by the rule of `mtpd.decode.counts`."""
+        """Sums over the rounds.
+
+        Args:
+            depth: of the chain that was drafted in every round, which counts by the rule of `mtpd.decode.counts`; 0
+                where each round drafted what paid: then no depth has counts of its own.
+        """
         counts = Counts(depth)
         counts.start()
+        accepted_drafts = iter(self.sources)
         for before, drafted, accepted in self.rounds:
-            counts.round(accepted, room=len(self.tokens) - before, drafted=drafted)
-        counts.sources = dict(Counter(self.sources))
+            counts.round(accepted, room=len(self.tokens) - before, drafted=drafted if depth else 0)
+            for place, source in enumerate(itertools.islice(accepted_drafts, accepted)):
+                if before + place < len(self.tokens):
+                    counts.count_source(source, place)
         return counts
+
+    def drafted_by(self) -> list[tuple[Source | None, int]]:
+        """Of each token the source that drafted it and the depth, from 1 on; None and 0 for the main head's own."""
+        found: list[tuple[Source | None, int]] = [(None, 0)] * len(self.tokens)
+        accepted_drafts = iter(self.sources)
+        for before, _, accepted in self.rounds:
+            for place, source in enumerate(itertools.islice(accepted_drafts, accepted)):
+                if before + place < len(found):
+                    found[before + place] = source, place + 1
+        return found

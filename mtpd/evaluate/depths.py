@@ -16,7 +16,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.table import Table
 
-from mtpd.decode.drafting import Drafting
 from mtpd.decode.engine import Engine
 from mtpd.decode.speed import PARTS, generated, now, watch
 from mtpd.decode.text import Request
@@ -175,7 +174,7 @@ def _decode(
         drafting if count else None,
         slots=1,
         capacity=max(map(len, prompts)) + max_new_tokens,
-        drafting=Drafting(depth=count) if count else None,
+        depth=count or None,
         end_tokens=end_tokens,
     )
     spent = watch(engine, trunk)

@@ -47,6 +47,8 @@ class Drafter(ABC):
 
     rows: Tensor | None = None
     """Token of each column [M]; None where columns are tokens."""
+    independent = False
+    """Whether no draft depends on the drafts before it."""
 
     @property
     @abstractmethod
@@ -104,20 +106,39 @@ class Drafter(ABC):
         return depth
 
     def draft_tree(self, tokens: Tensor, newest: Sequence[int], depth: int, beam: int, level: Level) -> None:
-        """Drafts a tree, depth by depth. Here the likeliest token goes on, and the others stand beside it.
+        """Drafts a tree, depth by depth.
+
+        Where drafts do not depend on each other, the candidates of a depth stand behind each of the likeliest paths.
+        Where they do, the likeliest token goes on, and the others stand beside it.
 
         Args:
             depth: how deep at most.
-            beam: candidates of each path that goes on.
+            beam: candidates of each path that goes on, and paths that go on.
             level: is given the candidates of each depth.
         """
         goes_on = True
+        # By row, the paths that go on: log-probability, and place among the candidates of the depth before.
+        going = [[(0.0, 0)] for _ in newest]
 
         def choose(logits: Tensor, number: int) -> Tensor:
-            nonlocal goes_on
+            nonlocal goes_on, going
             best, columns = logits.float().log_softmax(-1).topk(min(beam, logits.shape[-1]), dim=-1)
-            parents = [[0] * columns.shape[1]] * columns.shape[0]
-            goes_on = level(best.tolist(), self.ids(columns).tolist(), parents)
+            values, ids = best.tolist(), self.ids(columns).tolist()
+            reached = [
+                [
+                    (before + value, value, token, place)
+                    for before, place in paths
+                    for value, token in zip(*row, strict=True)
+                ]
+                for paths, *row in zip(going, values, ids, strict=True)
+            ]
+            going = [
+                [(row[at][0], at) for at in sorted(range(len(row)), key=lambda at: -row[at][0])][
+                    : beam if self.independent else 1
+                ]
+                for row in reached
+            ]
+            goes_on = level(*([[each[part] for each in row] for row in reached] for part in (1, 2, 3)))
             return columns[:, 0]
 
         self.draft(tokens, newest, depth, Pick(choose), lambda logits, columns: goes_on)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mtpd.data.models import load_model, resolve_dtype
 from mtpd.data.packing import Sample
-from mtpd.decode.chances import CHANCES
+from mtpd.decode.chances import CHANCES, write_chances
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.chances import count_chances
 from mtpd.evaluate.decoded import measure_decoded
@@ -19,7 +19,7 @@ from mtpd.evaluate.measure import Model
 from mtpd.evaluate.offline import measure_offline
 from mtpd.evaluate.run_tables import decoded_table, offline_table
 from mtpd.evaluate.trunk_quality import at_chance
-from mtpd.files import fingerprint_file, write_whole
+from mtpd.files import fingerprint_file
 from mtpd.heads import WEIGHTS, Heads, build_heads, load_heads
 from mtpd.parallel import ranks
 from mtpd.report.car import write_car
@@ -80,7 +80,7 @@ def keep_chances(session: Session, heads: Heads, samples: Sequence[Sample]) -> N
     if ranks.is_main() and not file.is_file() and not session.trunk.partitioned and samples:
         copy = _in_format_of_trunk(session, heads)
         found = count_chances(session.trunk, copy, samples, progress=session.progress)
-        write_whole(file, found.model_dump_json() + "\n")
+        write_chances(session.run.heads, found)
 
 
 def _in_format_of_trunk(session: Session, heads: Heads) -> Heads:

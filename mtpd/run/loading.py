@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from mtpd.data.models import load_model, resolve_dtype, trunk_fingerprint
-from mtpd.decode.chances import CHANCES, Chances, parse_chances
-from mtpd.decode.drafting import Drafting
+from mtpd.decode.chances import read_chances
+from mtpd.decode.drafting import SOURCES, Drafting
 from mtpd.decode.model import Model
 from mtpd.errors import UserError
-from mtpd.evaluate.depths import Depths
-from mtpd.files import write_whole
 from mtpd.heads import load_heads
-from mtpd.recipe import Recipe, load_recipe
+from mtpd.recipe import load_recipe
 from mtpd.recipe.untrusted import refuse_code
 from mtpd.run.check import check_finished
 from mtpd.trunk import Trunk
 
-DRAFTING = "decoding.json"
-"""Beside the heads: how far to draft with them, as `mtpd bench --tune` found it."""
-DEPTHS = "depths.json"
-"""In a run: how fast it decodes with every number of drafts."""
+logger = logging.getLogger(__name__)
+
+OLD_DRAFTING = "decoding.json"
+"""Beside the heads of older runs: how far to draft with them, which each round decides by itself now."""
 
 
 def load(
@@ -30,9 +31,7 @@ def load(
     *,
     dtype: str | None = None,
     device: str | None = None,
-    depth: int | None = None,
-    tree: int | None = None,
-    lookup: bool | None = None,
+    drafting: Literal["auto"] | Drafting | Mapping[str, Any] = "auto",
     untrusted: bool = False,
 ) -> Model:
     """The model of a run with its heads.
@@ -41,15 +40,13 @@ def load(
         run: a run directory of `mtpd distill`.
         dtype: number format; None is the one of the run.
         device: None is the one of the run's recipe.
-        depth: drafts a round; None is what `read_drafting` finds.
-        tree: drafts are a tree of this many at most, as deep as `depth`; 0 is a chain, None what `decoding.json` says.
-        lookup: heads and look-up (what followed the newest tokens before) draft together; None is what `decoding.json`
-            says, or heads alone.
+        drafting: auto lets heads and look-up (what followed the newest tokens when they last stood in the text) draft
+            together, in each round as much as pays on this machine. Else the fields of `Drafting`: {"sources":
+            ["heads"]} leaves look-up out, {"depth": 2} drafts a chain of two heads in every round.
         untrusted: the run is somebody else's: code that comes with its model is not run, whatever its recipe says.
 
     Raises:
-        UserError: no finished run, heads of another model than the recipe names, a depth that they lack, or a tree of
-            drafts that depend on each other.
+        UserError: no finished run, heads of another model than the recipe names, or a depth that they lack.
     """
     path = Path(run)
     recipe_file, folder = path / "recipe.yaml", path / "heads"
@@ -69,60 +66,28 @@ def load(
         trunk = Trunk(model)
     trunk.tokens = min(trunk.unembedding.weight.shape[0], max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1))
     heads = heads.to(device=trunk.device, dtype=trunk.dtype)
-    drafting = read_drafting(path, recipe, deepest=heads.depth)
-    if depth is not None:
-        if not 1 <= depth <= heads.depth:
-            raise UserError(f"depth: {depth} is not accepted; accepted: 1 to {heads.depth}, the heads of {path}")
-        drafting = Drafting(depth=depth, tree=drafting.tree)
-    if tree is not None:
-        drafting = drafting.model_copy(update={"tree": tree, **({"siblings": 0} if tree else {})})
-    if lookup is not None:
-        drafting = drafting.model_copy(update={"lookup": lookup})
-    return Model(trunk, heads, tokenizer, drafting, read_chances(folder))
+    if (folder / OLD_DRAFTING).is_file():
+        logger.warning(
+            "%s: is of an earlier version and not read: what is drafted is decided in each round now; delete the file",
+            folder / OLD_DRAFTING,
+        )
+    return Model(trunk, heads, tokenizer, read_settings(drafting), read_chances(folder))
 
 
-def read_chances(folder: Path) -> Chances:
-    """How often drafts were right on held-out text, as `mtpd distill` counted it; without the file, heads are believed.
+def read_settings(given: str | Drafting | Mapping[str, Any]) -> Drafting:
+    """What drafts, from what a caller gives.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: an unknown field or source.
     """
-    file = folder / CHANCES
-    return (
-        parse_chances(file.read_text(encoding="utf-8", errors="replace"), source=str(file))
-        if file.is_file()
-        else Chances()
-    )
-
-
-def read_drafting(run: Path, recipe: Recipe, *, deepest: int) -> Drafting:
-    """How far to draft with the heads of a run where nobody says it. The first of these that there is:
-
-    1. what `mtpd bench --tune` stored beside the heads;
-    2. the fastest number of drafts in `depths.json`, for which `mtpd bench` and `extend` decode with every number;
-    3. the number that the run decodes with itself, `evaluation.decode_depth`;
-    4. as many as there are heads.
-
-    Raises:
-        UserError: a file cannot be read, or is of deeper heads.
-    """
-    file = run / "heads" / DRAFTING
-    if not file.is_file():
-        wanted = recipe.evaluation.decode_depth or deepest
-        if (run / DEPTHS).is_file():
-            # Where none is the fastest, one costs least.
-            wanted = max(1, Depths.load(run / DEPTHS).fastest)
-        return Drafting(depth=min(wanted, deepest))
+    if isinstance(given, Drafting):
+        return given
     try:
-        drafting = Drafting.model_validate_json(file.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read; delete it, or write it anew with `mtpd bench --tune`") from error
-    if drafting.depth > deepest:
-        raise UserError(f"{file}: depth: {drafting.depth} is not accepted; accepted: 1 to {deepest}")
-    return drafting
-
-
-def write_drafting(folder: Path, drafting: Drafting) -> Path:
-    """Stores it beside the heads, where `load` finds it."""
-    write_whole(folder / DRAFTING, drafting.model_dump_json(indent=2) + "\n")
-    return folder / DRAFTING
+        return Drafting() if given == "auto" else Drafting.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("drafting", *first["loc"])))
+        raise UserError(
+            f"{where}: {first['msg']}; accepted: auto, or a mapping of sources (a list of {', '.join(SOURCES)}), depth "
+            "and sampled"
+        ) from error

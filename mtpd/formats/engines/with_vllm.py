@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from mtpd.data.builtin_models import CACHE
 from mtpd.errors import MtpdError, UserError
+from mtpd.files import CACHE
 from mtpd.formats.engines.result import Served
 
 VLLM = "0.32.0"
