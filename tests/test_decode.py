@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from mtpd import alignment
+from mtpd.decode.chances import Chances
 from mtpd.decode.choice import Greedy
 from mtpd.decode.counts import Counts
-from mtpd.decode.chances import Chances
 from mtpd.decode.drafting import HEADS
 from mtpd.decode.drafts import Drafts
 from mtpd.decode.engine import Engine
