@@ -7,11 +7,12 @@ import random
 import architectures
 import pytest
 import torch
-from conftest import Learned
+from conftest import FREE, Learned
 
-from mtpd.decode.candidates import HEADS, LOOKUP, Candidates, columns, worth_verifying
+from mtpd.decode.candidates import Candidates, columns, worth_verifying
 from mtpd.decode.chances import REACH, Chances
 from mtpd.decode.choice import Choice, Greedy
+from mtpd.decode.drafting import HEADS, LOOKUP, Source
 from mtpd.decode.engine import Engine
 from mtpd.decode.lookup import LookupIndex
 from mtpd.decode.planner import Costs, Planner
@@ -21,12 +22,9 @@ from mtpd.evaluate.chances import count_chances
 from mtpd.heads import Heads
 from mtpd.trunk import Trunk
 
-FREE = Costs({1: 1.0, 64: 1.0}, head=0.0)
-"""A machine on which drafts cost nothing: everything that may be right is verified."""
 
-
-def planner(*sources: str, costs: Costs = FREE) -> Planner:
-    return Planner(Chances(), costs, frozenset(sources or (HEADS, LOOKUP)))
+def planner(*sources: Source, costs: Costs = FREE) -> Planner:
+    return Planner(Chances(), costs, sources or (HEADS, LOOKUP))
 
 
 def written(
@@ -103,7 +101,7 @@ def test_drafts_that_cost_more_than_they_bring_are_not_verified() -> None:
 
 
 @pytest.mark.parametrize("sources", [(LOOKUP,), (HEADS,), (HEADS, LOOKUP)], ids="+".join)
-def test_greedy_text_stays_the_same(trunk: Trunk, name: str, sources: tuple[str, ...]) -> None:
+def test_greedy_text_stays_the_same(trunk: Trunk, name: str, sources: tuple[Source, ...]) -> None:
     """Fault: trees of chain heads or look-up change the text: wrong positions, masks, states or cache entries."""
     prompts = [architectures.greedy_text(name, seed, 4)[0] for seed in (5, 6)]
     heads = architectures.random_heads(trunk).eval()
@@ -130,7 +128,7 @@ def test_every_accepted_draft_has_a_source(learned: Learned) -> None:
         assert set(text.sources) <= set(sources)
         assert len(text.sources) == sum(accepted for _, _, accepted in text.rounds)
         counts = text.counts(REACH)
-        assert sum(counts.sources.values()) == len(text.sources)
+        assert sum(map(sum, counts.sources.values())) == len(text.sources)
     # Heads that know the text by heart are right each time, as far as they reach.
     [text] = written(learned.trunk, learned.perfect, prompts, planner(HEADS), Greedy())
     assert [accepted for _, _, accepted in text.rounds[:-2]] == [3] * (len(text.rounds) - 2)

@@ -25,7 +25,7 @@ from mtpd.decode.chances import REACH
 from mtpd.decode.choice import Choice, Greedy
 from mtpd.decode.drafting import HEADS
 from mtpd.decode.drafts import Drafts
-from mtpd.decode.planner import MOST, Planner
+from mtpd.decode.planner import BEAM, MOST, Planner
 from mtpd.decode.text import Request, Text
 from mtpd.errors import UserError
 from mtpd.heads import Heads
@@ -89,8 +89,8 @@ class Engine:
         self.capacity = capacity
         self.ends = frozenset(end_tokens)
         self.on_tokens = on_tokens
-        # Drafts may lie past the longest text, and one place belongs to no position.
-        room = capacity + (self.depth if planner is None else MOST) + 1
+        # Drafts, and paths that heads go on from, may lie past the longest text; one place belongs to no position.
+        room = capacity + (self.depth if planner is None else max(MOST, BEAM * deepest)) + 1
         self.cache = SlotCache(trunk.config, slots=slots, capacity=room, dtype=trunk.dtype, device=trunk.device)
         self.drafter = heads.drafter(trunk, slots=slots, capacity=room) if heads is not None else None
         if self.drafter is not None and heads is not None:

@@ -120,7 +120,8 @@ class ChainDrafter(Drafter):
                 true[row] = max(0, end - index)
             before = found[:, width - 1 :]
             frontier = places.shape[1]
-            best, columns = self.unembedding(found[:, -frontier:]).float().log_softmax(-1).topk(beam, dim=-1)
+            chances = self.unembedding(found[:, -frontier:]).float().log_softmax(-1)
+            best, columns = chances.topk(min(beam, chances.shape[-1]), dim=-1)
             behind = torch.arange(frontier, device=device).repeat_interleave(best.shape[-1]).expand(count, -1)
             best, drafted = best.flatten(1), self.ids(columns).flatten(1)
             goes_on = level(best.tolist(), drafted.tolist(), places[rows, behind].tolist())
