@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from mtpd.data.packing import Sample
 from mtpd.decode.chances import Chances
 from mtpd.decode.choice import children
-from mtpd.decode.drafting import HEADS, LOOKUP, Source
+from mtpd.decode.corpus import Corpus
+from mtpd.decode.drafting import CORPUS, HEADS, LOOKUP, Source
 from mtpd.decode.drafts import Drafts
 from mtpd.decode.engine import Engine
 from mtpd.decode.planner import Planner
@@ -29,7 +30,7 @@ from mtpd.trunk import Trunk
 
 NODES = 16
 """Drafts of a round at most."""
-DRAFTERS: dict[str, tuple[Source, ...]] = {"lookup": (LOOKUP,), "heads": (HEADS,), "together": (HEADS, LOOKUP)}
+DRAFTERS: dict[str, tuple[Source, ...]] = {"lookup": (LOOKUP,), "heads": (HEADS,), "together": (HEADS, LOOKUP, CORPUS)}
 SLOTS = 16
 """Texts at a time."""
 
@@ -120,6 +121,7 @@ def measure_drafters(
     samples: Sequence[Sample],
     chances: Chances,
     *,
+    corpus: Corpus | None = None,
     end_tokens: Collection[int] = (),
     progress: bool = True,
 ) -> dict[str, dict[str, DrafterCounts]]:
@@ -129,6 +131,7 @@ def measure_drafters(
         heads: in the trunk's number format and in eval mode.
         samples: prompts with the trunk's own greedy responses.
         chances: how often drafts are right, best counted on other texts.
+        corpus: other texts in which continuations are looked up too.
         end_tokens: ids that end a text.
     """
     found: dict[str, dict[str, DrafterCounts]] = {}
@@ -148,7 +151,7 @@ def measure_drafters(
                     states,
                     capacity=max(len(sample.ids) for sample in some),
                     choice=_Along(responses),
-                    planner=Planner(chances, None, sources, NODES),
+                    planner=Planner(chances, None, sources, NODES, corpus),
                 )
                 for text in walk.run(requests):
                     counts = text.counts(0)

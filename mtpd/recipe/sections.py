@@ -106,6 +106,9 @@ class DataRecipe(Section):
     """Prompts answered at a time; lower it when memory runs out."""
     given: list[GivenText] = Field(default=[])
     """Further texts to train on, with their own responses."""
+    corpus_mb: Annotated[int, Field(ge=0, le=LARGEST)] = 0
+    """Size limit of an index of the responses, in MB, kept beside the heads: decoding then also drafts what followed in
+    them, which pays where traffic repeats what was trained on. 0: none."""
     row_length: int = Field(default=512, ge=32, le=LARGEST)
     """Tokens of a packed row: several documents share one, with their borders kept."""
     hidden_states: Literal["disk", "memory", "recompute"] = "disk"

@@ -11,6 +11,7 @@ from typing import Literal
 
 from mtpd.data.models import resolve_device, trunk_fingerprint
 from mtpd.decode.chances import read_chances
+from mtpd.decode.corpus import read_corpus
 from mtpd.errors import UserError
 from mtpd.evaluate import gate, outputs, tables
 from mtpd.evaluate.acceptance import Acceptance
@@ -102,6 +103,7 @@ def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: 
         mode=mode,
         responses=request.responses,
         chances=read_chances(request.run / request.heads),
+        corpus=read_corpus(request.run / request.heads, finished.tokenizer),
         trained=trained_prompts(run),
         progress=progress,
     )
