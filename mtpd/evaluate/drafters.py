@@ -25,7 +25,6 @@ from mtpd.decode.planner import Planner
 from mtpd.decode.text import Request, Text
 from mtpd.evaluate.acceptance import DrafterCounts, SuiteCounts
 from mtpd.heads import Heads
-from mtpd.slots import Span
 from mtpd.trunk import Trunk
 
 NODES = 16
@@ -99,7 +98,7 @@ class _Walk(Engine):
         super()._read_prompts(group)
         self.reading = []
 
-    def _pass(self, tokens: Tensor, span: Span, mask: Any, positions: Tensor | None = None) -> Tensor:
+    def _pass(self, tokens: Tensor, span: Any, mask: Any, positions: Tensor | None = None) -> Tensor:
         places = span.positions if positions is None else positions
         texts = self.reading or self.active
         known = (self.states[text.number] for text in texts)
