@@ -12,6 +12,7 @@ from conftest import FREE, Learned
 from mtpd.decode.candidates import Candidates, columns, worth_verifying
 from mtpd.decode.chances import REACH, Chances
 from mtpd.decode.choice import Choice, Greedy
+from mtpd.decode.counts import Counts
 from mtpd.decode.drafting import HEADS, LOOKUP, Source
 from mtpd.decode.engine import Engine
 from mtpd.decode.lookup import LookupIndex
@@ -127,11 +128,32 @@ def test_every_accepted_draft_has_a_source(learned: Learned) -> None:
         [text] = written(learned.trunk, learned.perfect, prompts, planner(*sources), Greedy())
         assert set(text.sources) <= set(sources)
         assert len(text.sources) == sum(accepted for _, _, accepted in text.rounds)
-        counts = text.counts(REACH)
-        assert sum(map(sum, counts.sources.values())) == len(text.sources)
+        # Behind the end of the text nothing counts.
+        drafted = [source for source, _ in text.drafted_by() if source is not None]
+        counts = text.counts(0).sources
+        assert {source: sum(of) for source, of in counts.items()} == {each: drafted.count(each) for each in counts}
+        assert set(drafted) == set(counts)
+        assert 0 <= len(text.sources) - len(drafted) < REACH
     # Heads that know the text by heart are right each time, as far as they reach.
     [text] = written(learned.trunk, learned.perfect, prompts, planner(HEADS), Greedy())
     assert [accepted for _, _, accepted in text.rounds[:-2]] == [3] * (len(text.rounds) - 2)
+
+
+def test_sources_by_hand() -> None:
+    """Fault: a draft is counted at another depth or token than its own, or though the text ends before it."""
+    text = Text(Request([1], 10), 0, tokens=[*range(7)], rounds=[(1, 3, 2), (4, 2, 0), (5, 4, 3)])
+    text.sources = [HEADS, LOOKUP, LOOKUP, HEADS, HEADS]
+    own: tuple[Source | None, int] = (None, 0)
+    assert text.drafted_by() == [own, (HEADS, 1), (LOOKUP, 2), own, own, (LOOKUP, 1), (HEADS, 2)]
+    counts = text.counts(0)
+    assert counts == Counts(0, tokens=7, forwards=4, sources={HEADS: [1, 1], LOOKUP: [1, 1]})
+    assert (counts.tau, counts.drafted) == (7 / 4, [])
+    assert counts + Counts(0, 9, 3, sources={HEADS: [2], "corpus": [0, 0, 1]}) == Counts(
+        0, tokens=16, forwards=7, sources={HEADS: [3, 1], LOOKUP: [1, 1], "corpus": [0, 0, 1]}
+    )
+    # A chain has counts of its depths too, over the rounds that the text has room for.
+    chain = Text(Request([1], 10), 0, tokens=[*range(7)], rounds=[(1, 3, 2), (4, 3, 1), (6, 3, 0)], sources=[HEADS] * 3)
+    assert chain.counts(3) == Counts(3, 7, 4, drafted=[2] * 3, accepted=[2, 1, 0], sources={HEADS: [2, 1]})
 
 
 def test_a_tree_of_heads_accepts_what_their_chain_does_and_more(learned: Learned) -> None:

@@ -155,7 +155,7 @@ class Engine:
         """Drafts, verifies, and writes the accepted tokens of all active rows."""
         device = self.device
         newest = [text.newest for text in self.active]
-        drafts = self._draft(newest)
+        drafts = None if self.drafter is None and self.planner is None else self._draft(newest)
         read = Span(newest, 1, device).read(self.tokens)
         if drafts is not None:
             read = torch.cat([read, drafts.tokens], dim=1)
@@ -203,8 +203,7 @@ class Engine:
         """What the round verifies."""
         if self.planner is not None:
             return self.planner.draft(self.drafter, self.deepest, self.tokens, newest, self.active)
-        if self.drafter is None:
-            return None
+        assert self.drafter is not None
 
         def choose(logits: Tensor, number: int) -> Tensor:
             return self.choice.draft(logits, self.active, number)
