@@ -22,10 +22,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "hmm": {"kind": "circuit", "circuit": {"structure": "hmm", "components": 3, "leaves": "full"}},
     "btree": {"kind": "circuit", "circuit": {"structure": "btree", "components": 2, "rank": 4}},
     "hmm-tilted": {"kind": "circuit", "circuit": {"structure": "hmm", "components": 3, "leaves": "tilted"}},
-    "btree-conditionals": {
-        "kind": "circuit",
-        "circuit": {"structure": "btree", "components": 2, "leaves": "full", "greedy": "conditionals"},
-    },
+    "btree-full": {"kind": "circuit", "circuit": {"structure": "btree", "components": 2, "leaves": "full"}},
 }
 
 
