@@ -28,7 +28,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def settings(form: str, *, depth: int = 3, init: str | None = None) -> dict[str, Any]:
     """The `heads` section of a recipe."""
-    empty = {"shared": False, "adapters": 0, "source": None, "parallel": {}, "circuit": {}, "vocabulary": 0}
+    empty = {"shared": False, "source": None, "parallel": {}, "circuit": {}, "vocabulary": 0}
     return {**empty, **FORMS[form], "depth": depth, "init": init}
 
 
