@@ -72,7 +72,7 @@ def test_old_keys_are_none_of_todays() -> None:
     assert {new for _, new in RENAMED.values() if ".arguments." not in new} <= known
 
 
-def test_the_recipe_of_a_run_keeps_its_meaning(tmp_path: Path) -> None:
+def test_the_recipe_of_a_run_keeps_its_meaning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Fault: a value under an old key is lost, or what no key says any more is dropped without a word."""
     file = tmp_path / "recipe.yaml"
     today = load_recipe("smoke", [f"output={tmp_path}"])
@@ -90,7 +90,12 @@ def test_the_recipe_of_a_run_keeps_its_meaning(tmp_path: Path) -> None:
     age(file, **{"train.jsd_mix": 0.3})
     with pytest.raises(UserError, match=r"^train\.jsd_mix is no longer a key: [^;]*; leave it out \("):
         load_recipe(file)
+    (tmp_path / "heads").mkdir()
+    (tmp_path / "heads" / "model.safetensors").touch()
+    assert load_recipe(file) == today
+    assert "train.jsd_mix: 0.3 is left out, it is no longer a key: jsd mixes" in caplog.text
     # Elsewhere the same file is a recipe that somebody wrote.
+    shutil.rmtree(tmp_path / "heads")
     (tmp_path / "provenance.json").unlink()
     with pytest.raises(UserError, match=r"train\.rows_per_step is now train\.micro_batch_rows"):
         load_recipe(file)

@@ -188,7 +188,7 @@ class Plan:
         if data.responses == "trunk":
             passes.append(f"generation, {data.generation_batch} prompts at a time")
         if data.hidden_states != "recompute":
-            passes.append("1 in training, or none if data.hidden_states has all rows")
+            passes.append("1 in training, or none if all states are stored")
         else:
             passes.append(f"{train.epochs:g} in training" if train.max_steps <= 0 else "each row of each step")
         return "; ".join([*passes, "held-out prompts: generation, and 1 before and after"])

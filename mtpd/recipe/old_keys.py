@@ -1,16 +1,20 @@
 """Keys that recipes had before: what they are called now, or what to do without them.
 
 A recipe that still has one is refused with one line that says so. The `recipe.yaml` of a run is a whole recipe, written
-by mtpd: there, a renamed key is read as the new one, and a dropped one that has its default says nothing.
+by mtpd: there, a renamed key is read as the new one, and a dropped one that has its default says nothing. One that has
+another value is left out with a warning where the heads are there, which have what it decided.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from mtpd.recipe.text import place_of
+
+logger = logging.getLogger(__name__)
 
 RENAMED = {
     "data.store": (None, "data.hidden_states"),
@@ -52,20 +56,27 @@ def is_of_run(file: Path) -> bool:
     return file.name == "recipe.yaml" and any((file.parent / name).exists() for name in OF_A_RUN)
 
 
-def rename_old_keys(values: dict[str, Any], known: Collection[str]) -> None:
-    """Renames and drops old keys in the recipe of a run, in place; a dropped one that says something stays.
+def rename_old_keys(values: dict[str, Any], known: Collection[str], file: Path) -> None:
+    """Renames and drops old keys in the recipe of a run, in place; what it cannot drop stays, to be refused.
 
     Args:
         known: keys that the recipe may have; one of pretraining still has some of these.
+        file: the recipe.
     """
+    finished = (file.parent / "heads" / "model.safetensors").is_file()
     for old, (default, new) in {**RENAMED, **DROPPED}.items():
         section, _, name = old.rpartition(".")
         holds = _section(values, section)
-        if old in known or name not in holds or (old in DROPPED and holds[name] != default):
+        if old in known or name not in holds:
             continue
-        value = holds.pop(name)
-        if value != default:
-            place, name = place_of(values, new, "recipe.yaml")
+        value = holds[name]
+        if old in DROPPED and value != default:
+            if not finished:
+                continue
+            logger.warning("%s: %s: %s is left out, it is no longer a key: %s", file, old, value, new)
+        del holds[name]
+        if old in RENAMED and value != default:
+            place, name = place_of(values, new, str(file))
             # A word is not a directory for data.hidden_states.
             place[name] = f"./{value}" if old == "data.store" and "/" not in value else value
 

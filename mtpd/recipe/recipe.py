@@ -193,7 +193,7 @@ def _load(
     file = None if path is None else find_recipe(path)
     values = {} if file is None else nest(read_mapping(file), schema, source=str(path))
     if file is not None and is_of_run(file):
-        rename_old_keys(values, set(keys_of(schema)))
+        rename_old_keys(values, set(keys_of(schema)), file)
     if untrusted:
         refuse_untrusted(values, source=str(path))
     native = [NATIVE if "".join(override.split()) == "heads=native" else override for override in overrides]
