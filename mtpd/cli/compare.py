@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli.eval import JunitFile, MarkdownFile
+from mtpd.cli.eval import Guard, JunitFile, MarkdownFile
 from mtpd.cli.options import Debug
 from mtpd.run.check import acceptance_file, check_file
 
@@ -19,6 +19,7 @@ def compare(
         float | None,
         typer.Option("--max-drop", help="Fail if more than this is lost, as mtpd eval does. Default: only show."),
     ] = None,
+    guard: Guard = "both",
     markdown: MarkdownFile = None,
     junit: JunitFile = None,
     debug: Debug = False,
@@ -40,6 +41,6 @@ def compare(
     for option, file in (("--markdown", markdown), ("--junit", junit)):
         check_file(file, key=option)
     baseline, candidate = acceptance_file(baseline), acceptance_file(candidate)
-    code = compare_files(baseline, candidate, max_drop=max_drop, markdown_file=markdown, junit_file=junit)
+    code = compare_files(baseline, candidate, max_drop=max_drop, guard=guard, markdown_file=markdown, junit_file=junit)
     if code:
         raise typer.Exit(code)

@@ -18,6 +18,12 @@ MaxDrop = Annotated[
     float,
     typer.Option("--max-drop", help="The loss that is accepted: 0.01 is one point of CAR_1, and one percent of tau."),
 ]
+Guard = Annotated[
+    Literal["heads", "together", "both"],
+    typer.Option(
+        "--guard", help="What must not get worse: the heads (CAR_1, tau), heads and look-up together, or both."
+    ),
+]
 MarkdownFile = Annotated[Path | None, typer.Option("--markdown", help="Write the result for a pull request.")]
 JunitFile = Annotated[Path | None, typer.Option("--junit", help="Write the result as JUnit XML.")]
 
@@ -57,6 +63,7 @@ def evaluate(
         typer.Option(help="Compare with this acceptance file, or the one of a run, on the same prompts."),
     ] = None,
     max_drop: MaxDrop = 0.01,
+    guard: Guard = "both",
     write_baseline: Annotated[
         Path | None, typer.Option(help="Also write the result here, if the gate passes or there is none.")
     ] = None,
@@ -113,6 +120,7 @@ def evaluate(
             responses=responses.expanduser(),
             against=against,
             max_drop=max_drop,
+            guard=guard,
             write_baseline=write_baseline,
             check_trunk=check_trunk,
             markdown=markdown,

@@ -4,7 +4,9 @@ AR_k is the share accepted at depth k of the drafts whose depths 1..k-1 were acc
 of drafts whose first k tokens are all accepted, and tau = 1 + Σ CAR_k.
 
 Schema 2 has a row of counts for each prompt, which intervals and paired comparisons need, and the
-settings of the measurement. Files of schema 1 have sums alone; they are still read.
+settings of the measurement. Schema 3 has beside the heads' own counts those of the drafters that the heads
+are part of: heads and look-up together, and each alone, with the source of each accepted draft. Files of
+schema 1, which have sums alone, and of schema 2 are still read.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mtpd.decode.counts import Counts, conditional, shares
+from mtpd.decode.counts import Counts, conditional, shares, sum_sources
 from mtpd.errors import UserError
 from mtpd.evaluate.versions import library_versions
 from mtpd.files import read_sealed, sealed, write_whole
@@ -31,6 +33,37 @@ RANDOM = (
 
 Settings = dict[str, str | int | float | bool | None]
 """What a measurement depends on besides trunk and heads: names and plain values."""
+
+
+class DrafterCounts(BaseModel):
+    """What one drafter accepted: heads, look-up, or both together."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    nodes: int | None = None
+    """Drafts verified in each round at most; null where as many were as paid."""
+    tokens: int = Field(ge=0)
+    forwards: int = Field(ge=0)
+    seconds: float | None = Field(default=None, ge=0)
+    """null offline."""
+    sources: dict[str, list[int]] = Field(default_factory=dict)
+    """Accepted drafts by source, then by depth."""
+
+    @property
+    def tau(self) -> float:
+        """Tokens per forward pass of the trunk."""
+        return self.tokens / self.forwards if self.forwards else 0.0
+
+    @classmethod
+    def of(cls, parts: Sequence[DrafterCounts]) -> DrafterCounts:
+        """Sums over prompts."""
+        return cls(
+            nodes=parts[0].nodes,
+            tokens=sum(part.tokens for part in parts),
+            forwards=sum(part.forwards for part in parts),
+            seconds=_sum_or_none(part.seconds for part in parts),
+            sources=sum_sources([part.sources for part in parts]),
+        )
 
 
 class CountsModel(BaseModel):
@@ -51,6 +84,8 @@ class CountsModel(BaseModel):
     """Sums over drafts of Σ_x min(p, q) at each depth, teacher-forced: what sampling would accept; null decoded."""
     expected_rows: list[int] | None = None
     """How many drafts those sums are over."""
+    drafters: dict[str, DrafterCounts] | None = None
+    """Heads and look-up `together`, `heads` as a tree, and `lookup` alone; null in files of schemas 1 and 2."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -164,6 +199,7 @@ class SuiteCounts(CountsModel):
             ties=_sum_or_none(row.tie for row in rows),
             expected=_columns([row.expected for row in rows], depth),
             expected_rows=_columns([row.expected_rows for row in rows], depth),
+            drafters=_sum_drafters([row.drafters for row in rows]),
             **{"rows": list(rows), **fields},
         )
 
@@ -216,6 +252,7 @@ _SUMMED = (
     "engine_seconds",
     "identical",
     "ties",
+    "drafters",
 )
 
 
@@ -224,7 +261,7 @@ class Acceptance(BaseModel):
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
-    schema_version: Literal[1, 2] = Field(default=2, alias="schema")
+    schema_version: Literal[1, 2, 3] = Field(default=3, alias="schema")
     mode: Literal["offline", "decoded"]
     sampling: dict[str, float] | None = None
     settings: Settings | None = None
@@ -259,6 +296,7 @@ class Acceptance(BaseModel):
             ties=_sum_or_none(suite.ties for suite in chosen),
             expected=_columns([suite.expected for suite in chosen], depth),
             expected_rows=_columns([suite.expected_rows for suite in chosen], depth),
+            drafters=_sum_drafters([suite.drafters for suite in chosen]),
             control=_total_control([suite.control for suite in chosen], depth),
         )
 
@@ -294,6 +332,15 @@ def _columns(lists: Sequence[Sequence[Any] | None], depth: int) -> Any:
 def _sum_or_none(values: Iterable[Any]) -> Any:
     found = list(values)
     return None if None in found or not found else sum(found)
+
+
+def _sum_drafters(parts: Sequence[dict[str, DrafterCounts] | None]) -> dict[str, DrafterCounts] | None:
+    """Sums by drafter, of those that all have; None where one has none."""
+    found = [part for part in parts if part]
+    if not found or len(found) < len(parts):
+        return None
+    names = [name for name in found[0] if all(name in part for part in found)]
+    return {name: DrafterCounts.of([part[name] for part in found]) for name in names}
 
 
 def _total_control(controls: Sequence[Control | None], depth: int) -> Control | None:

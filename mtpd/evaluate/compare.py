@@ -26,6 +26,7 @@ def compare_files(
     candidate: Path,
     *,
     max_drop: float | None = None,
+    guard: gate.Guard = "both",
     markdown_file: Path | None = None,
     junit_file: Path | None = None,
 ) -> int:
@@ -36,7 +37,7 @@ def compare_files(
     """
     before, after = Acceptance.load(baseline), Acceptance.load(candidate)
     comparison = gate.compare(before, after, names=(str(baseline), str(candidate)))
-    verdict = None if max_drop is None else gate.judge(comparison, max_drop=max_drop)
+    verdict = None if max_drop is None else gate.judge(comparison, max_drop=max_drop, guard=guard)
     show_comparison(console(), comparison, verdict)
     if markdown_file is not None or junit_file is not None:
         estimates = intervals(after)

@@ -6,20 +6,22 @@ has in it how much slower that loop is, one against the second is what the draft
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
 
-from mtpd.data.generation import plain_generation
 from mtpd.data.packing import Sample
+from mtpd.decode.chances import Chances
+from mtpd.decode.corpus import Corpus
 from mtpd.decode.counts import Counts
-from mtpd.decode.greedy import generate
-from mtpd.evaluate.acceptance import PromptCounts, SuiteCounts
+from mtpd.decode.drafting import HEADS, Drafting
+from mtpd.decode.model import Model
+from mtpd.decode.speed import engine_texts, generated, now
+from mtpd.evaluate.acceptance import DrafterCounts, PromptCounts, SuiteCounts
+from mtpd.evaluate.drafters import DRAFTERS
 from mtpd.files import fingerprint_json, short
 from mtpd.heads import Heads
 from mtpd.trunk import Trunk
@@ -30,101 +32,90 @@ TIE_UNITS = 4
 
 def measure_decoded(
     trunk: Trunk,
-    heads: Mapping[str, Heads],
+    heads: Heads,
     samples: Sequence[Sample],
     *,
+    chances: Chances | None = None,
+    corpus: Corpus | None = None,
     max_new_tokens: int,
     end_tokens: Collection[int],
     progress: bool = True,
-) -> dict[str, dict[str, SuiteCounts]]:
-    """Decodes each prompt greedily: with transformers, with the engine without drafts, and with each set of heads.
+) -> dict[str, SuiteCounts]:
+    """Decodes each prompt greedily: with transformers, with the engine without drafts, and with drafts.
 
     Which goes first changes from prompt to prompt.
 
     Args:
-        heads: sets of heads by name, such as before and after training.
+        heads: draft a chain in every round, which is what counts by depth are of.
         samples: their prompts are decoded, one at a time; responses are not read.
+        chances: how often drafts are right, to decode also with heads and look-up together, and with each alone;
+            None does not.
+        corpus: other texts in which continuations are looked up too.
         max_new_tokens: the same limit for all.
 
     Returns:
-        For each name, counts by family; `identical` says in how many prompts the text was that of `generate`,
-        `ties` in how many it parted from it at a tie.
+        Counts by family; `identical` says in how many prompts the text of the chain was that of `generate`, `ties` in
+        how many it parted from it at a tie.
     """
-    rows: dict[str, dict[str, list[PromptCounts]]] = {name: {} for name in heads}
+    rows: dict[str, list[PromptCounts]] = {}
     if not samples:
-        return {name: {} for name in heads}
-    prompts = [torch.tensor(sample.prompt_ids, device=trunk.device) for sample in samples]
-    # One short text each that is not timed: first calls allocate and load.
-    _plain(trunk, prompts[0], 4, end_tokens)
-    for each in (None, *heads.values()):
-        generate(trunk, each, prompts[0], max_new_tokens=8, end_tokens=end_tokens)
-    for turn, sample in enumerate(tqdm(samples, desc="decoding", disable=not progress)):
-        prompt = prompts[turn]
-        decoded = _in_turns(trunk, heads, prompt, turn, max_new_tokens=max_new_tokens, end_tokens=end_tokens)
-        text = decoded.plain
-        for name, (tokens, counts, seconds) in decoded.drafted.items():
-            row = PromptCounts.of(
-                counts,
-                id=sample.id,
-                prompt=short(fingerprint_json(sample.prompt_ids)),
-                text=short(fingerprint_json(tokens)),
-                seconds=seconds,
-                plain_seconds=decoded.plain_seconds,
-                engine_seconds=decoded.engine_seconds,
-                identical=tokens == text,
-                tie=tokens != text and parted_at_tie(trunk, prompt, text, tokens),
-            )
-            rows[name].setdefault(sample.family or "prompts", []).append(row)
-    return {
-        name: {family: SuiteCounts.of(members, heads[name].depth) for family, members in families.items()}
-        for name, families in rows.items()
+        return {}
+    model = Model(trunk, heads, chances=chances, corpus=corpus)
+    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "end_tokens": end_tokens, "batch": 1}
+    drafting: dict[str, Model] = (
+        {} if chances is None else {name: model.drafting_with(sources=sources) for name, sources in DRAFTERS.items()}
+    )
+    ways: dict[str, Callable[[Sequence[int]], tuple[list[int], Counts | None]]] = {
+        "plain": lambda prompt: (generated(trunk, [prompt], **limits)[0], None),
+        "engine": lambda prompt: _written(Model(trunk, None, drafting=Drafting(sources=(HEADS,))), prompt, limits),
+        "chain": lambda prompt: _written(Model(trunk, heads, drafting=Drafting(depth=heads.depth)), prompt, limits),
+        **{name: partial(_written, each, limits=limits) for name, each in drafting.items()},
     }
+    # One short text each that is not timed: first calls allocate and load.
+    limits["max_new_tokens"] = min(8, max_new_tokens)
+    for way in ways.values():
+        way(samples[0].prompt_ids)
+    limits["max_new_tokens"] = max_new_tokens
+    for turn, sample in enumerate(tqdm(samples, desc="decoding", disable=not progress)):
+        names = list(ways)
+        first = turn % len(names)
+        texts: dict[str, list[int]] = {}
+        counts: dict[str, Any] = {}
+        seconds: dict[str, float] = {}
+        for name in [*names[first:], *names[:first]]:
+            began = now(trunk)
+            texts[name], counts[name] = ways[name](sample.prompt_ids)
+            seconds[name] = now(trunk) - began
+        tokens, plain = texts["chain"], texts["plain"]
+        row = PromptCounts.of(
+            counts["chain"],
+            id=sample.id,
+            prompt=short(fingerprint_json(sample.prompt_ids)),
+            text=short(fingerprint_json(tokens)),
+            seconds=seconds["chain"],
+            plain_seconds=seconds["plain"],
+            engine_seconds=seconds["engine"],
+            identical=tokens == plain,
+            tie=tokens != plain
+            and parted_at_tie(trunk, torch.tensor(sample.prompt_ids, device=trunk.device), plain, tokens),
+            drafters={
+                name: DrafterCounts(
+                    tokens=counts[name].tokens,
+                    forwards=counts[name].forwards,
+                    seconds=seconds[name],
+                    sources=counts[name].sources,
+                )
+                for name in drafting
+            }
+            or None,
+        )
+        rows.setdefault(sample.family or "prompts", []).append(row)
+    return {family: SuiteCounts.of(members, heads.depth) for family, members in rows.items()}
 
 
-@dataclass
-class _Decoded:
-    """One prompt, decoded in all ways."""
-
-    plain: list[int] = field(default_factory=list)
-    """Text of `generate`."""
-    plain_seconds: float = 0.0
-    engine_seconds: float = 0.0
-    drafted: dict[str, tuple[list[int], Counts, float]] = field(default_factory=dict)
-    """By name of the heads: text, counts and seconds."""
-
-
-def _in_turns(
-    trunk: Trunk,
-    heads: Mapping[str, Heads],
-    prompt: torch.Tensor,
-    turn: int,
-    *,
-    max_new_tokens: int,
-    end_tokens: Collection[int],
-) -> _Decoded:
-    """Decodes in all ways; the first one is another one at each turn, so that none is always the one after a pause."""
-    found = _Decoded()
-
-    def plainly() -> None:
-        began = _now(trunk)
-        found.plain = _plain(trunk, prompt, max_new_tokens, end_tokens)
-        found.plain_seconds = _now(trunk) - began
-
-    def with_engine(name: str | None) -> None:
-        began = _now(trunk)
-        drafting = None if name is None else heads[name]
-        tokens, counts = generate(trunk, drafting, prompt, max_new_tokens=max_new_tokens, end_tokens=end_tokens)
-        seconds = _now(trunk) - began
-        if name is None:
-            found.engine_seconds = seconds
-        else:
-            found.drafted[name] = (tokens, counts, seconds)
-
-    ways: list[Callable[[], None]] = [plainly, *(partial(with_engine, name) for name in (None, *heads))]
-    first = turn % len(ways)
-    for way in [*ways[first:], *ways[:first]]:
-        way()
-    return found
+def _written(model: Model, prompt: Sequence[int], limits: dict[str, Any]) -> tuple[list[int], Counts | None]:
+    [text], counts = engine_texts(model, [prompt], **limits)
+    return text, counts
 
 
 @torch.inference_mode()
@@ -141,22 +132,3 @@ def parted_at_tie(trunk: Trunk, prompt: torch.Tensor, text: list[int], other: li
     logits = trunk.unembedding(trunk.hidden(prefix[None])[0, -1]).float()
     gap = (logits[text[place]] - logits[other[place]]).abs()
     return bool(gap <= TIE_UNITS * torch.finfo(trunk.dtype).eps * logits.abs().max())
-
-
-def _plain(trunk: Trunk, prompt: torch.Tensor, max_new_tokens: int, end_tokens: Collection[int]) -> list[int]:
-    """Greedy text of transformers' own `generate`, without the penalties that a checkpoint may ask for."""
-    ends = sorted(end_tokens)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
-    )
-    with plain_generation(trunk.model), torch.inference_mode():
-        output = trunk.model.generate(
-            prompt[None], attention_mask=torch.ones_like(prompt)[None], generation_config=config
-        )
-    return output[0, len(prompt) :].tolist()
-
-
-def _now(trunk: Trunk) -> float:
-    if trunk.device.type == "cuda":
-        torch.cuda.synchronize(trunk.device)
-    return time.perf_counter()

@@ -1,13 +1,15 @@
 """Two acceptance files compared prompt by prompt, and the gate: passed, failed, or undecided.
 
-The gate looks at two ratios over all suites together: the change of CAR_1 in points, and the relative change of
-tau. Each has bootstrap intervals over prompts, both files resampled together. With M = max_drop:
+The gate looks at ratios over all suites together. Of the heads: the change of CAR_1 in points, and the relative
+change of tau. Of the drafter that they are part of: the relative change of the tau of heads and look-up together. It
+can be told to guard one of the two. Each has bootstrap intervals over prompts, both files resampled together. With
+M = max_drop:
 
     failed      at least MINIMUM_PROMPTS prompts, and a 99.5% interval lies below -M
-    passed      at least MINIMUM_PROMPTS prompts, and both 95% intervals lie at or above -M
+    passed      at least MINIMUM_PROMPTS prompts, and all 95% intervals lie at or above -M
     undecided   everything else; the number of prompts that would decide is estimated
 
-Failing takes more than passing: two ratios are tested, and a pipeline that runs every week should not fail by
+Failing takes more than passing: several ratios are tested, and a pipeline that runs every week should not fail by
 chance. Heads that are equally good then fail in fewer than 1 of 100 runs whatever M is, and heads that have lost
 more than M pass in fewer than 1 of 40.
 """
@@ -23,7 +25,7 @@ import numpy as np
 
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import RANDOM, Acceptance, PromptCounts, Settings
-from mtpd.evaluate.intervals import RESAMPLES, Array, Estimate, estimate, paired_differences
+from mtpd.evaluate.intervals import DRAFTERS, RESAMPLES, Array, Estimate, estimate, paired_differences
 
 MINIMUM_PROMPTS = 50
 """Fewer prompts never decide: percentile intervals are too narrow below about so many."""
@@ -31,15 +33,21 @@ FAILING_CONFIDENCE = 0.995
 FAILING_ERRORS = 2.807 + 0.842
 PASSING_ERRORS = 1.960 + 0.842
 """Standard errors between a change and the limit at which an interval keeps off the limit in 80% of cases."""
-RELATIVE = ("tau", "speed_up", "speed_up_over_engine")
+RELATIVE = ("tau", "tau_together", "tau_heads", "tau_lookup", "speed_up", "speed_up_over_engine")
 """Ratios whose change is relative; that of the others is a difference."""
-COMPARED = ("car_1", *RELATIVE)
+COMPARED = ("car_1", "tau", "tau_together", "speed_up", "speed_up_over_engine")
 """Ratios that a comparison shows, as far as both files have them."""
+GUARDED = {"heads": ("car_1", "tau"), "together": ("tau_together",)}
+"""Ratios that the gate looks at: of the heads, and of heads and look-up together."""
+Guard = Literal["heads", "together", "both"]
 MOST_PROMPTS = 100_000
 """An estimate of more prompts than this says only that the change lies at the limit."""
 
 LABELS = {
     "tau": "tau",
+    "tau_together": "tau with look-up",
+    "tau_heads": "tau of the heads as a tree",
+    "tau_lookup": "tau of look-up",
     "speed_up": "speed-up over generate",
     "speed_up_over_engine": "speed-up over engine without drafts",
 }
@@ -157,16 +165,25 @@ def compare(
     if texts:
         total = sum(map(len, before.values()))
         notes.append(f"{texts} of {total} texts differ between the two (rounding of another machine or batch)")
+    # As many nodes in both, or the taus of drafters do not compare.
+    apart = set() if _nodes(baseline) == _nodes(candidate) else {f"tau_{name}" for name in DRAFTERS}
     sizes: dict[str | None, int] = {name: len(rows) for name, rows in before.items()}
     changes = {
         name: {
             ratio: _change(ratio, first[ratio], second[ratio])
             for ratio in first
-            if ratio in second and not np.isnan(first[ratio]).any() and not np.isnan(second[ratio]).any()
+            if ratio in second
+            and ratio not in apart
+            and not np.isnan(first[ratio]).any()
+            and not np.isnan(second[ratio]).any()
         }
         for name, (first, second) in paired_differences(before, after, resamples=resamples, seed=seed).items()
     }
     return Comparison(changes, {**sizes, None: sum(map(len, before.values()))}, left_out, notes)
+
+
+def _nodes(acceptance: Acceptance) -> dict[str, int | None]:
+    return {name: each.nodes for name, each in (acceptance.total().drafters or {}).items()}
 
 
 def _change(name: str, before: Array, after: Array) -> Change:
@@ -183,18 +200,25 @@ def _change(name: str, before: Array, after: Array) -> Change:
     )
 
 
-def judge(comparison: Comparison, *, max_drop: float) -> Verdict:
+def judge(comparison: Comparison, *, max_drop: float, guard: Guard = "both") -> Verdict:
     """The gate's verdict.
 
     Args:
+        guard: which of the two is looked at. Both: the heads, and where both files have it, the drafter.
         max_drop: how much may be lost: 0.01 is one point of CAR_1, and one percent of tau.
 
     Raises:
-        UserError: max_drop is no share.
+        UserError: max_drop is no share, or heads and look-up together are to be guarded and were not measured.
     """
     check_max_drop(max_drop)
-    prompts = comparison.prompts[None]
-    checks = [comparison.suites[None][name] for name in ("car_1", "tau")]
+    prompts, changes = comparison.prompts[None], comparison.suites[None]
+    wanted = [name for part, names in GUARDED.items() if guard in (part, "both") for name in names]
+    checks = [changes[name] for name in wanted if name in changes]
+    if not checks:
+        raise UserError(
+            "--guard: together is not accepted: one of the files does not have heads and look-up together; measure "
+            "again with mtpd eval, or guard the heads"
+        )
     reasons = [
         f"{label(check.name)} {check.before:.3f} → {check.after:.3f}, {check.shown()}, 99.5% "
         f"{_percent(check.failing)}, on {prompts} prompts, allowed {-100 * max_drop:+.2f}"

@@ -1,9 +1,9 @@
 """Intervals by the bootstrap over prompts (Efron 1979): prompts are drawn again, with replacement, within each suite.
 
-Every ratio here (CAR, AR, tau, Σ min(p, q), speed-up) is a function of sums over prompts. So a resample is
-a vector of how often each prompt was drawn, all resamples are one matrix product with the table of
-counts, and all ratios come from the same resamples. Two measurements of the same prompts are resampled
-together, which makes the interval of their difference a paired one.
+Every ratio here (CAR, AR, tau, Σ min(p, q), tau of drafters, speed-up) is a function of sums over
+prompts. So a resample is a vector of how often each prompt was drawn, all resamples are one matrix product
+with the table of counts, and all ratios come from the same resamples. Two measurements of the same prompts
+are resampled together, which makes the interval of their difference a paired one.
 
 Drafts of one prompt are alike, so prompts are drawn and not drafts: an interval over drafts would be too
 narrow. Each suite has random numbers of its own: its interval does not depend on the others measured.
@@ -13,6 +13,7 @@ Legend: N prompts, C columns of counts, R resamples.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ from mtpd.evaluate.acceptance import Acceptance, PromptCounts, SuiteCounts
 Array = NDArray[np.float64]
 
 RESAMPLES = 10_000
+DRAFTERS = ("lookup", "heads", "together")
+"""Drafters whose tau is estimated, as tau_lookup and so on; see `mtpd.evaluate.drafters`."""
+_FURTHER = 3 + 2 * len(DRAFTERS)
+"""Columns of `_table` that are not by depth."""
 FEWEST = 5
 """Prompts from which on a suite is resampled. Fewer have no interval of their own, one would be of width zero."""
 CONFIDENCE = 0.95
@@ -59,7 +64,8 @@ def intervals(
         apart: suites that are not summed.
 
     Returns:
-        By suite, then by name of the ratio: car_1.., ar_1.., tau, expected_1.. and both speed-ups where measured.
+        By suite, then by name of the ratio: car_1.., ar_1.., tau, expected_1.., and where measured tau_together,
+        tau_heads, tau_lookup and both speed-ups.
     """
     found: dict[str | None, dict[str, Estimate]] = {}
     summed: dict[str, Array] = {}
@@ -100,18 +106,20 @@ def _estimates(suite: SuiteCounts, sums_RC: Array, confidence: float) -> dict[st
 def ratios(sums_C: Array, depth: int) -> dict[str, Array]:
     """Ratios from sums whose last axis is the columns of `_table`; NaN where something was not measured."""
     drafted, accepted, expected, expected_rows = (sums_C[..., i * depth : (i + 1) * depth] for i in range(4))
-    seconds, plain_seconds, engine_seconds = (sums_C[..., 4 * depth + i] for i in range(3))
+    seconds, plain_seconds, engine_seconds, *of_drafters = (sums_C[..., 4 * depth + i] for i in range(_FURTHER))
     with np.errstate(divide="ignore", invalid="ignore"):
         car = np.where(drafted > 0, accepted / drafted, 0.0)
         before = np.concatenate([np.ones_like(car[..., :1]), car[..., :-1]], axis=-1)
         ar = np.where(before > 0, car / before, 0.0)
         expected = np.where(expected_rows > 0, expected / expected_rows, 0.0) + 0.0 * expected
-        speed_ups = {"speed_up": plain_seconds / seconds, "speed_up_over_engine": engine_seconds / seconds}
+        further = {"speed_up": plain_seconds / seconds, "speed_up_over_engine": engine_seconds / seconds}
+        taus = zip(DRAFTERS, of_drafters[::2], of_drafters[1::2], strict=True)
+        further |= {f"tau_{name}": tokens / forwards for name, tokens, forwards in taus}
     found = {f"car_{k + 1}": car[..., k] for k in range(depth)}
     found |= {f"ar_{k + 1}": ar[..., k] for k in range(depth)}
     found |= {"tau": 1.0 + car.sum(axis=-1)}
     found |= {f"expected_{k + 1}": expected[..., k] for k in range(depth)}
-    return found | speed_ups
+    return found | further
 
 
 def draws(name: str, prompts: int, resamples: int, seed: int) -> Array:
@@ -123,12 +131,16 @@ def draws(name: str, prompts: int, resamples: int, seed: int) -> Array:
 def _resampled_sums(name: str, rows: Sequence[PromptCounts] | None, depth: int, resamples: int, seed: int) -> Array:
     """Sums of each resample [R, C]; without resamples where there are too few counts by prompt."""
     if not rows or len(rows) < FEWEST:
-        return np.zeros((0, 4 * depth + 3))
+        return np.zeros((0, 4 * depth + _FURTHER))
     return draws(name, len(rows), resamples, seed) @ _table(rows)
 
 
 def _table(rows: Sequence[PromptCounts | SuiteCounts]) -> Array:
-    """Counts [N, C]: drafted, accepted, expected, expected_rows by depth, then the three seconds; NaN for null."""
+    """Counts [N, C], NaN for null.
+
+    Drafted, accepted, expected and expected_rows by depth, then the three seconds, then tokens and passes of each
+    drafter.
+    """
     missing = [float("nan")] * rows[0].depth
     return np.array(
         [
@@ -141,11 +153,17 @@ def _table(rows: Sequence[PromptCounts | SuiteCounts]) -> Array:
                 row.seconds or float("nan"),
                 float("nan") if row.plain_seconds is None else row.plain_seconds,
                 float("nan") if row.engine_seconds is None else row.engine_seconds,
+                *(count for name in DRAFTERS for count in _passes(row, name)),
             ]
             for row in rows
         ],
         dtype=np.float64,
     )
+
+
+def _passes(row: PromptCounts | SuiteCounts, drafter: str) -> tuple[float, float]:
+    found = (row.drafters or {}).get(drafter)
+    return (math.nan, math.nan) if found is None else (found.tokens, found.forwards)
 
 
 def paired_differences(

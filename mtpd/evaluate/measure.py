@@ -12,10 +12,13 @@ from typing import Any, Literal
 from mtpd.data.packing import Sample
 from mtpd.data.prompts import render
 from mtpd.data.responses import generate_responses
+from mtpd.decode.chances import Chances
+from mtpd.decode.corpus import Corpus
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.contamination import TrainedPrompts
 from mtpd.evaluate.decoded import measure_decoded
+from mtpd.evaluate.drafters import drafts_together, measure_drafters, with_drafters
 from mtpd.evaluate.offline import measure_offline
 from mtpd.evaluate.suites import Question, Suite
 from mtpd.evaluate.trunk_quality import at_chance
@@ -58,6 +61,8 @@ def measure_suites(
     heads_fingerprint: str,
     mode: Literal["offline", "decoded"],
     responses: Path,
+    chances: Chances | None = None,
+    corpus: Corpus | None = None,
     trained: TrainedPrompts | None = None,
     progress: bool = True,
 ) -> tuple[Acceptance, Trace]:
@@ -67,6 +72,8 @@ def measure_suites(
         heads: in the trunk's number format; how many tokens they draft a round is their depth.
         suites: by name, the suite and its prompts.
         responses: folder in which the trunk's responses are kept by fingerprint (offline only).
+        chances: how often drafts are right, to measure the heads also as a part of the drafter; None does not.
+        corpus: other texts in which continuations are looked up too.
         trained: what the heads were trained on; prompts that it meets are marked, and warned of.
 
     Raises:
@@ -85,15 +92,22 @@ def measure_suites(
         began = time.monotonic()
         if mode == "offline":
             measured = measure_offline(model.trunk, heads, samples, end_tokens=model.ends, progress=progress)
+            if chances is not None and drafts_together(model.trunk):
+                found = measure_drafters(
+                    model.trunk, heads, samples, chances, corpus=corpus, end_tokens=model.ends, progress=progress
+                )
+                measured = {family: with_drafters(each, found) for family, each in measured.items()}
         else:
             measured = measure_decoded(
                 model.trunk,
-                {"heads": heads},
+                heads,
                 samples,
+                chances=chances,
+                corpus=corpus,
                 max_new_tokens=suite.max_new_tokens,
                 end_tokens=model.ends,
                 progress=progress,
-            )["heads"]
+            )
         trace.measuring += time.monotonic() - began
         counts[name] = measured[name].model_copy(update={"settings": suite.settings})
         _mark(counts[name], name, questions, trained)

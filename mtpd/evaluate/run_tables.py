@@ -6,10 +6,19 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from mtpd.evaluate.acceptance import RANDOM, Acceptance, SuiteCounts
+from mtpd.evaluate.acceptance import RANDOM, Acceptance, DrafterCounts, SuiteCounts
 
 TOTAL = "all"
 NOT_MEASURED = "–"
+WAYS = {
+    "plain": "transformers' generate",
+    "engine": "this engine, no drafts",
+    "lookup": "look-up alone",
+    "chain": "a chain of all heads",
+    "heads": "heads alone",
+    "together": "heads and look-up together",
+}
+"""Ways of decoding, in the order of tables."""
 DECODED_COLUMNS = (
     "generate tokens/s",
     "engine tokens/s",
@@ -57,32 +66,77 @@ def offline_table(before: Acceptance, after: Acceptance, *, apart: frozenset[str
     return table
 
 
-def decoded_table(before: Acceptance, after: Acceptance, *, apart: frozenset[str] = frozenset()) -> Table:
-    """Real decoding: tau, tokens/s of both baselines and with heads, and whether the text was the same."""
-    title = (
-        f"Decoded greedily with verification, {after.total().depth} drafts a round (before → after; generate is that "
-        "of transformers, engine is mtpd's own without drafts)"
-    )
+def drafters_table(acceptance: Acceptance, *, apart: frozenset[str] = frozenset()) -> Table:
+    """Tau of heads and look-up, each alone and together, and where the accepted drafts came from."""
+    suites = {name: each for name, each in with_total(acceptance, apart=apart).items() if each.drafters}
+    nodes = next(iter(suites.values())).drafters["together"].nodes  # type: ignore[index]
+    title = f"Tau of what drafts, up to {nodes} drafts a round in one tree (no decoding; equal on every machine)"
     table = Table(title=title, title_justify="left")
-    say_if_random(table, after)
-    for column in ("suite", "prompts", "CAR after", "tau", *DECODED_COLUMNS):
-        table.add_column(column.replace(" ", "\n"), justify="left" if column == "suite" else "right")
-    first = with_total(before, apart=apart)
-    for name, suite in with_total(after, apart=apart).items():
+    say_if_random(table, acceptance)
+    columns = ("prompts", "chain of heads", "look-up alone", "heads alone", "together", "accepted from heads, look-up")
+    table.add_column("suite")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, suite in suites.items():
+        found = suite.drafters or {}
         table.add_row(
             name,
             str(suite.prompts),
-            _short(suite.car),
-            f"{first[name].tau:.2f} → {suite.tau:.2f}",
-            rate(suite.tokens, suite.plain_seconds),
-            rate(suite.tokens, suite.engine_seconds),
-            f"{rate(first[name].tokens, first[name].seconds)} → {rate(suite.tokens, suite.seconds)}",
-            _times(first[name].speed_up, suite.speed_up),
-            _times(first[name].speed_up_over_engine, suite.speed_up_over_engine),
-            same_text(suite),
+            f"{suite.tau:.2f}",
+            *(f"{found[each].tau:.2f}" for each in ("lookup", "heads", "together")),
+            from_sources(found["together"]),
             style="bold" if name == TOTAL else None,
         )
     return table
+
+
+def from_sources(counts: DrafterCounts) -> str:
+    """Shares of the accepted drafts: heads 62%, lookup 38%"""
+    sums = {source: sum(each) for source, each in counts.sources.items()}
+    return ", ".join(f"{source} {100 * each / sum(sums.values()):.0f}%" for source, each in sorted(sums.items()))
+
+
+def decoded_table(acceptance: Acceptance, *, apart: frozenset[str] = frozenset()) -> Table:
+    """One line a way of decoding: tokens/s, tau, and what each adds to the one before."""
+    total = with_total(acceptance, apart=apart)[TOTAL] if len(acceptance.suites) > len(apart) else acceptance.total()
+    title = (
+        f"Decoded greedily, {total.prompts} prompts, {(acceptance.settings or {}).get('dtype')}: what each part brings"
+    )
+    table = Table(title=title, title_justify="left")
+    say_if_random(table, acceptance)
+    for column in ("decoded by", "tokens/s", "over generate", "over the engine", "over the line before", "tau"):
+        table.add_column(column, justify="left" if column == "decoded by" else "right")
+    before: float | None = None
+    baselines = (total.plain_seconds, total.engine_seconds)
+    for name, tokens, seconds, tau in ways(total):
+        rate = tokens / seconds
+        table.add_row(
+            name,
+            f"{rate:.1f}",
+            *(f"{rate * each / total.tokens:.2f}x" if each else NOT_MEASURED for each in baselines),
+            "" if before is None else f"{rate / before:.2f}x",
+            "" if tau is None else f"{tau:.2f}",
+            style="bold" if name == WAYS["together"] else None,
+        )
+        before = rate
+    said = [table.caption] if isinstance(table.caption, str) else []
+    table.caption, table.caption_justify = "\n".join([f"same text as generate: {same_text(total)}", *said]), "left"
+    return table
+
+
+def ways(suite: SuiteCounts) -> list[tuple[str, int, float, float | None]]:
+    """Name, tokens, seconds and tau of each way of decoding that was timed, in the order of tables."""
+    found: list[tuple[str, int, float | None, float | None]] = [
+        (WAYS["plain"], suite.tokens, suite.plain_seconds, None),
+        (WAYS["engine"], suite.tokens, suite.engine_seconds, 1.0),
+    ]
+    if not suite.drafters:
+        found.append((WAYS["chain"], suite.tokens, suite.seconds, suite.tau))
+    for name, each in (suite.drafters or {}).items():
+        found.append((WAYS[name], each.tokens, each.seconds, each.tau))
+    order = list(WAYS.values())
+    timed = [(name, tokens, seconds, tau) for name, tokens, seconds, tau in found if seconds]
+    return sorted(timed, key=lambda each: order.index(each[0]))
 
 
 def _short(rates: Sequence[float]) -> str:
@@ -99,11 +153,6 @@ def same_text(suite: SuiteCounts) -> str:
     """In how many prompts the text was that of `generate`, and how many of the others part from it at a tie."""
     ties = f", {suite.ties} tie{'s' * (suite.ties > 1)}" if suite.ties else ""
     return f"{suite.identical}/{suite.prompts}{ties}"
-
-
-def _times(before: float | None, after: float | None) -> str:
-    """A speed-up before and after, in a cell narrow enough for a table of both baselines to fit into 132 columns."""
-    return f"{before:.2f} → {after:.2f}x" if before is not None and after is not None else NOT_MEASURED
 
 
 def say_if_random(table: Table, acceptance: Acceptance) -> None:

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.gate import COMPARED, Change, Comparison, label
-from mtpd.evaluate.intervals import FEWEST, Estimate
-from mtpd.evaluate.run_tables import DECODED_COLUMNS, NOT_MEASURED, TOTAL, rate, same_text, say_if_random
+from mtpd.evaluate.intervals import DRAFTERS, FEWEST, Estimate
+from mtpd.evaluate.run_tables import DECODED_COLUMNS, NOT_MEASURED, TOTAL, from_sources, rate, same_text, say_if_random
 
 if TYPE_CHECKING:  # brings in torch
     from mtpd.evaluate.trunk_quality import TrunkQuality
@@ -81,6 +81,26 @@ def depths_table(acceptance: Acceptance, estimates: Estimates) -> Table:
             found[f"car_{k}"].text(),
             expected.text() if expected else "",
             f"{total.control.car[k - 1]:.3f}" if total.control else "",
+        )
+    return table
+
+
+def drafters_table(acceptance: Acceptance, estimates: Estimates) -> Table:
+    """One line a suite: tau of heads and look-up, each alone and together, and what the accepted drafts came from."""
+    table = Table(title=f"Tau of what drafts{interval_note(estimates)}", title_justify="left")
+    say_if_random(table, acceptance)
+    table.add_column("suite")
+    for column in ("look-up alone", "heads alone", "together", "accepted from heads, look-up"):
+        table.add_column(column, justify="right")
+    for name, found in estimates.items():
+        suite = acceptance.total() if name is None else acceptance.suites[name]
+        if suite.drafters is None:
+            continue
+        table.add_row(
+            name or TOTAL,
+            *(found[f"tau_{each}"].text() if f"tau_{each}" in found else "" for each in DRAFTERS),
+            from_sources(suite.drafters["together"]),
+            style="bold" if name is None else None,
         )
     return table
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,13 @@ GoOn = Callable[[Tensor, Tensor], bool]
 Level = Callable[[list[list[float]], list[list[int]], list[list[int]]], bool]
 """Takes, by row, log-probabilities, token ids and parents of the candidates of a depth; False ends the drafting. A
 parent is a place among the candidates of the depth before."""
+
+
+def to_lists(values: Tensor, *ids: Tensor) -> list[list[list[Any]]]:
+    """Copies numbers [N, m] and ids [N, m] from the device in one transfer, for which the host waits."""
+    # Every id is whole in float64.
+    first, *rest = torch.stack([values.double(), *(each.double() for each in ids)]).tolist()
+    return [first, *([[int(number) for number in row] for row in each] for each in rest)]
 
 
 class Drafter(ABC):
@@ -123,7 +131,7 @@ class Drafter(ABC):
         def choose(logits: Tensor, number: int) -> Tensor:
             nonlocal goes_on, going
             best, columns = logits.float().log_softmax(-1).topk(min(beam, logits.shape[-1]), dim=-1)
-            values, ids = best.tolist(), self.ids(columns).tolist()
+            values, ids = to_lists(best, self.ids(columns))
             reached = [
                 [
                     (before + value, value, token, place)

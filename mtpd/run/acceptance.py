@@ -10,14 +10,16 @@ import torch
 from rich.console import Console
 
 from mtpd.data.models import load_model, resolve_dtype
-from mtpd.data.packing import Sample
-from mtpd.decode.chances import CHANCES, write_chances
+from mtpd.data.packing import PackedRows, Sample, response_texts
+from mtpd.decode.chances import CHANCES, Chances, read_chances, write_chances
+from mtpd.decode.corpus import CORPUS_FILE, Corpus, build_corpus, read_corpus, write_corpus
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.chances import count_chances
 from mtpd.evaluate.decoded import measure_decoded
+from mtpd.evaluate.drafters import drafts_together, measure_drafters, with_drafters
 from mtpd.evaluate.measure import Model
 from mtpd.evaluate.offline import measure_offline
-from mtpd.evaluate.run_tables import decoded_table, offline_table
+from mtpd.evaluate.run_tables import decoded_table, drafters_table, offline_table
 from mtpd.evaluate.trunk_quality import at_chance
 from mtpd.files import fingerprint_file
 from mtpd.heads import WEIGHTS, Heads, build_heads, load_heads
@@ -30,7 +32,13 @@ from mtpd.run.session import Session
 from mtpd.trunk import Trunk
 
 
-def measure(session: Session, heads: Heads, samples: Sequence[Sample], folder: Path, path: Path) -> None:
+def measure(
+    session: Session,
+    heads: Heads,
+    samples: Sequence[Sample],
+    folder: Path,
+    path: Path,
+) -> None:
     """Offline acceptance of the heads of a folder, written to `path` unless it is there. All ranks call it.
 
     The main rank measures; where the trunk is partitioned, all do, on the same texts.
@@ -71,16 +79,50 @@ def keep_texts(session: Session, heads: Heads, samples: Sequence[Sample]) -> Non
     ranks.barrier()
 
 
-def keep_chances(session: Session, heads: Heads, samples: Sequence[Sample]) -> None:
+def keep_corpus(session: Session, rows: PackedRows) -> Corpus | None:
+    """Indexes the responses that were trained on, if the recipe wants it, and gives the index."""
+    folder, megabytes = session.run.heads, session.recipe.data.corpus_mb
+    if megabytes and ranks.is_main() and not (folder / CORPUS_FILE).is_file():
+        write_corpus(folder, build_corpus(response_texts(rows), megabytes=megabytes), session.tokenizer)
+    ranks.barrier()
+    return read_corpus(folder, session.tokenizer)
+
+
+def keep_chances(session: Session, heads: Heads, samples: Sequence[Sample], corpus: Corpus | None) -> Chances:
     """Counts on held-out texts how often drafts are right, for decoding with heads and look-up together.
 
     The main rank alone: nothing is counted where the trunk is partitioned.
     """
-    file = session.run.heads / CHANCES
-    if ranks.is_main() and not file.is_file() and not session.trunk.partitioned and samples:
+    folder = session.run.heads
+    if ranks.is_main() and not (folder / CHANCES).is_file() and not session.trunk.partitioned and samples:
         copy = _in_format_of_trunk(session, heads)
-        found = count_chances(session.trunk, copy, samples, progress=session.progress)
-        write_chances(session.run.heads, found)
+        write_chances(folder, count_chances(session.trunk, copy, samples, corpus=corpus, progress=session.progress))
+    ranks.barrier()
+    return read_chances(folder)
+
+
+def measure_together(
+    session: Session, heads: Heads, samples: Sequence[Sample], chances: Chances, corpus: Corpus | None
+) -> None:
+    """Adds what heads and look-up accept together to the run's offline acceptance, unless it is there."""
+    path = session.run.acceptance
+    if not ranks.is_main() or not drafts_together(session.trunk):
+        return
+    acceptance = Acceptance.load(path)
+    if acceptance.total().drafters:
+        return
+    copy = _in_format_of_trunk(session, heads)
+    found = measure_drafters(
+        session.trunk,
+        copy,
+        samples,
+        chances,
+        corpus=corpus,
+        end_tokens=session.ends,
+        progress=session.progress,
+    )
+    suites = {name: with_drafters(suite, found) for name, suite in acceptance.suites.items()}
+    acceptance.model_copy(update={"suites": suites}).save(path)
 
 
 def _in_format_of_trunk(session: Session, heads: Heads) -> Heads:
@@ -125,9 +167,9 @@ def acceptance_of(
 
 
 def decode(session: Session, samples: Sequence[Sample]) -> None:
-    """Decodes with the heads before and after training, beside plain `generate`; writes both acceptance files."""
+    """Decodes with heads, look-up and both, beside plain `generate`; writes the acceptance file."""
     run, evaluation = session.run, session.recipe.evaluation
-    if measured(run.decoded_before, run.heads_before) and measured(run.decoded, run.heads):
+    if measured(run.decoded, run.heads):
         return
     trunk = session.trunk
     wanted = trunk.dtype if evaluation.dtype == "trunk" else resolve_dtype(evaluation.dtype, trunk.device)
@@ -139,27 +181,21 @@ def decode(session: Session, samples: Sequence[Sample]) -> None:
             trust_remote_code=session.recipe.trust_remote_code,
         )
         trunk = Trunk(model, tokens=session.trunk.tokens)
-    folders = {run.decoded_before: run.heads_before, run.decoded: run.heads}
-    heads = {path.name: load_heads(folder, trunk).to(wanted) for path, folder in folders.items()}
-    for each in heads.values():
-        each.shorten(evaluation.decode_depth or each.depth)
-    if fingerprint_file(run.heads_before / WEIGHTS) == fingerprint_file(run.heads / WEIGHTS):
-        # The start was kept: the same heads are not decoded with twice.
-        del heads[run.decoded_before.name]
+    heads = load_heads(run.heads, trunk).to(wanted)
+    heads.shorten(evaluation.decode_depth or heads.depth)
     chosen = spread(list(samples), evaluation.decode_prompts)
-    results = measure_decoded(
+    suites = measure_decoded(
         trunk,
         heads,
         chosen,
+        chances=read_chances(run.heads) if drafts_together(trunk) else None,
+        corpus=read_corpus(run.heads, session.tokenizer),
         max_new_tokens=evaluation.max_new_tokens,
         end_tokens=session.ends,
         progress=session.progress,
     )
     chance = at_chance(trunk, [sample.prompt_ids for sample in chosen])
-    for path, folder in folders.items():
-        suites = results.get(path.name, results[run.decoded.name])
-        drafting = heads[run.decoded.name]
-        acceptance_of(session, trunk, drafting, folder, "decoded", suites, chance=chance).save(path)
+    acceptance_of(session, trunk, heads, run.heads, "decoded", suites, chance=chance).save(run.decoded)
 
 
 def show(run: RunDirectory, console: Console, apart: frozenset[str]) -> None:
@@ -170,6 +206,8 @@ def show(run: RunDirectory, console: Console, apart: frozenset[str]) -> None:
     sides = {"before training": before, "after training": after}
     write_car(run.plot, run.path.resolve().name, sides, apart=sorted(apart))
     console.print(offline_table(before, after, apart=apart))
+    if after.total().drafters:
+        console.print(drafters_table(after, apart=apart))
     if run.decoded.is_file():
-        console.print(decoded_table(Acceptance.load(run.decoded_before), Acceptance.load(run.decoded), apart=apart))
+        console.print(decoded_table(Acceptance.load(run.decoded), apart=apart))
     console.print(f"CAR by depth: {run.plot}")

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from mtpd.data.models import resolve_device, trunk_fingerprint
+from mtpd.decode.chances import read_chances
+from mtpd.decode.corpus import read_corpus
 from mtpd.errors import UserError
 from mtpd.evaluate import gate, outputs, tables
 from mtpd.evaluate.acceptance import Acceptance
@@ -48,6 +50,7 @@ class Request:
     responses: Path
     against: Path | None
     max_drop: float
+    guard: gate.Guard
     write_baseline: Path | None
     check_trunk: bool
     markdown: Path | None
@@ -99,6 +102,8 @@ def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: 
         heads_fingerprint=fingerprint_file(request.run / request.heads / WEIGHTS),
         mode=mode,
         responses=request.responses,
+        chances=read_chances(request.run / request.heads),
+        corpus=read_corpus(request.run / request.heads, finished.tokenizer),
         trained=trained_prompts(run),
         progress=progress,
     )
@@ -110,6 +115,8 @@ def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: 
     to = console(quiet=not progress)
     to.print(tables.suites_table(acceptance, estimates))
     to.print(tables.depths_table(acceptance, estimates))
+    if acceptance.total().drafters:
+        to.print(tables.drafters_table(acceptance, estimates))
     to.print(_speed(acceptance, trace), highlight=False, soft_wrap=True)
     warn_of_control(acceptance)
     quality = _check_trunk(request, finished, suites, progress=progress) if request.check_trunk else None
@@ -118,7 +125,7 @@ def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: 
     comparison = verdict = None
     if baseline is not None:
         comparison = gate.compare(baseline, acceptance, names=(str(request.against), str(path)))
-        verdict = gate.judge(comparison, max_drop=request.max_drop)
+        verdict = gate.judge(comparison, max_drop=request.max_drop, guard=request.guard)
         show_comparison(to, comparison, verdict)
     if request.markdown is not None:
         text = outputs.markdown(acceptance, estimates, comparison=comparison, verdict=verdict, quality=quality)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mtpd.heads.base import Heads
-from mtpd.heads.drafting import Drafter, Level, Pick
+from mtpd.heads.drafting import Drafter, Level, Pick, to_lists
 from mtpd.packed_modules import faster, faster_logits
 from mtpd.slots import SlotCache, Span
 from mtpd.trunk import Trunk
@@ -124,7 +124,7 @@ class ChainDrafter(Drafter):
             best, columns = chances.topk(min(beam, chances.shape[-1]), dim=-1)
             behind = torch.arange(frontier, device=device).repeat_interleave(best.shape[-1]).expand(count, -1)
             best, drafted = best.flatten(1), self.ids(columns).flatten(1)
-            goes_on = level(best.tolist(), drafted.tolist(), places[rows, behind].tolist())
+            goes_on = level(*to_lists(best, drafted, places[rows, behind]))
             if not goes_on or index + 1 == depth:
                 return
             paths, places = (best + paths[rows, behind]).topk(min(beam, best.shape[1]), dim=1)
