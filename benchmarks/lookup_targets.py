@@ -111,7 +111,8 @@ def main() -> None:
 
 def report(table: list[dict[str, Any]]) -> None:
     """Means over seeds, and the paired difference to all positions."""
-    print("\n| domain | loss | tau, chain of heads | tau, together | together, against all positions |\n|---|---|---|---|---|")
+    print("\n| domain | loss | tau, chain of heads | tau, together | together, against all positions |")
+    print("|---|---|---|---|---|")
     for domain in dict.fromkeys(row["domain"] for row in table):
         of = {way: [row for row in table if (row["way"], row["domain"]) == (way, domain)] for way in WAYS}
         plain = {row["seed"]: row["together"] for row in of["all positions"]}

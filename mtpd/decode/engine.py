@@ -29,7 +29,6 @@ from mtpd.decode.planner import BEAM, MOST, Planner
 from mtpd.decode.text import Request, Text
 from mtpd.errors import UserError
 from mtpd.heads import Heads
-from mtpd.heads.drafting import Pick
 from mtpd.packed_modules import faster, faster_logits
 from mtpd.slots import SlotCache, Span
 from mtpd.trunk import Tap, Trunk
@@ -208,7 +207,7 @@ class Engine:
         def choose(logits: Tensor, number: int) -> Tensor:
             return self.choice.draft(logits, self.active, number)
 
-        depth = self.drafter.draft(self.tokens, newest, self.depth, Pick(choose, joint=self.choice.likeliest))
+        depth = self.drafter.draft(self.tokens, newest, self.depth, choose)
         return Drafts.chain(Span(newest, depth, self.device).read(self.tokens, steps=1).clone())
 
     def _pass(

@@ -38,7 +38,6 @@ class _Along:
     """Chooses the tokens of known texts."""
 
     branches = True
-    likeliest = True
 
     def __init__(self, texts: Sequence[Sequence[int]]) -> None:
         self.texts = texts

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,21 +16,8 @@ from torch import Tensor
 from mtpd.slots import Span
 from mtpd.trunk import Trunk
 
-
-@dataclass(frozen=True)
-class Pick:
-    """Chooses drafts.
-
-    Attributes:
-        choose: gives columns [N] for logits [N, M] and the number of drafts before in this round.
-        joint: whether heads that choose the likeliest drafts together may do so, without asking.
-    """
-
-    choose: Callable[[Tensor, int], Tensor]
-    joint: bool = False
-
-    def __call__(self, logits: Tensor, number: int) -> Tensor:
-        return self.choose(logits, number)
+Pick = Callable[[Tensor, int], Tensor]
+"""Gives columns [N] for logits [N, M], and the number of drafts before in this round."""
 
 
 GoOn = Callable[[Tensor, Tensor], bool]
@@ -83,13 +69,10 @@ class Drafter(ABC):
         """Makes the first `length` positions of one slot those of another."""
 
     @abstractmethod
-    def drafts(
-        self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick
-    ) -> Iterator[tuple[Tensor | None, Tensor]]:
+    def drafts(self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields the logits [N, M] and the chosen columns [N] of one depth after the other.
 
-        The drafts of a depth stand in `tokens` before the next depth is asked for. Logits may be None where
-        `pick.joint` lets the heads choose by themselves. The arguments are those of `draft`.
+        The drafts of a depth stand in `tokens` before the next depth is asked for. The arguments are those of `draft`.
         """
 
     def draft(self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick, go_on: GoOn | None = None) -> int:
@@ -109,7 +92,7 @@ class Drafter(ABC):
         ends = torch.tensor(newest, device=tokens.device)
         for drafted, (logits, columns) in enumerate(self.drafts(tokens, newest, depth, pick), start=1):
             tokens[rows, ends + drafted] = self.ids(columns)
-            if logits is not None and go_on is not None and drafted < depth and not go_on(logits, columns):
+            if go_on is not None and drafted < depth and not go_on(logits, columns):
                 return drafted
         return depth
 
@@ -149,7 +132,7 @@ class Drafter(ABC):
             goes_on = level(*([[each[part] for each in row] for row in reached] for part in (1, 2, 3)))
             return columns[:, 0]
 
-        self.draft(tokens, newest, depth, Pick(choose), lambda logits, columns: goes_on)
+        self.draft(tokens, newest, depth, choose, lambda logits, columns: goes_on)
 
     def ids(self, columns: Tensor) -> Tensor:
         """Translates columns of the logits to token ids."""

@@ -182,7 +182,6 @@ def decode(session: Session, samples: Sequence[Sample]) -> None:
         )
         trunk = Trunk(model, tokens=session.trunk.tokens)
     heads = load_heads(run.heads, trunk).to(wanted)
-    heads.shorten(evaluation.decode_depth or heads.depth)
     chosen = spread(list(samples), evaluation.decode_prompts)
     suites = measure_decoded(
         trunk,

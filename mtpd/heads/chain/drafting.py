@@ -67,9 +67,7 @@ class ChainDrafter(Drafter):
     def read(self, span: Span, hidden: Tensor) -> None:
         span.write(self.states[0], hidden)
 
-    def drafts(
-        self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick
-    ) -> Iterator[tuple[Tensor | None, Tensor]]:
+    def drafts(self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick) -> Iterator[tuple[Tensor, Tensor]]:
         for index in range(depth):
             true = self.true[index]
             width = max(1, *(end - true[row] for row, end in enumerate(newest)))
