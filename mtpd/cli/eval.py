@@ -87,7 +87,8 @@ def evaluate(
 
         mtpd eval runs/demo --against baselines/main.json --max-drop 0.01
     """
-    from mtpd.evaluate.suites import check_names  # takes a moment that --help has no need of
+    from mtpd.evaluate.suites import check_names  # these take a moment that --help has no need of
+    from mtpd.run.request import Request, check_request
 
     names = None if suite is None else [name.strip() for name in suite.split(",") if name.strip()]
     for option, file in (("--output", output), ("--markdown", markdown), ("--junit", junit)):
@@ -97,28 +98,29 @@ def evaluate(
     if against is not None:
         against = acceptance_file(against, name="evaluation-decoded.json" if mode == "decoded" else "evaluation.json")
     check_names(names, suite_dir, against=against)
+    request = Request(
+        run=run,
+        suites=names,
+        suite_dir=suite_dir,
+        mode=mode,
+        output=output,
+        heads=heads,
+        drafts=drafts,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        responses=responses.expanduser(),
+        against=against,
+        max_drop=max_drop,
+        write_baseline=write_baseline,
+        check_trunk=check_trunk,
+        markdown=markdown,
+        junit=junit,
+        untrusted=untrusted,
+    )
+    check_request(request, request.baseline())
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
-        from mtpd.run.evaluate import Request, evaluate_run  # brings in torch
+        from mtpd.run.evaluate import evaluate_run  # brings in torch
 
-        request = Request(
-            run=run,
-            suites=names,
-            suite_dir=suite_dir,
-            mode=mode,
-            output=output,
-            heads=heads,
-            drafts=drafts,
-            limit=limit,
-            max_new_tokens=max_new_tokens,
-            responses=responses.expanduser(),
-            against=against,
-            max_drop=max_drop,
-            write_baseline=write_baseline,
-            check_trunk=check_trunk,
-            markdown=markdown,
-            junit=junit,
-            untrusted=untrusted,
-        )
         with keeping(KEPT_RESPONSES):
             code = evaluate_run(request)
     if code:

@@ -10,6 +10,7 @@ import typer
 from mtpd.cli.import_ import Output
 from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
+from mtpd.heads import read_config
 from mtpd.run.check import check_finished
 
 Target = Literal[
@@ -54,6 +55,8 @@ def export(
     # Imported heads that mtpd cannot compute have no recipe.
     if not (run / "import.json").is_file():
         check_finished(run)
+        if depth is not None:
+            read_config(run / "heads").check_depth(depth, key="--depth")
     with quiet_libraries(debug=debug):
         from mtpd.formats.export import export as write  # brings in torch
 

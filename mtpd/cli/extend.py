@@ -13,7 +13,7 @@ from mtpd.cli.kept import RESUMES, RESUMES_WITHOUT_FRESH, keeping
 from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.errors import UserError
-from mtpd.run.check import check_finished
+from mtpd.run.check import extended_recipe
 
 
 def extend(
@@ -67,7 +67,6 @@ def extend(
 
         mtpd extend runs/demo --to 8 --steps 0
     """
-    check_finished(run)
     if shared and adapters is not None:
         raise UserError("--shared: is not accepted with --adapters; accepted: one of them")
     form = "shared" if shared else "adapters" if adapters is not None else None
@@ -81,6 +80,7 @@ def extend(
         "auto": auto or None,
     }
     given: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
+    extended_recipe(run, given)
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
         from mtpd.parallel import ranks  # brings in torch
         from mtpd.run.extend import extend as run_stages

@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from mtpd.cli.checks import export_directory
+from mtpd.cli.checks import served_export
 from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.data.sources import check_source
+from mtpd.errors import UserError
 
 
 def verify(
@@ -44,7 +45,9 @@ def verify(
 
         mtpd verify out --engine vllm
     """
-    export_directory(path)
+    if environment is not None and engine != "vllm":
+        raise UserError(f"--environment: {environment} is for --engine vllm; {engine} runs in this environment")
+    served_export(path, engine=engine, run=run, drafts=drafts)
     prompts = "builtin-held-out" if suite == "demo" else suite
     check_source(prompts, key="--suite")
     with quiet_libraries(debug=debug):
