@@ -15,7 +15,11 @@ from mtpd.errors import UserError
 from mtpd.recipe import load_recipe
 from mtpd.run.check import check_file, check_recipe
 
-app = typer.Typer(no_args_is_help=True, help="Compute the hidden states or the draft vocabulary of a run before it.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Prepare a training: compute its hidden states, or its draft vocabulary.\n\n"
+    "Example:\n\n    mtpd data store demo",
+)
 
 
 @app.command()

@@ -44,8 +44,8 @@ def distill(
         typer.Option(
             "--resume",
             metavar="auto | CHECKPOINT",
-            help="The checkpoint that training continues from: the newest whole one, or one by name (checkpoint-200). "
-            "With a name, later ones are deleted.",
+            help="Where an interrupted training continues: auto is its newest complete checkpoint; or name one, such "
+            "as checkpoint-200, and later ones are deleted.",
         ),
     ] = "auto",
     untrusted: Untrusted = False,

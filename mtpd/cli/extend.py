@@ -19,33 +19,39 @@ from mtpd.run.check import extended_recipe
 def extend(
     context: typer.Context,
     run: RunArgument,
-    to: Annotated[int | None, typer.Option("--to", help="Heads after the last stage.")] = None,
+    to: Annotated[int | None, typer.Option("--to", help="How many heads the run has in the end.")] = None,
     stages: Annotated[
         str | None,
-        typer.Option("--stages", help="Heads after each stage, such as 8,16. Default: twice as many each time."),
+        typer.Option(
+            "--stages", help="How many heads after each stage, such as 8,16. Default: twice as many each time."
+        ),
     ] = None,
     shared: Annotated[
-        bool, typer.Option("--shared", help="New heads use the blocks there are, and have no weights of their own.")
+        bool,
+        typer.Option("--shared", help="New heads use the decoder layers of the heads there are, and add no weights."),
     ] = False,
     adapters: Annotated[
         int | None,
-        typer.Option("--adapters", help="New heads use the blocks there are, with LoRA adapters of this rank."),
+        typer.Option(
+            "--adapters",
+            help="New heads use the decoder layers of the heads there are, with LoRA adapters of this rank.",
+        ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", help="Training steps of each stage; 0 adds heads without training.")
+        int | None, typer.Option("--steps", help="Training steps of each stage; 0 adds heads and trains nothing.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", help="Peak learning rate of a stage.")
+        float | None, typer.Option("--learning-rate", help="The highest learning rate of each stage.")
     ] = None,
     auto: Annotated[
-        bool, typer.Option("--auto", help="Add stages until one no longer makes decoding faster here.")
+        bool, typer.Option("--auto", help="Add stages as long as they make decoding on this machine faster.")
     ] = False,
     untrusted: Annotated[
         bool,
         typer.Option(
             "--untrusted",
-            help="The run is somebody else's: paths in its recipe stay inside this folder, and nothing in it runs code "
-            "or sends data away.",
+            help="For a run from somebody else: refuse paths in its recipe that lead out of this folder, and keys that "
+            "run code or send data away.",
         ),
     ] = False,
     fresh: Annotated[

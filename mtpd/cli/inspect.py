@@ -15,12 +15,18 @@ Checkpoint = Annotated[
 ]
 FamilyOption = Annotated[
     str | None,
-    typer.Option("--family", callback=known_family, help="Family of the heads, if the config does not say it."),
+    typer.Option(
+        "--family",
+        callback=known_family,
+        help="Which format the heads have, such as deepseek-v3, if config.json does not tell.",
+    ),
 ]
 BaseOption = Annotated[
     str | None,
     typer.Option(
-        "--base", callback=known_checkpoint, help="The base model, for heads that are in a directory of their own."
+        "--base",
+        callback=known_checkpoint,
+        help="The model that the heads belong to, if they are in a directory of their own.",
     ),
 ]
 
