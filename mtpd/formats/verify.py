@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from mtpd.data.generation import plain_generation
@@ -28,6 +26,7 @@ from mtpd.formats.importing import open_checkpoint
 from mtpd.formats.model_card import read_says
 from mtpd.formats.noise_check import accepts_less, perturbed
 from mtpd.heads import load_heads
+from mtpd.progress import Bar
 from mtpd.trunk import Trunk
 
 PERTURBED = 2
@@ -139,7 +138,7 @@ def verify(
     spoiled = texts[:PERTURBED] if perturb else []
     # Plain, by mtpd, by the engine: texts of about the same cost.
     with (
-        tqdm(total=3 * len(texts) + len(spoiled), desc="plain", unit="text", leave=False) as bar,
+        Bar(total=3 * len(texts) + len(spoiled), desc="plain", unit="text", leave=False) as bar,
         perturbed(native) if perturb else nullcontext() as copy,
     ):
         for prompt in texts:
@@ -180,7 +179,7 @@ def _serve(
     max_new_tokens: int,
     depth: int,
     environment: Path | None,
-    bar: tqdm[Any],
+    bar: Bar,
 ) -> list[Served]:
     """Serves prompts with one directory after the other."""
     if engine == "transformers":
