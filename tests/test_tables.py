@@ -57,6 +57,16 @@ def test_a_speed_up_stands_beside_both_baselines() -> None:
     assert "speed-up over engine without drafts" in changes
 
 
+def test_one_suite_has_no_sum() -> None:
+    """Fault: a table repeats its only suite as `all`, or leaves the sum of several out."""
+    one, two = measured(), acceptance(one=rows(60, 0), two=rows(60, 1))
+    for found, row in ((one, False), (two, True)):
+        compared, estimates = compare(found, found), intervals(found)
+        tables = (suites_table(found, estimates), comparison_table(compared), offline_table(found, found))
+        assert [any("│ all" in line for line in printed(table).splitlines()) for table in tables] == [row] * 3
+        assert markdown(found, estimates, comparison=compared).count("**all**") == 2 * row
+
+
 def test_an_older_file_says_that_the_engine_was_not_timed() -> None:
     """Fault: a file without the engine's seconds shows a speed-up of 0, or one of the other baseline in its place."""
     old = measured(engine_seconds=None)
@@ -134,6 +144,6 @@ def test_the_decoded_table_fits_into_a_log() -> None:
     console = Console(width=132)
     with console.capture() as captured:
         console.print(decoded_table(found, found))
-    lines = [line for line in captured.get().splitlines() if line.startswith("│")]
-    assert len(lines) == 2
-    assert all("…" not in line and "9/12, 3 ties" in line for line in lines[:1])
+    [line] = [line for line in captured.get().splitlines() if line.startswith("│")]
+    assert "…" not in line
+    assert "9/12, 3 ties" in line
