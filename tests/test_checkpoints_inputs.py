@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import get_args
 
 import architectures
 import pytest
-from test_checkpoints_export import finished_run as run_with
 
 from mtpd.cli import main
 from mtpd.cli.export import Target
 from mtpd.data import builtin_models
 from mtpd.data.models import load_model
-from mtpd.errors import UserError
-from mtpd.formats.export import ENGINES, export
+from mtpd.formats.export import ENGINES
 from mtpd.formats.layouts.table import LAYOUTS
-from mtpd.heads import load_heads
 
 
 def test_runs_of_the_built_in_model_are_inspected_and_exported(
@@ -80,53 +74,3 @@ def test_what_is_no_checkpoint_is_named(
 def test_targets_are_the_engines_and_layouts() -> None:
     """Fault: a new layout that the command line does not take."""
     assert set(get_args(Target)) == {*ENGINES, *LAYOUTS}
-
-
-SLIPS = {
-    "misspelt engine": (["export", "{run}", "--to", "transfomers", "-o", "{out}"], "'transfomers' is not one of"),
-    "output in a file": (["export", "{run}", "--to", "hf-mtp", "-o", "{run}/recipe.yaml/out"], "recipe.yaml is a file"),
-    "output exists": (["import", "{run}", "-o", "{run}"], "exists; choose another output"),
-    "no run": (["export", "{out}", "--to", "hf-mtp", "-o", "{out}"], "no such directory"),
-    "a run": (["verify", "{run}", "--engine", "transformers"], "is a run; export it first: mtpd export"),
-    "misspelt family": (["inspect", "{run}", "--family", "glm"], "glm is not known; accepted: deepseek-v3"),
-}
-
-
-def test_slips_are_answered_without_torch(finished_run: Path, tmp_path: Path) -> None:
-    """Fault: seconds of importing before a misspelt word is named, or another error in its place."""
-    cases = [
-        ([word.format(run=finished_run, out=tmp_path / "out") for word in words], expected)
-        for words, expected in SLIPS.values()
-    ]
-    script = (
-        "import io, json, sys; from contextlib import redirect_stderr; from mtpd.cli import main; said = []\n"
-        "for words in json.load(sys.stdin):\n"
-        "    with redirect_stderr(io.StringIO()) as lines: code = main(words)\n"
-        "    said.append([code, lines.getvalue(), 'torch' in sys.modules])\n"
-        "print(json.dumps(said))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        input=json.dumps([words for words, _ in cases]),
-        capture_output=True,
-        text=True,
-        check=True,
-        env=dict(os.environ),
-    )
-    for (_, expected), (code, line, heavy) in zip(cases, json.loads(done.stdout), strict=True):
-        assert (code, heavy, line.count("\n")) == (2, False, 1), line
-        assert expected in line
-
-
-def test_heads_of_another_model_name_both(tmp_path: Path) -> None:
-    """Fault: two fingerprints that tell nobody which model is which."""
-    trunk = architectures.tiny_trunk("llama")
-    run = run_with(tmp_path, trunk, architectures.new_heads(trunk, "identity", depth=1, fingerprint="f" * 64))
-    with pytest.raises(UserError, match=rf"trained with model {tmp_path / 'base'}, and this is LlamaForCausalLM"):
-        load_heads(run / "heads", trunk, fingerprint="e" * 64)
-
-
-def test_an_unknown_target_comes_first(tmp_path: Path) -> None:
-    """Fault: from Python, an error about the run before the one about the word."""
-    with pytest.raises(UserError, match="--to tensorrt: is not known; accepted: transformers, vllm"):
-        export(tmp_path / "none", tmp_path / "out", to="tensorrt")

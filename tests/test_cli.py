@@ -13,10 +13,12 @@ import textwrap
 import time
 import tomllib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner
 
@@ -84,6 +86,25 @@ def test_help_needs_no_torch(words: list[str]) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Usage: mtpd" in done.stdout
+
+
+def commands(command: Any, words: str = "mtpd") -> Iterator[tuple[str, Any]]:
+    yield words, command
+    for name, each in getattr(command, "commands", {}).items():
+        yield from commands(each, f"{words} {name}")
+
+
+def test_every_help_has_an_example_and_a_sentence_for_each_option() -> None:
+    """Fault: a newcomer reads the name of a command or an option, and nothing else."""
+    found = dict(commands(typer.main.get_command(app)))
+    assert len(found) > 20
+    assert [words for words, each in found.items() if f"\n    {words}" not in each.help] == []
+    assert [
+        (words, parameter.name)
+        for words, each in found.items()
+        for parameter in each.params
+        if not getattr(parameter, "help", "")
+    ] == []
 
 
 def test_recipe_commands_need_no_torch() -> None:
@@ -413,7 +434,7 @@ def test_a_real_interrupt_of_the_process(tmp_path: Path) -> None:
 
 
 def test_distill_passes_recipe_and_fresh_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Fault: --fresh, --resume or an override never reaches the run."""
     calls: list[tuple[Recipe, bool, str]] = []
@@ -424,10 +445,13 @@ def test_distill_passes_recipe_and_fresh_on(
 
     replace_distill(monkeypatch, run)
     assert main(["distill", DEMO, "heads.depth=2", "--fresh"]) == 0
-    assert main(["distill", "model=tiny", "--resume", "checkpoint-2"]) == 0
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "complete.json").touch()
+    words = ["model=tiny", f"output={tmp_path}"]
+    assert main(["distill", *words, "--resume", "checkpoint-2"]) == 0
     assert calls == [
         (load_recipe(DEMO, ["heads.depth=2"]), True, "auto"),
-        (load_recipe(None, ["model=tiny"]), False, "checkpoint-2"),
+        (load_recipe(None, words), False, "checkpoint-2"),
     ]
     assert "done: runs/demo" in capsys.readouterr().out
 

@@ -148,7 +148,7 @@ def first_schema(run: Path) -> None:
         (None, ["--suite", "nothing"], "suite nothing: unknown; accepted: alpaca, ceval"),
         (None, ["--suite", ","], "--suite: names no suite"),
         (None, ["--suite", "demo,demo"], "--suite: demo is named twice"),
-        (None, [*SHORT, "--drafts", "3"], "--drafts: 3 is more than there are heads; accepted: 1 to 2"),
+        (None, [*SHORT, "--drafts", "3"], "--drafts: 3 is not accepted; accepted: 1 to 2"),
         (None, [*SHORT, "--max-drop", "5", "--against", "BASE"], "--max-drop: 5"),
         (None, ["--suite", "demo", "--max-new-tokens", "8", "--against", "BASE"], "max_new_tokens is 16 and 8"),
         (None, ["--mode", "decoded", "--against", "BASE"], "different modes"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from pathlib import Path
 
 import pytest
 from transformers.utils import logging as transformers_logging
 
+from mtpd import progress
 from mtpd.cli.terminal import quiet_libraries
 
 
@@ -55,3 +57,21 @@ def test_settings_are_put_back() -> None:
         raise KeyError
     assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
     assert logging.getLogger("mtpd").handlers == handlers
+
+
+def test_a_log_has_no_bar_of_what_is_short(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: carriage returns and bars in the log of a step of a moment, or none in that of a long one."""
+    for delay in (5.0, 0.1):
+        monkeypatch.setattr(progress, "DELAY", delay)
+        with quiet_libraries(debug=False), progress.Bar(total=2, desc="first") as bar:
+            bar.set_description("second")
+            logging.getLogger("mtpd.data").warning("a warning")
+            bar.update()
+            time.sleep(0.2)
+            bar.set_description("third")
+            bar.update()
+        shown = capsys.readouterr().err
+        assert shown.count("mtpd: warning: a warning\n") == 1
+        assert ("third: 100%" in shown) == (delay == 0.1)
+        assert ("\r" in shown) == (delay == 0.1)
+        assert "second" not in shown

@@ -204,8 +204,11 @@ def test_totals_are_sums_of_counts() -> None:
     total = acceptance().total()
     assert (total.prompts, total.tokens, total.drafted, total.accepted) == (3, 60, [20, 20, 16], [10, 4, 2])
     assert (total.speed_up, total.identical, total.expected) == (2.0, 3, None)
-    assert list(with_total(acceptance(), apart=frozenset(["code"]))) == ["chat", "all", "code"]
-    assert with_total(acceptance(), apart=frozenset(["code"]))["all"] == acceptance().suites["chat"]
+    assert list(with_total(acceptance(), apart=frozenset(["code"]))) == ["chat", "code"]
+    three = acceptance().suites | {"more": acceptance().suites["chat"]}
+    listed = with_total(acceptance().model_copy(update={"suites": three}), apart=frozenset(["code"]))
+    assert list(listed) == ["chat", "more", "all", "code"]
+    assert listed["all"].prompts == 2 * three["chat"].prompts
 
 
 def test_acceptance_file(tmp_path: Path) -> None:

@@ -125,6 +125,19 @@ def test_few_prompts_never_decide(rate: float) -> None:
     assert verdict(single(MINIMUM_PROMPTS, 0.5), single(MINIMUM_PROMPTS, 0.5)).outcome == "passed"
 
 
+def test_a_change_without_an_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: empty brackets behind a change that has no interval, or square ones that the terminal takes for markup."""
+    for prompts in (3, 60):
+        file = tmp_path / f"{prompts}.json"
+        single(prompts, 0.5).save(file)
+        assert main(["compare", str(file), str(file), "--max-drop", "0.01"]) == (4 if prompts == 3 else 0)
+        shown = capsys.readouterr().out
+        reasons = shown.splitlines()[-1]
+        interval = r" \[[+-]0\.00, [+-]0\.00\]" if prompts == 60 else ""
+        assert re.search(rf"tau .*, \+0\.00%{interval},( 99.5%{interval},)? on {prompts} prompts", reasons), reasons
+        assert ("[" in shown) == (prompts == 60), shown
+
+
 def test_pairing_narrows_the_interval() -> None:
     """Fault: the two files are resampled apart, so that hard prompts in one and easy ones in the other look alike."""
     before = acceptance({"one": rows(200, 0.5, 0, spread=0.25)})

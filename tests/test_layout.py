@@ -10,12 +10,14 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mtpd"
 
-# What each part may import of the others. `errors`, `files`, `interrupts` and `section` stand under everything.
-BELOW = {"errors", "files", "interrupts", "section"}
+# What each part may import of the others. `errors`, `files`, `interrupts`, `progress` and `section` stand under
+# everything.
+BELOW = {"errors", "files", "interrupts", "progress", "section"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "interrupts": set(),
+    "progress": set(),
     "section": set(),
     "recipe": BELOW | {"heads", "losses"},
     "alignment": BELOW,

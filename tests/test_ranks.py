@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import in_ranks
+from processes import free_port, in_ranks
 
 from mtpd.errors import UserError
 from mtpd.parallel import ranks
@@ -81,3 +83,34 @@ def test_none_waits_for_a_rank_that_failed(monkeypatch: pytest.MonkeyPatch) -> N
         told = [f"rank {failing} was ended" in words for words in ended.errors]
         assert told == [how == "killed", False, False], ended.errors
         assert [rank for rank in range(3) if "data: wrong" in ended.errors[rank]] == ([1] if how == "raised" else [])
+
+
+REFUSED = """
+import sys, torch
+from mtpd.errors import MtpdError, UserError
+from mtpd.parallel import ranks
+
+try:
+    with ranks.joined(torch.device("cpu")):
+        ranks.barrier()
+        if ranks.rank() == 1:
+            sum(range(10_000_000))  # no other thread of this process runs meanwhile, as on a busy machine
+        raise UserError("data: wrong")
+except MtpdError as error:
+    sys.exit(error.exit_code)
+"""
+
+
+def test_a_refused_rank_ends_with_its_own_code() -> None:
+    """Fault: Python shuts down while the listener receives, which aborts the process: exit code 134 in place of 2."""
+    settings = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", REFUSED],
+            env=settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=60)[1].decode() for process in started]
+    assert [process.returncode for process in started] == [2, 2], errors

@@ -58,6 +58,16 @@ def test_a_speed_up_stands_beside_both_baselines() -> None:
     assert "speed-up over engine without drafts" in changes
 
 
+def test_one_suite_has_no_sum() -> None:
+    """Fault: a table repeats its only suite as `all`, or leaves the sum of several out."""
+    one, two = measured(), acceptance(one=rows(60, 0), two=rows(60, 1))
+    for found, row in ((one, False), (two, True)):
+        compared, estimates = compare(found, found), intervals(found)
+        tables = (suites_table(found, estimates), comparison_table(compared), offline_table(found, found))
+        assert [any("│ all" in line for line in printed(table).splitlines()) for table in tables] == [row] * 3
+        assert markdown(found, estimates, comparison=compared).count("**all**") == 2 * row
+
+
 def test_an_older_file_says_that_the_engine_was_not_timed() -> None:
     """Fault: a file without the engine's seconds shows a speed-up of 0, or one of the other baseline in its place."""
     old = measured(engine_seconds=None)
@@ -158,7 +168,7 @@ def test_what_the_drafters_have() -> None:
         together = DrafterCounts(nodes=16, tokens=100, forwards=40, sources={"heads": [30, 15], "lookup": [10, 5]})
         each = {"together": together, "heads": together, "lookup": DrafterCounts(nodes=16, tokens=100, forwards=80)}
         found.suites[name] = suite.model_copy(update={"drafters": each})
-    line = next(line for line in printed(run_drafters_table(found)).splitlines() if "│ all" in line)
+    line = next(line for line in printed(run_drafters_table(found)).splitlines() if "│ one" in line)
     assert [cell.strip() for cell in line.split("│")[4:8]] == ["1.25", "2.50", "2.50", "heads 75%, lookup 25%"]
     table = printed(drafters_table(found, intervals(found)))
     assert "2.500" in table

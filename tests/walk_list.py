@@ -47,19 +47,35 @@ NOT_RUN = (
 
 CHANGED = (Changed(r"^make demo\b", "mtpd distill demo", "without a checkout's virtual environment"),)
 
-# For `--size small`: what takes long is cut short.
-SHORT = "data.max_new_tokens=16 train.max_steps=4 evaluation.prompts_limit=7 evaluation.max_new_tokens=16 "
-SHORT += "evaluation.decode_prompts=1"
+# For `--size small`: what takes long is cut short. Of an option that is given twice, the last one counts.
+FEW = "evaluation.prompts_limit=5 evaluation.max_new_tokens=16 evaluation.decode_prompts=1"
+SHORT = f"data.max_new_tokens=16 train.max_steps=4 {FEW}"
 SHORTENED = (
     Changed(r"^mtpd distill demo\b", rf"\g<0> {SHORT} data.limit=12", "less of all"),
     Changed(r"^mtpd distill my-recipe\.yaml", rf"\g<0> {SHORT}", "less of all"),
-    Changed(r"^mtpd pretrain bytes-code[^#]*", r"\g<0> train.max_steps=4 train.compile=false", "fewer steps"),
-    Changed(r"^mtpd distill bytes-code-heads\b", r"\g<0> data.limit=40 train.max_steps=4", "fewer steps"),
-    Changed(r"gate\.sh demo (\S+) \S+", r"gate.sh smoke \1 baselines/smoke.json", "less of all"),
-    Changed(r"^mtpd eval \S+ --suite demo", r"\g<0> --limit 7 --max-new-tokens 32", "fewer prompts"),
-    Changed(r"^(mtpd bench .*--prompts) \d+ (--max-new-tokens) \d+", r"\1 1 \2 16", "one text, a shorter one"),
-    Changed(r"^mtpd extend runs/demo (?!--to 8)", "mtpd extend runs/small ", "a smaller model: every depth is timed"),
-    Changed(r"^mtpd extend \S+ --", r"\g<0>steps 2 --", "fewer steps"),
+    Changed(
+        r"^mtpd pretrain bytes-code[^#]*",
+        r"\g<0> train.max_steps=2 train.compile=false data.texts=texts.jsonl data.held_out=texts.jsonl",
+        "less text, which a tokenizer in Python reads byte by byte",
+    ),
+    Changed(r"^mtpd distill bytes-code-heads\b", rf"\g<0> data.limit=40 train.max_steps=4 {FEW}", "less of all"),
+    Changed(
+        r"gate\.sh demo (\S+) \S+",
+        r"gate.sh smoke \1 baselines/smoke.json --limit 7 --max-new-tokens 16",
+        "less of all",
+    ),
+    Changed(r"^mtpd eval \S+ --suite demo", r"\g<0> --limit 7 --max-new-tokens 16", "fewer prompts"),
+    Changed(r"^mtpd generate [^#]*", r"\g<0> --max-new-tokens 16", "a shorter text"),
+    Changed(r"^mtpd bench [^#]*", r"\g<0> --prompts 1 --max-new-tokens 8 --runs 1", "one text, a shorter one"),
+    Changed(r"^mtpd verify [^#]*", r"\g<0> --limit 1 --max-new-tokens 16", "one text, a shorter one"),
+    Changed(
+        r"^mtpd extend runs/demo --", "mtpd extend runs/small --steps 2 --", "a smaller model: every depth is timed"
+    ),
+    Changed(
+        r"^python (examples/quickstart\.py)",
+        r"""sed 's/data.limit=32/data.limit=8", "data.max_new_tokens=32/' \1 | python -""",
+        "fewer prompts",
+    ),
 )
 
 ENDINGS = (Ending(r"^mtpd eval .*--against", (3, 4)),)
@@ -67,11 +83,12 @@ ENDINGS = (Ending(r"^mtpd eval .*--against", (3, 4)),)
 # What documents name as the reader's own, and the shell command that puts something there.
 STAND_INS = {
     "prompts.jsonl": """seq 100 | sed 's/.*/{"prompt": "What is & times seven?"}/' > prompts.jsonl""",
+    "texts.jsonl": """seq 2000 | sed 's/.*/{"text": "times_& = lambda x: & * x"}/' > texts.jsonl""",
     "my-checkpoint": "python -c 'from mtpd.data.models import load_model\n"
     'for part in load_model("tiny", dtype="float32", device="cpu"): part.save_pretrained("my-checkpoint")\'',
     "recipe.yaml": "mtpd recipe show demo > recipe.yaml",
     "runs/new": "cp -r runs/demo runs/new",
-    "runs/small": "mtpd distill smoke output=runs/small evaluation.decode_prompts=1",
+    "runs/small": "mtpd distill smoke output=runs/small evaluation.decode_prompts=1 evaluation.max_new_tokens=8",
     "runs/shared": "mtpd distill smoke heads.shared=true output=runs/shared",
     "before.json": "cp runs/demo/acceptance-before.json before.json",
     "after.json": "cp runs/demo/acceptance.json after.json",

@@ -76,7 +76,12 @@ def _root(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Multi-token-prediction heads for any Hugging Face causal language model, by self-distillation."""
+    """Multi-token-prediction heads for any Hugging Face causal language model, by self-distillation.
+
+    Example:
+
+        mtpd distill demo
+    """
 
 
 def _speaks() -> bool:

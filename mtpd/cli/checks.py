@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import typer
 
+from mtpd.data.find_model import check_checkpoint
 from mtpd.errors import UserError
+from mtpd.formats.engines import LAYOUTS
+from mtpd.heads import WEIGHTS, read_config
 from mtpd.run.check import check_folder
 
 
@@ -20,6 +24,17 @@ def known_family(name: str | None) -> str | None:
 
     if name is not None and name not in FAMILIES:
         raise typer.BadParameter(f"{name} is not known; accepted: {', '.join(FAMILIES)}")
+    return name
+
+
+def known_checkpoint(name: str | None) -> str | None:
+    """A checkpoint directory that is there, or what may be a hub id; or None.
+
+    Raises:
+        UserError: there is no such directory.
+    """
+    if name is not None:
+        check_checkpoint(name)
     return name
 
 
@@ -52,3 +67,22 @@ def export_directory(path: Path) -> Path:
         )
         raise UserError(f"{path}: {told}")
     return path
+
+
+def served_export(path: Path, *, engine: str, run: Path | None, drafts: int | None) -> None:
+    """Looks at what `mtpd verify` is given.
+
+    Raises:
+        UserError: no export, one that the engine does not load, or no run with so many heads that it is of.
+    """
+    says = json.loads((export_directory(path) / "mtpd.json").read_text(encoding="utf-8"))
+    if says["layout"] not in LAYOUTS[engine]:
+        able = [name for name, layouts in LAYOUTS.items() if says["layout"] in layouts]
+        raise UserError(
+            f"--engine {engine}: does not load layout {says['layout']}; accepted: {', '.join(able) or 'none'}"
+        )
+    heads = Path(run or says["run"]) / "heads"
+    if not (heads / WEIGHTS).is_file():
+        raise UserError(f"{heads}: holds no heads; give the run that was exported: --run RUN")
+    if drafts is not None:
+        read_config(heads).check_depth(drafts, key="--drafts")

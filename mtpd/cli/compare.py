@@ -13,11 +13,20 @@ from mtpd.run.check import acceptance_file, check_file
 
 
 def compare(
-    baseline: Annotated[Path, typer.Argument(help="The acceptance file to compare with, or a run directory.")],
-    candidate: Annotated[Path, typer.Argument(help="The acceptance file in question, or a run directory.")],
+    baseline: Annotated[
+        Path, typer.Argument(metavar="BASELINE", help="The earlier result: an acceptance file, or a run directory.")
+    ],
+    candidate: Annotated[
+        Path,
+        typer.Argument(metavar="CANDIDATE", help="The result in question: an acceptance file, or a run directory."),
+    ],
     max_drop: Annotated[
         float | None,
-        typer.Option("--max-drop", help="Fail if more than this is lost, as mtpd eval does. Default: only show."),
+        typer.Option(
+            "--max-drop",
+            help="Fail if more than this is lost: 0.01 is one point of CAR_1, and one percent of tau. "
+            "Default: only show.",
+        ),
     ] = None,
     guard: Guard = "both",
     markdown: MarkdownFile = None,

@@ -11,10 +11,15 @@ from mtpd.cli.errors import disk_full
 from mtpd.cli.kept import KEPT_RESPONSES, RESUMES, keeping
 from mtpd.cli.options import Debug, RecipeArguments, Untrusted, split_arguments
 from mtpd.cli.terminal import quiet_libraries
+from mtpd.errors import UserError
 from mtpd.recipe import load_recipe
 from mtpd.run.check import check_file, check_recipe
 
-app = typer.Typer(no_args_is_help=True, help="Compute the hidden states or the draft vocabulary of a run before it.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Prepare a training: compute its hidden states, or its draft vocabulary.\n\n"
+    "Example:\n\n    mtpd data store demo",
+)
 
 
 @app.command()
@@ -34,6 +39,10 @@ def store(
     """
     path, overrides = split_arguments(arguments)
     recipe = load_recipe(path, overrides, untrusted=untrusted)
+    if not recipe.data.on_disk:
+        raise UserError(
+            f"data.hidden_states: {recipe.data.hidden_states} stores nothing on the disk; accepted: disk, or a path"
+        )
     check_recipe(recipe)
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
         from mtpd.parallel import ranks  # brings in torch
@@ -70,6 +79,9 @@ def vocab(
     """
     path, overrides = split_arguments(arguments)
     recipe = load_recipe(path, overrides, untrusted=untrusted)
+    size = recipe.heads.vocabulary
+    if not isinstance(size, int) or size == 0:
+        raise UserError(f"heads.vocabulary: {size} leaves nothing to count; accepted: how many tokens are kept")
     check_recipe(recipe)
     check_file(out, key="--out")
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):

@@ -26,6 +26,7 @@ from mtpd.errors import MtpdError, UserError
 from mtpd.parallel.launch import launch
 from mtpd.recipe import Recipe, load_recipe
 from mtpd.run.check import check_recipe
+from mtpd.train.checkpoints import named_checkpoint
 
 
 def distill(
@@ -43,8 +44,8 @@ def distill(
         typer.Option(
             "--resume",
             metavar="auto | CHECKPOINT",
-            help="The checkpoint that training continues from: the newest whole one, or one by name (checkpoint-200). "
-            "With a name, later ones are deleted.",
+            help="Where an interrupted training continues: auto is its newest complete checkpoint; or name one, such "
+            "as checkpoint-200, and later ones are deleted.",
         ),
     ] = "auto",
     untrusted: Untrusted = False,
@@ -95,6 +96,8 @@ def distill(
     recipe = load_recipe(path, overrides, untrusted=untrusted)
     _check_options(launcher, processes, nodes, devices, device_memory, dry_run=dry_run)
     check_recipe(recipe, weights=not dry_run)
+    if resume != "auto":
+        named_checkpoint(recipe.output, resume, whole=False)
     if launcher is not None and not dry_run:
         words = given_words(context, without=LAUNCH_OPTIONS | DRY_RUN_OPTIONS)
         with keeping(RESUMES_WITHOUT_FRESH if fresh else RESUMES):

@@ -16,7 +16,16 @@ RESPONSES = Path("~/.cache/mtpd/responses")
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory of mtpd distill.")]
 MaxDrop = Annotated[
     float,
-    typer.Option("--max-drop", help="The loss that is accepted: 0.01 is one point of CAR_1, and one percent of tau."),
+    typer.Option(
+        "--max-drop", help="The largest loss that passes: 0.01 is one point of CAR_1, and one percent of tau."
+    ),
+]
+MarkdownFile = Annotated[
+    Path | None,
+    typer.Option("--markdown", help="Also write the result to this Markdown file, as a comment for a pull request."),
+]
+JunitFile = Annotated[
+    Path | None, typer.Option("--junit", help="Also write the result to this JUnit XML file, for a CI system.")
 ]
 Guard = Annotated[
     Literal["heads", "together", "both"],
@@ -24,8 +33,6 @@ Guard = Annotated[
         "--guard", help="What must not get worse: the heads (CAR_1, tau), heads and look-up together, or both."
     ),
 ]
-MarkdownFile = Annotated[Path | None, typer.Option("--markdown", help="Write the result for a pull request.")]
-JunitFile = Annotated[Path | None, typer.Option("--junit", help="Write the result as JUnit XML.")]
 
 
 def evaluate(
@@ -33,42 +40,59 @@ def evaluate(
     run: RunArgument,
     suite: Annotated[
         str | None,
-        typer.Option(help="Suites, with commas between them. Default: those of --against, else demo."),
+        typer.Option(
+            help="Names of suites (sets of prompts), with commas between them. Default: those of --against, else demo."
+        ),
     ] = None,
     suite_dir: Annotated[
-        Path | None, typer.Option(help="A folder of further suites (.yaml) and rows (.jsonl), looked into first.")
+        Path | None,
+        typer.Option(help="A folder with your own suites: NAME.yaml, or prompts in NAME.jsonl. It goes first."),
     ] = None,
     mode: Annotated[
         Literal["offline", "decoded"] | None,
         typer.Option(
-            help="offline: reads the model's greedy text once. decoded: really decodes. "
-            "Default: that of --against, else offline."
+            help="offline: compare the drafts with a text that the model has written. decoded: decode with the heads, "
+            "and measure speed too. Default: that of --against, else offline."
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="The acceptance file. Default: evaluation.json in the run directory."),
+        typer.Option("-o", "--output", help="The file to write. Default: evaluation.json in the run directory."),
     ] = None,
-    heads: Annotated[str, typer.Option(help="Folder of the heads in the run directory.")] = "heads",
-    drafts: Annotated[int | None, typer.Option(min=1, help="Tokens drafted a round. Default: all heads.")] = None,
+    heads: Annotated[
+        str, typer.Option(help="Which heads of the run to measure, by their folder, such as heads-before.")
+    ] = "heads",
+    drafts: Annotated[
+        int | None, typer.Option(min=1, help="How many tokens are drafted at a time. Default: one for each head.")
+    ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Prompts of each suite. Default: as in --against, else the suite's own.")
+        int | None,
+        typer.Option(min=1, help="Prompts of each suite, at most. Default: as in --against, else the suite's own."),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a response. Default: as in --against, else the suite's own.")
+        int | None,
+        typer.Option(min=1, help="Tokens of a response, at most. Default: as in --against, else the suite's own."),
     ] = None,
-    responses: Annotated[Path, typer.Option(help="Where the model's responses are kept between calls.")] = RESPONSES,
+    responses: Annotated[
+        Path, typer.Option(help="The folder in which the model's responses are kept for later calls.")
+    ] = RESPONSES,
     against: Annotated[
         Path | None,
-        typer.Option(help="Compare with this acceptance file, or the one of a run, on the same prompts."),
+        typer.Option(help="Compare with an earlier result on the same prompts: a file that mtpd eval wrote, or a run."),
     ] = None,
     max_drop: MaxDrop = 0.01,
     guard: Guard = "both",
     write_baseline: Annotated[
-        Path | None, typer.Option(help="Also write the result here, if the gate passes or there is none.")
+        Path | None,
+        typer.Option(help="Also write the result to this file, if the comparison passes or there is none."),
     ] = None,
     check_trunk: Annotated[
-        bool, typer.Option("--check-trunk", help="Also measure the model itself, before and after the run.")
+        bool,
+        typer.Option(
+            "--check-trunk",
+            help="Also measure whether the run changed the model itself: perplexity, and exact match "
+            "where a suite has answers.",
+        ),
     ] = False,
     markdown: MarkdownFile = None,
     junit: JunitFile = None,
@@ -76,8 +100,8 @@ def evaluate(
         bool,
         typer.Option(
             "--untrusted",
-            help="Run and suites are somebody else's: code of the model is not run, and paths in the folder of suites "
-            "stay inside of it.",
+            help="For a run or suites from somebody else: do not run Python code of the model, and refuse paths that "
+            "lead out of the folder of suites.",
         ),
     ] = False,
     debug: Debug = False,
@@ -94,7 +118,8 @@ def evaluate(
 
         mtpd eval runs/demo --against baselines/main.json --max-drop 0.01
     """
-    from mtpd.evaluate.suites import check_names  # takes a moment that --help has no need of
+    from mtpd.evaluate.suites import check_names  # these take a moment that --help has no need of
+    from mtpd.run.request import Request, check_request
 
     names = None if suite is None else [name.strip() for name in suite.split(",") if name.strip()]
     for option, file in (("--output", output), ("--markdown", markdown), ("--junit", junit)):
@@ -104,29 +129,30 @@ def evaluate(
     if against is not None:
         against = acceptance_file(against, name="evaluation-decoded.json" if mode == "decoded" else "evaluation.json")
     check_names(names, suite_dir, against=against)
+    request = Request(
+        run=run,
+        suites=names,
+        suite_dir=suite_dir,
+        mode=mode,
+        output=output,
+        heads=heads,
+        drafts=drafts,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        responses=responses.expanduser(),
+        against=against,
+        max_drop=max_drop,
+        guard=guard,
+        write_baseline=write_baseline,
+        check_trunk=check_trunk,
+        markdown=markdown,
+        junit=junit,
+        untrusted=untrusted,
+    )
+    check_request(request, request.baseline())
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
-        from mtpd.run.evaluate import Request, evaluate_run  # brings in torch
+        from mtpd.run.evaluate import evaluate_run  # brings in torch
 
-        request = Request(
-            run=run,
-            suites=names,
-            suite_dir=suite_dir,
-            mode=mode,
-            output=output,
-            heads=heads,
-            drafts=drafts,
-            limit=limit,
-            max_new_tokens=max_new_tokens,
-            responses=responses.expanduser(),
-            against=against,
-            max_drop=max_drop,
-            guard=guard,
-            write_baseline=write_baseline,
-            check_trunk=check_trunk,
-            markdown=markdown,
-            junit=junit,
-            untrusted=untrusted,
-        )
         with keeping(KEPT_RESPONSES):
             code = evaluate_run(request)
     if code:

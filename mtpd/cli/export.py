@@ -10,6 +10,7 @@ import typer
 from mtpd.cli.import_ import Output
 from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
+from mtpd.heads import read_config
 from mtpd.run.check import check_finished
 
 Target = Literal[
@@ -32,13 +33,18 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory of mtpd distill or mtpd import.")],
     to: Annotated[
         Target,
-        typer.Option("--to", help="An engine (transformers, vllm, sglang), to have a layout chosen; or a layout."),
+        typer.Option(
+            "--to",
+            metavar="ENGINE | LAYOUT",
+            help="The serving engine, for which a file layout is chosen: transformers, vllm or sglang. Or a layout: "
+            "in-place, hf-mtp, mimo-draft, mimo, fastmtp, glm4moe, speculators, medusa.",
+        ),
     ],
     output: Output,
-    depth: Annotated[int | None, typer.Option("--depth", min=1, help="Depths to export. Default: all.")] = None,
+    depth: Annotated[int | None, typer.Option("--depth", min=1, help="How many heads to export. Default: all.")] = None,
     perturb: Annotated[
         bool,
-        typer.Option(help="Also load the export, and check that each kind of tensor changes what the heads compute."),
+        typer.Option(help="Load what was written, and check that each kind of tensor changes what the heads compute."),
     ] = True,
     untrusted: UntrustedRun = False,
     debug: Debug = False,
@@ -54,6 +60,8 @@ def export(
     # Imported heads that mtpd cannot compute have no recipe.
     if not (run / "import.json").is_file():
         check_finished(run)
+        if depth is not None:
+            read_config(run / "heads").check_depth(depth, key="--depth")
     with quiet_libraries(debug=debug):
         from mtpd.formats.export import export as write  # brings in torch
 

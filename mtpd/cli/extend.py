@@ -13,35 +13,39 @@ from mtpd.cli.kept import RESUMES, RESUMES_WITHOUT_FRESH, keeping
 from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.errors import UserError
-from mtpd.run.check import check_finished
+from mtpd.run.check import extended_recipe
 
 
 def extend(
     context: typer.Context,
     run: RunArgument,
-    to: Annotated[int | None, typer.Option("--to", help="Heads after the last stage; each stage doubles them.")] = None,
+    to: Annotated[int | None, typer.Option("--to", help="How many heads the run has in the end.")] = None,
     shared: Annotated[
-        bool, typer.Option("--shared", help="New heads use the blocks there are, and have no weights of their own.")
+        bool,
+        typer.Option("--shared", help="New heads use the decoder layers of the heads there are, and add no weights."),
     ] = False,
     adapters: Annotated[
         int | None,
-        typer.Option("--adapters", help="New heads use the blocks there are, with LoRA adapters of this rank."),
+        typer.Option(
+            "--adapters",
+            help="New heads use the decoder layers of the heads there are, with LoRA adapters of this rank.",
+        ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", help="Training steps of each stage; 0 adds heads without training.")
+        int | None, typer.Option("--steps", help="Training steps of each stage; 0 adds heads and trains nothing.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", help="Peak learning rate of a stage.")
+        float | None, typer.Option("--learning-rate", help="The highest learning rate of each stage.")
     ] = None,
     auto: Annotated[
-        bool, typer.Option("--auto", help="Add stages until one no longer makes decoding faster here.")
+        bool, typer.Option("--auto", help="Add stages as long as they make decoding on this machine faster.")
     ] = False,
     untrusted: Annotated[
         bool,
         typer.Option(
             "--untrusted",
-            help="The run is somebody else's: paths in its recipe stay inside this folder, and nothing in it runs code "
-            "or sends data away.",
+            help="For a run from somebody else: refuse paths in its recipe that lead out of this folder, and keys that "
+            "run code or send data away.",
         ),
     ] = False,
     fresh: Annotated[
@@ -63,7 +67,6 @@ def extend(
 
         mtpd extend runs/demo --to 8 --steps 0
     """
-    check_finished(run)
     if shared and adapters is not None:
         raise UserError("--shared: is not accepted with --adapters; accepted: one of them")
     form = "shared" if shared else "adapters" if adapters is not None else None
@@ -76,6 +79,7 @@ def extend(
         "auto": auto or None,
     }
     given: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
+    extended_recipe(run, given)
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
         from mtpd.parallel import ranks  # brings in torch
         from mtpd.run.extend import extend as run_stages

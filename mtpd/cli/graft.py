@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mtpd.cli.checks import known_checkpoint
 from mtpd.cli.import_ import Output
 from mtpd.cli.inspect import FamilyOption
 from mtpd.cli.options import Debug
@@ -13,8 +14,15 @@ from mtpd.cli.terminal import quiet_libraries
 
 
 def graft(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="A fine-tuned checkpoint without its MTP layers.")],
-    original: Annotated[str, typer.Option("--from", help="The checkpoint that it was tuned from.")],
+    base: Annotated[
+        str,
+        typer.Argument(
+            metavar="BASE", callback=known_checkpoint, help="A fine-tuned checkpoint without its MTP layers."
+        ),
+    ],
+    original: Annotated[
+        str, typer.Option("--from", callback=known_checkpoint, help="The checkpoint that it was tuned from.")
+    ],
     output: Output,
     family: FamilyOption = None,
     debug: Debug = False,

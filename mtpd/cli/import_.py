@@ -25,11 +25,11 @@ def import_heads(
     depth: Annotated[
         int | None,
         typer.Option(
-            "--depth", min=1, help="How many heads to take; a single head may be used several times. Default: all."
+            "--depth", min=1, help="How many heads to take. A single head can serve as several. Default: all."
         ),
     ] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the run execute Python code that comes with the model.")
+        bool, typer.Option("--trust-remote-code", help="Allow Python code that comes with the model to run.")
     ] = False,
     debug: Debug = False,
 ) -> None:

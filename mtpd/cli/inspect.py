@@ -6,22 +6,38 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli.checks import known_family
+from mtpd.cli.checks import known_checkpoint, known_family
 from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
 
-Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint directory or a hub id.")]
+Checkpoint = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", callback=known_checkpoint, help="A checkpoint directory or a hub id.")
+]
 FamilyOption = Annotated[
     str | None,
-    typer.Option("--family", callback=known_family, help="Family of the heads, if the config does not say it."),
+    typer.Option(
+        "--family",
+        callback=known_family,
+        help="Which format the heads have, such as deepseek-v3, if config.json does not tell.",
+    ),
 ]
 BaseOption = Annotated[
-    str | None, typer.Option("--base", help="The base model, for heads that are in a directory of their own.")
+    str | None,
+    typer.Option(
+        "--base",
+        callback=known_checkpoint,
+        help="The model that the heads belong to, if they are in a directory of their own.",
+    ),
 ]
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A run directory, an export, a checkpoint or a hub id.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH", callback=known_checkpoint, help="A run directory, an export, a checkpoint or a hub id."
+        ),
+    ],
     family: FamilyOption = None,
     base: BaseOption = None,
     debug: Debug = False,

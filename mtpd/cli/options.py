@@ -14,8 +14,8 @@ RecipeArguments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="RECIPE | KEY=VALUE",
-        help="A recipe file (YAML) or the name of a recipe that comes with mtpd (mtpd recipe ls), then overrides such "
-        "as heads.depth=2. Without a recipe, model=... is needed.",
+        help="A recipe: a YAML file, or the name of one that comes with mtpd (mtpd recipe ls). After it, keys of the "
+        "recipe with other values, such as heads.depth=2. Without a recipe, model=... is needed.",
         show_default=False,
     ),
 ]
@@ -30,25 +30,27 @@ Untrusted = Annotated[
     bool,
     typer.Option(
         "--untrusted",
-        help="The recipe file is somebody else's: paths in it stay inside this folder, and nothing in it runs code or "
-        "sends data away. What the command line says is yours.",
+        help="For a recipe file from somebody else: refuse paths in it that lead out of this folder, and keys that run "
+        "code or send data away. Keys on the command line are not limited.",
     ),
 ]
 
 UntrustedRun = Annotated[
     bool,
-    typer.Option("--untrusted", help="The run is somebody else's: code that comes with its model is not run."),
+    typer.Option("--untrusted", help="For a run from somebody else: do not run Python code that comes with its model."),
 ]
 LauncherOption = Annotated[
     Literal["deepspeed", "torchrun"] | None,
-    typer.Option("--launcher", help="Start several processes of this command, and wait for them.", show_default=False),
+    typer.Option(
+        "--launcher", help="Share the work among several processes, which this program starts.", show_default=False
+    ),
 ]
 Processes = Annotated[
     int | None,
     typer.Option(
         "--processes",
         min=1,
-        help="With --launcher: processes on each machine. Default: one for each accelerator.",
+        help="With --launcher: how many processes on each machine. Default: one for each accelerator.",
         show_default=False,
     ),
 ]
@@ -57,8 +59,8 @@ Nodes = Annotated[
     typer.Option(
         "--nodes",
         metavar="HOSTFILE",
-        help="With --launcher deepspeed: a file with a line `NAME slots=COUNT` for each machine. They need a file "
-        "system that all of them see.",
+        help="With --launcher deepspeed: a file with one line `NAME slots=COUNT` for each machine. All machines must "
+        "see the same file system.",
         show_default=False,
     ),
 ]

@@ -16,7 +16,9 @@ from mtpd.recipe.shipped import about, find_recipe, shipped_folder, shipped_name
 from mtpd.recipe.trackers import check_trackers
 from mtpd.run.check import check_file
 
-app = typer.Typer(no_args_is_help=True, help="List, copy, show, check or document recipes.")
+app = typer.Typer(
+    no_args_is_help=True, help="List, copy, show, check or document recipes.\n\nExample:\n\n    mtpd recipe ls"
+)
 
 
 @app.command()
@@ -60,7 +62,7 @@ def copy(
 
 @app.command()
 def show(arguments: RecipeArguments = None, debug: Debug = False) -> None:
-    """Print the whole recipe as YAML, with overrides and defaults filled in.
+    """Print a recipe as YAML with all its keys: your changes and the defaults filled in.
 
     Example:
 

@@ -20,7 +20,8 @@ def report(
         Path | None, typer.Option("-o", "--output", help="The HTML file. Default: report.html in the run directory.")
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(help="Compare the evaluation on suites with this acceptance file.")
+        Path | None,
+        typer.Option(help="Compare the result of mtpd eval with an earlier one: a file that it wrote, or a run."),
     ] = None,
     debug: Debug = False,
 ) -> None:

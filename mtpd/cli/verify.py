@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from mtpd.cli.checks import export_directory
+from mtpd.cli.checks import served_export
 from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.data.sources import check_source
+from mtpd.errors import UserError
 
 
 def verify(
@@ -22,17 +23,20 @@ def verify(
     limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts of the suite, at most.")] = 4,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=2, help="Tokens of each text.")] = 32,
     drafts: Annotated[
-        int | None, typer.Option("--drafts", min=1, help="Tokens drafted a round. Default: the depth of the export.")
+        int | None,
+        typer.Option("--drafts", min=1, help="How many tokens are drafted at a time. Default: all exported heads."),
     ] = None,
     run: Annotated[
-        Path | None, typer.Option("--run", help="The run that was exported. Default: where it was at that time.")
+        Path | None, typer.Option("--run", help="The run that was exported, if it has been moved since.")
     ] = None,
     environment: Annotated[
         Path | None,
-        typer.Option("--environment", help="Virtual environment with vLLM; made there if it is missing."),
+        typer.Option(
+            "--environment", help="With --engine vllm: a virtual environment that has it, made there if it is missing."
+        ),
     ] = None,
     perturb: Annotated[
-        bool, typer.Option(help="Also serve noise in place of the heads, which must accept less.")
+        bool, typer.Option(help="Also serve noise in place of the heads: less must be accepted then.")
     ] = True,
     debug: Debug = False,
 ) -> None:
@@ -44,7 +48,9 @@ def verify(
 
         mtpd verify out --engine vllm
     """
-    export_directory(path)
+    if environment is not None and engine != "vllm":
+        raise UserError(f"--environment: {environment} is for --engine vllm; {engine} runs in this environment")
+    served_export(path, engine=engine, run=run, drafts=drafts)
     prompts = "builtin-held-out" if suite == "demo" else suite
     check_source(prompts, key="--suite")
     with quiet_libraries(debug=debug):

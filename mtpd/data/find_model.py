@@ -49,6 +49,17 @@ def check_model(name: str, *, weights: bool = True) -> None:
         locate(name, weights=weights)
 
 
+def check_checkpoint(name: str) -> None:
+    """Raises UserError for a name that can be no checkpoint of safetensors files; a hub id is not looked up."""
+    path = Path(name).expanduser()
+    if name in BUILT_IN or path.is_dir():
+        return
+    if path.suffix == ".gguf":
+        raise UserError(f"model {name}: has no safetensors files; a checkpoint directory or a hub id is needed")
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model {name}: no such directory")
+
+
 def _check_directory(path: Path, name: str, *, weights: bool) -> None:
     if (path / "recipe.yaml").is_file() and not (path / "config.json").is_file():
         raise UserError(f"model {name}: is a run directory; accepted: the model that its recipe.yaml names")

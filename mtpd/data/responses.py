@@ -21,7 +21,6 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mtpd.data.generation import Task, answers, plain_answers
@@ -32,6 +31,7 @@ from mtpd.decode.sampling import Sampling, temperature_and_top_p
 from mtpd.errors import MtpdError, UserError
 from mtpd.files import fingerprint_json, intact, sealed, write_whole, writing
 from mtpd.parallel import ranks
+from mtpd.progress import Bar
 from mtpd.trunk import Trunk
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def generate_responses(
     written, started = 0, time.monotonic()
     share = f"responses (1 of {ranks.count()} shares)" if shared else "responses"
     total, known = (len(missing), 0) if shared else (len(tasks), len(done))
-    with tqdm(total=total, initial=known, desc=share, unit="prompt", disable=not progress) as bar:
+    with Bar(total=total, initial=known, desc=share, unit="prompt", disable=not progress) as bar:
         frozen = Trunk(model)
         if frozen.recurrent and frozen.partitioned:
             raise UserError(

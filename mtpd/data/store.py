@@ -31,12 +31,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mtpd.data.packing import PackedRows, collate
 from mtpd.errors import MtpdError
 from mtpd.files import fingerprint, fingerprint_file, fingerprint_json, intact, megabytes, sealed, write_whole
 from mtpd.parallel import ranks
+from mtpd.progress import Bar
 from mtpd.trunk import Trunk
 
 logger = logging.getLogger(__name__)
@@ -315,7 +315,7 @@ def fill(
         # The first rank has the largest share.
         passes = -(-len(missing[:: ranks.count() // together]) // batch_rows)
         missing = ranks.share(missing, together=together)
-    bar = tqdm(
+    bar = Bar(
         total=len(missing) * rows.row_length,
         desc="hidden states",
         unit="token",

@@ -17,8 +17,8 @@ WIDTH = 132
 
 
 def console(*, quiet: bool = False) -> Console:
-    """Where tables go."""
-    return Console(quiet=quiet, width=None if sys.stdout.isatty() else WIDTH)
+    """Where tables go; square brackets in them are what they are."""
+    return Console(quiet=quiet, width=None if sys.stdout.isatty() else WIDTH, markup=False)
 
 
 def compare_files(

@@ -80,16 +80,16 @@ class Change:
         return "up" if self.change.low > 0 else "down" if self.change.high < 0 else "flat"
 
     def shown(self) -> str:
-        """The change with its 95% interval, as points or percent: -2.1 points [-2.8, -1.4]"""
+        """The change as points or percent, with its 95% interval if it has one: -2.1 points [-2.8, -1.4]"""
         unit = "%" if self.relative else " points"
-        return f"{100 * self.change.value:+.2f}{unit} {_percent(self.change)}"
+        return f"{100 * self.change.value:+.2f}{unit}{_percent(' ', self.change)}"
 
 
-def _percent(estimate: Estimate) -> str:
-    """An interval in hundredths: [-2.80, -1.40]"""
+def _percent(before: str, estimate: Estimate) -> str:
+    """An interval in hundredths behind some words: [-2.80, -1.40]; nothing where there is none."""
     if estimate.low is None or estimate.high is None:
-        return "[too few prompts for an interval]"
-    return f"[{100 * estimate.low:+.2f}, {100 * estimate.high:+.2f}]"
+        return ""
+    return f"{before}[{100 * estimate.low:+.2f}, {100 * estimate.high:+.2f}]"
 
 
 @dataclass(frozen=True)
@@ -220,8 +220,8 @@ def judge(comparison: Comparison, *, max_drop: float, guard: Guard = "both") -> 
             "again with mtpd eval, or guard the heads"
         )
     reasons = [
-        f"{label(check.name)} {check.before:.3f} → {check.after:.3f}, {check.shown()}, 99.5% "
-        f"{_percent(check.failing)}, on {prompts} prompts, allowed {-100 * max_drop:+.2f}"
+        f"{label(check.name)} {check.before:.3f} → {check.after:.3f}, {check.shown()}"
+        f"{_percent(', 99.5% ', check.failing)}, on {prompts} prompts, allowed {-100 * max_drop:+.2f}"
         for check in checks
     ]
     if prompts < MINIMUM_PROMPTS:
@@ -275,11 +275,10 @@ def check_comparable(baseline: Acceptance, candidate: Acceptance, *, names: Sequ
         check_rows(each, name)
     between = f"{names[0]} and {names[1]}"
     check_trunk(baseline, candidate.trunk, between)
-    if baseline.mode != candidate.mode:
-        raise UserError(f"{between}: measured in different modes ({baseline.mode}, {candidate.mode})")
+    check_mode(baseline, candidate.mode, between)
     if baseline.sampling != candidate.sampling:
         raise UserError(f"{between}: decoded with different sampling ({baseline.sampling}, {candidate.sampling})")
-    _same_settings(baseline.settings, candidate.settings, f"{between}: decoding settings differ")
+    check_settings(baseline, candidate.settings, between)
     check_suites(baseline, {name: suite.settings for name, suite in candidate.suites.items()}, between)
     for name, suite in baseline.suites.items():
         first, second = ([(row.id, row.prompt) for row in each.rows or []] for each in (suite, candidate.suites[name]))
@@ -306,6 +305,17 @@ def check_trunk(baseline: Acceptance, trunk: str, between: str) -> None:
             f"{between}: measured with different trunks ({baseline.trunk[:12]}, {trunk[:12]}); "
             "acceptance is comparable on one trunk only"
         )
+
+
+def check_mode(baseline: Acceptance, mode: str, between: str) -> None:
+    """Raises UserError if the baseline was measured in another mode."""
+    if baseline.mode != mode:
+        raise UserError(f"{between}: measured in different modes ({baseline.mode}, {mode})")
+
+
+def check_settings(baseline: Acceptance, settings: Settings | None, between: str) -> None:
+    """Raises UserError if the baseline was decoded with other settings."""
+    _same_settings(baseline.settings, settings, f"{between}: decoding settings differ")
 
 
 def check_suites(baseline: Acceptance, suites: Mapping[str, Settings | None], between: str) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from tqdm.auto import tqdm
 
 from mtpd import alignment
 from mtpd.data.packing import Sample
@@ -22,6 +21,7 @@ from mtpd.decode.counts import Counts
 from mtpd.evaluate.acceptance import Control, PromptCounts, SuiteCounts
 from mtpd.files import fingerprint_json, short
 from mtpd.heads import Heads
+from mtpd.progress import Bar
 from mtpd.trunk import Trunk
 
 TILE_BYTES = 24 * 2**20
@@ -93,7 +93,7 @@ def walk_offline(
     """Each sample that has a response, measured, in the order given. Arguments as for `measure_offline`."""
     measured: dict[int, Measured] = {}
     spans = [(len(sample.prompt_ids), len(sample.ids)) for sample in samples]
-    with tqdm(total=len(samples), desc="acceptance, offline", unit="prompt", disable=not progress) as bar:
+    with Bar(total=len(samples), desc="acceptance, offline", unit="prompt", disable=not progress) as bar:
         for members in text_batches(spans, batch):
             compared = _compare(trunk, heads, [samples[member].ids for member in members], [spans[m] for m in members])
             for member, each in zip(members, compared, strict=True):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mtpd.evaluate.acceptance import RANDOM, Acceptance, SuiteCounts
 from mtpd.evaluate.gate import COMPARED, Comparison, Verdict, label
-from mtpd.evaluate.run_tables import TOTAL
+from mtpd.evaluate.run_tables import TOTAL, listed
 from mtpd.evaluate.tables import Estimates, interval_note
 
 if TYPE_CHECKING:  # brings in torch
@@ -32,7 +32,7 @@ def markdown(
     if comparison is not None:
         names = [name for name in COMPARED if name in comparison.suites[None]]
         lines += _row(["suite", "prompts", *map(label, names)], head=True)
-        for suite, changes in comparison.suites.items():
+        for suite, changes in listed(comparison.suites):
             cells = [f"{changes[n].before:.3f} → {changes[n].after:.3f} ({changes[n].shown()})" for n in names]
             lines += _row([suite or f"**{TOTAL}**", str(comparison.prompts[suite]), *cells])
         lines += ["", *(f"- {note}" for note in comparison.notes)]
@@ -47,7 +47,7 @@ def markdown(
     lines += ["", f"<details><summary>All ratios, {acceptance.mode}{interval_note(estimates)}</summary>", ""]
     ratios = list(estimates[None])
     lines += _row(["suite", "prompts", *map(label, ratios), "control CAR_1"], head=True)
-    for suite, found in estimates.items():
+    for suite, found in listed(estimates):
         counts = acceptance.total() if suite is None else acceptance.suites[suite]
         control = f"{counts.control.car[0]:.3f}" if counts.control else ""
         cells = [found[name].text() if name in found else "" for name in ratios]

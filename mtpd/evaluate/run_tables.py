@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from rich.table import Table
 
 from mtpd.evaluate.acceptance import RANDOM, Acceptance, DrafterCounts, SuiteCounts
+
+Item = TypeVar("Item")
 
 TOTAL = "all"
 NOT_MEASURED = "–"
@@ -31,12 +34,17 @@ DECODED_COLUMNS = (
 
 
 def with_total(acceptance: Acceptance, *, apart: frozenset[str] = frozenset()) -> dict[str, SuiteCounts]:
-    """Suites and their sum. Suites named in `apart` (of other families) are listed but not summed."""
+    """Suites and their sum, if it is one of several. Those in `apart` (of other families) are listed, not summed."""
     summed = [name for name in acceptance.suites if name not in apart]
     suites = {name: acceptance.suites[name] for name in summed}
-    if summed:
+    if len(summed) > 1:
         suites[TOTAL] = acceptance.total(summed)
     return {**suites, **{name: acceptance.suites[name] for name in acceptance.suites if name in apart}}
+
+
+def listed(found: Mapping[str | None, Item]) -> list[tuple[str | None, Item]]:
+    """What a table has a row for: each suite, and None, their sum, where it does not repeat the only one."""
+    return [(name, each) for name, each in found.items() if name is not None or len(found) != 2]
 
 
 def offline_table(before: Acceptance, after: Acceptance, *, apart: frozenset[str] = frozenset()) -> Table:
@@ -98,7 +106,7 @@ def from_sources(counts: DrafterCounts) -> str:
 
 def decoded_table(acceptance: Acceptance, *, apart: frozenset[str] = frozenset()) -> Table:
     """One line a way of decoding: tokens/s, tau, and what each adds to the one before."""
-    total = with_total(acceptance, apart=apart)[TOTAL] if len(acceptance.suites) > len(apart) else acceptance.total()
+    total = acceptance.total([name for name in acceptance.suites if name not in apart] or None)
     title = (
         f"Decoded greedily, {total.prompts} prompts, {(acceptance.settings or {}).get('dtype')}: what each part brings"
     )

@@ -10,7 +10,16 @@ from rich.table import Table
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.gate import COMPARED, Change, Comparison, label
 from mtpd.evaluate.intervals import DRAFTERS, FEWEST, Estimate
-from mtpd.evaluate.run_tables import DECODED_COLUMNS, NOT_MEASURED, TOTAL, from_sources, rate, same_text, say_if_random
+from mtpd.evaluate.run_tables import (
+    DECODED_COLUMNS,
+    NOT_MEASURED,
+    TOTAL,
+    from_sources,
+    listed,
+    rate,
+    same_text,
+    say_if_random,
+)
 
 if TYPE_CHECKING:  # brings in torch
     from mtpd.evaluate.trunk_quality import TrunkQuality
@@ -30,7 +39,7 @@ def suites_table(acceptance: Acceptance, estimates: Estimates) -> Table:
     table.add_column("suite")
     for column in ("prompts", "tau", "CAR_1", *(("Σ min(p,q)_1", "control CAR_1") if offline else DECODED_COLUMNS)):
         table.add_column(column, justify="right")
-    for name, found in estimates.items():
+    for name, found in listed(estimates):
         suite = acceptance.total() if name is None else acceptance.suites[name]
         further = _offline_cells(suite, found) if offline else _decoded_cells(suite, found)
         table.add_row(
@@ -92,7 +101,7 @@ def drafters_table(acceptance: Acceptance, estimates: Estimates) -> Table:
     table.add_column("suite")
     for column in ("look-up alone", "heads alone", "together", "accepted from heads, look-up"):
         table.add_column(column, justify="right")
-    for name, found in estimates.items():
+    for name, found in listed(estimates):
         suite = acceptance.total() if name is None else acceptance.suites[name]
         if suite.drafters is None:
             continue
@@ -114,7 +123,7 @@ def comparison_table(comparison: Comparison) -> Table:
     names = [name for name in COMPARED if name in comparison.suites[None]]
     for column in ("prompts", *(label(name) for name in names)):
         table.add_column(column, justify="right")
-    for name, changes in comparison.suites.items():
+    for name, changes in listed(comparison.suites):
         cells = [_cell(changes[ratio]) for ratio in names]
         table.add_row(name or TOTAL, str(comparison.prompts[name]), *cells, style="bold" if name is None else None)
     return table

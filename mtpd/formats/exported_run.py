@@ -130,8 +130,7 @@ def open_run(path: Path, *, depth: int | None = None, untrusted: bool = False) -
     config = read_config(folder)
     check_weights(folder, config)
     wanted = config.depth if depth is None else depth
-    if not 1 <= wanted <= config.depth:
-        raise UserError(f"depth: {wanted} is not accepted; accepted: 1 to {config.depth}, the heads of {path}")
+    config.check_depth(wanted, key="--depth")
     found = read_header(folder / WEIGHTS)[0]
     tensors = {name: tensor for name, tensor in found.items() if name.startswith("layers.")}
     adapters = {name: tensor for name, tensor in found.items() if name.startswith("adapted.")}

@@ -10,6 +10,7 @@ import huggingface_hub
 import torch
 
 from mtpd.data import builtin_models
+from mtpd.data.find_model import check_checkpoint
 from mtpd.data.sources import hub_access
 from mtpd.errors import UserError
 from mtpd.formats.directory import CONFIG, INDEX, Checkpoint, link_others, new_directory, write_beside, write_json
@@ -39,13 +40,10 @@ def open_checkpoint(name: str) -> Checkpoint:
         return Checkpoint(builtin_models.demo_directory(), shown="demo")
     if name == "tiny":
         return Checkpoint(builtin_models.tiny_directory(), shown="tiny")
+    check_checkpoint(name)
     path = Path(name).expanduser()
     if path.is_dir():
         return Checkpoint(path, shown=name)
-    if path.suffix == ".gguf":
-        raise UserError(f"model {name}: has no safetensors files; a checkpoint directory or a hub id is needed")
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"model {name}: no such directory")
     with hub_access() as reachable:
         try:
             found = huggingface_hub.snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"])

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.cache_utils import MtpCache
 
@@ -33,6 +32,7 @@ from mtpd.formats.noise_check import Perturbed, kind_of, perturbed
 from mtpd.formats.tensors import is_zero
 from mtpd.heads import KINDS, build_heads
 from mtpd.heads.config import HeadsConfig
+from mtpd.progress import Bar
 from mtpd.trunk import Trunk
 
 TEXTS, TOKENS = 4, 24
@@ -77,7 +77,7 @@ def read_back(run: Run, folder: Path, *, layout: str, family: str | None) -> str
     where = run.base.path if apart else folder
     try:
         # Loading the base is the longest part of it where the base is large.
-        with tqdm(desc="reading back", total=1, leave=False) as bar:
+        with Bar(desc="reading back", total=1, leave=False) as bar:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where, dtype="auto", trust_remote_code=run.recipe.trust_remote_code
             )
@@ -111,7 +111,7 @@ def read_back(run: Run, folder: Path, *, layout: str, family: str | None) -> str
 
 
 def movements(
-    reader: Reader, copy: Perturbed, *, kinds: Sequence[str] | None = None, bar: tqdm[Any] | None = None
+    reader: Reader, copy: Perturbed, *, kinds: Sequence[str] | None = None, bar: Bar | None = None
 ) -> dict[str, list[float]]:
     """By kind of tensor, and for each head: how far its output moves where other noise lies there.
 

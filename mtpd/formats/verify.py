@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from mtpd.data.generation import plain_generation
@@ -18,7 +16,6 @@ from mtpd.data.models import load_model
 from mtpd.data.prompts import load_prompts, render
 from mtpd.decode.counts import Counts
 from mtpd.decode.greedy import generate
-from mtpd.errors import UserError
 from mtpd.evaluate.decoded import parted_at_tie
 from mtpd.formats.directory import Checkpoint
 from mtpd.formats.engines import with_transformers, with_vllm
@@ -26,15 +23,12 @@ from mtpd.formats.engines.result import Served
 from mtpd.formats.export import FAMILIES_OF
 from mtpd.formats.find_heads import find_heads
 from mtpd.formats.importing import open_checkpoint
-from mtpd.formats.model_card import SAYS, read_says
+from mtpd.formats.model_card import read_says
 from mtpd.formats.noise_check import accepts_less, perturbed
 from mtpd.heads import load_heads
+from mtpd.progress import Bar
 from mtpd.trunk import Trunk
 
-LAYOUTS = {
-    "transformers": ("hf-mtp", "in-place", "glm4moe"),
-    "vllm": ("mimo-draft", "mimo", "glm4moe", "in-place", "medusa"),
-}
 PERTURBED = 2
 """Prompts that are served with noise for heads."""
 CONFIDENCE = 1.96
@@ -124,23 +118,17 @@ def verify(
         perturb: also serves the directory with perturbed heads, which must accept less.
 
     Raises:
-        UserError: no export, or one that the engine does not load.
+        UserError: the model, the heads or the prompts cannot be read.
     """
     says = read_says(folder)
-    if says is None:
-        raise UserError(f"{folder}: has no {SAYS}, so it is no export of mtpd; give the output of mtpd export")
+    assert says is not None, "the command has looked"
     layout = str(says["layout"])
-    if engine not in LAYOUTS or layout not in LAYOUTS[engine]:
-        able = [name for name, layouts in LAYOUTS.items() if layout in layouts]
-        raise UserError(f"--engine {engine}: does not load layout {layout}; accepted: {', '.join(able) or 'none'}")
     depth = drafts or int(says["depth"])
     model, tokenizer = load_model(str(says["base"]), dtype="float32", device="cpu")
     trunk = Trunk(model)
     heads = load_heads(Path(run or says["run"]) / "heads", trunk)
     # Engines draft over all tokens.
     heads.vocabulary = heads.get_buffer("vocabulary")[:0]
-    if depth > heads.depth:
-        raise UserError(f"drafts: {depth} is not accepted; accepted: 1 to {heads.depth}, the heads of the run")
     heads.shorten(depth)
     chosen = load_prompts(prompts)
     chosen = chosen[:: max(1, len(chosen) // limit)][:limit]
@@ -150,7 +138,7 @@ def verify(
     spoiled = texts[:PERTURBED] if perturb else []
     # Plain, by mtpd, by the engine: texts of about the same cost.
     with (
-        tqdm(total=3 * len(texts) + len(spoiled), desc="plain", unit="text", leave=False) as bar,
+        Bar(total=3 * len(texts) + len(spoiled), desc="plain", unit="text", leave=False) as bar,
         perturbed(native) if perturb else nullcontext() as copy,
     ):
         for prompt in texts:
@@ -191,7 +179,7 @@ def _serve(
     max_new_tokens: int,
     depth: int,
     environment: Path | None,
-    bar: tqdm[Any],
+    bar: Bar,
 ) -> list[Served]:
     """Serves prompts with one directory after the other."""
     if engine == "transformers":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mtpd.errors import UserError
+from mtpd.files import read_sealed
 from mtpd.heads.kinds import KINDS, with_sections
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -54,6 +57,11 @@ class HeadsConfig(BaseModel):
         """Per depth, the block that it has."""
         return self.blocks or ([0] * self.depth if self.shared else list(range(self.depth)))
 
+    def check_depth(self, depth: int, *, key: str) -> None:
+        """Raises UserError, which names the key, unless there are so many heads."""
+        if not 1 <= depth <= self.depth:
+            raise UserError(f"{key}: {depth} is not accepted; accepted: 1 to {self.depth}, the heads there are")
+
     def merged(self) -> HeadsConfig:
         """The same heads with a block for each depth and no adapters."""
         sources = [self.source_layers[block] for block in self.block_of]
@@ -77,6 +85,26 @@ class HeadsConfig(BaseModel):
                     f"{name}: is for heads of kind {name}, and needed there; these are of kind {self.kind}"
                 )
         return self
+
+
+def read_config(directory: str | Path) -> HeadsConfig:
+    """Reads the config of saved heads.
+
+    Raises:
+        UserError: `config.json` is missing, damaged, or none of heads.
+    """
+    path = Path(directory) / CONFIG
+    try:
+        values = read_sealed(path, refusal="no readable heads here")
+        own = values.get(str(values.get("kind")))
+        if isinstance(own, dict):
+            # Of earlier circuits; it said how they draft, and nothing about their weights.
+            own.pop("greedy", None)
+        return HeadsConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ": ".join(["", *map(str, first["loc"])])
+        raise UserError(f"{path}: no readable heads here{where}: {first['msg']}") from error
 
 
 def _in_order(blocks: list[int]) -> bool:

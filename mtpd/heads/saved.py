@@ -7,17 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mtpd.errors import UserError
 from mtpd.files import fingerprint as sha256
-from mtpd.files import fingerprint_file, read_sealed, sealed, write_whole
+from mtpd.files import fingerprint_file, sealed, write_whole
 from mtpd.heads.base import Heads
 from mtpd.heads.build import build_heads
-from mtpd.heads.config import CONFIG, WEIGHTS, HeadsConfig
+from mtpd.heads.config import CONFIG, WEIGHTS, HeadsConfig, read_config
 from mtpd.heads.kinds import KINDS
 from mtpd.trunk import Trunk
 
@@ -37,26 +36,6 @@ def save_heads(heads: Heads, directory: str | Path, *, tensors: Mapping[str, Ten
     # Weights last: where they are, the heads are whole.
     write_whole(directory / CONFIG, json.dumps(sealed(config), indent=2) + "\n")
     write_whole(directory / WEIGHTS, weights)
-
-
-def read_config(directory: str | Path) -> HeadsConfig:
-    """Reads the config of saved heads.
-
-    Raises:
-        UserError: `config.json` is missing, damaged, or none of heads.
-    """
-    path = Path(directory) / CONFIG
-    try:
-        values = read_sealed(path, refusal="no readable heads here")
-        own = values.get(str(values.get("kind")))
-        if isinstance(own, dict):
-            # Of earlier circuits; it said how they draft, and nothing about their weights.
-            own.pop("greedy", None)
-        return HeadsConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ": ".join(["", *map(str, first["loc"])])
-        raise UserError(f"{path}: no readable heads here{where}: {first['msg']}") from error
 
 
 def check_weights(directory: str | Path, config: HeadsConfig) -> None:

@@ -183,6 +183,8 @@ def joined(device: torch.device) -> Iterator[None]:
         listener.code = _exit_code(error)
         listener.tell(rank() + count())
         faulthandler.dump_traceback_later(EXIT, exit=True)
+        # Word comes back around the ring. Python that shuts down while a thread is in there is aborted (exit code 134).
+        listener.failed.wait(GRACE)
         if others:
             time.sleep(LAST)
             raise RankFailed(listener.words()) from error
@@ -239,13 +241,13 @@ class _Listener(threading.Thread):
         os._exit(self.code)
 
     def tell(self, cause: int) -> None:
-        """Says to the rank before this one, once, that all went well or which rank failed."""
+        """Says to the rank before this one, once, that all went well or which rank failed; then it has been said."""
         with self._lock:
             if self._told:
                 return
             self._told = True
-        with suppress(RuntimeError):  # it has ended before
-            dist.send(torch.tensor([cause]), dst=(self._rank - 1) % self._count, group=self.group)
+            with suppress(RuntimeError):  # it has ended before
+                dist.send(torch.tensor([cause]), dst=(self._rank - 1) % self._count, group=self.group)
 
     def words(self) -> str:
         """What the user is told of a rank that has ended without a word; one rank says it, and the others nothing."""

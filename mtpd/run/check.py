@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mtpd.data.find_model import check_model
 from mtpd.data.prompts import read_row
 from mtpd.data.sources import check_source, read
 from mtpd.errors import UserError
-from mtpd.recipe import DEEPSPEED_PRESETS, PretrainRecipe, Recipe
+from mtpd.recipe import DEEPSPEED_PRESETS, PretrainRecipe, Recipe, load_recipe, parse_recipe
 from mtpd.recipe.trackers import check_trackers
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu", "hpu", "npu", "mlu", "musa", "sdaa", "xla")
 """Kinds of devices that PyTorch has names for; whether one is there is seen when it is used."""
 RECIPE = "recipe.yaml"
 HEADS_FILE = "model.safetensors"
+STAGE = "stage.json"
+"""In a stage of an extension."""
 EXPORTED = "mtpd.json"
 """In what `mtpd export` wrote."""
 
@@ -32,8 +36,7 @@ def check_recipe(recipe: Recipe, *, weights: bool = True) -> None:
         UserError: naming the key, its value and what is accepted.
     """
     check_model(recipe.model, weights=weights)
-    if recipe.device.partition(":")[0] not in DEVICES:
-        raise UserError(f"device: {recipe.device} is not accepted; accepted: {', '.join(DEVICES)}")
+    _check_device(recipe.device)
     data = recipe.data
     _check_prompts(data.prompts, key="data.prompts")
     if data.held_out is not None:
@@ -63,6 +66,11 @@ def check_recipe(recipe: Recipe, *, weights: bool = True) -> None:
         check_folder(Path(data.store), key="data.hidden_states")
 
 
+def _check_device(name: str) -> None:
+    if name.partition(":")[0] not in DEVICES:
+        raise UserError(f"device: {name} is not accepted; accepted: {', '.join(DEVICES)}")
+
+
 def _check_prompts(source: str, *, key: str) -> None:
     """`check_source`, and the first row of a file: most files that are wrong are wrong in all rows."""
     check_source(source, key=key)
@@ -78,6 +86,7 @@ def _check_prompts(source: str, *, key: str) -> None:
 
 def check_pretrain_recipe(recipe: PretrainRecipe) -> None:
     """`check_recipe`, for `mtpd pretrain`."""
+    _check_device(recipe.device)
     for key, source in (("data.texts", recipe.data.texts), ("data.held_out", recipe.data.held_out)):
         check_source(source, key=key, accepted="accepted: stdlib, stdlib-held-out, or a .jsonl file of `text` rows")
     tokenizer = recipe.tokenizer
@@ -116,6 +125,25 @@ def check_finished(path: Path, *, heads: str = "heads") -> None:
         others = sorted(file.parent.name for file in path.glob(f"heads*/{HEADS_FILE}"))
         hint = f"accepted here: {', '.join(others)}; or " if others else ""
         raise UserError(f"{path / heads}: holds no heads; {hint}finish the run with mtpd distill {path / RECIPE}")
+
+
+def extended_recipe(path: Path, given: Mapping[str, Any]) -> Recipe:
+    """The recipe of a finished run, with what a call of `mtpd extend` says about stages.
+
+    Args:
+        given: keys of the recipe's `extend` section, in place of what the run's recipe says.
+
+    Raises:
+        UserError: no finished run, a stage of one, or stages that there cannot be.
+    """
+    check_finished(path)
+    if (path / STAGE).is_file():
+        raise UserError(f"{path}: is a stage of an extension; give the run directory that it is in")
+    recipe = load_recipe(path / RECIPE)
+    section = {**recipe.extend.model_dump(), **given}
+    if section["to"] is None and not section["auto"]:
+        raise UserError(f"--to: is missing; accepted: a number of heads above {recipe.heads.depth}, or --auto")
+    return parse_recipe({**recipe.model_dump(mode="json"), "extend": section}, source="mtpd extend")
 
 
 def _run_of(export: Path) -> str:

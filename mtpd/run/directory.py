@@ -20,11 +20,11 @@ from mtpd.formats.importing import IMPORTED
 from mtpd.heads import WEIGHTS
 from mtpd.parallel import ranks
 from mtpd.recipe import Recipe, dump, load_recipe
+from mtpd.run.check import RECIPE, STAGE
 from mtpd.train.checkpoints import named_checkpoint
 
 logger = logging.getLogger(__name__)
 
-RECIPE = "recipe.yaml"
 LATER = ("heads.", "train.", "evaluation.")
 """Keys that decide nothing before there are heads."""
 AFTERWARDS = ("extend.", "train.deepspeed")
@@ -62,7 +62,7 @@ class RunDirectory:
         self.held_out_after = path / "held-out-after.jsonl"
         self.depths = path / "depths.json"
         self.offload = path / "offload"
-        self.stage = path / "stage.json"
+        self.stage = path / STAGE
         self.extended = path / "extended"
 
 

@@ -10,13 +10,13 @@ over the ranks, they do that together too, and the main rank writes.
 from __future__ import annotations
 
 import logging
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from mtpd.data.models import resolve_device
+from mtpd.evaluate.compare import console
 from mtpd.evaluate.contamination import write_signatures
 from mtpd.heads import WEIGHTS, load_heads, save_heads
 from mtpd.parallel import ranks
@@ -64,15 +64,14 @@ def distill(recipe: Recipe, *, fresh: bool = False, resume: str = "auto", progre
 
 
 def _distill(recipe: Recipe, *, fresh: bool, resume: str, progress: bool) -> Path:
-    # Wide enough for the tables where the output is a file.
-    console = Console(quiet=not progress, width=None if sys.stdout.isatty() else 132)
+    to = console(quiet=not progress)
     run = open_together(recipe, fresh=fresh, resume=resume)
     finished = ranks.from_main(lambda: is_finished(run))
     session = replace(start(recipe, run, progress=progress), resume=resume)
     with trunk_apart(session.trunk, recipe, device=resolve_device(recipe.device), folder=run.offload):
-        path = _take_steps(session, console)
+        path = _take_steps(session, to)
     if finished and path == run.path:
-        console.print("nothing was left to do: the run was finished before; --fresh starts over", highlight=False)
+        to.print("nothing was left to do: the run was finished before; --fresh starts over", highlight=False)
     return path
 
 

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from collections.abc import Mapping
 
 from mtpd.data.models import resolve_device, trunk_fingerprint
 from mtpd.decode.chances import read_chances
 from mtpd.decode.corpus import read_corpus
-from mtpd.errors import UserError
 from mtpd.evaluate import gate, outputs, tables
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.compare import console, show_comparison
 from mtpd.evaluate.intervals import intervals
 from mtpd.evaluate.measure import Model, Trace, measure_suites, respond
-from mtpd.evaluate.suites import Question, Suite, load_suite, questions
+from mtpd.evaluate.suites import Question, Suite, questions
 from mtpd.evaluate.trunk_quality import TrunkQuality, trunk_quality
 from mtpd.files import fingerprint_file, write_whole
 from mtpd.heads import WEIGHTS
@@ -28,34 +24,11 @@ from mtpd.recipe.untrusted import refuse_code
 from mtpd.report.samples import sample_texts
 from mtpd.run.directory import RunDirectory, warn_of_changes
 from mtpd.run.finished import FinishedRun, open_finished, original_trunk, reopen, trained_prompts, trunk_name
+from mtpd.run.request import Request, check_request
 
 logger = logging.getLogger(__name__)
 
 Suites = dict[str, tuple[Suite, list[Question]]]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `mtpd eval` was asked for; the options of the command say what each means."""
-
-    run: Path
-    suites: Sequence[str] | None
-    suite_dir: Path | None
-    mode: Literal["offline", "decoded"] | None
-    output: Path | None
-    heads: str
-    drafts: int | None
-    limit: int | None
-    max_new_tokens: int | None
-    responses: Path
-    against: Path | None
-    max_drop: float
-    guard: gate.Guard
-    write_baseline: Path | None
-    check_trunk: bool
-    markdown: Path | None
-    junit: Path | None
-    untrusted: bool = False
 
 
 def evaluate_run(request: Request, *, progress: bool = True) -> int:
@@ -76,23 +49,16 @@ def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: 
     began = time.monotonic()
     if request.untrusted:
         refuse_code(recipe, source=str(run.recipe))
-    baseline = None if request.against is None else Acceptance.load(request.against)
-    gate.check_max_drop(request.max_drop)
+    baseline = request.baseline()
     mode = request.mode or ("offline" if baseline is None else baseline.mode)
-    suites = _suites(request, baseline)
-    between = f"{request.against} and {request.run}"
-    if baseline is not None:
-        gate.check_rows(baseline, str(request.against))
-        gate.check_suites(baseline, {name: suite.settings for name, (suite, _) in suites.items()}, between)
+    suites = {name: (suite, questions(name, suite)) for name, suite in check_request(request, baseline).items()}
     finished = reopen(request.run, heads=request.heads)
     if baseline is not None:
-        gate.check_trunk(baseline, finished.fingerprint, between)
+        gate.check_trunk(baseline, finished.fingerprint, f"{request.against} and {request.run}")
     if mode == "decoded":
         finished = finished.in_dtype(recipe.evaluation.dtype)
     heads = finished.heads(request.heads)
     if request.drafts is not None:
-        if request.drafts > heads.depth:
-            raise UserError(f"--drafts: {request.drafts} is more than there are heads; accepted: 1 to {heads.depth}")
         heads.shorten(request.drafts)
     model = Model(finished.trunk, finished.tokenizer, finished.fingerprint, finished.ends)
     acceptance, trace = measure_suites(
@@ -138,33 +104,6 @@ def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: 
         to.print(f"baseline: {request.write_baseline}", highlight=False, soft_wrap=True)
     to.print(f"written: {path}", highlight=False, soft_wrap=True)
     return 0 if verdict is None else verdict.exit_code
-
-
-def _suites(request: Request, baseline: Acceptance | None) -> Suites:
-    names = request.suites
-    if names is None:
-        names = ["demo"] if baseline is None else list(baseline.suites)
-    if not names:
-        raise UserError("--suite: names no suite; accepted: names with commas between them, such as gsm8k,humaneval")
-    repeated = sorted({name for name in names if list(names).count(name) > 1})
-    if repeated:
-        raise UserError(f"--suite: {', '.join(repeated)} is named twice")
-    suites: Suites = {}
-    for name in names:
-        # What the command does not say is as the baseline had it.
-        limit = request.limit or _setting(baseline, name, "limit")
-        max_new_tokens = request.max_new_tokens or _setting(baseline, name, "max_new_tokens")
-        suite = load_suite(
-            name, request.suite_dir, limit=limit, max_new_tokens=max_new_tokens, untrusted=request.untrusted
-        )
-        suites[name] = (suite, questions(name, suite))
-    return suites
-
-
-def _setting(baseline: Acceptance | None, suite: str, key: str) -> int | None:
-    found = None if baseline is None or suite not in baseline.suites else baseline.suites[suite].settings
-    value = (found or {}).get(key)
-    return value if isinstance(value, int) and value > 0 else None
 
 
 def _speed(acceptance: Acceptance, trace: Trace) -> str:

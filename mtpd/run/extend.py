@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,18 +20,19 @@ from mtpd.data.packing import PackedRows, Sample
 from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, store_key
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance
+from mtpd.evaluate.compare import console
 from mtpd.evaluate.depths import Depths, depths_pay_table, measure_depths
 from mtpd.files import fingerprint_file, read_sealed, sealed, write_whole
 from mtpd.heads import WEIGHTS, Heads, build_heads, load_heads, save_heads
 from mtpd.parallel import ranks
 from mtpd.parallel.partitioned_trunk import trunk_apart
-from mtpd.recipe import ExtendRecipe, Recipe, dump, parse_recipe, stages_of
+from mtpd.recipe import ExtendRecipe, Recipe, dump, stages_of
 from mtpd.recipe.untrusted import refuse_untrusted
 from mtpd.report.car import write_car
 from mtpd.run.acceptance import keep_texts, measure
+from mtpd.run.check import extended_recipe
 from mtpd.run.depths import held_out_counts
 from mtpd.run.directory import RunDirectory, note_training
-from mtpd.run.finished import open_finished
 from mtpd.run.kept_heads import gain_of_run, keep_heads, other_families, verdict_line
 from mtpd.run.material import (
     fill_together,
@@ -79,24 +79,19 @@ def extend(
     Raises:
         UserError, MtpdError: with one line that names the cause.
     """
-    recipe, run = open_finished(path)
+    recipe, run = extended_recipe(path, given), RunDirectory(path)
     if untrusted:
         # What a stage writes is in the run, wherever its recipe says that it lies.
         refuse_untrusted(recipe.model_dump(mode="json", exclude={"output"}), source=str(run.recipe))
     with ranks.joined(resolve_device(recipe.device)):
-        return _extend(path, recipe, run, given, fresh=fresh, progress=progress and ranks.is_main())
+        return _extend(recipe, run, fresh=fresh, progress=progress and ranks.is_main())
 
 
-def _extend(
-    path: Path, recipe: Recipe, run: RunDirectory, given: Mapping[str, Any], *, fresh: bool, progress: bool
-) -> Path:
-    console = Console(quiet=not progress, width=None if sys.stdout.isatty() else 132)
-    if run.stage.is_file():
-        raise UserError(f"{path}: is a stage of an extension; give the run directory that it is in")
-    recipe = _with_section(recipe, given)
+def _extend(recipe: Recipe, run: RunDirectory, *, fresh: bool, progress: bool) -> Path:
+    to = console(quiet=not progress)
     session = start(recipe, run, progress=progress)
     with trunk_apart(session.trunk, recipe, device=resolve_device(recipe.device), folder=run.offload):
-        return _extend_run(session, console, fresh=fresh)
+        return _extend_run(session, to, fresh=fresh)
 
 
 def _extend_run(session: Session, console: Console, *, fresh: bool) -> Path:
@@ -111,14 +106,6 @@ def _extend_run(session: Session, console: Console, *, fresh: bool) -> Path:
         return packed, hidden_states(session, packed, prompts.train)
 
     return extend_heads(Material(session, samples, chosen_by, rows), heads, console, fresh=fresh)
-
-
-def _with_section(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
-    section = {**recipe.extend.model_dump(), **given}
-    if section["to"] is None and not section["auto"]:
-        raise UserError(f"--to: is missing; accepted: a number of heads above {recipe.heads.depth}, or --auto")
-    values = {**recipe.model_dump(mode="json"), "extend": section}
-    return parse_recipe(values, source="mtpd extend")
 
 
 def extend_heads(material: Material, heads: Heads, console: Console, *, fresh: bool = False) -> Path:

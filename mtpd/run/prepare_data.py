@@ -28,10 +28,6 @@ def store_hidden_states(recipe: Recipe, *, progress: bool = True) -> Path:
     Raises:
         UserError, MtpdError: with one line that names the cause.
     """
-    if not recipe.data.on_disk:
-        raise UserError(
-            f"data.hidden_states: {recipe.data.hidden_states} stores nothing on the disk; accepted: disk, or a path"
-        )
     with ranks.joined(resolve_device(recipe.device)):
         session = start(recipe, open_together(recipe, fresh=False), progress=progress and ranks.is_main())
         device = resolve_device(recipe.device)
@@ -53,9 +49,6 @@ def count_vocabulary(recipe: Recipe, path: Path, *, progress: bool = True) -> tu
     Raises:
         UserError, MtpdError: with one line that names the cause.
     """
-    size = recipe.heads.vocabulary
-    if not isinstance(size, int) or size == 0:
-        raise UserError(f"heads.vocabulary: {size} leaves nothing to count; accepted: how many tokens are kept")
     with ranks.joined(resolve_device(recipe.device)):
         session = start(recipe, open_together(recipe, fresh=False), progress=progress and ranks.is_main())
         device = resolve_device(recipe.device)
@@ -64,7 +57,10 @@ def count_vocabulary(recipe: Recipe, path: Path, *, progress: bool = True) -> tu
         vocabulary = vocabulary_of(session, rows)
         tokens = real_tokens(session.trunk.model, session.tokenizer)
         if vocabulary is None:
-            raise UserError(f"heads.vocabulary: {size} leaves nothing out; accepted: less than {tokens}, all tokens")
+            raise UserError(
+                f"heads.vocabulary: {recipe.heads.vocabulary} leaves nothing out; accepted: less than {tokens}, all "
+                "tokens"
+            )
         share = coverage(rows, vocabulary, tokens=tokens)
         if ranks.is_main():
             save_vocabulary(path, vocabulary, share=share)

@@ -95,8 +95,11 @@ def last_checkpoint(directory: Path) -> Path | None:
     return None
 
 
-def named_checkpoint(directory: Path, name: str) -> Path:
+def named_checkpoint(directory: Path, name: str, *, whole: bool = True) -> Path:
     """The checkpoint that a user names, by its folder or the name of that.
+
+    Args:
+        whole: whether to read all of it, to see that it is not damaged.
 
     Raises:
         UserError: it is none of this run's, or damaged.
@@ -108,6 +111,8 @@ def named_checkpoint(directory: Path, name: str) -> Path:
     if folder.name not in known or folder.resolve() != directory.resolve() / folder.name:
         raise UserError(f"--resume: {name} is no whole checkpoint of {directory}; {accepted}")
     folder = directory / folder.name
+    if not whole:
+        return folder
     best = None if damage(folder) else best_step(folder)
     if found := damage(folder) or (damage(folder_of(directory, best)) if best is not None else None):
         raise UserError(f"--resume: {found}; {accepted}")

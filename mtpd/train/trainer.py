@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -23,6 +22,7 @@ from mtpd.files import write_whole, writing
 from mtpd.heads import load_heads, save_heads
 from mtpd.parallel.document_attention import by_documents
 from mtpd.parallel.partition import gathered, make_whole
+from mtpd.progress import Bar
 from mtpd.train import checkpoints
 from mtpd.train.finished_depths import FinishedDepths
 from mtpd.train.model import DistillModel
@@ -318,7 +318,7 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+            self.bar = Bar(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is not None:

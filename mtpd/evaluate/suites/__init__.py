@@ -118,8 +118,12 @@ def check_names(names: Sequence[str] | None, folder: Path | None, *, against: Pa
     """
     if folder is not None and not folder.is_dir():
         raise UserError(f"--suite-dir: {folder}: no such folder")
+    if names is not None and not names:
+        raise UserError("--suite: names no suite; accepted: names with commas between them, such as gsm8k,humaneval")
     known = suite_names(folder)
     for name in names or ():
+        if list(names or ()).count(name) > 1:
+            raise UserError(f"--suite: {name} is named twice")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""

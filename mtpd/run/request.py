@@ -1,0 +1,76 @@
+"""What `mtpd eval` was asked for, and what of it is refused before anything is loaded: nothing here needs PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mtpd.evaluate import gate
+from mtpd.evaluate.acceptance import Acceptance
+from mtpd.evaluate.suites import Suite, load_suite
+from mtpd.heads import read_config
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `mtpd eval` was asked for; the options of the command say what each means."""
+
+    run: Path
+    suites: Sequence[str] | None
+    suite_dir: Path | None
+    mode: Literal["offline", "decoded"] | None
+    output: Path | None
+    heads: str
+    drafts: int | None
+    limit: int | None
+    max_new_tokens: int | None
+    responses: Path
+    against: Path | None
+    max_drop: float
+    guard: gate.Guard
+    write_baseline: Path | None
+    check_trunk: bool
+    markdown: Path | None
+    junit: Path | None
+    untrusted: bool = False
+
+    def baseline(self) -> Acceptance | None:
+        """What the result is compared with."""
+        return None if self.against is None else Acceptance.load(self.against)
+
+
+def check_request(request: Request, baseline: Acceptance | None) -> dict[str, Suite]:
+    """The suites that are measured, with what the command does not say as the baseline has it.
+
+    Raises:
+        UserError: an option of another value than accepted, or one that does not go with the baseline.
+    """
+    gate.check_max_drop(request.max_drop)
+    heads = read_config(request.run / request.heads)
+    drafts = request.drafts or heads.depth
+    heads.check_depth(drafts, key="--drafts")
+    suites = {
+        name: load_suite(
+            name,
+            request.suite_dir,
+            limit=request.limit or _setting(baseline, name, "limit"),
+            max_new_tokens=request.max_new_tokens or _setting(baseline, name, "max_new_tokens"),
+            untrusted=request.untrusted,
+        )
+        for name in request.suites or (["demo"] if baseline is None else baseline.suites)
+    }
+    if baseline is not None:
+        gate.check_rows(baseline, str(request.against))
+        between = f"{request.against} and {request.run}"
+        gate.check_mode(baseline, request.mode or baseline.mode, between)
+        gate.check_settings(baseline, {**(baseline.settings or {}), "drafts": drafts}, between)
+        gate.check_suites(baseline, {name: suite.settings for name, suite in suites.items()}, between)
+    return suites
+
+
+def _setting(baseline: Acceptance | None, suite: str, key: str) -> int | None:
+    found = None if baseline is None or suite not in baseline.suites else baseline.suites[suite].settings
+    value = (found or {}).get(key)
+    return value if isinstance(value, int) and value > 0 else None
