@@ -59,7 +59,7 @@ def measured_offline(session: Session, heads: Heads, samples: Sequence[Sample]) 
 
 
 def keep_texts(session: Session, heads: Heads, samples: Sequence[Sample]) -> None:
-    """Writes which head drafts which token of a few held-out texts, for the report. All ranks call it.
+    """Writes what drafts which token of a few held-out texts, heads or look-up, for the report. All ranks call it.
 
     Texts that are there already are kept where they belong to the same heads, also those of `mtpd eval`.
     """
@@ -72,7 +72,8 @@ def keep_texts(session: Session, heads: Heads, samples: Sequence[Sample]) -> Non
         for sample in samples:
             families.setdefault(sample.family or "prompts", []).append(sample)
         model = Model(session.trunk, session.tokenizer, session.fingerprint, session.ends)
-        found = sample_texts(model, _in_format_of_trunk(session, heads), families, heads_fingerprint=fingerprint)
+        copy, chances = _in_format_of_trunk(session, heads), read_chances(run.heads)
+        found = sample_texts(model, copy, chances, families, heads_fingerprint=fingerprint)
         if ranks.is_main():
             found.save(run.samples)
     ranks.barrier()

@@ -94,6 +94,7 @@ def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: 
             raise UserError(f"--drafts: {request.drafts} is more than there are heads; accepted: 1 to {heads.depth}")
         heads.shorten(request.drafts)
     model = Model(finished.trunk, finished.tokenizer, finished.fingerprint, finished.ends)
+    chances = read_chances(request.run / request.heads)
     acceptance, trace = measure_suites(
         model,
         heads,
@@ -101,14 +102,15 @@ def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: 
         heads_fingerprint=fingerprint_file(request.run / request.heads / WEIGHTS),
         mode=mode,
         responses=request.responses,
-        chances=read_chances(request.run / request.heads),
+        chances=chances,
         trained=trained_prompts(run),
         progress=progress,
     )
     path = request.output or (run.evaluation if mode == "offline" else run.evaluation_decoded)
     acceptance.save(path)
     if mode == "offline" and request.heads == "heads":
-        sample_texts(model, heads, trace.samples, heads_fingerprint=acceptance.heads).save(run.samples)
+        found = sample_texts(model, heads, chances, trace.samples, heads_fingerprint=acceptance.heads)
+        found.save(run.samples)
     estimates = intervals(acceptance)
     to = console(quiet=not progress)
     to.print(tables.suites_table(acceptance, estimates))
