@@ -89,8 +89,7 @@ def _drafts(
 ) -> None:
     tokens = torch.randint(3, 250, (1, 128))
     ways: dict[str, Callable[[], Any]] = {}
-    pick = {"max_product": Pick(lambda logits, _: logits.argmax(-1), joint=True)}
-    pick["conditionals"] = Pick(lambda logits, _: logits.argmax(-1))
+    pick = Pick(lambda logits, _: logits.argmax(-1))
     engine = Engine(trunk, None, slots=1, capacity=128)
     list(engine.run([Request(tokens[0, :64].tolist(), 2)]))
     span = Span([64], 1, tokens.device)
@@ -102,10 +101,7 @@ def _drafts(
     for structure in args.structures:
         heads = new(trunk, structure, components, leaves, shared_layers=args.shared_layers).to(trunk.dtype).eval()
         drafter = heads.drafter(trunk, slots=1, capacity=128)
-        for name, each in pick.items():
-            ways[f"{structure} {name}"] = torch.inference_mode()(
-                lambda drafter=drafter, each=each: drafter.draft(tokens, [64], DEPTH, each)
-            )
+        ways[structure] = torch.inference_mode()(lambda drafter=drafter: drafter.draft(tokens, [64], DEPTH, pick))
     _, found = alternate(ways, runs=10 * args.runs)
     base = found.pop("trunk")
     for name, seconds in found.items():

@@ -183,12 +183,10 @@ def learn(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> 
             logs = likelihood(exact, heads, held_out)
             write({**known, "mode": "held-out log p by depth", "seconds of training": spent, "log p": logs})
             write({**known, "mode": "sampled", **decode(exact, heads, prompts, sampled=True, tokens=args.tokens)})
-            circuit = circuit_of(heads)
-            for circuit.joint in (False, True) if structure != "ff" else (False,):
-                way = "greedy, max-product" if circuit.joint else "greedy, conditionals"
-                write({**known, "mode": f"{way}, along held-out text", **along(exact, heads, held_out)})
-                if args.decode:
-                    write({**known, "mode": way, **decode(exact, heads, prompts, sampled=False, tokens=args.tokens)})
+            way = "greedy, conditionals"
+            write({**known, "mode": f"{way}, along held-out text", **along(exact, heads, held_out)})
+            if args.decode:
+                write({**known, "mode": way, **decode(exact, heads, prompts, sampled=False, tokens=args.tokens)})
 
 
 def _parallel(

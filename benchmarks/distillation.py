@@ -23,8 +23,8 @@ LOSSES: dict[str, dict[str, Any]] = {
     "KL": {"loss": "kl", "top_n": 0},
     "KL top-n": {"loss": "kl", "top_n": -1},
     "KL, teacher T 0.5": {"loss": "kl", "top_n": 0, "teacher_temperature": 0.5},
-    "CE + KL": {"loss": "mtp_d", "top_n": 0, "alpha": 0.3, "beta": 0.5},
-    "CE + KL top-n": {"loss": "mtp_d", "top_n": -1, "alpha": 0.3, "beta": 0.5},
+    "CE + KL": {"loss": "mtp_d", "top_n": 0},
+    "CE + KL top-n": {"loss": "mtp_d", "top_n": -1},
 }
 
 
@@ -67,7 +67,7 @@ def main() -> None:
                     settings["top_n"] = options.top_n
                 start.load_state_dict(first)
                 if loss != "untrained":
-                    training = {"learning_rate": 3e-4, "rows_per_step": 1, "epochs": 1.0, **settings}
+                    training = {"learning_rate": 3e-4, "micro_batch_rows": 1, "epochs": 1.0, **settings}
                     lab.train(recipe(seed=seed, heads=heads_settings, train=training), start, rows, store)
                 for domain, measured in held_out.items():
                     counts = lab.measure(start, measured)

@@ -52,7 +52,7 @@ class Experiment:
 
     def recipe(self, depth: int, **train: Any) -> Recipe:
         settings = {"depth": depth, "vocabulary": self.options.vocabulary, "init": "regression"}
-        training = {"rows_per_step": 1, "epochs": 1.0, "top_n": 0, "learning_rate": self.options.rate, **train}
+        training = {"micro_batch_rows": 1, "epochs": 1.0, "top_n": 0, "learning_rate": self.options.rate, **train}
         if training.get("loss") == "ce":
             del training["top_n"]
         return recipe(seed=self.seed, heads=settings, train=training)

@@ -48,7 +48,7 @@ def main() -> None:
             before = lab.measure(heads, measured)
             for rate in options.rates:
                 heads.load_state_dict(first)
-                training = {"learning_rate": rate, "rows_per_step": 1, "epochs": 1.0, "top_n": 0}
+                training = {"learning_rate": rate, "micro_batch_rows": 1, "epochs": 1.0, "top_n": 0}
                 lab.train(recipe(seed=seed, heads=settings, train=training), heads, rows, store)
                 after = lab.measure(heads, measured)
                 row = {"start": start, "rate": rate, "seed": seed, "before": before.tau, "after": after.tau}

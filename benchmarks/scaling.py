@@ -32,7 +32,7 @@ of the eight ports of 400 Gb/s of a machine: what has come in through one of the
 as long as reading and writing 8 bytes."""
 RANKS = (8, 16, 32, 64, 128, 256, 512)
 SHARDED: tuple[Sharding, ...] = ("zero2", "zero3", "zero3-cpu")
-SETTINGS = ["heads.depth=4", "data.row_length=2048", "train.rows_per_step=2", "dtype=bfloat16", "device=cpu"]
+SETTINGS = ["heads.depth=4", "data.row_length=2048", "train.micro_batch_rows=2", "dtype=bfloat16", "device=cpu"]
 """A micro batch of 4,096 tokens in each GPU."""
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -111,7 +111,7 @@ def long_rows(name: str, tokens: int, ranks: int) -> str:
     """A table of rows that are split over more and more GPUs, in Markdown."""
     lines = ["| GPUs to a row | zero2, GB | step, ms | a row, ms |", "|---|---|---|---|"]
     for parts in (1, 2, 4, 8):
-        words = ["train.rows_per_step=1", f"data.row_length={tokens}", f"train.sequence_parallel={parts}"]
+        words = ["train.micro_batch_rows=1", f"data.row_length={tokens}", f"train.sequence_parallel={parts}"]
         load = load_of(name, *words, "train.deepspeed=zero2")
         needed = sum(memory(load, "zero2", ranks).values())
         seconds = step_seconds(load, "zero2", ranks, H100, stored=False)

@@ -93,7 +93,7 @@ def work_of(recipe: Recipe) -> Work:
     head = 169 * sizes.hidden + 26 * (queries + keys) + 14 * sizes.inner
     return Work(
         **{field.name: getattr(planned.load, field.name) for field in fields(Load)},
-        tokens=recipe.train.rows_per_step * recipe.data.row_length // parts,
+        tokens=recipe.train.micro_batch_rows * recipe.data.row_length // parts,
         active=_active(layers, trunk.config),
         active_heads=round(often * _active([heads], trunk.config)),
         row=recipe.data.row_length,

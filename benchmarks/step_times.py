@@ -55,7 +55,7 @@ MODEL: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
 }
-WORDS = ["heads.depth=2", "dtype=float32", "device=cpu", "data.max_new_tokens=64", "train.rows_per_step=1"]
+WORDS = ["heads.depth=2", "dtype=float32", "device=cpu", "data.max_new_tokens=64", "train.micro_batch_rows=1"]
 CASES: dict[int, list[tuple[Sharding, int, bool]]] = {
     # Sharding, tokens of a row, and whether the trunk's states are stored.
     1: [("none", 512, False), ("none", 512, True), ("none", 128, False)],

@@ -51,7 +51,7 @@ MODEL = {
     "tie_word_embeddings": False,
 }
 SHAPE: dict[str, Any] = {key: value for key, value in MODEL.items() if key != "model_type"}
-WORDS = ["heads.depth=2", "dtype=float32", "device=cpu", "data.row_length=192", "train.rows_per_step=1"]
+WORDS = ["heads.depth=2", "dtype=float32", "device=cpu", "data.row_length=192", "train.micro_batch_rows=1"]
 WORDS.append("train.top_n=200")
 DEEP = 5
 CASES: dict[int, list[tuple[Sharding, bool, int] | tuple[Sharding, bool, int, int]]] = {

@@ -107,9 +107,9 @@ def finished_run_made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     words = ["distill", "model=tiny", f"output={folder}", "heads.depth=2", "data.limit=16", "data.max_new_tokens=24"]
-    words += ["train.max_steps=8", "train.rows_per_step=2", "train.logging_steps=1", "train.learning_rate=3e-3"]
+    words += ["train.max_steps=8", "train.micro_batch_rows=2", "train.logging_steps=1", "train.learning_rate=3e-3"]
     words += ["evaluation.prompts_limit=14", "evaluation.max_new_tokens=16", "evaluation.decode_prompts=2"]
-    words += ["evaluation.steps=4", "evaluation.steps_prompts=7", "evaluation.extra=[builtin-other]"]
+    words += ["evaluation.steps=4", "evaluation.extra=[builtin-other]"]
     assert main(words) == 0
     return folder
 

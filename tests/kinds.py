@@ -22,16 +22,13 @@ FORMS: dict[str, dict[str, Any]] = {
     "hmm": {"kind": "circuit", "circuit": {"structure": "hmm", "components": 3, "leaves": "full"}},
     "btree": {"kind": "circuit", "circuit": {"structure": "btree", "components": 2, "rank": 4}},
     "hmm-tilted": {"kind": "circuit", "circuit": {"structure": "hmm", "components": 3, "leaves": "tilted"}},
-    "btree-conditionals": {
-        "kind": "circuit",
-        "circuit": {"structure": "btree", "components": 2, "leaves": "full", "greedy": "conditionals"},
-    },
+    "btree-full": {"kind": "circuit", "circuit": {"structure": "btree", "components": 2, "leaves": "full"}},
 }
 
 
 def settings(form: str, *, depth: int = 3, init: str | None = None) -> dict[str, Any]:
     """The `heads` section of a recipe."""
-    empty = {"shared": False, "adapters": 0, "source": None, "parallel": {}, "circuit": {}, "vocabulary": 0}
+    empty = {"shared": False, "source": None, "parallel": {}, "circuit": {}, "vocabulary": 0}
     return {**empty, **FORMS[form], "depth": depth, "init": init}
 
 

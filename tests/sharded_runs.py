@@ -54,7 +54,7 @@ class Case:
 
     deepspeed: str | None
     rows: int = 16
-    rows_per_step: int = 2
+    micro_batch_rows: int = 2
     accumulation: int = 1
     steps: int = 20
     resume: str | None = None
@@ -96,14 +96,14 @@ def run_case(name: str, case: Case, folder: Path, callbacks: Sequence[TrainerCal
             "train": {
                 "deepspeed": case.deepspeed,
                 "sequence_parallel": case.parts,
-                "rows_per_step": case.rows_per_step,
+                "micro_batch_rows": case.micro_batch_rows,
                 "gradient_accumulation": case.accumulation,
                 "loss": case.loss,
                 "max_steps": case.steps,
                 "learning_rate": 1e-3,
                 "logging_steps": 1,
                 "save_steps": 0 if "evaluation" in case.further else 10,
-                "save_total_limit": 9,
+                "arguments": {"save_total_limit": 9},
                 **case.train,
             },
             **case.further,
@@ -134,7 +134,7 @@ def run_case(name: str, case: Case, folder: Path, callbacks: Sequence[TrainerCal
             head.requires_grad_(False)
     if recipe.trunk.train != "frozen":
         session.trunk = trunk = copy.deepcopy(trunk)
-        settings = {"loss_weight": 0.5, "original_teacher": recipe.trunk.teacher == "original"}
+        settings = {"original_teacher": recipe.trunk.teacher == "original"}
         adapted = recipe.trunk.train == "lora"
         joint = AdaptedTrunk(trunk, rank=4, seed=0, **settings) if adapted else FullTrunk(trunk, **settings)
         options["joint"] = joint
@@ -244,13 +244,13 @@ BF16 = {"dtype": "bfloat16"}
 STORED = {"data": {"hidden_states": "memory"}}
 ADAPTED = {"trunk": {"train": "lora", "teacher": "detached"}, "data": {"hidden_states": "recompute"}}
 JOINT = {"trunk": {"train": "full"}}
-MEASURED = {"evaluation": {"steps": 2, "steps_prompts": 1, "max_new_tokens": 16}}
+MEASURED = {"evaluation": {"steps": 2, "max_new_tokens": 16}}
 CASES: dict[str, Case] = {
     # Four rows a step, each in another way.
     "ddp": Case(None),
     "zero1": Case("zero1"),
-    "zero2": Case("zero2", rows_per_step=1, accumulation=2),
-    "zero3": Case("zero3", rows_per_step=1, accumulation=2),
+    "zero2": Case("zero2", micro_batch_rows=1, accumulation=2),
+    "zero3": Case("zero3", micro_batch_rows=1, accumulation=2),
     # The last round of an epoch has a row for one process, and none for the other.
     "ddp-uneven": Case(None, rows=9, steps=8),
     "zero3-uneven": Case("zero3", rows=9, steps=8),
@@ -259,19 +259,19 @@ CASES: dict[str, Case] = {
     "zero2-bf16": Case("zero2", steps=6, further=BF16),
     "zero3-measured": Case("zero3", steps=4, further=MEASURED),
     # Both processes have a part of each of the four rows of a step.
-    "split": Case("zero1", rows_per_step=4, parts=2),
-    "split-zero3": Case("zero3", rows_per_step=2, accumulation=2, parts=2),
-    "split-uneven": Case("zero2", rows=9, rows_per_step=4, steps=8, parts=2),
-    "split-tied": Case("zero2", rows_per_step=4, steps=6, architecture="qwen2", parts=2),
-    "split-circuit": Case("zero2", rows_per_step=4, steps=4, form="cp-shared", loss="ce", parts=2),
-    "split-bf16": Case("zero2", rows_per_step=4, steps=6, further=BF16, parts=2),
+    "split": Case("zero1", micro_batch_rows=4, parts=2),
+    "split-zero3": Case("zero3", micro_batch_rows=2, accumulation=2, parts=2),
+    "split-uneven": Case("zero2", rows=9, micro_batch_rows=4, steps=8, parts=2),
+    "split-tied": Case("zero2", micro_batch_rows=4, steps=6, architecture="qwen2", parts=2),
+    "split-circuit": Case("zero2", micro_batch_rows=4, steps=4, form="cp-shared", loss="ce", parts=2),
+    "split-bf16": Case("zero2", micro_batch_rows=4, steps=6, further=BF16, parts=2),
     "split-extended": Case(
-        "zero2", rows_per_step=4, steps=4, parts=2, after=1, train={"checkpoint_blocks": True}, further=STORED
+        "zero2", micro_batch_rows=4, steps=4, parts=2, after=1, train={"checkpoint_blocks": True}, further=STORED
     ),
-    "split-adapted": Case("zero2", rows_per_step=4, steps=4, parts=2, form="decoder", further=ADAPTED),
-    "split-joint": Case("zero1", rows_per_step=4, steps=4, parts=2, further=JOINT),
-    "split-measured": Case("zero3", rows_per_step=4, steps=4, parts=2, further=MEASURED),
-    "split-resumed": Case("zero2", rows_per_step=2, accumulation=2, resume="one/checkpoint-10", parts=2),
+    "split-adapted": Case("zero2", micro_batch_rows=4, steps=4, parts=2, form="decoder", further=ADAPTED),
+    "split-joint": Case("zero1", micro_batch_rows=4, steps=4, parts=2, further=JOINT),
+    "split-measured": Case("zero3", micro_batch_rows=4, steps=4, parts=2, further=MEASURED),
+    "split-resumed": Case("zero2", micro_batch_rows=2, accumulation=2, resume="one/checkpoint-10", parts=2),
     # They go on from step 10 of the run in one process, or of one in two.
     "ddp-resumed": Case(None, resume="one/checkpoint-10"),
     "zero2-resumed": Case("zero2", resume="zero3/checkpoint-10"),

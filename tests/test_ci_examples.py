@@ -24,7 +24,7 @@ heads.depth: 2
 data.limit: 16
 data.max_new_tokens: 24
 train.max_steps: 6
-train.rows_per_step: 2
+train.micro_batch_rows: 2
 train.learning_rate: 1e-3
 evaluation.prompts_limit: 2
 evaluation.max_new_tokens: 12

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 
 import pytest
 import torch
@@ -145,36 +144,6 @@ def test_prefix_conditionals(case: Case) -> None:
             found = (mixed[place][:, None] + case.leaves[0, place]).logsumexp(0).exp()
             expected = [case.marginal({**before, place: token}) for token in range(TOKENS)]
             torch.testing.assert_close(found, torch.stack(expected) / case.marginal(before))
-
-
-def test_max_product(case: Case) -> None:
-    """Fault: a traceback that leaves the way on which the maximum was found; a known token that is not kept."""
-    terms = case.terms()
-    for known in [{}, {0: 1}]:
-        best = case.evidence({}) + case.leaves.amax(-1)
-        for place, token in known.items():
-            best[:, place] = case.leaves[:, place, :, token]
-        latents = case.circuit.likeliest(best, case.weights)[0]
-        tokens = [case.leaves[0, place, latents[place]].argmax().item() for place in range(case.places)]
-        tokens = [known.get(place, int(token)) for place, token in enumerate(tokens)]
-        match = [each for each in case.windows() if all(each[place] == token for place, token in known.items())]
-        scored = {}
-        for z in itertools.product(range(case.components), repeat=case.places):
-            for window in match:
-                scored[z, window] = _score(case, terms, z, window)
-        assert scored[tuple(latents.tolist()), tuple(tokens)] == pytest.approx(max(scored.values()))
-
-
-def _score(case: Case, terms: dict[tuple[int, ...], Tensor], z: tuple[int, ...], window: tuple[int, ...]) -> float:
-    """The largest term with these latents at the leaves; in a tree, over those of the regions above."""
-    given = math.exp(sum(float(case.leaves[0, i, z[i], x]) for i, x in enumerate(window)))
-    if case.structure != "btree" or case.places <= 2:
-        return given * float(terms.get(z, 0.0))
-    r, w = case.components, case.weights[0]
-    if z[0] != z[1] or (case.places == 4 and z[2] != z[3]):
-        return 0.0
-    tied, root = w[r:].view(2, r, r).softmax(-1), w[:r].softmax(0)
-    return given * max(float(root[top] * tied[0, top, z[0]] * tied[1, top, z[2]]) for top in range(r))
 
 
 def test_relations_between_circuits() -> None:

@@ -26,7 +26,7 @@ def recipe(tmp_path: Path) -> list[str]:
         "data.row_length=64",
         "heads.depth=2",
         "train.epochs=2",
-        "train.rows_per_step=2",
+        "train.micro_batch_rows=2",
         "evaluation.prompts_limit=2",
         "evaluation.max_new_tokens=8",
         "evaluation.decode_prompts=0",
@@ -43,7 +43,7 @@ def test_training_reads_what_data_store_made(
     """Fault: a store that training does not find, computes again, or learns something else from."""
     assert main(["distill", *recipe]) == 0
     states = tmp_path / "states"
-    arguments = [*recipe, f"output={tmp_path / 'second'}", f"data.store={states}"]
+    arguments = [*recipe, f"output={tmp_path / 'second'}", f"data.hidden_states={states}"]
     assert main(["data", "store", *arguments]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"done: {states}"
     shards = {path.name: path.stat().st_mtime_ns for path in states.iterdir()}

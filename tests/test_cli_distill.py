@@ -74,7 +74,7 @@ def words(model: Path, prompts: Path, output: Path, *further: str) -> list[str]:
         f"data.prompts={prompts}",
         *("device=cpu", "dtype=float32", "heads.depth=2"),
         *("data.held_out_count=3", "data.max_new_tokens=12", "data.generation_batch=4", "data.row_length=64"),
-        *("train.rows_per_step=2", "train.max_steps=2", "train.logging_steps=1", "train.save_steps=1"),
+        *("train.micro_batch_rows=2", "train.max_steps=2", "train.logging_steps=1", "train.save_steps=1"),
         *("evaluation.prompts_limit=3", "evaluation.max_new_tokens=12", "evaluation.decode_prompts=2"),
         *further,
     ]

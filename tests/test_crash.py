@@ -28,9 +28,9 @@ def words(folder: Path, output: Path, *further: str) -> list[str]:
         *("device=cpu", "dtype=float32", "heads.depth=2", "seed=1"),
         *("data.held_out_count=4", "data.max_new_tokens=12", "data.generation_batch=4", "data.row_length=64"),
         "data.temperature=1.0",
-        *("train.rows_per_step=2", "train.max_steps=6", "train.logging_steps=1", "train.learning_rate=3e-3"),
+        *("train.micro_batch_rows=2", "train.max_steps=6", "train.logging_steps=1", "train.learning_rate=3e-3"),
         *("evaluation.prompts_limit=4", "evaluation.max_new_tokens=8", "evaluation.decode_prompts=0"),
-        *("evaluation.steps=2", "evaluation.steps_prompts=2", "train.save_total_limit=2"),
+        "evaluation.steps=2",
         *further,
     ]
 

@@ -111,7 +111,7 @@ def test_native_heads_are_trained(checkpoint: Path, tmp_path: Path, capsys: pyte
     words = [
         *("distill", f"model={checkpoint}", f"output={run}", "heads=native", "dtype=float32", "device=cpu"),
         *(f"data.prompts={texts}", "data.responses=given", "data.held_out_count=2", "data.row_length=256"),
-        *("train.max_steps=3", "train.rows_per_step=1"),
+        *("train.max_steps=3", "train.micro_batch_rows=1"),
         *("evaluation.prompts_limit=2", "evaluation.max_new_tokens=8", "evaluation.decode_prompts=1"),
     ]
     assert main([*words, "trust_remote_code=true", "heads.kind=chain"]) == 2

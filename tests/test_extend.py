@@ -28,7 +28,7 @@ def words(output: Path, *further: str) -> list[str]:
     """The command of a run of a few seconds."""
     return [
         *("distill", "model=tiny", f"output={output}", "heads.depth=2", "dtype=float32", "device=cpu"),
-        *("data.limit=12", "data.max_new_tokens=24", "train.max_steps=4", "train.rows_per_step=2"),
+        *("data.limit=12", "data.max_new_tokens=24", "train.max_steps=4", "train.micro_batch_rows=2"),
         *("train.logging_steps=1", "train.save_steps=2", "train.learning_rate=3e-3", "train.top_n=50"),
         *("evaluation.prompts_limit=4", "evaluation.max_new_tokens=16", "evaluation.decode_prompts=1"),
         *further,
@@ -175,31 +175,12 @@ def test_a_recipe_extends_after_training(tmp_path: Path) -> None:
     assert (run / "extended" / "shared-4" / "heads").is_dir()
 
 
-@pytest.mark.parametrize("shared", ["false", "true"])
-def test_adapters_of_ordinary_heads(tmp_path: Path, shared: str) -> None:
-    """Fault: heads.adapters that trains the blocks too, is fitted into the wrong weights, or cannot be extended."""
-    run = tmp_path / "run"
-    short = ["heads.adapters=4", f"heads.shared={shared}", "extend.to=4", "extend.steps=1"]
-    assert main(words(run, *short, "evaluation.decode_prompts=0")) == 0
-    before, after = (load_file(run / name / "model.safetensors") for name in ("heads-before", "heads"))
-    changed = {name for name in after if not torch.equal(before[name], after[name])}
-    assert changed
-    assert all("lora_" in name for name in changed)
-    assert {name.split(".")[1] for name in changed} == {"1", "2"}
-    heads = load_heads(run / "extended" / "copies-4" / "heads", mtpd.load(run).trunk)
-    assert heads.config.adapters == [4, 4, 0, 0]
-    assert heads.config.block_of == ([0, 0, 1, 2] if shared == "true" else [0, 1, 2, 3])
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ([], r"--to: is missing; accepted: a number of heads above 2, or --auto"),
         (["--to", "2"], "extend.to: 2 is not more than the 2 heads there are; accepted: 3 to 64"),
         (["--to", "65"], "extend.to: 65 is not accepted; accepted: an integer from 2 to 64"),
-        (["--to", "8", "--stages", "8"], "extend.stages: [8] goes from 2 heads to 8; accepted from 2: 3 to 4"),
-        (["--to", "8", "--stages", "4,7"], "extend.stages: [4, 7] do not end at extend.to, which is 8"),
-        (["--to", "4", "--stages", "4,x"], "--stages: 4,x is not accepted; accepted: numbers with commas"),
         (["--to", "4", "--shared", "--adapters", "4"], "--shared: is not accepted with --adapters"),
         (["--to", "4", "--adapters", "0"], "extend.rank: 0 is not accepted; accepted: an integer from 1 to 1000000000"),
         (["--to", "4", "--steps", "0", "--learning-rate", "1e-3"], "extend.learning_rate: 0.001 does nothing"),

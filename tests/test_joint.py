@@ -26,10 +26,10 @@ from mtpd.train.model import DistillModel
 from mtpd.trunk import Trunk
 
 
-def adapted(*, original: bool = True, weight: float = 2.0) -> AdaptedTrunk:
+def adapted(*, original: bool = True) -> AdaptedTrunk:
     """Adapters on a tiny trunk, none of them zero."""
     trunk = Trunk(tiny_model("llama"), tokens=TOKENS)
-    joint = AdaptedTrunk(trunk, rank=4, loss_weight=weight, original_teacher=original, seed=0)
+    joint = AdaptedTrunk(trunk, rank=4, original_teacher=original, seed=0)
     with torch.no_grad():
         for name, parameter in joint.parameters.items():
             if "lora_B" in name:
@@ -50,9 +50,7 @@ def test_adapters_can_be_switched_off_and_merged(tmp_path: Path) -> None:
     """Fault: a teacher that is not the original trunk, new adapters that change it, or a merge with a wrong scale."""
     row = batch()
     original = Trunk(tiny_model("llama"), tokens=TOKENS).hidden(row["input_ids"])
-    fresh = AdaptedTrunk(
-        Trunk(tiny_model("llama"), tokens=TOKENS), rank=4, loss_weight=1.0, original_teacher=True, seed=0
-    )
+    fresh = AdaptedTrunk(Trunk(tiny_model("llama"), tokens=TOKENS), rank=4, original_teacher=True, seed=0)
     torch.testing.assert_close(fresh.trunk.hidden(row["input_ids"]), original, rtol=0, atol=0)
     joint = adapted()
     changed = joint.trunk.hidden(row["input_ids"])
@@ -86,7 +84,7 @@ def test_the_loss_of_both(original: bool) -> None:
     loss = DistillModel(trunk, heads, settings, joint=joint)(**row, hidden=hidden, num_items_in_batch=1)["loss"]
     states = joint.states(row["input_ids"], row["position_ids"])
     logits = trunk.unembedding.select(None)(states)
-    expected = 2.0 * torch.nn.functional.cross_entropy(
+    expected = torch.nn.functional.cross_entropy(
         logits[:, 3:-1].reshape(-1, logits.shape[-1]), row["input_ids"][:, 4:].reshape(-1), reduction="sum"
     )
     teacher = trunk.unembedding.select(None)(hidden if hidden is not None else states).detach()
@@ -111,7 +109,7 @@ def test_the_loss_of_all_parameters(name: str, original: bool, small: bool) -> N
     """Fault: gradient of the main head or of the embedding that is lost; a teacher that is read with new weights."""
     trunk, row = Trunk(tiny_model(name), tokens=TOKENS), batch()
     before = Trunk(tiny_model(name), tokens=TOKENS)
-    joint = FullTrunk(trunk, loss_weight=2.0, original_teacher=original)
+    joint = FullTrunk(trunk, original_teacher=original)
     with torch.no_grad():
         for each in joint.parameters.values():
             each.add_(torch.randn(each.shape, generator=torch.Generator().manual_seed(each.numel())) * 0.05)
@@ -125,7 +123,7 @@ def test_the_loss_of_all_parameters(name: str, original: bool, small: bool) -> N
     states = joint.states(row["input_ids"], row["position_ids"])
     targets = row["input_ids"][:, 4:]
     main = trunk.unembedding.select(None)
-    expected = 2.0 * torch.nn.functional.cross_entropy(
+    expected = torch.nn.functional.cross_entropy(
         main(states)[:, 3:-1].reshape(-1, TOKENS), targets.reshape(-1), reduction="sum"
     )
     teacher = (before.unembedding(hidden) if hidden is not None else trunk.unembedding(states)).detach()[..., rows]
@@ -171,7 +169,7 @@ def test_memory_of_logits_does_not_grow_with_heads() -> None:
     """Fault: logits, or gradients of logits, of all heads or of all positions at the same time."""
     row = batch(200)
     trunk = Trunk(tiny_model("llama"), tokens=TOKENS)
-    joint = FullTrunk(trunk, loss_weight=1.0, original_teacher=False)
+    joint = FullTrunk(trunk, original_teacher=False)
 
     def peak(depth: int, *, plainly: bool = False) -> int:
         heads: Any = random_kind(tiny_trunk("llama"), "linear", depth=depth).train()
@@ -201,12 +199,12 @@ def words(output: Path, *further: str) -> list[str]:
             "data.limit=12",
             "data.max_new_tokens=24",
             "train.max_steps=4",
-            "train.rows_per_step=2",
+            "train.micro_batch_rows=2",
             "train.save_steps=2",
         ),
         *("train.logging_steps=1", "train.learning_rate=1e-3", "train.top_n=50"),
         *("evaluation.prompts_limit=4", "evaluation.max_new_tokens=16"),
-        *("trunk.train=lora", "trunk.max_rise=1.0", "trunk.check_steps=2"),
+        *("trunk.train=lora", "trunk.max_rise=1.0"),
         *further,
     ]
 
@@ -245,7 +243,7 @@ def test_a_run_that_trains_its_trunk(mode: str, tmp_path: Path, capsys: pytest.C
 def test_a_rise_in_perplexity_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fault: a trunk that is made worse without a word."""
     run = tmp_path / "run"
-    further = ["trunk.max_rise=0.001", "trunk.loss_weight=0.0", "train.learning_rate=0.1", "trunk.teacher=detached"]
+    further = ["trunk.max_rise=0.001", "train.learning_rate=0.1", "trunk.teacher=detached"]
     assert main(words(run, *further)) == 2
     assert "data.hidden_states: disk does nothing with trunk.teacher: detached" in capsys.readouterr().err
     assert main(words(run, *further, "data.hidden_states=recompute")) == 1

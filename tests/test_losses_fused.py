@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_iter
 from mtpd import alignment
 from mtpd.losses import fused, fused_tile, kinds, reference
 from mtpd.losses.fused import LossSettings, LossSums, multi_depth_loss
+from mtpd.losses.settings import LOSSES as REGISTERED
 from mtpd.trunk import Unembedding
 
 DEPTHS, POSITIONS, SIZE, ROWS, TOKENS = 3, 37, 12, 160, 150
@@ -26,9 +27,9 @@ LOSSES = {
     "kl": LossSettings(NONE, SOME),
     "mtp_d": LossSettings((0.3, 0.2, 0.1), SOME, loss="mtp_d"),
     "reverse_kl": LossSettings(NONE, SOME, loss="reverse_kl"),
-    "jsd": LossSettings(NONE, SOME, loss="jsd", mix=0.3),
+    "jsd": LossSettings(NONE, SOME, loss="jsd"),
     "tv": LossSettings(NONE, SOME, loss="tv"),
-    "lk": LossSettings(NONE, SOME, loss="lk", eta=1.0),
+    "lk": LossSettings(NONE, SOME, loss="lk"),
     "end_to_end_tv": LossSettings(NONE, SOME, loss="end_to_end_tv"),
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES)
@@ -114,9 +115,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def variants(loss: str, *, top_n: int) -> list[LossSettings]:
-    """Settings of a loss: as they are, at temperatures, and with weights that differ in kind."""
+    """Settings of a loss: as they are, at a temperature, and with weights that differ in kind."""
     plain = replace(LOSSES[loss], top_n=top_n)
-    found = [plain, replace(plain, teacher_temperature=0.6, student_temperature=1.5)]
+    found = [plain, replace(plain, teacher_temperature=0.6)]
     if loss == "mtp_d":
         found += [replace(plain, alpha=(0.0, 1.0, 0.0), beta=(1.0, 0.0, 0.5))]
     return found
@@ -163,7 +164,8 @@ def test_fused_is_the_reference(loss: str, top_n: int, draft: bool, head: dict[s
 def test_gradcheck(loss: str, top_n: int, draft: bool, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault: a gradient on which reference and fused loss agree, and which is not that of the value."""
     # The gradient stops at λ, so that differences of the value would see what the gradient must not.
-    monkeypatch.setattr(kinds, "lk_weight", lambda accepted, eta: torch.tensor(0.4, dtype=torch.float64))
+    constant = replace(REGISTERED["lk"], mixture=lambda accepted: torch.tensor(0.4, dtype=torch.float64))
+    monkeypatch.setitem(REGISTERED, "lk", constant)
     case = Case(draft=draft, softcap=softcap, positions=7, masks="all")
     given = case.arguments(replace(LOSSES[loss], top_n=top_n))
     assert torch.autograd.gradcheck(
@@ -207,7 +209,6 @@ def test_sums_are_the_reference_summed(loss: str) -> None:
     alive = torch.ones(POSITIONS, dtype=torch.bool)
     single = {"lk": kinds.lk, "tv": kinds.tv, "end_to_end_tv": kinds.tv, "kl": kinds.forward_kl}
     single |= {"mtp_d": kinds.forward_kl, "reverse_kl": kinds.reverse_kl, "jsd": kinds.jsd}
-    extra = {"jsd": {"mix": each.mix}, "lk": {"eta": each.eta}}.get(each.loss, {})
     for k, (student, target, mask) in enumerate(zip(case.students, case.targets, case.masks, strict=True), start=1):
         at = mask.nonzero().squeeze(1)
         head = case.head.select(None)
@@ -215,7 +216,7 @@ def test_sums_are_the_reference_summed(loss: str) -> None:
         assert sums.rows[k - 1] == len(at)
         torch.testing.assert_close(sums.cross_entropy[k - 1], reference.cross_entropy(y, target[at]).sum())
         if any(each.beta):
-            torch.testing.assert_close(sums.divergence[k - 1], single[each.loss](y, z, **extra).sum())
+            torch.testing.assert_close(sums.divergence[k - 1], single[each.loss](y, z).sum())
         agrees = torch.zeros(POSITIONS, dtype=torch.bool)
         agrees[at] = y.argmax(1) == z.argmax(1)
         alive &= agrees

@@ -46,11 +46,9 @@ def test_the_name_of_a_loss_stands_in_one_file() -> None:
         assert name == "kl" or homes == {HOME}, name
 
 
-def squares(
-    student_NM: Tensor, teacher_NM: Tensor, *, teacher_temperature: float, student_temperature: float
-) -> Tensor:
+def squares(student_NM: Tensor, teacher_NM: Tensor, *, teacher_temperature: float) -> Tensor:
     """½ Σ (p - q)²"""
-    p, q = (student_NM / student_temperature).softmax(1), (teacher_NM / teacher_temperature).softmax(1)
+    p, q = student_NM.softmax(1), (teacher_NM / teacher_temperature).softmax(1)
     return 0.5 * (p - q).square().sum(1)
 
 
@@ -66,7 +64,7 @@ def brier(monkeypatch: pytest.MonkeyPatch) -> Loss:
     loss = Loss(
         "brier",
         "half the squared distance of the probabilities",
-        reads=frozenset({"weights", "teacher_temperature", "student_temperature"}),
+        reads=frozenset({"teacher_temperature"}),
         reference=squares,
         twin=squares_tile,
     )
@@ -84,7 +82,7 @@ def test_a_loss_from_outside_is_a_loss_like_others(brier: Loss) -> None:
     assert "brier" in TrainRecipe.model_json_schema()["properties"]["loss"]["enum"]
     with pytest.raises(UserError, match="train.top_n: 7 does nothing with train.loss: brier"):
         load_recipe(None, ["model=tiny", "train.loss=brier", "train.top_n=7"])
-    for change in ({}, {"teacher_temperature": 0.6, "student_temperature": 1.5}):
+    for change in ({}, {"teacher_temperature": 0.6}):
         given: Any = {"loss": brier.name, **change}
         for draft in (False, True):
             case = Case(draft=draft)

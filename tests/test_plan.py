@@ -105,7 +105,7 @@ def test_the_plan_of_a_run_that_is_then_made(tmp_path: Path) -> None:
         None,
         [
             *("model=tiny", f"output={tmp_path / 'run'}", "heads.depth=2", "heads.vocabulary=100"),
-            *("data.limit=60", "data.max_new_tokens=16", "train.epochs=2", "train.rows_per_step=4"),
+            *("data.limit=60", "data.max_new_tokens=16", "train.epochs=2", "train.micro_batch_rows=4"),
             *("train.gradient_accumulation=2", "evaluation.prompts_limit=1", "evaluation.max_new_tokens=4"),
             "evaluation.decode_prompts=0",
         ],
@@ -163,11 +163,11 @@ def test_data_sets_of_the_hub_are_not_loaded(monkeypatch: pytest.MonkeyPatch) ->
     ("more", "less"),
     [
         (["heads.depth=4"], ["heads.depth=2"]),
-        (["train.rows_per_step=8"], ["train.rows_per_step=2"]),
+        (["train.micro_batch_rows=8"], ["train.micro_batch_rows=2"]),
         (["data.hidden_states=disk"], ["data.hidden_states=recompute"]),
         (["data.hidden_states=memory"], ["data.hidden_states=recompute"]),
         (["heads.vocabulary=100", "train.loss=tv"], ["heads.vocabulary=100", "train.loss=kl"]),
-        (["train.save_total_limit=5", "train.save_steps=1"], ["train.save_total_limit=1", "train.save_steps=1"]),
+        (["train.arguments.save_total_limit=5", "train.save_steps=1"], ["train.save_steps=1"]),
         (["heads.shared=false"], ["heads.shared=true"]),
     ],
 )

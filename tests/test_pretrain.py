@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = [
     "model={model_type: llama, hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2}",
     "data.row_length=32",
-    "train.rows_per_step=2",
+    "train.micro_batch_rows=2",
     "train.logging_steps=1",
     "data.held_out_rows=2",
 ]

@@ -38,15 +38,15 @@ SPLIT = "train.sequence_parallel=2"
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     """A run by one process, the same by two of which each takes half of every step's rows, and a mistake of a user."""
     folder = tmp_path_factory.mktemp("runs")
-    assert main([*WORDS, f"output={folder / 'one'}", "train.rows_per_step=2"]) == 0
+    assert main([*WORDS, f"output={folder / 'one'}", "train.micro_batch_rows=2"]) == 0
     (folder / "none").mkdir()
     (folder / "none" / "file").write_text("no run")
-    half = [*WORDS, "train.rows_per_step=1"]
+    half = [*WORDS, "train.micro_batch_rows=1"]
     lines = [
         [*half, f"output={folder / 'two'}"],
         ["extend", str(folder / "two"), "--to", "4", "--steps", "2"],
         [*half, f"output={folder / 'apart'}", "train.deepspeed=zero3", "evaluation.decode_prompts=0"],
-        [*WORDS, f"output={folder / 'split'}", "train.rows_per_step=2", "train.deepspeed=zero2", SPLIT],
+        [*WORDS, f"output={folder / 'split'}", "train.micro_batch_rows=2", "train.deepspeed=zero2", SPLIT],
         ["extend", str(folder / "split"), "--to", "4", "--steps", "2"],
         [*half, f"output={folder / 'none'}"],
     ]
@@ -116,7 +116,7 @@ def test_the_run_of_two_is_finished_by_one(both: tuple[Path, Path], tmp_path: Pa
     shutil.rmtree(run / "heads")
     (run / "acceptance.json").unlink()
     kept = {name: (run / name).stat().st_mtime_ns for name in ("responses.jsonl", "hidden-states/index.json")}
-    assert main([*WORDS, f"output={run}", "train.rows_per_step=1"]) == 0
+    assert main([*WORDS, f"output={run}", "train.micro_batch_rows=1"]) == 0
     assert {name: (run / name).stat().st_mtime_ns for name in kept} == kept
     assert (run / "acceptance.json").is_file()
 

@@ -32,7 +32,7 @@ def words(folder: Path, output: Path, sharding: str) -> list[str]:
     return [
         *("distill", "model=tiny", f"output={output}", f"data.prompts={folder / 'prompts.jsonl'}"),
         *("device=cpu", "dtype=float32", "heads.depth=2", "heads.init=identity", f"train.deepspeed={sharding}"),
-        *("data.responses=given", "data.held_out_count=1", "data.row_length=64", "train.rows_per_step=1"),
+        *("data.responses=given", "data.held_out_count=1", "data.row_length=64", "train.micro_batch_rows=1"),
         *(f"train.max_steps={STEPS}", "train.save_steps=4", "train.logging_steps=1", "train.learning_rate=3e-3"),
         # Under zero2 the states are kept in memory, which ranks do not share.
         f"data.hidden_states={'memory' if sharding == 'zero2' else 'disk'}",

@@ -10,9 +10,10 @@ from typing import get_args
 import pytest
 
 from mtpd.errors import UserError
-from mtpd.recipe import Recipe, dump, load_pretrain_recipe, load_recipe, loss_weights
+from mtpd.recipe import Recipe, dump, load_pretrain_recipe, load_recipe, loss_weights, recipe_schema
 from mtpd.recipe.rules import OWNED_ARGUMENTS
 from mtpd.recipe.sections import SCHEDULERS, TrainRecipe
+from mtpd.recipe.text import keys_of
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -50,9 +51,9 @@ def test_the_output_follows_the_name_of_the_file(tmp_path: Path) -> None:
         ("train.epochs=2", "epochs", 2.0),
         ("train.top_n=10_000", "top_n", 10_000),
         ("train.max_steps=-1", "max_steps", -1),
-        ("train.alpha=[0.1, 0.2, 0.3, 1]", "alpha", [0.1, 0.2, 0.3, 1.0]),
-        ("train.beta=null", "beta", None),
-        ("train.beta=", "beta", None),
+        ("train.weights=[0.1, 0.2, 0.3, 1]", "weights", [0.1, 0.2, 0.3, 1.0]),
+        ("train.weights=null", "weights", None),
+        ("train.weights=", "weights", None),
         ("train.report_to=[tensorboard]", "report_to", ["tensorboard"]),
     ],
 )
@@ -85,8 +86,8 @@ def test_both_spellings_of_a_key_say_the_same(tmp_path: Path) -> None:
 
 def test_keys_of_ones_own_hold_yaml_anchors(tmp_path: Path) -> None:
     """Fault: a recipe with anchors is refused, or an override of one place of an anchor changes the others."""
-    path = write(tmp_path, "x-w: &w {alpha: 0.2}\nmodel: demo\ntrain:\n  <<: *w\n  epochs: 2\n")
-    assert (load_recipe(path).train.alpha, load_recipe(path).train.epochs) == (0.2, 2.0)
+    path = write(tmp_path, "x-w: &w {decay: 0.2}\nmodel: demo\ntrain:\n  <<: *w\n  epochs: 2\n")
+    assert (load_recipe(path).train.decay, load_recipe(path).train.epochs) == (0.2, 2.0)
     path = write(tmp_path, "x-t: &t [{prompts: a.jsonl}]\nmodel: demo\ndata.given: *t\n")
     assert load_recipe(path).data.given[0].prompts == "a.jsonl"
     assert "y-w: unknown recipe key" in refusal(path=write(tmp_path, "y-w: 1\nmodel: demo\n"))
@@ -162,15 +163,15 @@ def test_a_dump_keeps_values_that_yaml_could_misread(tmp_path: Path) -> None:
         ("learning_rate=1", "did you mean train.learning_rate?"),
         ("learning_rat=1", "did you mean train.learning_rate or trunk.learning_rate or extend.learning_rate?"),
         ("lr=1e-4", "did you mean train.learning_rate?"),
-        ("wd=0.1", "did you mean train.weight_decay?"),
-        ("per_device_train_batch_size=4", "did you mean train.rows_per_step?"),
-        ("batch_size=4", "did you mean train.rows_per_step?"),
+        ("weight_decay=0.1", "did you mean train.arguments?"),
+        ("rows_per_step=2", "did you mean train.micro_batch_rows?"),
+        ("per_device_train_batch_size=4", "did you mean train.micro_batch_rows?"),
+        ("batch_size=4", "did you mean train.micro_batch_rows?"),
         ("temperature=1", "did you mean data.temperature?"),
         ("warmup=1", "did you mean train.warmup_ratio?"),
         (
             "heads.zzz=1",
-            "accepted here: kind, depth, shared, adapters, shared_layers, adapter_rank, init, source, vocabulary, "
-            "parallel, circuit",
+            "accepted here: kind, depth, shared, shared_layers, init, source, vocabulary, parallel, circuit",
         ),
         ("data.given=[{prompts: a.jsonl, limt: 3}]", "did you mean data.given.limit?"),
     ],
@@ -193,8 +194,10 @@ def test_unknown_keys_name_the_nearest(override: str, suggestion: str) -> None:
         ("heads=4", "heads: 4 is not accepted; accepted: a mapping with the keys kind, depth"),
         ("device=CUDA", "device: CUDA is not accepted; accepted: text such as auto, cpu, cuda:0"),
         ("model=null", "model: null is not accepted; accepted: text such as demo"),
-        ("train.alpha=x", "train.alpha: x is not accepted; accepted: a number of at least 0, or a list"),
-        ("train.alpha=[-1, 1, 1, 1]", "train.alpha"),
+        ("train.weights=x", "train.weights: x is not accepted; accepted: a list, each item a number of at least 0"),
+        ("train.weights=[-1, 1, 1, 1]", "train.weights"),
+        ("data.hidden_states=dsik", "data.hidden_states: dsik is not accepted; accepted: text such as disk, memory"),
+        ("train.arguments.save_total_limit=0", "save_total_limit: 0 is not accepted; accepted: an integer of at least"),
         ("train.learning_rate=.inf", "train.learning_rate: .inf is not accepted; accepted: a number above 0"),
         ("train.learning_rate=.nan", "train.learning_rate: .nan is not accepted"),
         ("train.learning_rate=1e999", "train.learning_rate: .inf is not accepted"),
@@ -227,30 +230,22 @@ def test_all_mistakes_are_named_at_once_with_their_places(tmp_path: Path) -> Non
     assert "heads.depth: 40 is not accepted; accepted: an integer from 1 to 16 (command line)" in message
 
 
-@pytest.mark.parametrize("key", ["alpha", "beta"])
-def test_weights_of_each_depth_must_be_as_many_as_heads(key: str) -> None:
+def test_weights_of_each_depth_must_be_as_many_as_heads() -> None:
     """Fault: weights are cut or repeated without a word when the depth changes."""
-    message = refusal("heads.depth=3", f"train.{key}=[1, 1]")
-    assert f"train.{key}: [1.0, 1.0] has 2 weights; accepted: one number, or a list of 3" in message
+    message = refusal("heads.depth=3", "train.weights=[1, 1]")
+    assert "train.weights: [1.0, 1.0] has 2 weights; accepted: null, or a list of 3" in message
 
 
 def test_a_loss_of_zero_is_refused() -> None:
     """Fault: a run trains on nothing for hours."""
-    assert "all weights of the loss are 0" in refusal("train.alpha=0", "train.beta=0")
     assert "train.weights: all weights" in refusal("heads.depth=1", "train.loss=kl", "train.weights=[0]")
 
 
 @pytest.mark.parametrize(
     ("loss", "key", "value", "readers"),
     [
-        ("kl", "alpha", "0.5", "mtp_d"),
-        ("ce", "beta", "0.5", "mtp_d"),
-        ("mtp_d", "weights", "[1, 1, 1, 1]", "ce, kl, reverse_kl, jsd, tv, lk, end_to_end_tv"),
         ("tv", "top_n", "100", "mtp_d, kl, reverse_kl, jsd"),
         ("ce", "teacher_temperature", "0.5", "mtp_d, kl, reverse_kl, jsd, tv, lk, end_to_end_tv"),
-        ("ce", "student_temperature", "0.5", "mtp_d, kl, reverse_kl, jsd, tv, lk, end_to_end_tv"),
-        ("kl", "jsd_mix", "0.1", "jsd"),
-        ("tv", "lk_eta", "1.0", "lk"),
     ],
 )
 def test_keys_that_the_loss_does_not_read_are_refused(
@@ -268,14 +263,9 @@ def test_keys_that_the_loss_does_not_read_are_refused(
 
 def test_a_decay_beside_a_list_is_refused() -> None:
     """Fault: two ways to weigh depths that multiply without a word."""
-    assert "train.decay: 0.6 is not accepted with a list in train.alpha" in refusal(
-        "train.alpha=[1, 1, 1, 1]", "train.decay=0.6"
+    assert "train.decay: 0.6 is not accepted with a list in train.weights" in refusal(
+        "train.weights=[1, 1, 1, 1]", "train.decay=0.6"
     )
-
-
-def test_a_store_that_nothing_fills_is_refused() -> None:
-    """Fault: the trunk runs in each epoch although a store was made for it."""
-    assert "data.store: states does nothing" in refusal("data.store=states", "data.hidden_states=memory")
 
 
 @pytest.mark.parametrize(
@@ -317,12 +307,12 @@ def test_a_model_is_needed() -> None:
     [
         (TrainRecipe(), 1, (0.3,), (1.0,)),
         (TrainRecipe(), 4, (0.3,) * 4, (0.5,) * 4),
-        (TrainRecipe(alpha=[1.0, 0.5], beta=0.0), 2, (1.0, 0.5), (0.0, 0.0)),
+        (TrainRecipe(weights=[1.0, 0.5]), 2, (0.3, 0.15), (0.5, 0.25)),
         (TrainRecipe(loss="ce"), 2, (1.0, 1.0), (0.0, 0.0)),
         (TrainRecipe(loss="kl"), 2, (0.0, 0.0), (1.0, 1.0)),
         (TrainRecipe(loss="tv", weights=[1.0, 0.2]), 2, (0.0, 0.0), (1.0, 0.2)),
         (TrainRecipe(loss="ce", decay=0.5), 3, (1.0, 0.5, 0.25), (0.0, 0.0, 0.0)),
-        (TrainRecipe(alpha=0.4, decay=0.5), 2, (0.4, 0.2), (0.5, 0.25)),
+        (TrainRecipe(decay=0.5), 2, (0.3, 0.15), (0.5, 0.25)),
     ],
 )
 def test_loss_weights(train: TrainRecipe, depth: int, alpha: tuple[float, ...], beta: tuple[float, ...]) -> None:
@@ -356,11 +346,28 @@ def test_owned_arguments_name_recipe_keys() -> None:
 
 def test_every_key_of_the_schema_is_described() -> None:
     """Fault: a new key is added without saying what it does."""
-    schema = Recipe.model_json_schema()
+    schema = recipe_schema()
     for name, part in {"Recipe": schema, **schema["$defs"]}.items():
         assert part["additionalProperties"] is False, name
         for key, field in part["properties"].items():
             assert field.get("description") or "$ref" in field, f"{name}.{key}"
+
+
+def test_keys_are_few_and_the_common_ones_come_first() -> None:
+    """Fault: keys that nobody sets are added again, or files and schema disagree on what people change."""
+    tiers = recipe_schema()["tiers"]
+    often, rest = tiers["what people change"], tiers["what they rarely change"]
+    known = set(keys_of(recipe_schema()))
+    assert {*often, *rest} == {key for key in known if not any(other.startswith(f"{key}.") for other in known)}
+    assert len(often) + len(rest) <= 75
+    for file in RECIPES.glob("*.yaml"):
+        if file.stem != "bytes-code":
+            parts = file.read_text().split("# What they rarely change")
+            first, second = ({line.split(":")[0] for line in part.splitlines() if ": " in line} for part in parts)
+            assert known & first <= set(often), file
+            assert known & second <= set(rest), file
+            assert known & first, file
+            assert known & second, file
 
 
 def test_a_recipe_cannot_be_changed() -> None:

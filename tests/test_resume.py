@@ -65,7 +65,7 @@ def test_signals_and_named_checkpoints(
     """Fault: SIGTERM or Ctrl-C lose steps, another exit code, a second Ctrl-C that waits, a resume that differs."""
     run = folder / "run"
     # The best heads are chosen, whatever the step at which a checkpoint was asked for.
-    arguments = words(folder, run, "train.save_total_limit=3")
+    arguments = words(folder, run, "train.arguments.save_total_limit=3")
     for number, step, code in ((signal.SIGTERM, 2, 143), (signal.SIGINT, 4, 130)):
         with monkeypatch.context() as patch:
             at_step(step, lambda number=number: signal.raise_signal(number), patch)
@@ -85,7 +85,7 @@ def test_signals_and_named_checkpoints(
     assert 6 not in whole(run)
     assert main(arguments) == 0
     peaceful = folder / "peaceful"
-    assert main(words(folder, peaceful, "train.save_total_limit=3")) == 0
+    assert main(words(folder, peaceful, "train.arguments.save_total_limit=3")) == 0
     assert heads(run) == heads(peaceful)
 
     # The heads are there: nothing is left to go on with.
@@ -133,7 +133,7 @@ def test_a_damaged_checkpoint_is_named_and_left_out(
 ) -> None:
     """Fault: a flipped bit in some file of a checkpoint is trained on, or ends the run though an older one is whole."""
     run = folder / "run"
-    arguments = words(folder, run, "train.save_total_limit=4")
+    arguments = words(folder, run, "train.arguments.save_total_limit=4")
     with monkeypatch.context() as patch:
         at_step(4, lambda: signal.raise_signal(signal.SIGTERM), patch)
         assert main(arguments) == 143
@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_is_named_and_left_out(
     assert main(arguments) == 0
     assert f"checkpoint-{best}/model.safetensors is damaged" in capsys.readouterr().err.replace("\n", "")
     peaceful = folder / "peaceful"
-    assert main(words(folder, peaceful, "train.save_total_limit=4")) == 0
+    assert main(words(folder, peaceful, "train.arguments.save_total_limit=4")) == 0
     assert heads(run) == heads(peaceful)
 
 
@@ -228,7 +228,7 @@ def test_a_loss_that_is_no_number(folder: Path, capsys: pytest.CaptureFixture[st
 
     states = folder / "states"
     (run / "hidden-states").rename(states)
-    patient = [*common, "train.skip_bad_batches=9", f"data.store={states}"]
+    patient = [*common, "train.skip_bad_batches=9", f"data.hidden_states={states}"]
     assert main(words(folder, folder / "patient", *patient)) == 0
     logged = [json.loads(line) for line in (folder / "patient" / "metrics.jsonl").read_text().splitlines()]
     left_out = len(list((folder / "patient" / "bad-batches").glob("*.json")))
@@ -255,4 +255,4 @@ def test_memory_that_is_full(folder: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert main(words(folder, folder / "run")) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert "out of memory while training" in said
-    assert "train.rows_per_step (2 now" in said
+    assert "train.micro_batch_rows (2 now" in said

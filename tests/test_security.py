@@ -96,7 +96,7 @@ def test_no_pickle_is_read_where_weights_are(
         ("model: tiny\ndata.prompts: linked/rows.jsonl", "data.prompts"),
         ("model: tiny\ndata.prompts: https://example.org/rows.jsonl", "data.prompts"),
         ("model: tiny\ndata: {held_out: /etc/passwd}", "data.held_out"),
-        ("model: tiny\ndata.store: /mnt/states", "data.store"),
+        ("model: tiny\ndata.hidden_states: /mnt/states", "data.hidden_states"),
         ("model: tiny\ndata.given: [{prompts: ../texts.jsonl}]", "data.given.0.prompts"),
         ("model: tiny\nheads.source: /heads", "heads.source"),
         ("model: tiny\nheads.vocabulary: /vocabulary.json", "heads.vocabulary"),

@@ -101,7 +101,7 @@ def test_attention_document_after_document(runs: Path, tmp_path: Path, monkeypat
 def test_micro_batches_of_one_process(runs: Path, tmp_path: Path) -> None:
     """Fault: a step of 4 x 1 or 1 x 4 rows is another one than a step of 2 x 2."""
     for name, rows, accumulated in (("4x1", 4, 1), ("1x4", 1, 4)):
-        run_case(name, Case(None, rows_per_step=rows, accumulation=accumulated), tmp_path)
+        run_case(name, Case(None, micro_batch_rows=rows, accumulation=accumulated), tmp_path)
         assert furthest(tmp_path / name, runs / "one") < 1e-5
 
 
@@ -193,7 +193,7 @@ def test_an_epoch_has_each_row_once() -> None:
 def test_steps_keep_their_rows(runs: Path) -> None:
     """Fault: with another number of processes a run goes on with steps of other rows than it began with."""
     one = runs / "one"
-    recipe = parse_recipe({"model": "tiny", "train": {"rows_per_step": 2, "gradient_accumulation": 3}})
+    recipe = parse_recipe({"model": "tiny", "train": {"micro_batch_rows": 2, "gradient_accumulation": 3}})
     assert [accumulation(recipe, runs / "none", 4), accumulation(recipe, one, 1)] == [3, 2]
     assert accumulation(recipe, one, 2) == 1
     with pytest.raises(UserError, match="4 rows, and 4 processes have 8 .* accepted numbers of processes: 1, 2$"):

@@ -39,7 +39,7 @@ from mtpd.train.model import DistillModel
 from mtpd.trunk import Trunk
 
 LAYERS, LIMIT = 5, 16
-FORMS = ("cp", "btree-conditionals", "decoder", "medusa")
+FORMS = ("cp", "btree-full", "decoder", "medusa")
 
 
 @functools.cache
@@ -52,7 +52,7 @@ def deep() -> Trunk:
 
 def shared(trunk: Trunk, form: str, layers: int, *, depth: int = 3, std: float = 0.25) -> SharedLayerHeads:
     """Heads with random weights and adapters, in eval mode."""
-    chosen = settings(form, depth=depth) | {"shared_layers": layers, "adapter_rank": 4}
+    chosen = settings(form, depth=depth) | {"shared_layers": layers}
     heads = build_heads(trunk, configure_heads(chosen, trunk, vocabulary=0, fingerprint=""))
     assert isinstance(heads, SharedLayerHeads)
     heads.inner.load_state_dict(random_kind(trunk, form, depth=depth, std=std).state_dict())
@@ -164,7 +164,7 @@ def test_gradients_and_what_is_saved(tmp_path: Path) -> None:
     loss.backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in heads.parameters())
     assert all(parameter.grad is None for parameter in trunk.parameters())
-    assert sum(each.numel() for each in heads.adapters.parameters()) == 2 * 4 * (2 * 64 + 2 * 48 + 3 * 80)
+    assert sum(each.numel() for each in heads.adapters.parameters()) == 2 * 16 * (2 * 64 + 2 * 48 + 3 * 80)
     kept = trunk.hidden(ids, position_ids=positions, before_last=2)
     torch.testing.assert_close(model(ids, ids, positions, hidden=kept)["loss"], loss)
     save_heads(heads, tmp_path)
@@ -203,11 +203,10 @@ def test_another_trunk_of_the_same_weights() -> None:
             {"shared_layers": 1, "kind": "chain", "parallel": {}},
             r"shared_layers: 1 is not accepted with heads\.kind: ch",
         ),
-        ({"adapter_rank": 8}, r"heads\.adapter_rank: 8 does nothing with heads\.shared_layers: 0; accepted: null"),
     ],
 )
 def test_bad_values(change: dict[str, Any], message: str) -> None:
-    """Fault: a layer that is not there is an index error; a key that nothing reads passes."""
+    """Fault: a layer that is not there is an index error."""
     chosen = settings("linear") | change
     with pytest.raises(UserError, match=message):
         configure_heads(chosen, deep(), vocabulary=0, fingerprint="")

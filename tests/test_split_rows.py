@@ -250,7 +250,7 @@ def test_parts_of_rows() -> None:
 
 def test_steps_of_split_rows_keep_their_rows(tmp_path: Path) -> None:
     """Fault: processes that share rows are counted as if each had rows of its own."""
-    recipe = recipe_with(2, train={"rows_per_step": 2, "gradient_accumulation": 3})
+    recipe = recipe_with(2, train={"micro_batch_rows": 2, "gradient_accumulation": 3})
     assert accumulation(recipe, tmp_path, 4) == 3
     checkpoint = tmp_path / "checkpoint-4"
     checkpoint.mkdir()

@@ -18,10 +18,11 @@ from mtpd.train import measuring_trainer, trainer
 def words(output: Path, *further: str) -> list[str]:
     return [
         *("distill", "model=tiny", f"output={output}", "device=cpu", "dtype=float32", "heads.depth=2"),
-        *("data.limit=12", "data.max_new_tokens=24", "train.rows_per_step=1", "train.logging_steps=1"),
+        *("data.limit=12", "data.max_new_tokens=24", "train.micro_batch_rows=1", "train.logging_steps=1"),
         *("train.learning_rate=1e-2", "train.max_steps=8", "evaluation.prompts_limit=14"),
         *("evaluation.max_new_tokens=16", "evaluation.decode_prompts=0"),
-        *("evaluation.steps=2", "evaluation.steps_prompts=7", *further),
+        "evaluation.steps=2",
+        *further,
     ]
 
 
@@ -71,7 +72,7 @@ def test_what_is_measured_is_the_offline_acceptance(tmp_path: Path) -> None:
     held_out = [json.loads(line) for line in (run / "held-out.jsonl").read_text().splitlines()[1:]]
     chosen = {row.id for suite in Acceptance.load(run / "acceptance.json").suites.values() for row in suite.rows or []}
     rows = [row for row in held_out if row["id"] not in chosen]
-    assert len(rows) == 7
+    assert len(rows) == 4
     from mtpd.data.models import load_model
     from mtpd.data.packing import Sample
     from mtpd.data.responses import end_tokens
@@ -104,7 +105,7 @@ def test_training_stops_early_and_a_resumed_run_stops_at_the_same_step(
 
     monkeypatch.setattr(measuring_trainer.MeasuringTrainer, "_measure", set_tau)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    further = ["evaluation.patience=2", "train.save_total_limit=3"]
+    further = ["evaluation.patience=2", "train.arguments.save_total_limit=3"]
     assert main(words(whole, *further)) == 0
     assert list(measured(whole)) == [2, 4, 6], "two measurements without a higher tau"
 
@@ -129,7 +130,7 @@ def test_training_stops_early_and_a_resumed_run_stops_at_the_same_step(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("evaluation.steps_prompts=14", "evaluation.steps_prompts: 14 of 14 measured prompts leave none to measure"),
+        ("evaluation.prompts_limit=1", "evaluation.steps: 2 is not accepted with 1 measured prompts, of which half"),
         ("train.save_steps=3", "train.save_steps: 3 is not accepted with evaluation.steps"),
         ("evaluation.steps=-1", "evaluation.steps: -1 is not accepted"),
     ],

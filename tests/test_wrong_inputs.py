@@ -147,7 +147,7 @@ def saved_to_disk(folder: Path) -> str:
         ("output", lambda folder: __file__, "is a file; accepted: a directory"),
         ("output", lambda folder: f"{__file__}/run", f"cannot be made, {__file__} is a file"),
         ("output", lambda folder: "/proc/run", "output: /proc/run cannot be written (/proc: "),
-        ("data.store", lambda folder: __file__, "data.store: "),
+        ("data.hidden_states", lambda folder: __file__, "data.hidden_states: "),
     ],
 )
 def test_what_a_recipe_names_is_looked_at_first(

@@ -23,13 +23,14 @@ def store(
 ) -> None:
     """Compute the model's hidden states of all training rows, so that training does not run the model.
 
-    They go to the directory data.store, or into the run directory. The same command resumes an interrupted one.
+    They go to the directory that data.hidden_states names, or into the run directory. The same command resumes an
+    interrupted one.
 
     Examples:
 
         mtpd data store demo
 
-        mtpd data store demo data.store=/disk/states
+        mtpd data store demo data.hidden_states=/disk/states
     """
     path, overrides = split_arguments(arguments)
     recipe = load_recipe(path, overrides, untrusted=untrusted)

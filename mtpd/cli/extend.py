@@ -19,11 +19,7 @@ from mtpd.run.check import check_finished
 def extend(
     context: typer.Context,
     run: RunArgument,
-    to: Annotated[int | None, typer.Option("--to", help="Heads after the last stage.")] = None,
-    stages: Annotated[
-        str | None,
-        typer.Option("--stages", help="Heads after each stage, such as 8,16. Default: twice as many each time."),
-    ] = None,
+    to: Annotated[int | None, typer.Option("--to", help="Heads after the last stage; each stage doubles them.")] = None,
     shared: Annotated[
         bool, typer.Option("--shared", help="New heads use the blocks there are, and have no weights of their own.")
     ] = False,
@@ -63,7 +59,7 @@ def extend(
 
         mtpd extend runs/demo --to 8
 
-        mtpd extend runs/demo --to 16 --stages 8,16 --adapters 16 --learning-rate 2e-3
+        mtpd extend runs/demo --to 16 --adapters 16 --learning-rate 2e-3
 
         mtpd extend runs/demo --to 8 --steps 0
     """
@@ -73,7 +69,6 @@ def extend(
     form = "shared" if shared else "adapters" if adapters is not None else None
     values = {
         "to": to,
-        "stages": None if stages is None else _numbers(stages),
         "form": form,
         "rank": adapters,
         "steps": steps,
@@ -94,12 +89,3 @@ def extend(
             raise
         if ranks.speaks():
             typer.echo(f"done: {path}")
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise UserError(
-            f"--stages: {text} is not accepted; accepted: numbers with commas between them, such as 8,16"
-        ) from None

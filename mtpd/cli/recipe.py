@@ -11,7 +11,7 @@ import typer
 from mtpd.cli.options import Debug, RecipeArguments, Untrusted, split_arguments
 from mtpd.errors import UserError
 from mtpd.files import write_whole
-from mtpd.recipe import Recipe, dump, load_recipe
+from mtpd.recipe import dump, load_recipe, recipe_schema
 from mtpd.recipe.shipped import about, find_recipe, shipped_folder, shipped_names
 from mtpd.recipe.trackers import check_trackers
 from mtpd.run.check import check_file
@@ -85,10 +85,10 @@ def check(arguments: RecipeArguments = None, untrusted: Untrusted = False, debug
 
 @app.command()
 def schema(debug: Debug = False) -> None:
-    """Print the JSON schema of recipes: every key, its default, what it accepts and what it does.
+    """Print the JSON schema of recipes: keys that people change, the others, and what each accepts and does.
 
     Example:
 
         mtpd recipe schema > recipe.schema.json
     """
-    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))

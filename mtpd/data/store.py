@@ -340,7 +340,7 @@ def fill(
 
 
 def _refuse_stale(directory: Path, found: dict[str, Any] | None, wanted: Mapping[str, Any]) -> None:
-    way_out = "delete the directory, or name another in data.store"
+    way_out = "delete the directory, or name another in data.hidden_states"
     if found is None:
         if any(directory.glob("hidden-*.safetensors")) and (directory / INDEX).exists():
             raise MtpdError(f"{directory / INDEX}: not readable as the index of hidden states; {way_out}")
@@ -389,5 +389,5 @@ def _check_room(directory: Path, needed: int) -> None:
         raise MtpdError(
             f"{directory}: the hidden states need {megabytes(needed)}, {megabytes(MARGIN)} are kept for the rest of "
             f"the run, and the disk has {megabytes(free)} free; "
-            "set data.hidden_states=recompute, or data.store to another disk"
+            "set data.hidden_states to recompute, or to a directory on another disk"
         )

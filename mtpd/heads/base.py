@@ -117,9 +117,6 @@ class Along(Protocol):
     def logits(self, depth: int, at: Tensor) -> Tensor:
         """Logits [n, M] of a depth at flat positions [n], given the true tokens before."""
 
-    def choice(self, depth: int, at: Tensor, logits: Tensor) -> Tensor:
-        """The column [n] that greedy decoding drafts there, if it drafted the true tokens before it."""
-
 
 class Heads(nn.Module):
     """K heads of one kind."""
@@ -293,9 +290,6 @@ class AlongStates:
 
     def logits(self, depth: int, at: Tensor) -> Tensor:
         return self.unembedding(self.states_PD[depth - 1][at])
-
-    def choice(self, depth: int, at: Tensor, logits: Tensor) -> Tensor:
-        return logits.argmax(-1)
 
 
 def exact(values: Tensor) -> Tensor:

@@ -38,8 +38,6 @@ class LogitHeads(Heads):
     the main head writes itself; place k is what depth k drafts.
     """
 
-    joint = False
-    """Whether `joint_argmax` chooses the drafts of a window together."""
     ce_chunk = CHUNK
     """Positions of a chunk of a loss that needs `target_log_probs` alone."""
 
@@ -60,10 +58,6 @@ class LogitHeads(Heads):
     def target_log_probs(self, hidden: Tensor, columns: Tensor) -> Tensor | None:
         """Computes log p of the true token of depths 1..K [C, K], where that is cheaper than by way of logits."""
         return None
-
-    def joint_argmax(self, hidden: Tensor, columns: Tensor) -> Tensor:
-        """Chooses the columns [C, K] of all drafts together, after the token of place 0 (`columns` [C, 1])."""
-        raise NotImplementedError
 
     def logits_per_position(self) -> int:
         """Counts the logits that the loss holds of each position."""
@@ -188,7 +182,6 @@ class AlongLogits:
         self.heads, self.hidden_PD, self.columns_Pn = heads, hidden_PD, columns_Pn
         self.depth = heads.depth
         self.window = self._in_parts(heads.encode_window, columns_Pn)
-        self.together = self._in_parts(heads.joint_argmax, columns_Pn[:, :1]) if heads.joint else None
 
     def _in_parts(self, function: Callable[[Tensor, Tensor], Any], columns: Tensor) -> Any:
         parts = zip(self.hidden_PD.split(CHUNK), columns.split(CHUNK), strict=True)
@@ -199,12 +192,9 @@ class AlongLogits:
         window = None if self.window is None else self.window[at]
         return self.heads.depth_logits(depth, self.hidden_PD[at], self.columns_Pn[at], window)
 
-    def choice(self, depth: int, at: Tensor, logits: Tensor) -> Tensor:
-        return logits.argmax(-1) if self.together is None else self.together[at, depth - 1]
-
 
 class LogitDrafter(NewestStates):
-    """Drafts from h_{N-1} and the tokens before: jointly, or each after its draft before."""
+    """Drafts from h_{N-1} and the tokens before, each after its draft before."""
 
     def __init__(self, heads: LogitHeads, trunk: Trunk, *, slots: int, capacity: int) -> None:
         super().__init__(trunk, slots=slots, capacity=capacity)
@@ -221,9 +211,6 @@ class LogitDrafter(NewestStates):
     ) -> Iterator[tuple[Tensor | None, Tensor]]:
         hidden = self.newest_states(newest)
         known = self.columns[Span(newest, 1, tokens.device).read(tokens)]
-        if self.heads.joint and pick.joint:
-            yield from ((None, columns) for columns in self.heads.joint_argmax(hidden, known)[:, :depth].unbind(1))
-            return
         step = self.heads.stepwise(hidden, known)
         columns = known[:, 0]
         for index in range(depth):

@@ -47,7 +47,12 @@ def read_config(directory: str | Path) -> HeadsConfig:
     """
     path = Path(directory) / CONFIG
     try:
-        return HeadsConfig.model_validate(read_sealed(path, refusal="no readable heads here"))
+        values = read_sealed(path, refusal="no readable heads here")
+        own = values.get(str(values.get("kind")))
+        if isinstance(own, dict):
+            # Of earlier circuits; it said how they draft, and nothing about their weights.
+            own.pop("greedy", None)
+        return HeadsConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ": ".join(["", *map(str, first["loc"])])

@@ -266,12 +266,11 @@ class _Walk:
                     ),
                     columns_M=self.columns_M,
                     teacher_temperature=self.settings.teacher_temperature,
-                    student_temperature=self.settings.student_temperature,
                 )
                 for few in at.split(step)
             ]
             if len(at):
-                weights[place] = mixture(torch.cat(accepted), self.settings)
+                weights[place] = mixture(torch.cat(accepted))
         return weights
 
     def _finish(

@@ -88,10 +88,9 @@ def compare(
         value, grad = torch.zeros_like(ce), p * labels
     else:
         student = Student(y, p, lse)
-        if teacher.outside is not None or settings.student_temperature != 1.0:
-            softened = scaled(y, settings.student_temperature)
-            inside, inside_lse, _ = softmax(softened, teacher.outside)
-            student = Student(softened, inside, inside_lse)
+        if teacher.outside is not None:
+            inside, inside_lse, _ = softmax(y, teacher.outside)
+            student = Student(y, inside, inside_lse)
         twin = settings.entry.twin
         assert twin is not None, "the loss is cross-entropy alone"
         value, grad = twin(student, teacher, settings, weight)
@@ -124,8 +123,7 @@ class Depth(NamedTuple):
             beta = 1.0
         if not beta:
             return cls(False, 1.0, alpha * head.scale)
-        scale = beta / settings.student_temperature
-        return cls(True, alpha / scale, scale * head.scale)
+        return cls(True, alpha / beta, beta * head.scale)
 
 
 def finished(logits: Tensor, head: Unembedding) -> Tensor:

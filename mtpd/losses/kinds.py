@@ -26,9 +26,15 @@ from mtpd.losses.settings import ESTIMATE_ROWS, Loss, LossSettings, Student, Tea
 if TYPE_CHECKING:
     from torch import Tensor
 
-TEMPERATURES = frozenset({"teacher_temperature", "student_temperature"})
-RENORMALISED = TEMPERATURES | {"weights", "top_n"}
-"""What divergences read that are renormalised over the teacher's top n."""
+TRUE = frozenset({"teacher_temperature"})
+RENORMALISED = TRUE | {"top_n"}
+"""What divergences read: of the teacher's true probabilities, and of those renormalised over its top n."""
+MTP_D_ALPHA, MTP_D_BETA = 0.3, 0.5
+"""Weights of CE and KL in MTP-D; a single head has a KL of weight 1."""
+JSD_MIX = 0.5
+"""π, the share of the teacher in the mixture: both sides alike."""
+LK_ETA = 3.0
+"""η, how fast LK goes from KL to TV."""
 
 
 def top_n(teacher_NM: Tensor, n: int) -> Tensor:
@@ -40,15 +46,10 @@ def top_n(teacher_NM: Tensor, n: int) -> Tensor:
 
 
 def log_probabilities(
-    student_NM: Tensor,
-    teacher_NM: Tensor,
-    *,
-    n: int = 0,
-    teacher_temperature: float = 1.0,
-    student_temperature: float = 1.0,
+    student_NM: Tensor, teacher_NM: Tensor, *, n: int = 0, teacher_temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log p, log q and which columns they are over: both renormalised over the teacher's top n, q detached."""
-    y, z = student_NM / student_temperature, teacher_NM.detach() / teacher_temperature
+    y, z = student_NM, teacher_NM.detach() / teacher_temperature
     kept = top_n(teacher_NM, n)
     if kept.all():
         return y.log_softmax(1), z.log_softmax(1), kept
@@ -89,25 +90,24 @@ def reverse_kl_tile(
     return value, ratio.sub_(value[:, None]).mul_(student.p)
 
 
-def jsd(student_NM: Tensor, teacher_NM: Tensor, *, mix: float = 0.5, **settings: Any) -> Tensor:
-    """mix · KL(q || m) + (1 - mix) · KL(p || m), m = mix · q + (1 - mix) · p (GKD, arXiv 2306.13649, eq. 1). [N]"""
+def jsd(student_NM: Tensor, teacher_NM: Tensor, **settings: Any) -> Tensor:
+    """π · KL(q || m) + (1 - π) · KL(p || m), m = π · q + (1 - π) · p (GKD, arXiv 2306.13649, eq. 1). [N]"""
     log_p, log_q, kept = log_probabilities(student_NM, teacher_NM, **settings)
-    log_m = (log_q + math.log(mix)).logaddexp(log_p + math.log(1 - mix))
-    terms = mix * log_q.exp() * (log_q - log_m) + (1 - mix) * log_p.exp() * (log_p - log_m)
+    log_m = (log_q + math.log(JSD_MIX)).logaddexp(log_p + math.log(1 - JSD_MIX))
+    terms = JSD_MIX * log_q.exp() * (log_q - log_m) + (1 - JSD_MIX) * log_p.exp() * (log_p - log_m)
     return (kept * terms).sum(1)
 
 
 def jsd_tile(student: Student, teacher: Teacher, settings: LossSettings, weight: Tensor) -> tuple[Tensor, Tensor]:
     assert teacher.z is not None
-    mix = settings.mix
     log_p = student.y - student.lse[:, None]
     log_q = teacher.z - teacher.lse[:, None]
-    log_m = (log_q + math.log(mix)).logaddexp(log_p + math.log(1 - mix))
+    log_m = (log_q + math.log(JSD_MIX)).logaddexp(log_p + math.log(1 - JSD_MIX))
     of_teacher = (log_q.sub_(log_m).mul_(teacher.q)).sum(1)
     ratio = log_p.sub_(log_m)
     of_student = (student.p * ratio).sum(1)
-    value = mix * of_teacher + (1 - mix) * of_student
-    return value, ratio.sub_(of_student[:, None]).mul_(student.p).mul_(1 - mix)
+    value = JSD_MIX * of_teacher + (1 - JSD_MIX) * of_student
+    return value, ratio.sub_(of_student[:, None]).mul_(student.p).mul_(1 - JSD_MIX)
 
 
 def acceptance(
@@ -116,7 +116,6 @@ def acceptance(
     *,
     columns_M: Tensor | None = None,
     teacher_temperature: float = 1.0,
-    student_temperature: float = 1.0,
 ) -> Tensor:
     """Σ_x min(p(x), q(x)): the chance that rejection sampling accepts a draft (Leviathan et al., 2211.17192). [N]
 
@@ -124,7 +123,7 @@ def acceptance(
         columns_M: token ids of the student's columns, where it has a draft vocabulary: p is 0 elsewhere, and q is
             the teacher's probability among all tokens.
     """
-    p = (student_NM / student_temperature).softmax(1)
+    p = student_NM.softmax(1)
     q = (teacher_NV.detach() / teacher_temperature).softmax(1)
     return p.minimum(q if columns_M is None else q[:, columns_M]).sum(1)
 
@@ -142,25 +141,23 @@ def tv_tile(student: Student, teacher: Teacher, settings: LossSettings, weight: 
     return value, sign.sub_(mean[:, None]).mul_(student.p).mul_(-0.5)
 
 
-def lk_weight(accepted_N: Tensor, eta: float) -> Tensor:
-    """λ = exp(-eta · sg[α]) of a depth (LK, arXiv 2602.23881), α the mean acceptance of its rows in the batch.
+def lk_weight(accepted_N: Tensor) -> Tensor:
+    """λ = exp(-η · sg[α]) of a depth (LK, arXiv 2602.23881), α the mean acceptance of its rows in the batch.
 
     The mean is over every s-th row, s the least that leaves `ESTIMATE_ROWS` at most: λ has to be known before
     the one pass that computes the gradient, and a few rows give α to two or three hundredths.
     """
     stride = max(1, -(-len(accepted_N) // ESTIMATE_ROWS))
-    return (-eta * accepted_N.detach()[::stride].mean()).exp()
+    return (-LK_ETA * accepted_N.detach()[::stride].mean()).exp()
 
 
-def lk(
-    student_NM: Tensor, teacher_NV: Tensor, *, eta: float = 3.0, columns_M: Tensor | None = None, **settings: Any
-) -> Tensor:
+def lk(student_NM: Tensor, teacher_NV: Tensor, *, columns_M: Tensor | None = None, **settings: Any) -> Tensor:
     """λ · KL(q || p) + (1 - λ) · TV(p, q) for the rows of one depth (arXiv 2602.23881). [N]
 
     With a draft vocabulary, q is renormalised over it in the KL, and is the true one in the TV.
     """
     accepted = acceptance(student_NM, teacher_NV, columns_M=columns_M, **settings)
-    weight = lk_weight(accepted, eta)
+    weight = lk_weight(accepted)
     teacher_NM = teacher_NV if columns_M is None else teacher_NV[:, columns_M]
     return weight * forward_kl(student_NM, teacher_NM, **settings) + (1.0 - weight) * (1.0 - accepted)
 
@@ -191,12 +188,11 @@ KL = Loss(
     reads=RENORMALISED,
     reference=forward_kl,
     twin=forward_kl_tile,
-    arguments={"n": "top_n"},
 )
 TV = Loss(
     "tv",
     "one minus the chance that rejection sampling accepts",
-    reads=TEMPERATURES | {"weights"},
+    reads=TRUE,
     reference=tv,
     twin=tv_tile,
     true_probabilities=True,
@@ -205,12 +201,12 @@ register(
     replace(
         KL,
         name="mtp_d",
-        about="alpha * CE + beta * KL (MTP-D, arXiv 2603.23911)",
-        reads=TEMPERATURES | {"alpha", "beta", "top_n"},
+        about="0.3 CE + 0.5 KL, and 0.3 CE + KL for one head (MTP-D, arXiv 2603.23911)",
+        terms=lambda depth: (MTP_D_ALPHA, 1.0 if depth == 1 else MTP_D_BETA),
         logged=KL.name,
     )
 )
-register(Loss("ce", "the cross-entropy of the true token", reads=frozenset({"weights"})))
+register(Loss("ce", "the cross-entropy of the true token", terms=lambda depth: (1.0, 0.0)))
 register(KL)
 register(
     Loss(
@@ -219,7 +215,6 @@ register(
         reads=RENORMALISED,
         reference=reverse_kl,
         twin=reverse_kl_tile,
-        arguments={"n": "top_n"},
         log_q=True,
     )
 )
@@ -227,10 +222,9 @@ register(
     Loss(
         "jsd",
         "the Jensen-Shannon divergence of the two",
-        reads=RENORMALISED | {"jsd_mix"},
+        reads=RENORMALISED,
         reference=jsd,
         twin=jsd_tile,
-        arguments={"n": "top_n", "mix": "mix"},
         log_q=True,
     )
 )
@@ -239,12 +233,11 @@ register(
     Loss(
         "lk",
         "from kl to tv as acceptance grows",
-        reads=TV.reads | {"lk_eta"},
+        reads=TRUE,
         reference=lk,
         twin=lk_tile,
-        arguments={"eta": "eta"},
         true_probabilities=True,
-        mixture=lambda accepted_N, settings: lk_weight(accepted_N, settings.eta),
+        mixture=lk_weight,
     )
 )
 register(

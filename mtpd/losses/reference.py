@@ -8,6 +8,7 @@ Legend: N rows, P flat positions, D hidden size, V tokens, M columns in use (V, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,16 +31,10 @@ def divergence(student_NM: Tensor, teacher_NV: Tensor, settings: LossSettings, *
     """D of each row [N]. Where depths are joined, it is the D of this one by itself."""
     entry = settings.entry
     assert entry.reference is not None, "the loss is cross-entropy alone"
-    arguments = {name: getattr(settings, of) for name, of in entry.arguments.items()}
+    arguments: dict[str, Any] = {"n": settings.top_n} if "top_n" in entry.reads else {}
     if entry.true_probabilities:
         arguments["columns_M"] = columns_M
-    return entry.reference(
-        student_NM,
-        teacher_NV,
-        teacher_temperature=settings.teacher_temperature,
-        student_temperature=settings.student_temperature,
-        **arguments,
-    )
+    return entry.reference(student_NM, teacher_NV, teacher_temperature=settings.teacher_temperature, **arguments)
 
 
 def loss_of_logits(

@@ -7,8 +7,8 @@ Legend: N rows, S rows of a tile, M columns in use, V tokens, K depths.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -61,11 +61,11 @@ class Loss:
     Attributes:
         name: value of the recipe key `train.loss`.
         about: what it is, for the description of that key.
-        reads: keys of `train` that mean something to it, among those that not all losses read. A loss that reads
-            `alpha` and `beta` has both terms; another one has `weights`, which weigh D, or CE if there is no D.
+        reads: keys of `train` that mean something to it, among those that not all losses read. One that reads `top_n`
+            gets it as `n` of `reference`.
+        terms: weights of CE and of D for heads of K depths, which `train.weights` and `train.decay` multiply.
         reference: D of each row, as in the paper; None for a loss that is CE alone.
         twin: D and its gradient on a tile of logits, for the fused loss; None for a loss that is CE alone.
-        arguments: further arguments of `reference`: its parameter's name, and the field of `LossSettings` it is.
         true_probabilities: whether D reads the teacher's probabilities among all tokens. With a draft vocabulary they
             are not renormalised over it, nothing is cut to a top n, and `reference` takes `columns_M`.
         log_q: whether `twin` reads the teacher's logits `z`.
@@ -76,13 +76,13 @@ class Loss:
 
     name: str
     about: str
-    reads: frozenset[str]
+    reads: frozenset[str] = frozenset()
+    terms: Callable[[int], tuple[float, float]] = lambda depth: (0.0, 1.0)
     reference: Reference | None = None
     twin: Twin | None = None
-    arguments: Mapping[str, str] = field(default_factory=dict)
     true_probabilities: bool = False
     log_q: bool = False
-    mixture: Callable[[Tensor, LossSettings], Tensor] | None = None
+    mixture: Callable[[Tensor], Tensor] | None = None
     join: Callable[[Tensor, Tensor, Sequence[float]], Tensor] | None = None
     logged: str = ""
 
@@ -116,9 +116,7 @@ class LossSettings:
         alpha, beta: weights of the cross-entropy and of the divergence, one each for every depth with a loss.
         loss: its registered name.
         top_n: D compares the teacher's n most likely columns, renormalised; 0 for all of them.
-        teacher_temperature, student_temperature: divide the logits in D; the cross-entropy has none.
-        mix: share of the teacher in the mixture of a Jensen-Shannon divergence.
-        eta: how fast the share of KL falls as acceptance grows, in a mixture of KL and TV.
+        teacher_temperature: divides the teacher's logits in D.
     """
 
     alpha: tuple[float, ...]
@@ -126,16 +124,12 @@ class LossSettings:
     loss: str = "kl"
     top_n: int = 0
     teacher_temperature: float = 1.0
-    student_temperature: float = 1.0
-    mix: float = 0.5
-    eta: float = 3.0
 
     def __post_init__(self) -> None:
         assert len(self.alpha) == len(self.beta), "one alpha and one beta for each depth"
         assert self.entry.reference is not None or not any(self.beta), "no divergence to weigh"
         assert not (self.top_n and self.true_probabilities), "Σ min(p, q) is over all columns"
         assert self.entry.join is None or not any(self.alpha), "it scales whole rows of the gradient"
-        assert 0.0 < self.mix < 1.0, "the ends are the two KLs"
 
     @property
     def entry(self) -> Loss:

@@ -23,7 +23,7 @@ AUTO = "auto"
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 """Filled in by transformers, from the keys of the recipe."""
 SAID_BY_RECIPE = {
-    "optimizer": "train.learning_rate and train.weight_decay",
+    "optimizer": "train.learning_rate and train.arguments.weight_decay",
     "scheduler": "train.scheduler",
     "fp16": "dtype",
     "bf16": "dtype",

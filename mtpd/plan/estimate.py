@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from mtpd.data.prompts import Prompt, load_prompts, render
 from mtpd.data.sources import at_hand
 from mtpd.losses.fused import block_size
-from mtpd.recipe import Recipe
+from mtpd.recipe import Recipe, checkpoints_kept
 from mtpd.run.material import split_prompts
 from mtpd.train.arguments import loss_settings
 
@@ -129,7 +129,7 @@ def _packed(lengths: Sequence[int], row_length: int) -> int:
 
 def _steps_of_an_epoch(recipe: Recipe, rows: int, processes: int) -> int:
     """As transformers counts them: the last micro batch may be smaller, and so may the last step."""
-    batches = math.ceil(rows / (recipe.train.rows_per_step * processes))
+    batches = math.ceil(rows / (recipe.train.micro_batch_rows * processes))
     return max(1, math.ceil(batches / recipe.train.gradient_accumulation))
 
 
@@ -207,7 +207,7 @@ def estimate_memory(
     """
     data, item = recipe.data, sizes.item
     weights = sizes.frozen * item
-    batch_tokens = recipe.train.rows_per_step * data.row_length // recipe.train.sequence_parallel
+    batch_tokens = recipe.train.micro_batch_rows * data.row_length // recipe.train.sequence_parallel
     # What autograd keeps of a head, counted in a llama block: 22 D of norms, projection and residuals.
     elements = 22 * sizes.hidden + 2 * sizes.projected + 4 * sizes.inner + 6 * sizes.hidden * sizes.experts
     # Losses of the teacher's true probabilities read its logits over all tokens.
@@ -273,11 +273,11 @@ def hidden_state_bytes(recipe: Recipe, sizes: Sizes, text: TextEstimate) -> int 
 
 def estimate_disk(recipe: Recipe, sizes: Sizes, text: TextEstimate, *, of_trunk: int = 0) -> dict[str, int | None]:
     """Bytes of the run directory by file, at most; None where the amount of text is not known."""
-    kept = recipe.train.save_total_limit + 1  # One more while it is being written.
+    kept = checkpoints_kept(recipe.train) + 1  # One more while it is being written.
     checkpoints = kept if text.saves is None else min(kept, text.saves)
     responses = None if text.tokens is None else BYTES_OF_A_TOKEN_ID * text.tokens
     states: int | None = 0
-    if recipe.data.hidden_states == "disk":
+    if recipe.data.on_disk:
         states = hidden_state_bytes(recipe, sizes, text)
     return {
         "hidden states": states,

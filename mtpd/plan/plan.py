@@ -176,7 +176,7 @@ class Plan:
 
     def _steps(self) -> str:
         train = self.recipe.train
-        rows = train.rows_per_step * train.gradient_accumulation * (self.processes // train.sequence_parallel)
+        rows = train.micro_batch_rows * train.gradient_accumulation * (self.processes // train.sequence_parallel)
         together = f", {self.processes} processes" if self.processes > 1 else ""
         together += f", {train.sequence_parallel} to a row" if train.sequence_parallel > 1 else ""
         return f"{amount(self.text.steps)} optimizer steps of {rows:,} rows{together}"
@@ -188,7 +188,7 @@ class Plan:
         if data.responses == "trunk":
             passes.append(f"generation, {data.generation_batch} prompts at a time")
         if data.hidden_states != "recompute":
-            passes.append("1 in training, or none if data.store has all rows")
+            passes.append("1 in training, or none if all states are stored")
         else:
             passes.append(f"{train.epochs:g} in training" if train.max_steps <= 0 else "each row of each step")
         return "; ".join([*passes, "held-out prompts: generation, and 1 before and after"])

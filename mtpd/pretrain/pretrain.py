@@ -29,7 +29,7 @@ from mtpd.losses.chunked import in_chunks
 from mtpd.parallel import ranks
 from mtpd.pretrain.muon import muon_and_adamw
 from mtpd.pretrain.streams import stream_rows
-from mtpd.recipe import HeadsRecipe, PretrainRecipe, dump
+from mtpd.recipe import HeadsRecipe, PretrainRecipe, dump, load_pretrain_recipe
 from mtpd.train.safe_trainer import SafeTrainer
 from mtpd.train.trainer import Metrics, Progress
 from mtpd.trunk import Trunk
@@ -139,7 +139,7 @@ def pretrain(recipe: PretrainRecipe, *, progress: bool = True) -> Path:
 def _pretrain(recipe: PretrainRecipe, *, progress: bool) -> Path:
     run = recipe.output
     if (run / "recipe.yaml").is_file():
-        if (run / "recipe.yaml").read_text(encoding="utf-8") != dump(recipe):
+        if load_pretrain_recipe(run / "recipe.yaml") != recipe:
             raise UserError(
                 f"output: {run} holds a run of another recipe; accepted: another directory, or the same recipe"
             )
@@ -260,7 +260,7 @@ def _arguments(recipe: PretrainRecipe, *, dtype: torch.dtype, device: torch.devi
         warmup_steps=train.warmup_ratio if train.warmup_ratio < 1 else 0,
         weight_decay=train.weight_decay,
         adam_beta2=0.95,
-        per_device_train_batch_size=train.rows_per_step,
+        per_device_train_batch_size=train.micro_batch_rows,
         save_strategy="steps" if train.save_steps else "epoch",
         save_steps=train.save_steps or 500,
         save_total_limit=2,

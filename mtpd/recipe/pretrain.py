@@ -51,8 +51,8 @@ class PretrainTraining(Section):
     """Share of the steps in which the learning rate rises."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Weight decay."""
-    rows_per_step: Count = 8
-    """Rows of a step."""
+    micro_batch_rows: Count = 8
+    """Rows of a micro batch, which is the whole step here."""
     compile: bool = False
     """Compile the decoder layers with torch.compile: faster steps after a start of a minute. Needs a compiler."""
     save_steps: int = Field(default=0, ge=0, le=LARGEST)

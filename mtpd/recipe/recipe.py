@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from mtpd.errors import UserError
 from mtpd.heads.kinds import KINDS
+from mtpd.recipe.old_keys import REFUSALS, is_of_run, rename_old_keys
 from mtpd.recipe.pretrain import PretrainRecipe
 from mtpd.recipe.rules import (
     OWNED_ARGUMENTS,
@@ -36,21 +37,40 @@ from mtpd.recipe.sections import (
     TrunkRecipe,
 )
 from mtpd.recipe.shipped import find_recipe
-from mtpd.recipe.text import COMMAND_LINE, apply_override, explain, nest, read_mapping, similar_key, to_yaml
+from mtpd.recipe.text import COMMAND_LINE, apply_override, explain, keys_of, nest, read_mapping, similar_key, to_yaml
 from mtpd.recipe.untrusted import refuse_untrusted
 from mtpd.section import Section
 
 SYNONYMS = {
     **{argument: key for argument, key in OWNED_ARGUMENTS.items() if argument != key},
-    "batch_size": "train.rows_per_step",
+    "batch_size": "train.micro_batch_rows",
     "dataset": "data.prompts",
     "lr": "train.learning_rate",
+    "max_grad_norm": "train.arguments",
     "max_tokens": "data.max_new_tokens",
     "model_name_or_path": "model",
     "num_heads": "heads.depth",
+    "rows_per_step": "train.micro_batch_rows",
+    "save_total_limit": "train.arguments",
     "steps": "train.max_steps",
+    "weight_decay": "train.arguments",
 }
 """What people write who come from other programs, and the keys that they mean."""
+OFTEN = (
+    "model",
+    "output",
+    "heads.kind",
+    "heads.depth",
+    "heads.vocabulary",
+    "data.prompts",
+    "data.subset",
+    "data.limit",
+    "data.temperature",
+    "data.max_new_tokens",
+    "train.epochs",
+    "train.learning_rate",
+)
+"""What people change, as the first part of a recipe file has it; the second has the other keys."""
 NATIVE = "heads.init=native"
 """What `heads=native` on the command line stands for."""
 
@@ -97,6 +117,15 @@ class Recipe(Section):
         return self
 
 
+def recipe_schema() -> dict[str, Any]:
+    """Makes the JSON schema of recipes, with its keys in two tiers first."""
+    schema = _schema(Recipe)
+    keys = list(keys_of(schema))
+    leaves = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
+    tiers = {"what people change": OFTEN, "what they rarely change": [key for key in leaves if key not in OFTEN]}
+    return {"tiers": tiers, **schema}
+
+
 def _schema(kind: type[Section]) -> Mapping[str, Any]:
     return _schema_with(kind, tuple(KINDS))
 
@@ -131,7 +160,8 @@ def _parse(
         return kind.model_validate(values)
     except ValidationError as error:
         schema = _schema(kind)
-        raise UserError(explain(error, schema, source=source, overridden=overridden, synonyms=SYNONYMS)) from None
+        refusal = explain(error, schema, source=source, overridden=overridden, synonyms=SYNONYMS, refusals=REFUSALS)
+        raise UserError(refusal) from None
 
 
 def load_recipe(path: Path | str | None, overrides: Sequence[str] = (), *, untrusted: bool = False) -> Recipe:
@@ -162,6 +192,8 @@ def _load(
     schema = _schema(kind)
     file = None if path is None else find_recipe(path)
     values = {} if file is None else nest(read_mapping(file), schema, source=str(path))
+    if file is not None and is_of_run(file):
+        rename_old_keys(values, set(keys_of(schema)), file)
     if untrusted:
         refuse_untrusted(values, source=str(path))
     native = [NATIVE if "".join(override.split()) == "heads=native" else override for override in overrides]

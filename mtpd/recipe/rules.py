@@ -24,12 +24,9 @@ OWNED_ARGUMENTS = {
     "learning_rate": "train.learning_rate",
     "lr_scheduler_type": "train.scheduler",
     "warmup_steps": "train.warmup_ratio",
-    "weight_decay": "train.weight_decay",
-    "max_grad_norm": "train.max_grad_norm",
-    "per_device_train_batch_size": "train.rows_per_step",
+    "per_device_train_batch_size": "train.micro_batch_rows",
     "gradient_accumulation_steps": "train.gradient_accumulation",
     "save_steps": "train.save_steps",
-    "save_total_limit": "train.save_total_limit",
     "logging_steps": "train.logging_steps",
     "report_to": "train.report_to",
     "torch_compile": "train.compile",
@@ -71,9 +68,7 @@ def evaluation_problems(evaluation: EvaluationRecipe, train: TrainRecipe) -> lis
 
 
 def stages_of(extend: ExtendRecipe, depth: int) -> list[int]:
-    """Depth after each stage: as the recipe says, or twice as many heads each time."""
-    if extend.stages:
-        return list(extend.stages)
+    """Depth after each stage: twice as many heads each time."""
     stages, last = [], extend.to or DEEPEST
     while depth < last:
         depth = min(2 * depth, last)
@@ -102,19 +97,6 @@ def extend_problems(extend: ExtendRecipe, heads: HeadsRecipe, evaluation: Evalua
             f"to {DEEPEST}"
         )
         return problems
-    last = extend.to or DEEPEST
-    stages = stages_of(extend, heads.depth)
-    if extend.to is not None and stages[-1] != last:
-        problems.append(
-            f"extend.stages: {stages} do not end at extend.to, which is {last}; accepted: {last} as the last"
-        )
-    for before, after in zip([heads.depth, *stages], stages, strict=False):
-        if not before < after <= 2 * before:
-            problems.append(
-                f"extend.stages: {stages} goes from {before} heads to {after}; accepted from {before}: "
-                f"{before + 1} to {2 * before}, since a stage loops heads that there are"
-            )
-            break
     if extend.form != "adapters" and extend.rank != defaults.rank:
         problems.append(
             f"extend.rank: {extend.rank} does nothing with extend.form: {extend.form}; accepted: {defaults.rank}, or "
@@ -264,11 +246,6 @@ def data_problems(data: DataRecipe) -> list[str]:
         problems.append(
             "data.responses: given is not accepted with data.prompts: builtin, which has prompts only; accepted: trunk"
         )
-    if data.store is not None and data.hidden_states != "disk":
-        problems.append(
-            f"data.store: {data.store} does nothing with data.hidden_states: {data.hidden_states}; "
-            "accepted: null, or hidden_states: disk"
-        )
     sources = [("data", data.prompts, data.subset)]
     sources += [(f"data.given.{number}", text.prompts, text.subset) for number, text in enumerate(data.given)]
     for key, prompts, subset in sources:
@@ -297,18 +274,16 @@ def train_problems(train: TrainRecipe, depth: int) -> list[str]:
                 f"train.{key}: {value} does nothing with train.loss: {train.loss}; accepted: {accepted}, "
                 f"or loss: {', '.join(losses)}"
             )
-    listed = [key for key in ("alpha", "beta", "weights") if isinstance(getattr(train, key), list)]
-    if train.decay != 1.0 and listed:
-        problems.append(f"train.decay: {train.decay} is not accepted with a list in train.{listed[0]}; accepted: 1.0")
-    for key, weights in (("alpha", train.alpha), ("beta", train.beta), ("weights", train.weights)):
-        if isinstance(weights, list) and len(weights) != depth:
+    if train.weights is not None:
+        if train.decay != 1.0:
+            problems.append(f"train.decay: {train.decay} is not accepted with a list in train.weights; accepted: 1.0")
+        if len(train.weights) != depth:
             problems.append(
-                f"train.{key}: {weights} has {len(weights)} weights; accepted: one number, or a list of {depth} "
-                f"(heads.depth is {depth})"
+                f"train.weights: {train.weights} has {len(train.weights)} weights; accepted: null, or a list of "
+                f"{depth} (heads.depth is {depth})"
             )
-    if not problems and not any(sum(loss_weights(train, depth), ())):
-        key, accepted = ("alpha", "alpha or beta") if "alpha" in LOSSES[train.loss].reads else ("weights", "of them")
-        problems.append(f"train.{key}: all weights of the loss are 0; accepted: at least one {accepted} above 0")
+        elif not any(train.weights):
+            problems.append("train.weights: all weights of the loss are 0; accepted: at least one of them above 0")
     if train.max_steps == 0:
         problems.append("train.max_steps: 0 is not accepted; accepted: -1 for whole epochs, or at least 1")
     return problems + _argument_problems(train.arguments)
@@ -325,6 +300,9 @@ def _argument_problems(arguments: Mapping[str, Any]) -> list[str]:
         for name, value in arguments.items()
         if value and name in UNSERVED_ARGUMENTS
     ]
+    kept = arguments.get("save_total_limit", 2)
+    if not isinstance(kept, int) or kept < 1:
+        problems.append(f"train.arguments.save_total_limit: {kept} is not accepted; accepted: an integer of at least 1")
     problems += [
         f"train.arguments.{name}: {value} is not accepted; accepted: a finite number"
         for name, value in arguments.items()
@@ -351,19 +329,17 @@ def loss_weights(train: TrainRecipe, depth: int, *, after: int = 0) -> tuple[tup
     A list for fewer depths is looped, as heads are.
     """
     depths = range(after, depth)
-    loss = LOSSES[train.loss]
-    if "alpha" in loss.reads:
-        beta = train.beta if train.beta is not None else (1.0 if depth == 1 else 0.5)
-        return _per_depth(train.alpha, train.decay, depths), _per_depth(beta, train.decay, depths)
-    weights = _per_depth(1.0 if train.weights is None else train.weights, train.decay, depths)
-    none = (0.0,) * len(depths)
-    return (weights, none) if loss.reference is None else (none, weights)
+    if train.weights is None:
+        weights = [train.decay**k for k in depths]
+    else:
+        weights = [train.weights[k % len(train.weights)] for k in depths]
+    alpha, beta = LOSSES[train.loss].terms(depth)
+    return tuple(alpha * weight for weight in weights), tuple(beta * weight for weight in weights)
 
 
-def _per_depth(weights: float | list[float], decay: float, depths: range) -> tuple[float, ...]:
-    if isinstance(weights, list):
-        return tuple(weights[k % len(weights)] for k in depths)
-    return tuple(weights * decay**k for k in depths)
+def checkpoints_kept(train: TrainRecipe) -> int:
+    """How many checkpoints a run keeps; older ones are deleted, once a new one is whole."""
+    return int(train.arguments.get("save_total_limit", 2))
 
 
 def compared_tokens(train: TrainRecipe) -> int:

@@ -42,14 +42,9 @@ class HeadsRecipe(Section):
     """K, the number of heads: tokens drafted beyond the main head's own."""
     shared: bool = False
     """One block for all depths instead of one each: a K-th of the parameters, and what every serving engine runs."""
-    adapters: int = Field(default=0, ge=0, le=LARGEST)
-    """Rank of LoRA adapters of a chain, one for each depth, that are trained in place of the blocks, which stay as they
-    start; 0 trains the blocks."""
     shared_layers: int = Field(default=0, ge=0, le=LARGEST)
-    """m: heads that are no chain read the trunk's last m layers, computed a second time with LoRA adapters that are
-    trained with the heads. 0: they read the trunk's own states. The layers below run once for both."""
-    adapter_rank: Count | None = None
-    """Rank of those adapters; null: 16."""
+    """m: heads that are no chain read the trunk's last m layers, computed a second time with LoRA adapters of rank 16
+    that are trained with the heads. 0: they read the trunk's own states. The layers below run once for both."""
     init: Literal["identity", "copy_last", "copy_last_k", "random", "regression", "native"] | None = None
     """How the heads start. identity: the block passes the trunk's state on; copy_last: all blocks copy the
     trunk's last layer; copy_last_k: block k copies the k-th of the last K layers; random: as transformers
@@ -108,12 +103,22 @@ class DataRecipe(Section):
     """Further texts to train on, with their own responses."""
     row_length: int = Field(default=512, ge=32, le=LARGEST)
     """Tokens of a packed row: several documents share one, with their borders kept."""
-    hidden_states: Literal["disk", "memory", "recompute"] = "disk"
-    """disk: the trunk runs in the first epoch alone, and its hidden states are kept in files (2 * hidden size bytes a
-    token in bf16). memory: they are kept in memory. recompute: the trunk runs in each epoch, and nothing is kept."""
-    store: Text | None = None
-    """Directory of the files for hidden_states: disk, such as one that `mtpd data store` filled. null: one in the run
-    directory."""
+    hidden_states: str = Field(
+        default="disk", pattern="^(disk|memory|recompute)$|/", examples=["disk", "memory", "recompute", "./states"]
+    )
+    """disk: the trunk runs in the first epoch alone, and its hidden states are kept in files of the run directory (2 *
+    hidden size bytes a token in bf16). memory: they are kept in memory. recompute: the trunk runs in each epoch, and
+    nothing is kept. A path with a /: a directory for the files, such as one that `mtpd data store` filled."""
+
+    @property
+    def store(self) -> str | None:
+        """The directory that `hidden_states` names; None for one of the words."""
+        return self.hidden_states if "/" in self.hidden_states else None
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether hidden states are kept in files."""
+        return self.hidden_states not in ("memory", "recompute")
 
 
 class TrainRecipe(Section):
@@ -124,12 +129,8 @@ class TrainRecipe(Section):
         description="What is trained on, summed over depths. "
         + " ".join(f"{loss.name}: {loss.about}." for loss in LOSSES.values()),
     )
-    alpha: Weight | list[Weight] = 0.3
-    """Weight of the cross-entropy in mtp_d: one number, or one for each depth."""
-    beta: Weight | list[Weight] | None = None
-    """Weight of the KL in mtp_d: one number, or one for each depth. null: 1.0 for one head, 0.5 for more."""
     weights: list[Weight] | None = None
-    """Weight of each depth in a loss other than mtp_d; null: 1 for all."""
+    """Weight of the loss of each depth; null: 1 for all."""
     decay: float = Field(default=1.0, gt=0, le=1)
     """Each depth weighs so many times what the one before it does."""
     top_n: int | None = Field(default=None, ge=0, le=LARGEST)
@@ -137,12 +138,6 @@ class TrainRecipe(Section):
     vocabulary. null: 10,000."""
     teacher_temperature: float = Field(default=1.0, gt=0)
     """Temperature of the teacher's distribution in the divergence."""
-    student_temperature: float = Field(default=1.0, gt=0)
-    """Temperature of the heads' distribution in the divergence."""
-    jsd_mix: float = Field(default=0.5, gt=0, lt=1)
-    """Share of the teacher in the mixture that jsd compares with."""
-    lk_eta: float = Field(default=3.0, ge=0)
-    """How fast lk goes from kl to tv: its share of kl is exp(-lk_eta * acceptance), depth by depth."""
     compile: bool = False
     """Compile the loss with torch.compile: faster steps after a start of about half a minute. Needs a compiler."""
     checkpoint_blocks: bool = False
@@ -158,11 +153,7 @@ class TrainRecipe(Section):
     """Learning-rate schedule, by its name in transformers."""
     warmup_ratio: Share = 0.05
     """Share of the steps in which the learning rate rises."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Weight decay of AdamW."""
-    max_grad_norm: float = Field(default=1.0, ge=0)
-    """Gradients are scaled down to this norm; 0 for no limit."""
-    rows_per_step: Count = 8
+    micro_batch_rows: Count = 8
     """Rows in one micro batch of one process, or of those that share them."""
     gradient_accumulation: Count = 1
     """Micro batches in one optimizer step."""
@@ -175,8 +166,6 @@ class TrainRecipe(Section):
     number of processes is a multiple, and so are the attention heads of the model."""
     save_steps: int = Field(default=0, ge=0, le=LARGEST)
     """Steps from one checkpoint to the next; 0 for one after each epoch."""
-    save_total_limit: Count = 2
-    """Checkpoints kept; older ones are deleted, once the new one is whole."""
     skip_bad_batches: int = Field(default=0, ge=0, le=LARGEST)
     """Steps with a loss that is NaN or infinite that are left out, at most; such a batch is kept in `bad-batches/`.
     One more, or 0, ends the training."""
@@ -185,7 +174,8 @@ class TrainRecipe(Section):
     report_to: list[Text] = Field(default=[])
     """Trackers known to transformers, such as tensorboard or wandb, beside metrics.jsonl."""
     arguments: dict[str, Any] = Field(default={})
-    """Any other argument of transformers.TrainingArguments, passed on as it is."""
+    """Any other argument of transformers.TrainingArguments, passed on as it is: weight_decay, max_grad_norm, or
+    save_total_limit, the checkpoints kept (2), for example."""
 
 
 class TrunkRecipe(Section):
@@ -199,24 +189,19 @@ class TrunkRecipe(Section):
     """Rank of the adapters of lora."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate of the trunk; null: train.learning_rate, which is high for all parameters of a model."""
-    loss_weight: Weight = 1.0
-    """Weight of the main head's own cross-entropy, beside the loss of the heads."""
     teacher: Literal["original", "detached"] = "original"
     """What the heads are compared with. original: the trunk as it was before, which with train: full is a second model
     in memory; detached: the trunk as it is at the step, without gradient."""
     max_rise: float = Field(default=0.01, ge=0)
-    """Share by which the main head's perplexity on held-out responses may rise; beyond it the training ends."""
-    check_steps: Count = 50
-    """Steps from one measurement of that perplexity to the next."""
+    """Share by which the main head's perplexity on held-out responses may rise; beyond it the training ends. It is
+    measured every 50 steps."""
 
 
 class ExtendRecipe(Section):
-    """Looped extension after training: deeper heads that start as those there are, stage after stage."""
+    """Looped extension after training: deeper heads that start as those there are, twice as many after each stage."""
 
     to: int | None = Field(default=None, ge=2, le=64)
     """Heads after the last stage; null for no extension."""
-    stages: list[Count] = Field(default=[])
-    """Heads after each stage, at most twice as many as before it; empty: twice as many each time."""
     form: Literal["copies", "shared", "adapters"] = "copies"
     """What a new depth owns. copies: a block; shared: nothing, the blocks there are serve all depths and are trained on
     all; adapters: a LoRA adapter on the block that it shares."""
@@ -248,10 +233,8 @@ class EvaluationRecipe(Section):
     many-token passes agrees; lower precision can break ties differently."""
     steps: int = Field(default=0, ge=0, le=LARGEST)
     """Steps of training from one measurement of held-out acceptance to the next; each writes a checkpoint, and the
-    heads with the highest tau are kept in the end. 0: the last heads are kept, nothing is measured in between."""
-    steps_prompts: Count = 28
-    """Held-out prompts of each such measurement. The finished heads are not measured on them, because they were chosen
-    by them."""
+    heads with the highest tau are kept in the end. 0: the last heads are kept, nothing is measured in between. Half of
+    the measured prompts, at most 28, are set apart for it: finished heads are not measured on what chose them."""
     patience: int = Field(default=0, ge=0, le=LARGEST)
     """Such measurements without a higher tau after which training stops; 0 never stops early."""
     extra: list[Text] = Field(default=[])

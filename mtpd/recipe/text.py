@@ -121,7 +121,7 @@ def nest(written: Mapping[str, Any], schema: Schema, *, source: str) -> dict[str
     for key, value in sorted(written.items(), key=lambda item: "." in item[0]):
         if value is None and key in sections:
             continue
-        place, name = _place(values, key, source)
+        place, name = place_of(values, key, source)
         if name in place:
             raise UserError(f"{key}: is written twice ({source})")
         # An anchor stands in several places: an override of one of them must not change the others.
@@ -142,12 +142,12 @@ def apply_override(values: dict[str, Any], override: str, schema: Schema) -> str
     value = _read_yaml(text, f"override {override}")
     if isinstance(value, bool | int | float) and _only_text(_at(schema, key.split("."))[1], schema):
         value = text
-    place, name = _place(values, key, COMMAND_LINE)
+    place, name = place_of(values, key, COMMAND_LINE)
     place[name] = value
     return key
 
 
-def _place(values: dict[str, Any], key: str, source: str) -> tuple[dict[str, Any], str]:
+def place_of(values: dict[str, Any], key: str, source: str) -> tuple[dict[str, Any], str]:
     """The mapping that a dotted key lies in (made where it is missing), and its name there."""
     *sections, name = key.split(".")
     for depth, section in enumerate(sections, 1):
@@ -165,11 +165,13 @@ def explain(
     overridden: Sequence[str] = (),
     what: str = "recipe",
     synonyms: Mapping[str, str] = MappingProxyType({}),
+    refusals: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """One line for all that pydantic found: each key with its value, what is accepted, and where it was written.
 
     Args:
         synonyms: unknown names with the keys that they mean.
+        refusals: unknown keys with what is said about them.
     """
     messages: dict[str, str] = {}
     for item in error.errors():
@@ -181,7 +183,7 @@ def explain(
         key = ".".join(map(str, path))
         if item["type"] == "extra_forbidden":
             key = ".".join(map(str, item["loc"]))
-            message = f"{key}: unknown {what} key; {_suggest(key, schema, synonyms)}"
+            message = refusals.get(key) or f"{key}: unknown {what} key; {_suggest(key, schema, synonyms)}"
         elif item["type"] == "missing":
             message = f"{key}: is missing; accepted: {accepted(part, schema)}"
         else:
@@ -233,7 +235,7 @@ def _range(part: Schema) -> str:
 
 def similar_key(key: str, schema: Schema, synonyms: Mapping[str, str] = MappingProxyType({})) -> str | None:
     """The key that is meant by one that may be misspelt or lack its section; None where that cannot be told."""
-    if key in _keys(schema):
+    if key in keys_of(schema):
         return key
     said = _suggest(key, schema, synonyms)
     return said.split()[3].rstrip("?") if said.startswith("did you mean") else None
@@ -242,7 +244,7 @@ def similar_key(key: str, schema: Schema, synonyms: Mapping[str, str] = MappingP
 def _suggest(key: str, schema: Schema, synonyms: Mapping[str, str]) -> str:
     """The nearest known key: a sibling, else the same name in another section, else a similar one there."""
     *sections, name = [part for part in key.split(".") if not part.isdigit()] or [key]
-    names = {known: known.split(".")[-1] for known in _keys(schema)}
+    names = {known: known.split(".")[-1] for known in keys_of(schema)}
     siblings = {last: known for known, last in names.items() if known.split(".")[:-1] == sections}
     found = [siblings[match] for match in difflib.get_close_matches(name, siblings, n=1)]
     found = found or [known for known in [synonyms.get(key) or synonyms.get(name)] if known in names]
@@ -261,11 +263,12 @@ def _initials(name: str) -> str:
     return "".join(word[:1] for word in name.split("_"))
 
 
-def _keys(schema: Schema, part: Schema | None = None, prefix: str = "") -> Iterator[str]:
+def keys_of(schema: Schema, part: Schema | None = None, prefix: str = "") -> Iterator[str]:
+    """Yields the dotted keys of a schema, sections before what is in them."""
     for name, inner in _resolve(part or schema, schema).get("properties", {}).items():
         yield prefix + name
         resolved = _resolve(inner, schema)
-        yield from _keys(schema, resolved.get("items", resolved), f"{prefix}{name}.")
+        yield from keys_of(schema, resolved.get("items", resolved), f"{prefix}{name}.")
 
 
 def _at(schema: Schema, location: Sequence[str | int]) -> tuple[list[str | int], Schema]:

@@ -23,7 +23,7 @@ PATHS = (
     "heads.vocabulary",
     "data.prompts",
     "data.held_out",
-    "data.store",
+    "data.hidden_states",
     "data.texts",
     "data.given.*.prompts",
     "evaluation.extra.*",
@@ -37,7 +37,10 @@ PLAIN_ARGUMENTS = (
     "dataloader_drop_last",
     "full_determinism",
     "logging_first_step",
+    "max_grad_norm",
+    "save_total_limit",
     "torch_empty_cache_steps",
+    "weight_decay",
 )
 """Arguments of transformers.TrainingArguments that change numbers alone."""
 

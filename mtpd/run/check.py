@@ -60,7 +60,7 @@ def check_recipe(recipe: Recipe, *, weights: bool = True) -> None:
     check_trackers(recipe.train.report_to)
     check_folder(recipe.output, key="output")
     if data.store is not None:
-        check_folder(Path(data.store), key="data.store")
+        check_folder(Path(data.store), key="data.hidden_states")
 
 
 def _check_prompts(source: str, *, key: str) -> None:

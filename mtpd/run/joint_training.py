@@ -41,7 +41,6 @@ def train_jointly(
     recipe, run, trunk = session.recipe, session.run, session.trunk
     settings = recipe.trunk
     common: dict[str, Any] = {
-        "loss_weight": settings.loss_weight,
         "original_teacher": settings.teacher == "original",
         "learning_rate": settings.learning_rate,
     }

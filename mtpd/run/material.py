@@ -15,6 +15,9 @@ from mtpd.parallel.sequence import shared_trunk
 from mtpd.recipe import Recipe
 from mtpd.run.session import Session
 
+CHOOSING_PROMPTS = 28
+"""Held-out prompts at most that choose among checkpoints."""
+
 
 def split_prompts(recipe: Recipe) -> Any:
     """Prompts to train on and held-out prompts, with nothing in both."""
@@ -119,7 +122,7 @@ def fill_store(session: Session, rows: PackedRows, store: HiddenStates) -> None:
             store,
             trunk,
             rows,
-            batch_rows=recipe.train.rows_per_step,
+            batch_rows=recipe.train.micro_batch_rows,
             before_last=recipe.heads.shared_layers,
             together=recipe.train.sequence_parallel,
             progress=session.progress,
@@ -155,11 +158,11 @@ def set_apart(recipe: Recipe, samples: Sequence[Sample], apart: frozenset[str]) 
     if not recipe.evaluation.steps:
         return list(samples), []
     held_out = [sample for sample in samples if sample.family not in apart]
-    chosen = spread(held_out, recipe.evaluation.steps_prompts)
-    if len(chosen) == len(held_out):
+    chosen = spread(held_out, min(CHOOSING_PROMPTS, len(held_out) // 2))
+    if not chosen:
         raise UserError(
-            f"evaluation.steps_prompts: {recipe.evaluation.steps_prompts} of {len(held_out)} measured prompts leave "
-            f"none to measure the finished heads on; accepted: less than {len(held_out)}"
+            f"evaluation.steps: {recipe.evaluation.steps} is not accepted with {len(held_out)} measured prompts, of "
+            "which half choose among checkpoints; accepted: 0, or two prompts at least (evaluation.prompts_limit)"
         )
     names = {sample.id for sample in chosen}
     return [sample for sample in samples if sample.id not in names], chosen

@@ -67,7 +67,7 @@ def fitting_batches(
     session: Session, rows: PackedRows, store: HiddenStates | None, tokens: int = 100_000
 ) -> list[dict[str, torch.Tensor]]:
     """Rows with hidden states, enough for a regression."""
-    training, size = TrainingRows(rows), session.recipe.train.rows_per_step
+    training, size = TrainingRows(rows), session.recipe.train.micro_batch_rows
     chosen = range(min(len(rows), -(-tokens // rows.row_length)))
     batches = [
         collate([training[index] for index in chosen[first : first + size]]) for first in range(0, len(chosen), size)

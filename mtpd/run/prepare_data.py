@@ -28,8 +28,10 @@ def store_hidden_states(recipe: Recipe, *, progress: bool = True) -> Path:
     Raises:
         UserError, MtpdError: with one line that names the cause.
     """
-    if recipe.data.hidden_states != "disk":
-        raise UserError(f"data.hidden_states: {recipe.data.hidden_states} stores nothing on the disk; accepted: disk")
+    if not recipe.data.on_disk:
+        raise UserError(
+            f"data.hidden_states: {recipe.data.hidden_states} stores nothing on the disk; accepted: disk, or a path"
+        )
     with ranks.joined(resolve_device(recipe.device)):
         session = start(recipe, open_together(recipe, fresh=False), progress=progress and ranks.is_main())
         device = resolve_device(recipe.device)

@@ -43,8 +43,6 @@ def with_native_depth(recipe: Recipe) -> Recipe:
     if further is None:
         accepted = ", ".join(kind.name for kind in KINDS.values() if kind.native is not None)
         raise UserError(f"heads.init: native is not accepted for {heads.kind} heads; accepted: {accepted}")
-    if heads.adapters:
-        raise UserError(f"heads.adapters: {heads.adapters} is not accepted with native heads; accepted: 0")
     if not further and {"kind", "depth"} <= heads.model_fields_set:
         return recipe
     form = native_form(recipe.model)

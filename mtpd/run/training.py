@@ -26,7 +26,7 @@ from mtpd.train.finished_depths import FinishedDepths
 from mtpd.train.joint_trunk import JointTrunk
 from mtpd.train.measuring_trainer import MeasuringTrainer, stopping
 from mtpd.train.model import DistillModel
-from mtpd.train.optimizer_state import rows_of_a_step
+from mtpd.train.optimizer_state import read_step_rows
 from mtpd.train.trainer import Metrics, train
 
 logger = logging.getLogger(__name__)
@@ -115,8 +115,8 @@ def train_heads(
                 partitioned(trunk, settings.for_trunk(layers, hidden_size=trunk.hidden_size, folder=folder))
             )
         advice = (
-            f"lower train.rows_per_step ({recipe.train.rows_per_step} now; train.gradient_accumulation makes up for "
-            f"it) or data.row_length ({recipe.data.row_length} now), or set train.checkpoint_blocks=true"
+            f"lower train.micro_batch_rows ({recipe.train.micro_batch_rows} now; train.gradient_accumulation makes up "
+            f"for it) or data.row_length ({recipe.data.row_length} now), or set train.checkpoint_blocks=true"
         )
         with enough_memory("training", advice):
             train(trainer, session.resume)
@@ -139,17 +139,17 @@ def accumulation(recipe: Recipe, directory: Path, processes: int) -> int:
         UserError: these processes cannot have as many rows in a step.
     """
     train, parts = recipe.train, recipe.train.sequence_parallel
-    at_once = train.rows_per_step * (processes // parts)
-    found = (rows_of_a_step(checkpoint) for checkpoint in sorted(directory.glob("checkpoint-*")))
+    at_once = train.micro_batch_rows * (processes // parts)
+    found = (read_step_rows(checkpoint) for checkpoint in sorted(directory.glob("checkpoint-*")))
     before = next((rows for rows in found if rows), None)
     if before is None or before == at_once * train.gradient_accumulation:
         return train.gradient_accumulation
     if before % at_once:
-        most = before // train.rows_per_step
+        most = before // train.micro_batch_rows
         counts = [parts * n for n in range(1, most + 1) if most % n == 0]
         raise UserError(
             f"{directory}: its steps have {before} rows, and {processes} processes have {at_once} at a time "
-            f"(train.rows_per_step: {train.rows_per_step}); accepted numbers of processes: "
+            f"(train.micro_batch_rows: {train.micro_batch_rows}); accepted numbers of processes: "
             + ", ".join(map(str, counts))
         )
     logger.warning(

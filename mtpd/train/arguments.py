@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from mtpd.errors import UserError
 from mtpd.losses.settings import LossSettings
-from mtpd.recipe import Recipe, compared_tokens, loss_weights
+from mtpd.recipe import Recipe, checkpoints_kept, compared_tokens, loss_weights
 from mtpd.train.measuring_trainer import measuring_arguments
 
 
@@ -28,9 +28,6 @@ def loss_settings(recipe: Recipe, *, depth: int | None = None, after: int = 0) -
         loss=train.loss,
         top_n=compared_tokens(train),
         teacher_temperature=train.teacher_temperature,
-        student_temperature=train.student_temperature,
-        mix=train.jsd_mix,
-        eta=train.lk_eta,
     )
 
 
@@ -64,13 +61,11 @@ def training_arguments(
         "lr_scheduler_type": train.scheduler,
         # A number below 1 is a share of all steps.
         "warmup_steps": train.warmup_ratio if train.warmup_ratio < 1 else 0,
-        "weight_decay": train.weight_decay,
-        "max_grad_norm": train.max_grad_norm,
-        "per_device_train_batch_size": train.rows_per_step,
+        "per_device_train_batch_size": train.micro_batch_rows,
         "gradient_accumulation_steps": accumulation or train.gradient_accumulation,
         "save_strategy": "steps" if train.save_steps else "epoch",
         "save_steps": train.save_steps or 500,
-        "save_total_limit": train.save_total_limit,
+        "save_total_limit": checkpoints_kept(train),
         "logging_steps": train.logging_steps,
         "report_to": train.report_to or "none",
         "bf16": dtype == torch.bfloat16,

@@ -35,13 +35,14 @@ from mtpd.trunk import Trunk
 
 WEIGHTS = "trunk-{}.safetensors"
 """In a checkpoint, beside the heads: what is trained of the trunk."""
+CHECK_STEPS = 50
+"""Steps from one measurement of the main head's perplexity to the next."""
 
 
 class JointTrunk:
     """A trunk that is trained.
 
     Args:
-        loss_weight: of the main head's own cross-entropy.
         original_teacher: whether the teacher is the trunk as it was.
         learning_rate: of the trunk's parameters, where it is not that of the heads.
     """
@@ -50,10 +51,8 @@ class JointTrunk:
     parameters: dict[str, nn.Parameter]
     """What is trained, in float32."""
 
-    def __init__(
-        self, trunk: Trunk, *, loss_weight: float, original_teacher: bool, learning_rate: float | None = None
-    ) -> None:
-        self.trunk, self.loss_weight, self.original_teacher = trunk, loss_weight, original_teacher
+    def __init__(self, trunk: Trunk, *, original_teacher: bool, learning_rate: float | None = None) -> None:
+        self.trunk, self.original_teacher = trunk, original_teacher
         self.learning_rate = learning_rate
         self.dtype = trunk.dtype
 
@@ -192,7 +191,7 @@ def main_head_quality(trunk: Trunk, samples: Sequence[Sample]) -> TrunkQuality:
 
 
 class PerplexityLimit(TrainerCallback):
-    """Measures the main head's perplexity every so many steps, and ends the training where it has risen too far.
+    """Measures the main head's perplexity every `CHECK_STEPS`, and ends the training where it has risen too far.
 
     Args:
         before: its perplexity before the training, on the same samples.
@@ -201,10 +200,10 @@ class PerplexityLimit(TrainerCallback):
 
     def __init__(self, trunk: Trunk, samples: Sequence[Sample], recipe: Recipe, before: float, path: Path) -> None:
         self.trunk, self.samples, self.before, self.path = trunk, samples, before, path
-        self.steps, self.max_rise = recipe.trunk.check_steps, recipe.trunk.max_rise
+        self.max_rise = recipe.trunk.max_rise
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
+        if state.global_step % CHECK_STEPS == 0 or state.global_step == state.max_steps:
             self.check(state.global_step)
 
     def check(self, step: int) -> float:
@@ -219,6 +218,6 @@ class PerplexityLimit(TrainerCallback):
         if not now <= self.before * (1.0 + self.max_rise):
             raise MtpdError(
                 f"the main head's perplexity rose from {self.before:.4f} to {now:.4f} by step {step}, more than "
-                f"trunk.max_rise: {self.max_rise} allows; raise trunk.loss_weight, or lower train.learning_rate"
+                f"trunk.max_rise: {self.max_rise} allows; lower trunk.learning_rate"
             )
         return now

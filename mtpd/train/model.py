@@ -136,8 +136,7 @@ class DistillModel(nn.Module):
         return total if main is None else total + main
 
     def _main_head_loss(self, readout: Readout, batch: Batch) -> Tensor:
-        """The main head's weighted cross-entropy on the tokens of responses: that of depth 0."""
-        assert self.joint is not None
+        """The main head's cross-entropy on the tokens of responses: that of depth 0."""
         states_PD = batch.flat(batch.hidden)
         loss, _ = multi_depth_loss(
             [states_PD],
@@ -145,7 +144,7 @@ class DistillModel(nn.Module):
             readout.main,
             targets_P=[batch.tokens(0)],
             masks_P=[batch.counted(0)],
-            settings=LossSettings((self.joint.loss_weight,), (0.0,)),
+            settings=LossSettings((1.0,), (0.0,)),
             after=-1,
             compiled=self.compiled,
         )

@@ -20,8 +20,9 @@ from mtpd.files import write_whole
 
 OPTIMIZER = "optimizer.safetensors"
 """In a checkpoint."""
-STEP_ROWS = "rows_per_step"
-"""Rows of an optimizer step of all processes together: where a step lies in the data follows from it."""
+STEP_ROWS, OLD_STEP_ROWS = "step_rows", "rows_per_step"
+"""Rows of an optimizer step of all processes together, now and in earlier checkpoints: where a step lies in the data
+follows from it."""
 State = dict[str, dict[str, Any]]
 """By the name of a parameter, what the optimizer keeps of it, by key."""
 
@@ -161,10 +162,11 @@ def load_state(path: Path, model: nn.Module) -> State:
     return state
 
 
-def rows_of_a_step(checkpoint: Path) -> int | None:
-    """Rows of an optimizer step when a checkpoint was written, or None if it does not say."""
+def read_step_rows(checkpoint: Path) -> int | None:
+    """Reads how many rows an optimizer step had when a checkpoint was written; None if it does not say."""
     try:
-        return int(_metadata(checkpoint / OPTIMIZER)[STEP_ROWS])
+        found = _metadata(checkpoint / OPTIMIZER)
+        return int(found.get(STEP_ROWS) or found[OLD_STEP_ROWS])
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
 

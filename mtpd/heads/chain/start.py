@@ -107,5 +107,4 @@ def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, Any]:
     """Works out what chain heads add to `HeadsConfig`, from the `heads` section of a recipe."""
     blocks = 1 if settings["shared"] else settings["depth"]
     layers = source_layers(settings["init"] or DEFAULT, blocks, trunk.depth)
-    adapters = [settings["adapters"]] * settings["depth"] if settings["adapters"] else []
-    return {"shared": settings["shared"], "source_layers": layers, "adapters": adapters}
+    return {"shared": settings["shared"], "source_layers": layers}

@@ -56,12 +56,6 @@ class Circuit(Protocol):
     def follow(self, weights: Tensor) -> Generator[Tensor, Tensor, Any]:
         """Computes `prefix` place by place: yields [N, r], and is sent the evidence [N, r] of the token there."""
 
-    def likeliest(self, evidence: Tensor, weights: Tensor) -> Tensor:
-        """Chooses components [N, n] by max-product, from the top down after a pass up.
-
-        They are the likeliest, together with the likeliest tokens where the evidence holds a leaf's maximum.
-        """
-
 
 def new_circuit(structure: str, places: int, components: int) -> Circuit:
     """Makes a circuit of structure ff, cp, hmm or btree."""
@@ -97,9 +91,6 @@ class Mixture:
             evidence = yield state
             state = (state + evidence).log_softmax(-1)
 
-    def likeliest(self, evidence: Tensor, weights: Tensor) -> Tensor:
-        return (self._first(weights) + evidence.sum(1)).argmax(-1)[:, None].expand(-1, self.places)
-
 
 class HiddenMarkov:
     """hmm, with transitions of each step."""
@@ -132,23 +123,6 @@ class HiddenMarkov:
             evidence = yield state
             state = _forward((state + evidence).log_softmax(-1), transition)
         yield state
-
-    def likeliest(self, evidence: Tensor, weights: Tensor) -> Tensor:
-        first, steps = self._split(weights)
-        transition = log_softmax(steps)
-        below = self._up(evidence, transition)
-        chosen = [(log_softmax(first) + below[0]).argmax(-1)]
-        rows = torch.arange(len(evidence), device=evidence.device)
-        for place in range(1, self.places):
-            chosen.append((transition[rows, place - 1, chosen[-1]] + below[place]).argmax(-1))
-        return torch.stack(chosen, dim=1)
-
-    def _up(self, evidence: Tensor, transition: Tensor) -> list[Tensor]:
-        """Computes, by place, the best score of the evidence from there on for each component, [N, r]."""
-        below = [evidence[:, -1]]
-        for place in range(self.places - 2, -1, -1):
-            below.append(evidence[:, place] + (transition[:, place] + below[-1][:, None]).amax(-1))
-        return below[::-1]
 
 
 class BinaryTree:
@@ -220,28 +194,6 @@ class BinaryTree:
             right = (down + units).log_softmax(-1)
             units = units + (yield from self._region(size - 1, 2 * number + 1, right, tied))
         return units if tie is None else _backward(units, tie)
-
-    def likeliest(self, evidence: Tensor, weights: Tensor) -> Tensor:
-        first, inner = self._split(weights)
-        tied = [log_softmax(each) for each in inner]
-        products = self._up(evidence, tied)
-        chosen = (log_softmax(first) + products[-1][:, 0]).argmax(-1)[:, None]
-        for size in range(len(self.regions) - 2, -1, -1):
-            # A region's output is the component of the region around it.
-            output = chosen.repeat_interleave(2, dim=1)[:, : self.regions[size]]
-            at = output[:, :, None, None].expand(-1, -1, 1, self.components)
-            chosen = (tied[size].gather(2, at).squeeze(2) + products[size]).argmax(-1)
-        return chosen.repeat_interleave(2, dim=1)[:, : self.places]
-
-    def _up(self, evidence: Tensor, tied: Sequence[Tensor]) -> list[Tensor]:
-        """Computes, by size of region, the best products of its halves [N, m, r]."""
-        products = []
-        units = evidence
-        for size in range(len(self.regions)):
-            products.append(_pairs(units).sum(2))
-            if size < len(tied):
-                units = (tied[size] + products[-1][:, :, None]).amax(-1)
-        return products
 
 
 def softmax(values: Tensor) -> Tensor:

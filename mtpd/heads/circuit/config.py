@@ -27,9 +27,6 @@ class CircuitConfig(Section):
     component shifts, also for small vocabularies: one softmax a place in place of one for each component."""
     rank: int | None = Field(default=None, ge=1, le=LARGEST)
     """Rank of what tells the expanders of one place apart, where leaves are shared; null: 16."""
-    greedy: Literal["max_product", "conditionals"] = "conditionals"
-    """Greedy drafts. max_product: the likeliest window and latents together; conditionals: each token the likeliest
-    after those before it."""
 
     @property
     def latent_values(self) -> int:

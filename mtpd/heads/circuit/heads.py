@@ -50,7 +50,6 @@ class CircuitHeads(LogitHeads):
             self.leaves = kind(places, shape.latent_values, config.columns, size)
             self.ce_chunk = CE_CHUNK
         self.sums = nn.Linear(size, self.circuit.sums) if self.circuit.sums else None
-        self.joint = shape.greedy == "max_product"
         self.independent = shape.latent_values == 1
         self.drafted = config.depth
         # The trunk's own, and frozen: no part of these heads.
@@ -103,20 +102,6 @@ class CircuitHeads(LogitHeads):
         mixed = self._prefix(evidence, hidden)
         return (mixed + evidence).logsumexp(-1)[:, 1 : columns.shape[1]]
 
-    def joint_argmax(self, hidden: Tensor, columns: Tensor) -> Tensor:
-        """Chooses the window by max-product, given place 0."""
-        leaf, evidence = self._after_first(hidden, columns)
-        evidence[:, 1:] = leaf[:, 1:].amax(-1).clamp_min(TINY).log()
-        latents = self.circuit.likeliest(evidence, self.weights(hidden))
-        return _chosen(leaf, latents).argmax(-1)[:, 1 : 1 + self.depth]
-
-    def _after_first(self, hidden: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the probabilities of all leaves [C, n, r, M], and the evidence of place 0 alone [C, n, r]."""
-        leaf = self.leaves.probabilities(hidden, self._main)
-        evidence = leaf.new_zeros(leaf.shape[:3])
-        evidence[:, 0] = _known(leaf[:, 0], columns[:, 0])
-        return leaf, evidence
-
     def stepwise(self, hidden: Tensor, first: Tensor) -> Callable[[int, Tensor], Tensor]:
         leaf = self.leaves.probabilities(hidden, self._main, last=self.depth + 1)
         places = self.circuit.follow(self.weights(hidden))
@@ -142,7 +127,7 @@ class CircuitHeads(LogitHeads):
         return super().drafter(trunk, slots=slots, capacity=capacity)
 
     def shorten(self, depth: int) -> None:
-        """Later places are not drafted; max-product still takes them in."""
+        """Drafts fewer places."""
         assert 1 <= depth <= self.depth, "heads can only become fewer"
         self.drafted = depth
 
@@ -157,8 +142,3 @@ def _known(leaf: Tensor, columns: Tensor) -> Tensor:
     """Reads the evidence [C, r] of a place's token from its leaves [C, r, M]; 0 where it has no column."""
     at = columns.clamp_min(0)[:, None, None].expand(-1, leaf.shape[1], -1)
     return torch.where(columns[:, None] >= 0, leaf.gather(2, at).squeeze(2).clamp_min(TINY).log(), 0.0)
-
-
-def _chosen(leaf: Tensor, latents: Tensor) -> Tensor:
-    """Selects the leaf of one component of each place, [C, n, M]."""
-    return leaf.gather(2, latents[:, :, None, None].expand(-1, -1, 1, leaf.shape[-1])).squeeze(2)

@@ -13,19 +13,18 @@ from mtpd.heads.shared_layers.heads import SharedLayerHeads
 from mtpd.trunk import Trunk
 
 RANK = 16
+"""Of the adapters."""
 
 
 def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, int]:
     """Works out which layers are shared, for `HeadsConfig`, from the `heads` section of a recipe.
 
     Raises:
-        UserError: layers that the trunk does not have, heads that cannot read them, or a rank without layers.
+        UserError: layers that the trunk does not have, or heads that cannot read them.
         UnsupportedModel: the last layers of the model do not run apart from the others.
     """
-    layers, rank = settings.get("shared_layers", 0), settings.get("adapter_rank")
+    layers = settings.get("shared_layers", 0)
     if not layers:
-        if rank is not None:
-            raise UserError(f"heads.adapter_rank: {rank} does nothing with heads.shared_layers: 0; accepted: null")
         return {}
     if layers > trunk.depth:
         raise UserError(
@@ -40,7 +39,7 @@ def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, int]:
         )
     if trunk.device.type != "meta":
         _check(trunk, layers)
-    return {"shared_layers": layers, "adapter_rank": rank or RANK}
+    return {"shared_layers": layers, "adapter_rank": RANK}
 
 
 def _check(trunk: Trunk, layers: int) -> None:
