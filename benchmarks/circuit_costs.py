@@ -24,7 +24,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mtpd.decode.engine import Engine
 from mtpd.decode.text import Request
 from mtpd.heads import Readout
-from mtpd.heads.drafting import Pick
 from mtpd.losses.settings import LossSettings
 from mtpd.slots import Span
 from mtpd.trunk import Trunk
@@ -89,7 +88,10 @@ def _drafts(
 ) -> None:
     tokens = torch.randint(3, 250, (1, 128))
     ways: dict[str, Callable[[], Any]] = {}
-    pick = Pick(lambda logits, _: logits.argmax(-1))
+
+    def pick(logits: torch.Tensor, _: int) -> torch.Tensor:
+        return logits.argmax(-1)
+
     engine = Engine(trunk, None, slots=1, capacity=128)
     list(engine.run([Request(tokens[0, :64].tolist(), 2)]))
     span = Span([64], 1, tokens.device)

@@ -29,8 +29,10 @@ from transformers import GenerationConfig
 
 from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.data.packing import Sample
-from mtpd.decode.drafting import Drafting
+from mtpd.decode.chances import Chances
+from mtpd.decode.drafting import HEADS
 from mtpd.decode.engine import Engine
+from mtpd.decode.planner import Planner
 from mtpd.decode.sampling import SampledDrafts, Sampling
 from mtpd.decode.text import Request
 from mtpd.evaluate.offline import measure_offline
@@ -248,7 +250,7 @@ def _heads(
         slots=1,
         capacity=len(prompts[0]) + tokens,
         choice=choice,
-        drafting=Drafting(depth=heads.depth, tree=nodes),
+        planner=Planner(Chances(), None, (HEADS,), nodes) if nodes else None,
     )
     texts = list(engine.run(Request(prompt, tokens, seed) for seed, prompt in enumerate(prompts)))
     spent = time.perf_counter() - began

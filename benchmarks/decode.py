@@ -34,7 +34,7 @@ class Known:
 
     def __init__(self, heads: Heads, text: Sequence[int], *, right: bool) -> None:
         self.heads = heads
-        self.depth, self.shared_layers = heads.depth, heads.shared_layers
+        self.depth, self.shared_layers, self.independent = heads.depth, heads.shared_layers, heads.independent
         self.text = list(text) + [0] * (heads.depth + 1)
         self.step = 0 if right else 1
 
@@ -52,11 +52,15 @@ class Known:
 
 
 def overhead(model: Model, prompts: list[list[int]], *, tokens: int, runs: int) -> dict[str, Speed]:
-    """Speeds with drafts that are always right and always wrong, and of plain `generate`; one prompt at a time."""
+    """Speeds with drafts that are always right and always wrong, and of plain `generate`; one prompt at a time.
+
+    Args:
+        model: drafts a chain in every round: alternatives would mend what is wrong on purpose.
+    """
     heads: Any = model.heads
     limits: dict[str, Any] = {"max_new_tokens": tokens, "end_tokens": (), "batch": 1}
     # What this very decoder writes: in 16 bits plain `generate` parts from it at a tie, and is wrong from there on.
-    texts, _ = engine_texts(model.trunk, heads, prompts, drafting=model.drafting, **limits)
+    texts, _ = engine_texts(model, prompts, **limits)
     speeds = {name: Speed(name) for name in ("right", "wrong", "plain")}
     for _ in range(runs):
         for name, speed in speeds.items():
@@ -67,7 +71,7 @@ def overhead(model: Model, prompts: list[list[int]], *, tokens: int, runs: int) 
                     written = generated(model.trunk, [prompt], **limits)
                 else:
                     known: Any = Known(heads, [*prompt, *text], right=name == "right")
-                    written, _ = engine_texts(model.trunk, known, [prompt], drafting=model.drafting, **limits)
+                    written, _ = engine_texts(Model(model.trunk, known, drafting=model.drafting), [prompt], **limits)
                 seconds += time.perf_counter() - began
                 count += len(written[0])
             speed.seconds.append(seconds)
@@ -79,9 +83,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--depth", type=int, default=None, help="drafts a round; all heads if not given")
-    parser.add_argument("--threshold", type=float, default=0.0)
-    parser.add_argument("--siblings", type=int, default=0)
+    parser.add_argument(
+        "--depth", type=int, default=None, help="a chain of so many; by default what pays in each round"
+    )
     parser.add_argument("--prompts", type=int, default=3, help="decoded one at a time; 8 at a time come from as many")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=3)
@@ -91,9 +95,7 @@ def main() -> None:
 
     model = mtpd.load(options.run, dtype=options.dtype)
     assert model.heads is not None
-    model.drafting = Drafting(
-        depth=options.depth or model.heads.depth, threshold=options.threshold, siblings=options.siblings
-    )
+    model.drafting = Drafting(depth=options.depth)
     ends = end_tokens(model.trunk.model, model.tokenizer)
     source = load_prompts("builtin-held-out")
     table: list[dict[str, Any]] = []
@@ -138,13 +140,12 @@ def main() -> None:
         print({part: f"{1000 * parts.seconds[part] / parts.rounds:.1f} ms, {parts.share(part):.1%}" for part in PARTS})
     if "overhead" in options.only:
         prompts = chosen(options.prompts)
-        # Siblings would mend what is wrong on purpose.
-        model.drafting = Drafting(depth=model.drafting.depth)
-        speeds = overhead(model, prompts, tokens=options.tokens, runs=options.runs)
-        parts = breakdown(model, prompts)
+        chain = model.drafting_with(depth=options.depth or model.heads.depth)
+        speeds = overhead(chain, prompts, tokens=options.tokens, runs=options.runs)
+        parts = breakdown(chain, prompts)
         step = statistics.median(speeds["plain"].seconds) / speeds["plain"].tokens
         cost = parts.seconds["drafts"] / parts.rounds / step
-        depth = model.drafting.depth
+        depth = chain.depth
         print(f"c, the cost of {depth} drafts relative to a step of plain generate: {cost:.3f}")
         right, wrong = 0.85 * (depth + 1) / (1 + cost), 1 / (1 + cost + 0.05)
         row(f"{depth} drafts that are always right", speeds["right"], speeds["plain"], "plain generate", right)

@@ -18,8 +18,10 @@ from pathlib import Path
 from lab import machine
 
 from mtpd.data.models import load_model
-from mtpd.decode.drafting import Drafting
+from mtpd.decode.chances import Chances
+from mtpd.decode.drafting import HEADS
 from mtpd.decode.engine import Engine
+from mtpd.decode.planner import Planner
 from mtpd.decode.sampling import Sampling
 from mtpd.decode.text import Request
 from mtpd.heads import load_heads
@@ -50,7 +52,7 @@ def main() -> None:
         texts: dict[str, list[list[int]]] = {}
 
         def once(name: str, nodes: int | None, drawn: bool = drawn) -> tuple[float, int, list[list[int]]]:
-            drafting = None if nodes is None else Drafting(depth=heads.depth, tree=nodes)
+            plan = Planner(Chances(), None, (HEADS,), nodes) if nodes else None
             choice = Sampling() if drawn else None
             engine = Engine(
                 trunk,
@@ -58,7 +60,7 @@ def main() -> None:
                 slots=1,
                 capacity=64 + args.tokens,
                 choice=choice,
-                drafting=drafting,
+                planner=plan,
             )
             began = time.perf_counter()
             written = sorted(engine.run(requests), key=lambda text: text.number)

@@ -7,6 +7,7 @@ import functools
 import logging
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,12 +21,16 @@ import architectures
 
 from mtpd.alignment import IGNORED
 from mtpd.data.packing import Sample
+from mtpd.decode.planner import Costs
 from mtpd.heads import Heads
 from mtpd.losses.fused import LossSettings
 from mtpd.train.model import DistillModel
 from mtpd.trunk import Trunk
 
 torch.set_num_threads(1)
+
+FREE = Costs({1: 1.0, 64: 1.0}, head=0.0)
+"""A machine on which drafts cost nothing: everything that may be right is verified."""
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +40,20 @@ def loggers() -> None:
         if name.split(".")[0] == "mtpd" and isinstance(logger, logging.Logger):
             logger.disabled, logger.propagate = False, True
             logger.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def times(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Times of passes that tests measure stay with the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mtpd.decode.costs.CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@pytest.fixture
+def free_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models draft all that there is, whatever it costs on this machine: what a test sees does not depend on it."""
+    monkeypatch.setattr("mtpd.decode.model.machine_costs", lambda *_, **__: FREE)
 
 
 @pytest.fixture(params=architectures.ARCHITECTURES)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from mtpd.data import responses, store
+from mtpd.decode.chances import CHANCES, Chances, read_chances
 from mtpd.errors import MtpdError
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.heads import check_weights, read_config
@@ -81,6 +82,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "acceptance-decoded.json": Acceptance.load,
     "heads/config.json": weights,
     "heads/model.safetensors": weights,
+    "heads/chances.json": lambda file: read_chances(file.parent),
     "provenance.json": prompts,
     "trained-prompts.safetensors": prompts,
     "responses.jsonl": answers,
@@ -128,9 +130,7 @@ def test_a_finished_run_with_a_damaged_file(finished_run_made: Path, tmp_path: P
     """Fault: the same command, or loading the heads, goes on from a damaged file, or ends with a traceback."""
     names = [path.relative_to(finished_run_made) for path in sorted(finished_run_made.rglob("*")) if path.is_file()]
     names = [name for name in names if name.suffix not in (".png", ".svg", ".html") and "checkpoint-" not in str(name)]
-    # Counts that decide how much is drafted, never what is written: they have no seal.
-    names = [name for name in names if name.name != "chances.json"]
-    assert len(names) >= 14
+    assert len(names) >= 15
     recipe = load_recipe(finished_run_made / "recipe.yaml").model_copy(update={"output": tmp_path / "run"})
     whole = outcome(finished_run_made)
     damages: list[Callable[[Path], object]] = [
@@ -154,6 +154,10 @@ def test_a_finished_run_with_a_damaged_file(finished_run_made: Path, tmp_path: P
                 assert name.name in said or f"output: {tmp_path / 'run'}" in said, name
             if name.parts[0] == "heads":
                 damage_again(tmp_path / "run" / name, finished_run_made / name, damage)
+                if name.name == CHANCES and not (tmp_path / "run" / name).is_file():
+                    # Without counts the heads are believed.
+                    assert load(tmp_path / "run").chances == Chances()
+                    continue
                 with pytest.raises(MtpdError, match=r"heads"):
                     load(tmp_path / "run")
 

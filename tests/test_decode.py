@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,15 +13,18 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from mtpd import alignment
+from mtpd.decode.chances import Chances
 from mtpd.decode.choice import Greedy
 from mtpd.decode.counts import Counts
-from mtpd.decode.drafting import Drafting
+from mtpd.decode.drafting import HEADS
 from mtpd.decode.drafts import Drafts
 from mtpd.decode.engine import Engine
 from mtpd.decode.greedy import generate
+from mtpd.decode.planner import BEAM, MOST, Planner
 from mtpd.decode.text import Request
 from mtpd.errors import UserError
 from mtpd.heads import Heads
+from mtpd.heads.drafting import Drafter, Pick
 from mtpd.slots import Span
 from mtpd.trunk import Trunk
 
@@ -30,7 +33,7 @@ DEPTH = 3
 PATCHY = [3, 0, 1, 2, 2, 0, 3, 1]
 
 
-class Scripted:
+class Scripted(Drafter):
     """In the place of heads: drafts that are right up to a place that the script gives for each round.
 
     Before each round it looks whether the engine keeps its promises: the known tokens are those of one of
@@ -39,6 +42,7 @@ class Scripted:
 
     depth = DEPTH
     shared_layers = 0
+    independent = False
 
     def __init__(self, texts: Sequence[tuple[list[int], list[int]]], right: Sequence[int]) -> None:
         self.texts = [prompt + text + [0] * DEPTH for prompt, text in texts]
@@ -59,11 +63,10 @@ class Scripted:
     def copy_row(self, source: int, target: int, length: int) -> None:
         self.held[target] = self.held[source]
 
-    def ids(self, columns: Tensor) -> Tensor:
-        return columns
-
-    def draft(self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Any, go_on: None) -> int:
-        """As `ChainDrafter.draft`."""
+    def drafts(
+        self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick
+    ) -> Iterator[tuple[Tensor | None, Tensor]]:
+        """As `ChainDrafter.drafts`."""
         logits = torch.full((depth, len(newest), TOKENS), -9.0)
         for row, end in enumerate(newest):
             known = tokens[row, : end + 1].tolist()
@@ -73,14 +76,17 @@ class Scripted:
             right = self.right[(self.rounds + row) % len(self.right)]
             drafts = text[end + 1 : end + 1 + depth]
             wrong = [token if k < right else (token + 1) % TOKENS for k, token in enumerate(drafts)]
-            tokens[row, end + 1 : end + 1 + depth] = torch.tensor(wrong)
             # Where the draft is wrong, the right token comes close behind it.
             for k, (draft, token) in enumerate(zip(wrong, drafts, strict=True)):
                 logits[k, row, token], logits[k, row, draft] = 1.0, 2.0
-        for k in range(depth):
-            pick(logits[k], k)
         self.rounds += 1
-        return depth
+        for k in range(depth):
+            yield logits[k], pick(logits[k], k)
+
+
+def tree_of_heads(nodes: int) -> Planner:
+    """Verifies so many drafts of the heads in every round."""
+    return Planner(Chances(), None, (HEADS,), nodes)
 
 
 def decode(trunk: Trunk, heads: Any, prompt: list[int], **limits: Any) -> tuple[list[int], Counts]:
@@ -112,7 +118,7 @@ def test_learned_heads_are_always_right(name: str) -> None:
     ours, counts = decode(learned.trunk, learned.perfect, prompt, max_new_tokens=len(text) - 3)
     assert ours == text[:-3]
     # The prompt's pass writes one token, and each of the 11 rounds K + 1.
-    assert counts == Counts(DEPTH, tokens=45, forwards=12, drafted=[11] * 3, accepted=[11] * 3)
+    assert counts == Counts(DEPTH, 45, 12, drafted=[11] * 3, accepted=[11] * 3, sources={HEADS: [11] * 3})
 
 
 @pytest.mark.parametrize("heads", ["untrained", "half", "perfect"])
@@ -158,26 +164,24 @@ def test_rows_are_texts_of_their_own(name: str, trunk: Trunk) -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 4])
-def test_siblings(name: str, trunk: Trunk, slots: int) -> None:
-    """Fault: a sibling that sees the draft beside it, or one that is accepted and stays where the next round writes."""
+def test_alternatives_beside_a_chain(name: str, trunk: Trunk, slots: int) -> None:
+    """Fault: a draft that sees the one beside it, or one that is accepted and stays where the next round writes."""
     texts = [greedy_text(name, length) for length in (5, 40, 1, 20)]
     requests = [Request(prompt, 30) for prompt, _ in texts]
-    forwards = {}
-    for siblings in (0, 1, 4):
-        engine = Engine(
-            trunk, Scripted(texts, PATCHY), slots=slots, capacity=72, drafting=Drafting(depth=DEPTH, siblings=siblings)
-        )  # type: ignore[arg-type]
+
+    def rounds(heads: Any, plan: Planner | None) -> int:
+        engine = Engine(trunk, heads, slots=slots, capacity=72, planner=plan)
         written = sorted(engine.run(requests), key=lambda text: text.number)
         assert [text.tokens for text in written] == [text for _, text in texts]
-        forwards[siblings] = sum(len(text.rounds) for text in written)
-    assert forwards[4] < forwards[0], "siblings were accepted"
-    random = Engine(trunk, random_heads(trunk), slots=slots, capacity=72, drafting=Drafting(depth=DEPTH, siblings=7))
-    written = sorted(random.run(requests), key=lambda text: text.number)
-    assert [text.tokens for text in written] == [text for _, text in texts]
+        return sum(len(text.rounds) for text in written)
+
+    chain = rounds(Scripted(texts, PATCHY), None)
+    assert rounds(Scripted(texts, PATCHY), tree_of_heads(8)) < chain, "alternatives were accepted"
+    rounds(random_heads(trunk), tree_of_heads(10))
 
 
-def test_siblings_are_the_likeliest_others(learned: Learned) -> None:
-    """Fault: siblings at a wrong depth, drafts that are repeated, or tokens of another column."""
+def test_alternatives_are_the_likeliest(learned: Learned) -> None:
+    """Fault: alternatives at a wrong depth, drafts that are repeated, or tokens of another column."""
     prompt = learned.sample.prompt_ids
     vocabulary = torch.arange(1, TOKENS, 2)
     for heads in (learned.half, random_heads(learned.trunk, vocabulary=vocabulary)):
@@ -188,31 +192,35 @@ def test_siblings_are_the_likeliest_others(learned: Learned) -> None:
                 seen += [] if drafts is None else [drafts]
                 return super().choose(logits, texts, drafts)
 
-        engine = Engine(
-            learned.trunk, heads, slots=1, capacity=40, drafting=Drafting(depth=DEPTH, siblings=5), choice=Watch()
-        )
+        engine = Engine(learned.trunk, heads, slots=1, capacity=40, planner=tree_of_heads(20), choice=Watch())
         [text] = engine.run([Request(prompt, 10)])
         drafts = seen[0]
         assert drafts.depths is not None
-        chain, siblings = drafts.tokens[0].split([DEPTH, 5])
-        ids = torch.tensor([[*prompt, text.tokens[0], *chain.tolist()]])
-        known = len(prompt)
-        hidden = learned.trunk.hidden(ids)
-        with torch.no_grad():
-            states = heads(learned.trunk, hidden, ids, position_ids_BT=torch.arange(ids.shape[1])[None])
-        before, weights = 1.0, {}
-        for k, state in enumerate(states, start=1):
-            logits = learned.trunk.unembedding(state[0, known - 1])
-            rows = heads.rows()
-            chances = logits[:TOKENS].softmax(-1) if rows is None else logits[rows].softmax(-1)
-            tokens = torch.arange(TOKENS) if rows is None else rows
-            for chance, token in zip(chances.tolist(), tokens.tolist(), strict=True):
-                weights[k, token] = before * chance
-            before *= chances.max().item()
-            weights.pop((k, int(chain[k - 1])))
-        best = sorted(weights, key=lambda place: -weights[place])[:5]
-        found = zip(drafts.depths[0, DEPTH:].tolist(), siblings.tolist(), strict=True)
-        assert sorted(found) == sorted(best)
+        assert drafts.parents is not None
+        rows = torch.arange(TOKENS) if heads.rows() is None else heads.rows()
+        # The likeliest four of each path that goes on, which are the likeliest four of a depth.
+        weights: dict[tuple[int, ...], float] = {(): 1.0}
+        going: list[tuple[int, ...]] = [()]
+        for k in range(DEPTH):
+            reached = {}
+            for path in going:
+                ids = torch.tensor([[*prompt, text.tokens[0], *path, *[0] * (DEPTH - k)]])
+                with torch.no_grad():
+                    states = heads(
+                        learned.trunk, learned.trunk.hidden(ids), ids, position_ids_BT=torch.arange(ids.shape[1])[None]
+                    )
+                logits = learned.trunk.unembedding(states[k][0, len(prompt) - 1])
+                best = logits[rows].softmax(-1).topk(BEAM)
+                for chance, column in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                    reached[*path, int(rows[column])] = weights[path] * chance
+            weights |= reached
+            going = sorted(reached, key=lambda path: -reached[path])[:BEAM]
+        del weights[()]
+        found: list[tuple[int, ...]] = [()]
+        for token, parent in zip(drafts.tokens[0].tolist(), drafts.parents[0].tolist(), strict=True):
+            found.append((*found[parent], token))
+        assert drafts.depths[0].tolist() == [len(path) for path in found[1:]]
+        assert found[1:] == sorted(weights, key=lambda path: -weights[path])[:20]
 
 
 def test_counts_of_rows_are_those_of_one(learned: Learned) -> None:
@@ -345,14 +353,23 @@ def test_depths_that_do_not_exist(llama: Trunk) -> None:
     """Fault: more drafts a round than heads, or none, taken without a word."""
     for depth in (0, 4, -1):
         with pytest.raises(UserError, match=f"depth: {depth} is not accepted; accepted: 1 to 3"):
-            Engine(llama, random_heads(llama), slots=1, capacity=8, drafting=Drafting.model_construct(depth=depth))
+            Engine(llama, random_heads(llama), slots=1, capacity=8, depth=depth)
 
 
 @pytest.mark.parametrize("prompt", [1, 3, 20])
 def test_far_fewer_drafts_than_heads(llama: Trunk, prompt: int) -> None:
     """Fault: heads that do not draft read past the buffer of tokens while a prompt is read."""
     ids, text = greedy_text("llama", prompt)
-    engine = Engine(
-        llama, random_heads(llama, depth=8), slots=1, capacity=len(ids) + len(text), drafting=Drafting(depth=1)
-    )
+    engine = Engine(llama, random_heads(llama, depth=8), slots=1, capacity=len(ids) + len(text), depth=1)
     assert next(iter(engine.run([Request(ids, len(text))]))).tokens == text
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_trees_of_the_most_heads(llama: Trunk, slots: int) -> None:
+    """Fault: paths of a deep tree that lie behind the end of a slot, where another row begins or nothing is."""
+    texts = [greedy_text("llama", length) for length in (5, 20)]
+    for vocabulary in (None, torch.tensor([5, 17, 40])):
+        heads = random_heads(llama, depth=16, vocabulary=vocabulary)
+        engine = Engine(llama, heads, slots=slots, capacity=50, planner=tree_of_heads(MOST))
+        written = sorted(engine.run([Request(prompt, 30) for prompt, _ in texts]), key=lambda text: text.number)
+        assert [text.tokens for text in written] == [text for _, text in texts]

@@ -11,7 +11,6 @@ from test_decode_sampling import WARPERS, small_world
 
 from mtpd.decode import reference
 from mtpd.decode.choice import Choice, Greedy
-from mtpd.decode.drafting import Drafting
 from mtpd.decode.engine import Engine
 from mtpd.decode.sampling import SampledDrafts
 from mtpd.decode.text import Request, Text
@@ -22,7 +21,7 @@ from mtpd.trunk import Trunk
 def by_engine(trunk: Trunk, heads: Heads, choice: Choice, requests: list[Request], depth: int) -> list[Text]:
     """Texts that are written in fewer slots than there are texts."""
     capacity = max(len(each.prompt) + each.max_new_tokens for each in requests)
-    engine = Engine(trunk, heads, slots=2, capacity=capacity, choice=choice, drafting=Drafting(depth=depth))
+    engine = Engine(trunk, heads, slots=2, capacity=capacity, choice=choice, depth=depth)
     return sorted(engine.run(requests), key=lambda text: text.number)
 
 

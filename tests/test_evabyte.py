@@ -97,8 +97,9 @@ def test_imported_heads_compute_what_the_matrix_says(checkpoint: Path, tmp_path:
     settings: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
     plain = model.trunk.model.generate(ids, **settings)
     assert torch.equal(model.generate(ids, **settings), plain)
-    assert torch.equal(mtpd.load(run, dtype="float32", tree=20).generate(ids, **settings), plain)
-    assert mtpd.load(run, depth=3).depth == 3
+    chain = mtpd.load(run, dtype="float32", drafting={"depth": 3})
+    assert torch.equal(chain.generate(ids, **settings), plain)
+    assert len(chain.acceptance.drafted) == 3
 
 
 def test_native_heads_are_trained(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

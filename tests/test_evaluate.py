@@ -18,10 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtpd import alignment
 from mtpd.data.packing import Sample
+from mtpd.decode.chances import Chances
+from mtpd.decode.model import Model
 from mtpd.errors import UserError
 from mtpd.evaluate import decoded as decoded_module
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.decoded import measure_decoded, parted_at_tie
+from mtpd.evaluate.intervals import intervals
 from mtpd.evaluate.offline import measure_offline
 from mtpd.evaluate.run_tables import decoded_table, offline_table, with_total
 from mtpd.heads import Heads
@@ -44,9 +47,9 @@ def greedy_samples(name: str, ends: list[int]) -> list[Sample]:
 def both(trunk: Trunk, heads: Heads, samples: list[Sample], ends: list[int], limit: int = LIMIT) -> list[Any]:
     """Counts measured offline and by decoding, without what only one of the two has."""
     offline = measure_offline(trunk, heads, samples, end_tokens=ends, batch=3, progress=False)
-    decoded = measure_decoded(trunk, {"heads": heads}, samples, max_new_tokens=limit, end_tokens=ends, progress=False)
-    assert all(suite.identical == suite.prompts for suite in decoded["heads"].values())
-    assert all(suite.ties == 0 for suite in decoded["heads"].values())
+    decoded = measure_decoded(trunk, heads, samples, max_new_tokens=limit, end_tokens=ends, progress=False)
+    assert all(suite.identical == suite.prompts for suite in decoded.values())
+    assert all(suite.ties == 0 for suite in decoded.values())
     only_one = {
         "seconds",
         "plain_seconds",
@@ -61,7 +64,7 @@ def both(trunk: Trunk, heads: Heads, samples: list[Sample], ends: list[int], lim
     left_out = dict.fromkeys(only_one, True) | {"rows": {"__all__": only_one}}
     return [
         {family: suite.model_dump(exclude=left_out) for family, suite in suites.items()}
-        for suites in (offline, decoded["heads"])
+        for suites in (offline, decoded)
     ]
 
 
@@ -166,8 +169,7 @@ def test_texts_shorter_than_a_draft(llama: Trunk) -> None:
     assert suites["prompts"].drafted == [0, 0, 0]
     assert suites["prompts"].tau == 1.0
     assert measure_offline(llama, random_heads(llama), [], progress=False) == {}
-    nothing = measure_decoded(llama, {"a": random_heads(llama)}, [], max_new_tokens=4, end_tokens=[], progress=False)
-    assert nothing == {"a": {}}
+    assert measure_decoded(llama, random_heads(llama), [], max_new_tokens=4, end_tokens=[], progress=False) == {}
 
 
 def counts(**changes: Any) -> SuiteCounts:
@@ -215,7 +217,7 @@ def test_acceptance_file(tmp_path: Path) -> None:
     assert set(content) == {
         *("schema", "mode", "sampling", "settings", "trunk", "heads", "random_trunk", "versions", "suites", "sha256")
     }
-    assert content["schema"] == 2
+    assert content["schema"] == 3
     assert set(content["suites"]["chat"]) == set(SuiteCounts.model_fields)
 
 
@@ -235,28 +237,38 @@ def test_files_without_the_engine_are_read(tmp_path: Path) -> None:
 def test_both_baselines_are_timed_in_turns(learned: Learned, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault: the engine without drafts is not timed, drafts all the same, or always goes last."""
     calls: list[str] = []
-    plain, engine = decoded_module._plain, decoded_module.generate
+    plain, engine = decoded_module.generated, decoded_module.engine_texts
 
-    def plainly(*args: Any) -> Any:
+    def plainly(*args: Any, **kwargs: Any) -> Any:
         calls.append("plain")
-        return plain(*args)
+        return plain(*args, **kwargs)
 
-    def with_heads(trunk: Trunk, heads: Heads | None, *args: Any, **kwargs: Any) -> Any:
-        calls.append("engine" if heads is None else "heads")
-        return engine(trunk, heads, *args, **kwargs)
+    def with_engine(model: Model, *args: Any, **kwargs: Any) -> Any:
+        calls.append("chain" if model.depth else "+".join(model.sources) or "engine")
+        return engine(model, *args, **kwargs)
 
-    monkeypatch.setattr(decoded_module, "_plain", plainly)
-    monkeypatch.setattr(decoded_module, "generate", with_heads)
+    monkeypatch.setattr(decoded_module, "generated", plainly)
+    monkeypatch.setattr(decoded_module, "engine_texts", with_engine)
     samples = greedy_samples("llama", [])[:3]
     suites = measure_decoded(
-        learned.trunk, {"heads": learned.half}, samples, max_new_tokens=8, end_tokens=[], progress=False
-    )["heads"]
-    first, second, third = (calls[3 * turn : 3 * turn + 3] for turn in (1, 2, 3))
-    assert (first, second, third) == (
-        ["plain", "engine", "heads"],
-        ["engine", "heads", "plain"],
-        ["heads", "plain", "engine"],
+        learned.trunk,
+        learned.half,
+        samples,
+        chances=Chances(),
+        max_new_tokens=8,
+        end_tokens=[],
+        progress=False,
     )
+    ways = ["plain", "engine", "chain", "lookup", "heads", "heads+lookup"]
+    assert [calls[6 * turn : 6 * turn + 6] for turn in (1, 2, 3)] == [
+        ways,
+        [*ways[1:], ways[0]],
+        [*ways[2:], *ways[:2]],
+    ]
+    for suite in suites.values():
+        assert suite.drafters is not None
+        assert list(suite.drafters) == ["lookup", "heads", "together"]
+        assert all(each.seconds and each.tokens == suite.tokens for each in suite.drafters.values())
     for suite in suites.values():
         for row in suite.rows or []:
             assert None not in (row.plain_seconds, row.engine_seconds)
@@ -275,6 +287,18 @@ def test_files_of_the_first_schema_are_read(tmp_path: Path) -> None:
     assert (found.schema_version, found.suites["chat"].rows, found.total().tau) == (1, None, 2.05)
     found.save(path)
     assert Acceptance.load(path) == found
+
+
+def test_files_without_drafters_are_read(tmp_path: Path) -> None:
+    """Fault: a file of schema 2 is refused, or has a tau of drafters that nobody measured."""
+    content = acceptance().model_dump(mode="json", by_alias=True) | {"schema": 2}
+    for suite in content["suites"].values():
+        del suite["drafters"]
+    path = tmp_path / "acceptance.json"
+    path.write_text(json.dumps(content))
+    found = Acceptance.load(path)
+    assert (found.schema_version, found.total().drafters) == (2, None)
+    assert not [name for name in intervals(found)[None] if name.startswith("tau_")]
 
 
 def test_the_file_has_a_line_for_each_prompt(tmp_path: Path) -> None:
@@ -325,7 +349,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         Acceptance.load(path)
     acceptance().save(path)
     whole = path.read_bytes()
-    for broken in (whole[:-40], b"", whole.replace(b'"schema": 2', b'"schema": 3'), b'{"suites": {}}'):
+    for broken in (whole[:-40], b"", whole.replace(b'"schema": 3', b'"schema": 4'), b'{"suites": {}}'):
         path.write_bytes(broken)
         with pytest.raises(UserError, match="not an acceptance file"):
             Acceptance.load(path)
@@ -339,11 +363,11 @@ def test_tables(tmp_path: Path) -> None:
     before, after = acceptance(accepted=[1, 0, 0]), acceptance()
     console = Console(record=True, width=200, file=(tmp_path / "out").open("w"))
     console.print(offline_table(before, after, apart=frozenset(["code"])))
-    console.print(decoded_table(before, after))
+    console.print(decoded_table(after))
     shown = console.export_text()
     assert "0.10 → 0.80" in shown
     assert "1.10 → 2.45" in shown
-    assert "2.00 → 2.00x" in shown
+    assert "2.00x" in shown
 
 
 def test_a_tie_is_told_from_a_mistake() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from mtpd.cli import main
 from mtpd.errors import UserError
-from mtpd.evaluate.acceptance import Acceptance, PromptCounts, SuiteCounts
+from mtpd.evaluate.acceptance import Acceptance, DrafterCounts, PromptCounts, SuiteCounts
 from mtpd.evaluate.gate import MINIMUM_PROMPTS, compare, judge
 from mtpd.evaluate.intervals import intervals
 
@@ -260,3 +260,43 @@ def test_a_max_drop_that_is_no_share(drop: str, tmp_path: Path, capsys: pytest.C
     good = saved(tmp_path, "good.json", single(60, 0.5))
     assert main(["compare", good, good, f"--max-drop={drop}"]) == 2
     assert "--max-drop" in capsys.readouterr().err
+
+
+def together(acceptance: Acceptance, factor: float, nodes: int = 16) -> Acceptance:
+    """The same measurement, with a drafter that writes so many times the tokens of the chain in each pass."""
+    suites = {}
+    for name, suite in acceptance.suites.items():
+        members = []
+        for row in suite.rows or []:
+            forwards = max(1, round(row.forwards / factor))
+            each = DrafterCounts(nodes=nodes, tokens=row.tokens, forwards=forwards)
+            members.append(row.model_copy(update={"drafters": {"lookup": each, "heads": each, "together": each}}))
+        suites[name] = SuiteCounts.of(members, suite.depth, settings=suite.settings)
+    return acceptance.model_copy(update={"suites": suites})
+
+
+def test_heads_and_the_drafter_are_guarded_apart() -> None:
+    """Fault: a drafter that got worse passes because the heads did not, or heads because the drafter did not."""
+    before = single(300, 0.5)
+    worse_heads = single(300, 0.45, 1)
+    cases = (
+        (together(before, 1.2), "passed", "failed", "failed"),
+        (together(worse_heads, 2.0), "failed", "passed", "failed"),
+        (together(before, 1.5), "passed", "passed", "passed"),
+    )
+    for after, heads, drafter, both in cases:
+        comparison = compare(together(before, 1.5), after, resamples=2000)
+        found = [judge(comparison, max_drop=0.01, guard=guard).outcome for guard in ("heads", "together", "both")]
+        assert found == [heads, drafter, both]
+        assert "tau with look-up" in judge(comparison, max_drop=0.01).line
+
+
+def test_drafters_are_compared_with_as_many_drafts_only() -> None:
+    """Fault: a tau of 16 drafts a round is compared with one of 8, or with none, and found better."""
+    before = single(300, 0.5)
+    for other in (before, together(before, 1.5, nodes=8)):
+        comparison = compare(other, together(before, 1.5), resamples=200)
+        assert "tau_together" not in comparison.suites[None]
+        assert judge(comparison, max_drop=0.01).outcome == "passed"
+        with pytest.raises(UserError, match="--guard: together is not accepted"):
+            judge(comparison, max_drop=0.01, guard="together")

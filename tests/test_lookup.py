@@ -7,11 +7,13 @@ import random
 import architectures
 import pytest
 import torch
-from conftest import Learned
+from conftest import FREE, Learned
 
-from mtpd.decode.candidates import HEADS, LOOKUP, Candidates, columns, worth_verifying
+from mtpd.decode.candidates import Candidates, columns, worth_verifying
 from mtpd.decode.chances import REACH, Chances
 from mtpd.decode.choice import Choice, Greedy
+from mtpd.decode.counts import Counts
+from mtpd.decode.drafting import HEADS, LOOKUP, Source
 from mtpd.decode.engine import Engine
 from mtpd.decode.lookup import LookupIndex
 from mtpd.decode.planner import Costs, Planner
@@ -21,12 +23,9 @@ from mtpd.evaluate.chances import count_chances
 from mtpd.heads import Heads
 from mtpd.trunk import Trunk
 
-FREE = Costs({1: 1.0, 64: 1.0}, head=0.0)
-"""A machine on which drafts cost nothing: everything that may be right is verified."""
 
-
-def planner(*sources: str, costs: Costs = FREE) -> Planner:
-    return Planner(Chances(), costs, frozenset(sources or (HEADS, LOOKUP)))
+def planner(*sources: Source, costs: Costs = FREE) -> Planner:
+    return Planner(Chances(), costs, sources or (HEADS, LOOKUP))
 
 
 def written(
@@ -103,7 +102,7 @@ def test_drafts_that_cost_more_than_they_bring_are_not_verified() -> None:
 
 
 @pytest.mark.parametrize("sources", [(LOOKUP,), (HEADS,), (HEADS, LOOKUP)], ids="+".join)
-def test_greedy_text_stays_the_same(trunk: Trunk, name: str, sources: tuple[str, ...]) -> None:
+def test_greedy_text_stays_the_same(trunk: Trunk, name: str, sources: tuple[Source, ...]) -> None:
     """Fault: trees of chain heads or look-up change the text: wrong positions, masks, states or cache entries."""
     prompts = [architectures.greedy_text(name, seed, 4)[0] for seed in (5, 6)]
     heads = architectures.random_heads(trunk).eval()
@@ -129,11 +128,32 @@ def test_every_accepted_draft_has_a_source(learned: Learned) -> None:
         [text] = written(learned.trunk, learned.perfect, prompts, planner(*sources), Greedy())
         assert set(text.sources) <= set(sources)
         assert len(text.sources) == sum(accepted for _, _, accepted in text.rounds)
-        counts = text.counts(REACH)
-        assert sum(counts.sources.values()) == len(text.sources)
+        # Behind the end of the text nothing counts.
+        drafted = [source for source, _ in text.drafted_by() if source is not None]
+        counts = text.counts(0).sources
+        assert {source: sum(of) for source, of in counts.items()} == {each: drafted.count(each) for each in counts}
+        assert set(drafted) == set(counts)
+        assert 0 <= len(text.sources) - len(drafted) < REACH
     # Heads that know the text by heart are right each time, as far as they reach.
     [text] = written(learned.trunk, learned.perfect, prompts, planner(HEADS), Greedy())
     assert [accepted for _, _, accepted in text.rounds[:-2]] == [3] * (len(text.rounds) - 2)
+
+
+def test_sources_by_hand() -> None:
+    """Fault: a draft is counted at another depth or token than its own, or though the text ends before it."""
+    text = Text(Request([1], 10), 0, tokens=[*range(7)], rounds=[(1, 3, 2), (4, 2, 0), (5, 4, 3)])
+    text.sources = [HEADS, LOOKUP, LOOKUP, HEADS, HEADS]
+    own: tuple[Source | None, int] = (None, 0)
+    assert text.drafted_by() == [own, (HEADS, 1), (LOOKUP, 2), own, own, (LOOKUP, 1), (HEADS, 2)]
+    counts = text.counts(0)
+    assert counts == Counts(0, tokens=7, forwards=4, sources={HEADS: [1, 1], LOOKUP: [1, 1]})
+    assert (counts.tau, counts.drafted) == (7 / 4, [])
+    assert counts + Counts(0, 9, 3, sources={HEADS: [2], "corpus": [0, 0, 1]}) == Counts(
+        0, tokens=16, forwards=7, sources={HEADS: [3, 1], LOOKUP: [1, 1], "corpus": [0, 0, 1]}
+    )
+    # A chain has counts of its depths too, over the rounds that the text has room for.
+    chain = Text(Request([1], 10), 0, tokens=[*range(7)], rounds=[(1, 3, 2), (4, 3, 1), (6, 3, 0)], sources=[HEADS] * 3)
+    assert chain.counts(3) == Counts(3, 7, 4, drafted=[2] * 3, accepted=[2, 1, 0], sources={HEADS: [2, 1]})
 
 
 def test_a_tree_of_heads_accepts_what_their_chain_does_and_more(learned: Learned) -> None:

@@ -9,12 +9,14 @@ import pytest
 import torch
 from architectures import greedy_text, random_tokens, tiny_trunk
 from kinds import FORMS, random_kind, settings
+from test_decode import tree_of_heads
 from test_evaluate import both, greedy_samples
 
 from mtpd import alignment
 from mtpd.alignment import IGNORED
-from mtpd.decode.drafting import Drafting
+from mtpd.decode.chances import Chances
 from mtpd.decode.engine import Engine
+from mtpd.decode.planner import Planner
 from mtpd.decode.text import Request
 from mtpd.errors import UserError
 from mtpd.evaluate.offline import measure_offline
@@ -85,14 +87,8 @@ def test_texts_in_slots(llama: Trunk, form: str) -> None:
     heads = taught(llama, form, random_kind(llama, form), steps=12)
     prompts = [greedy_text("llama", length, LIMIT) for length in (1, 5, 9, 20)]
     requests = [Request(prompt, LIMIT - 5 * (number % 2)) for number, (prompt, _) in enumerate(prompts)]
-    for threshold, siblings in ((0.0, 0), (0.05, 2)):
-        engine = Engine(
-            llama,
-            heads,
-            slots=2,
-            capacity=64,
-            drafting=Drafting(depth=heads.depth, threshold=threshold, siblings=siblings),
-        )
+    for plan in (None, tree_of_heads(6), Planner(Chances(), None)):
+        engine = Engine(llama, heads, slots=2, capacity=64, planner=plan)
         for text in engine.run(requests):
             assert text.tokens == prompts[text.number][1][: requests[text.number].max_new_tokens]
 

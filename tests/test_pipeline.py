@@ -21,6 +21,8 @@ from mtpd.evaluate.acceptance import PromptCounts, SuiteCounts
 from mtpd.heads.chain.heads import ChainHeads
 from mtpd.trunk import Trunk
 
+pytestmark = pytest.mark.usefixtures("free_drafts")
+
 CHAT = [{"role": "user", "content": "hello"}]
 CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "one": ("abc", {}),
@@ -47,12 +49,13 @@ def pipeline(model: Any, tokenizer: Any) -> Any:
 def test_a_pipeline_writes_the_text_of_the_model_alone(tiny: Model, call: str) -> None:
     """Fault: a pipeline that refuses the model, or whose text is another one than without heads."""
     given, settings = CALLS[call]
-    ours, theirs = (
+    chain = tiny.drafting_with(depth=3)
+    ours, of_chain, theirs = (
         pipeline(model, copy.deepcopy(tiny.tokenizer))(given, max_new_tokens=16, do_sample=False, **settings)
-        for model in (tiny, tiny.trunk.model)
+        for model in (tiny, chain, tiny.trunk.model)
     )
-    assert ours == theirs
-    assert sum(tiny.acceptance.drafted) > 0, "the heads drafted nothing"
+    assert ours == of_chain == theirs
+    assert sum(chain.acceptance.drafted) > 0, "the heads drafted nothing"
 
 
 def test_a_pipeline_stops_at_a_string(tiny: Model) -> None:
@@ -73,7 +76,7 @@ def test_a_pipeline_complains_of_nothing(tiny: Model, capfd: pytest.CaptureFixtu
 
 def test_acceptance_of_the_last_call(learned: Learned) -> None:
     """Fault: sums over another call or one row, or ratios that an acceptance file of the same counts does not have."""
-    model = Model(learned.trunk, learned.half)
+    model = Model(learned.trunk, learned.half, drafting=Drafting(depth=3))
     with pytest.raises(UserError, match="nothing was generated yet"):
         _ = model.acceptance
     prompt = torch.tensor([learned.sample.prompt_ids])
@@ -85,8 +88,20 @@ def test_acceptance_of_the_last_call(learned: Learned) -> None:
     assert (three.accepted, three.forwards) == ([3 * share for share in one.accepted], 3 * one.forwards)
     file = SuiteCounts.of([PromptCounts.of(row, id=str(n), prompt="") for n, row in enumerate(model.counts)], 3)
     assert (three.car, three.ar, three.tau) == (file.car, file.ar, file.tau)
+    model = Model(learned.trunk, learned.half)
+    model.generate(prompt, max_new_tokens=40, do_sample=False)
+    one = model.acceptance
+    assert set(one.sources) == {"heads", "lookup"}
+    assert (one.tokens, one.tau) == (40, 40 / one.forwards)
+    # Of the last round, the token behind the accepted drafts may have no room.
+    assert 0 <= sum(map(sum, one.sources.values())) - (40 - one.forwards) <= 1
+    model.generate(prompt.expand(3, -1), max_new_tokens=40, do_sample=False)
+    assert model.acceptance.sources == {name: [3 * share for share in of] for name, of in one.sources.items()}
     assert str(Counts(2, 9, 6, [5, 5], [3, 1])) == (
         "9 tokens in 6 forward passes; CAR_1 0.60 CAR_2 0.20 tau 1.80 over 5 rounds"
+    )
+    assert str(Counts(0, 9, 6, sources={"heads": [1, 1], "lookup": [0, 0, 1]})) == (
+        "9 tokens in 6 forward passes; tau 1.50; accepted drafts: 2 from heads, 1 from lookup"
     )
 
 
@@ -94,10 +109,14 @@ def test_repr() -> None:
     """Fault: a model whose heads, draft depth, dtype or device cannot be seen."""
     trunk = tiny_trunk("llama")
     heads = random_heads(trunk)
-    assert repr(Model(trunk, None)) == "Model(LlamaForCausalLM of 3 layers, no heads, float32 on cpu)"
-    assert repr(Model(trunk, heads, drafting=Drafting(depth=2, siblings=3))) == (
-        "Model(LlamaForCausalLM of 3 layers, 3 chain heads, draft depth 2, 3 siblings, float32 on cpu)"
+    known = "Model(LlamaForCausalLM of 3 layers"
+    assert repr(Model(trunk, None)) == f"{known}, no heads, drafts of lookup, float32 on cpu)"
+    assert repr(Model(trunk, heads)) == f"{known}, 3 chain heads, drafts of heads and lookup, float32 on cpu)"
+    assert repr(Model(trunk, heads, drafting=Drafting(depth=2))) == (
+        f"{known}, 3 chain heads, a chain of 2, float32 on cpu)"
     )
+    none = Model(trunk, None, drafting=Drafting(sources=("heads",)))
+    assert repr(none) == f"{known}, no heads, drafts of none, float32 on cpu)"
 
 
 def test_to_moves_model_and_heads() -> None:

@@ -381,9 +381,3 @@ def test_default_numbers_are_finite() -> None:
     numbers = [value for value in TrainRecipe().model_dump().values() if isinstance(value, float)]
     assert numbers
     assert all(map(math.isfinite, numbers))
-
-
-def test_more_drafts_than_heads_are_refused() -> None:
-    """Fault: a depth that no head drafts accepted, and found out after the training."""
-    with pytest.raises(UserError, match=r"evaluation\.decode_depth: 3 .* at most heads\.depth, which is 2"):
-        load_recipe(None, ["model=tiny", "heads.depth=2", "evaluation.decode_depth=3"])

@@ -136,6 +136,17 @@ def test_what_the_heads_add_to_look_up(together: int, prompts: int, tone: str, s
     assert f"Look-up alone, which costs no training, gives {intervals(found)[None]['tau_lookup'].text()};" in line
 
 
+def test_a_third_source_is_named() -> None:
+    """Fault: what the responses that were trained on give is praised as the heads' own."""
+    found = with_drafters(acceptance(0.4), lookup=100, together=80)
+    for suite in found.suites.values():
+        for part in (suite, *(suite.rows or [])):
+            assert part.drafters is not None
+            part.drafters["together"].sources["corpus"] = [3]
+    [(_, line)] = verdict([measured(found)], [], None).lines
+    assert "the heads and the trained responses add to it: tau +" in line
+
+
 @pytest.mark.parametrize("longer", [0, 20])
 def test_speed_is_that_of_heads_and_look_up_together(longer: int) -> None:
     """Fault: the speed of a chain that nobody uses, or cards and tables that differ where texts part at a tie."""

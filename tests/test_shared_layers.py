@@ -24,8 +24,9 @@ from mtpd.cli import main
 from mtpd.data.models import load_model
 from mtpd.data.packing import Sample, pack
 from mtpd.data.store import DiskStore, store_key
-from mtpd.decode.drafting import Drafting
+from mtpd.decode.chances import Chances
 from mtpd.decode.engine import Engine
+from mtpd.decode.planner import Planner
 from mtpd.decode.sampling import SampledDrafts, Sampling
 from mtpd.decode.text import Request
 from mtpd.errors import MtpdError, UserError
@@ -125,10 +126,9 @@ def test_decoding_and_offline_counts(form: str, layers: int) -> None:
     heads = taught(trunk, shared(trunk, form, layers), *texts[1], steps=20)
     # Texts end at different times, and others move into their slots.
     requests = [Request(prompt, LIMIT - 5 * (number % 2)) for number, (prompt, _) in enumerate(texts)]
-    beside = {"tree": 6} if heads.independent else {"siblings": 2}
-    drafting = Drafting(depth=heads.depth, **beside)
-    for text in Engine(trunk, heads, slots=2, capacity=64, drafting=drafting).run(requests):
-        assert text.tokens == texts[text.number][1][: requests[text.number].max_new_tokens]
+    for plan in (None, Planner(Chances(), None, nodes=6)):
+        for text in Engine(trunk, heads, slots=2, capacity=64, planner=plan).run(requests):
+            assert text.tokens == texts[text.number][1][: requests[text.number].max_new_tokens]
     samples = [Sample.of(str(number), *text) for number, text in enumerate(texts)]
     offline, decoded = both(trunk, heads, samples, [], LIMIT)
     assert offline == decoded

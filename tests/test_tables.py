@@ -12,13 +12,14 @@ from rich.console import Console
 from test_intervals import acceptance, rows
 
 from mtpd.data.models import load_model
-from mtpd.evaluate.acceptance import RANDOM, Acceptance
+from mtpd.evaluate.acceptance import RANDOM, Acceptance, DrafterCounts
 from mtpd.evaluate.depths import Depth, Depths, depths_pay_table
 from mtpd.evaluate.gate import compare
 from mtpd.evaluate.intervals import intervals
 from mtpd.evaluate.outputs import junit, markdown
 from mtpd.evaluate.run_tables import decoded_table, offline_table
-from mtpd.evaluate.tables import comparison_table, depths_table, suites_table
+from mtpd.evaluate.run_tables import drafters_table as run_drafters_table
+from mtpd.evaluate.tables import comparison_table, depths_table, drafters_table, suites_table
 from mtpd.evaluate.trunk_quality import at_chance
 from mtpd.trunk import Trunk
 
@@ -44,9 +45,9 @@ def test_a_speed_up_stands_beside_both_baselines() -> None:
     for column, ratio in (("over generate", "speed_up"), ("over engine", "speed_up_over_engine")):
         assert f"speed-up {column}" in table
         assert estimates[ratio].text(2) in table
-    table = printed(decoded_table(found, found))
+    table = printed(decoded_table(found))
     for speed_up in (total.speed_up, total.speed_up_over_engine):
-        assert f"{speed_up:.2f} → {speed_up:.2f}x" in table
+        assert f"{speed_up:.2f}x" in table
     assert total.engine_seconds is not None
     assert f"{total.tokens / total.engine_seconds:.1f}" in table
     for text in (markdown(found, intervals(found)), junit(found, intervals(found), seconds=1.0)):
@@ -60,8 +61,8 @@ def test_a_speed_up_stands_beside_both_baselines() -> None:
 def test_an_older_file_says_that_the_engine_was_not_timed() -> None:
     """Fault: a file without the engine's seconds shows a speed-up of 0, or one of the other baseline in its place."""
     old = measured(engine_seconds=None)
-    for table in (suites_table(old, intervals(old)), decoded_table(old, old)):
-        line = next(line for line in printed(table).splitlines() if "│ one" in line)
+    for table, row in ((suites_table(old, intervals(old)), "│ one"), (decoded_table(old), "│ a chain")):
+        line = next(line for line in printed(table).splitlines() if row in line)
         assert "–" in line
         assert "0.00" not in line
     assert "engine" not in printed(comparison_table(compare(old, old)))
@@ -105,7 +106,7 @@ def test_tables_of_a_random_model_say_so() -> None:
             suites_table(found, intervals(found)),
             depths_table(found, intervals(found)),
             offline_table(found, found),
-            decoded_table(found, found),
+            decoded_table(found),
         ]
         assert all((RANDOM in " ".join(printed(table).split())) == random for table in tables)
         assert (RANDOM in markdown(found, intervals(found))) == random
@@ -131,9 +132,34 @@ def test_the_decoded_table_fits_into_a_log() -> None:
     found = acceptance(**{"builtin-other": rows(12, 0)})
     for suite in found.suites.values():
         suite.identical, suite.ties = 9, 3
+        suite.drafters = {
+            name: DrafterCounts(tokens=100, forwards=40, seconds=seconds)
+            for name, seconds in (("together", 1.0), ("heads", 2.0), ("lookup", 4.0))
+        }
     console = Console(width=132)
     with console.capture() as captured:
-        console.print(decoded_table(found, found))
+        console.print(decoded_table(found))
     lines = [line for line in captured.get().splitlines() if line.startswith("│")]
-    assert len(lines) == 2
-    assert all("…" not in line and "9/12, 3 ties" in line for line in lines[:1])
+    assert [line.split("│")[1].strip() for line in lines] == [
+        "transformers' generate",
+        "this engine, no drafts",
+        "look-up alone",
+        "heads alone",
+        "heads and look-up together",
+    ]
+    assert [line.split("│")[5].strip() for line in lines[-2:]] == ["2.00x", "2.00x"]
+    assert "9/12, 3 ties" in captured.get()
+
+
+def test_what_the_drafters_have() -> None:
+    """Fault: tau of a drafter that is not its tokens by its passes, or shares that are not of accepted drafts."""
+    found = acceptance(one=rows(12, 0))
+    for name, suite in found.suites.items():
+        together = DrafterCounts(nodes=16, tokens=100, forwards=40, sources={"heads": [30, 15], "lookup": [10, 5]})
+        each = {"together": together, "heads": together, "lookup": DrafterCounts(nodes=16, tokens=100, forwards=80)}
+        found.suites[name] = suite.model_copy(update={"drafters": each})
+    line = next(line for line in printed(run_drafters_table(found)).splitlines() if "│ all" in line)
+    assert [cell.strip() for cell in line.split("│")[4:8]] == ["1.25", "2.50", "2.50", "heads 75%, lookup 25%"]
+    table = printed(drafters_table(found, intervals(found)))
+    assert "2.500" in table
+    assert "heads 75%, lookup 25%" in table

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from architectures import greedy_text, random_heads, random_tokens, tiny_trunk
+from architectures import greedy_text, random_tokens, tiny_trunk
 from kinds import random_kind
-from test_decode import PATCHY, Scripted
+from test_decode import PATCHY, Scripted, tree_of_heads
 from test_parallel import taught
 from test_shared_layers import deep, shared, text_of
 from test_shared_layers import taught as taught_shared
@@ -20,19 +22,18 @@ from transformers import PretrainedConfig
 from mtpd.cli import main
 from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.decode.counts import Counts
-from mtpd.decode.drafting import Drafting
+from mtpd.decode.drafting import HEADS, LOOKUP, Drafting
 from mtpd.decode.drafts import Drafts
 from mtpd.decode.engine import Engine
 from mtpd.decode.model import Model
-from mtpd.decode.sampling import SampledDrafts, Sampling, temperature_and_top_p
-from mtpd.decode.text import Request
-from mtpd.decode.tree import grow
-from mtpd.errors import UserError
+from mtpd.decode.planner import Planner
+from mtpd.decode.sampling import Sampling, temperature_and_top_p
+from mtpd.decode.text import Request, Text
 from mtpd.evaluate.depths import Depths
 from mtpd.heads import Heads, save_heads
+from mtpd.heads.drafting import Drafter, Pick
 from mtpd.recipe import dump, parse_recipe
-from mtpd.run.loading import load
-from mtpd.slots import attention_masks
+from mtpd.slots import Span, attention_masks
 from mtpd.trunk import Trunk
 
 
@@ -42,10 +43,12 @@ class ScriptedTree(Scripted):
     independent = True
 
 
-def paths(columns: Tensor, parents: Tensor, depths: Tensor) -> list[list[tuple[int, ...]]]:
-    """Of each row, the columns from the first depth to each node."""
+def paths(drafts: Drafts) -> list[list[tuple[int, ...]]]:
+    """Of each row, the tokens from the first depth to each node."""
+    assert drafts.parents is not None
+    assert drafts.depths is not None
     found = []
-    for row in zip(columns.tolist(), parents.tolist(), depths.tolist(), strict=True):
+    for row in zip(drafts.tokens.tolist(), drafts.parents.tolist(), drafts.depths.tolist(), strict=True):
         known: list[tuple[int, ...]] = [()]
         for column, parent, depth in zip(*row, strict=True):
             known.append((*known[parent], column))
@@ -54,40 +57,84 @@ def paths(columns: Tensor, parents: Tensor, depths: Tensor) -> list[list[tuple[i
     return found
 
 
+class Given(Drafter):
+    """Drafts from the same distributions in every round, [N, M] by depth, none of which depends on another draft."""
+
+    independent = True
+
+    def __init__(self, *chances: Tensor) -> None:
+        self.chances = chances
+
+    @property
+    def depth(self) -> int:
+        return len(self.chances)
+
+    def begin(self, span: Span, hidden: Tensor, tokens: Tensor, lengths: Sequence[int]) -> None:
+        raise AssertionError("nothing is read")
+
+    def read(self, span: Span, hidden: Tensor) -> None:
+        raise AssertionError("nothing is read")
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        raise AssertionError("no text moves")
+
+    def drafts(
+        self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick
+    ) -> Iterator[tuple[Tensor | None, Tensor]]:
+        for k, chances in enumerate(self.chances):
+            yield chances.log(), pick(chances.log(), k)
+
+    def tree(self, nodes: int) -> Drafts:
+        """What the planner offers of them."""
+        rows = len(self.chances[0])
+        texts = [Text(Request([1], 9), row) for row in range(rows)]
+        tokens = torch.zeros(rows, 9, dtype=torch.long)
+        drafts = tree_of_heads(nodes).draft(self, self.depth, tokens, [0] * rows, texts)
+        assert drafts is not None
+        return drafts
+
+
+def likely(chances: dict[int, float]) -> Tensor:
+    return torch.tensor([[chances.get(token, 0.0) for token in range(10)]])
+
+
 def test_a_tree_by_hand() -> None:
     """Fault: a path that is likelier than one in the tree and left out; a node that stands before its parent."""
-    first = torch.tensor([[0.6, 0.3, 0.1]]).log(), torch.tensor([[7, 4, 9]])
-    second = torch.tensor([[0.55, 0.35, 0.1]]).log(), torch.tensor([[2, 7, 1]])
+    drafter = Given(likely({7: 0.6, 4: 0.3, 9: 0.1}), likely({2: 0.55, 7: 0.35, 1: 0.1}))
     # 7: 0.6, 72: 0.33, 4: 0.3, 77: 0.21, 42: 0.165, 47: 0.105, 9: 0.1
-    columns, parents, depths = grow([first, second], 4)
-    assert columns.tolist() == [[7, 2, 4, 7]]
-    assert parents.tolist() == [[0, 1, 0, 1]]
-    assert depths.tolist() == [[1, 2, 1, 2]]
-    assert paths(*grow([first, second], 2)) == [[(7,), (7, 2)]]
-    assert paths(*grow([first, second], 6)) == [[(7,), (7, 2), (4,), (7, 7), (4, 2), (4, 7)]]
-    assert len(paths(*grow([first, second], 50))[0]) == 12
+    drafts = drafter.tree(4)
+    assert drafts.tokens.tolist() == [[7, 2, 4, 7]]
+    assert drafts.parents is not None
+    assert drafts.parents.tolist() == [[0, 1, 0, 1]]
+    assert drafts.depths is not None
+    assert drafts.depths.tolist() == [[1, 2, 1, 2]]
+    assert paths(drafter.tree(2)) == [[(7,), (7, 2)]]
+    assert paths(drafter.tree(6)) == [[(7,), (7, 2), (4,), (7, 7), (4, 2), (4, 7)]]
+    every = [*itertools.product((7, 4, 9)), *itertools.product((7, 4, 9), (2, 7, 1))]
+    assert set(paths(drafter.tree(12))[0]) == set(every)
     # What is certain or impossible ties: a child never stands without its parent.
-    sure = torch.tensor([[1.0, 0.0, 0.0]]).log(), torch.tensor([[0, 1, 2]])
-    for nodes in range(1, 39):
-        tree = grow([sure] * 3, nodes)
-        assert len(set(paths(*tree)[0])) == nodes
-        assert all(parent <= place for place, parent in enumerate(tree[1][0].tolist()))
+    sure = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    for nodes in range(1, 37):
+        tree = Given(sure, sure, sure).tree(nodes)
+        assert len(set(paths(tree)[0])) == nodes
+        assert tree.parents is not None
+        assert all(parent <= place for place, parent in enumerate(tree.parents[0].tolist()))
 
 
-def test_the_likeliest_paths() -> None:
+@pytest.mark.parametrize(("depth", "nodes"), [(2, 1), (2, 6), (2, 20), (3, 1), (3, 4), (3, 6)])
+def test_the_likeliest_paths(depth: int, nodes: int) -> None:
     """Fault: paths of one row in another, or a cut between depths that loses likely ones."""
     generator = torch.Generator().manual_seed(0)
-    chances = [(torch.randn(3, 5, generator=generator) * scale).log_softmax(-1) for scale in (1.0, 2.0, 0.3)]
-    candidates = [chance.topk(5, dim=1) for chance in chances]
-    for nodes in (1, 6, 20):
-        found = paths(*grow([(each.values, each.indices) for each in candidates], nodes))
-        for row, mine in enumerate(found):
-            every = {
-                path: sum(chances[k][row, column].item() for k, column in enumerate(path))
-                for length in (1, 2, 3)
-                for path in itertools.product(range(5), repeat=length)
-            }
-            assert set(mine) == set(sorted(every, key=lambda path: -every[path])[:nodes])
+    scales = (1.0, 2.0, 0.3)[:depth]
+    # Four tokens each, of which all go on: no path with so few likelier ones is cut.
+    chances = [(torch.randn(3, 4, generator=generator) * scale).softmax(-1) for scale in scales]
+    for row, mine in enumerate(paths(Given(*chances).tree(nodes))):
+        every = {
+            path: math.prod(chances[k][row, column].item() for k, column in enumerate(path))
+            for length in range(1, depth + 1)
+            for path in itertools.product(range(4), repeat=length)
+        }
+        assert set(mine) == set(sorted(every, key=lambda path: -every[path])[:nodes])
 
 
 def test_what_nodes_see() -> None:
@@ -121,48 +168,44 @@ def test_what_nodes_see() -> None:
             assert len(near) == min(3, 1 + int(positions[row, column]))
 
 
+def rounds(
+    trunk: Trunk, heads: Any, samples: Sequence[tuple[list[int], list[int]]], nodes: int | None, limits: Sequence[int]
+) -> int:
+    """Rounds that a chain, or a tree of so many nodes, needs for the texts, which are right."""
+    plan = None if nodes is None else tree_of_heads(nodes)
+    engine = Engine(trunk, heads, slots=2, capacity=72, planner=plan)
+    requests = [Request(prompt, limit) for (prompt, _), limit in zip(samples, limits, strict=True)]
+    written = sorted(engine.run(requests), key=lambda text: text.number)
+    texts = [text[:limit] for (_, text), limit in zip(samples, limits, strict=True)]
+    assert [text.tokens for text in written] == texts
+    # A reader of the buffer of tokens or of the states would part here.
+    assert [text.tokens for text in engine.run(requests[:1])] == texts[:1]
+    return sum(len(text.rounds) for text in written)
+
+
 def test_text_is_that_of_generate(name: str, trunk: Trunk) -> None:
     """Fault: keys, values or states of an accepted path that are not moved into their places, in any row."""
     texts = [greedy_text(name, length) for length in (5, 40, 20)]
-    requests = [Request(prompt, 30) for prompt, _ in texts]
-    forwards = {}
-    for nodes in (0, 9):
-        engine = Engine(
-            trunk, ScriptedTree(texts, PATCHY), slots=2, capacity=72, drafting=Drafting(depth=3, tree=nodes)
-        )  # type: ignore[arg-type]
-        written = sorted(engine.run(requests), key=lambda text: text.number)
-        assert [text.tokens for text in written] == [text for _, text in texts]
-        forwards[nodes] = sum(len(text.rounds) for text in written)
-    assert forwards[9] < forwards[0], "nodes beside the chain were accepted"
+    chain, tree = (rounds(trunk, ScriptedTree(texts, PATCHY), texts, nodes, [30] * 3) for nodes in (None, 9))
+    assert tree < chain, "nodes beside the chain were accepted"
 
 
 def test_counts_of_a_tree() -> None:
     """Fault: accepted length counted along the chain instead of the accepted path."""
     prompt, text = greedy_text("llama", 5)
-    # The first choice is never right, the second always: of all paths of the two, one is.
-    engine = Engine(
-        tiny_trunk("llama"),
-        ScriptedTree([(prompt, text)], [0]),
-        slots=1,
-        capacity=72,
-        drafting=Drafting(depth=3, tree=14),
-    )  # type: ignore[arg-type]
-    [written] = engine.run([Request(prompt, 29)])
-    assert written.tokens == text[:29]
-    assert written.counts(3) == Counts(3, tokens=29, forwards=8, drafted=[7] * 3, accepted=[7] * 3)
-    # Three wrong ones and the right one of depth 1, which ends each round: all depths count as drafted.
-    engine = Engine(
-        tiny_trunk("llama"),
-        ScriptedTree([(prompt, text)], [0]),
-        slots=1,
-        capacity=72,
-        drafting=Drafting(depth=3, tree=4),
-    )  # type: ignore[arg-type]
-    [written] = engine.run([Request(prompt, 29)])
-    counts = written.counts(3)
-    assert written.tokens == text[:29]
-    assert counts.drafted == [13] * 3
-    assert counts.accepted == [13, 0, 0]
+    # The first choice is never right, the second always: of all paths of the two, one is. Of the likeliest four, three
+    # begin with the first.
+    for nodes, forwards, accepted in ((14, 8, [7, 7, 7]), (4, 15, [14])):
+        heads: Any = ScriptedTree([(prompt, text)], [0])
+        engine = Engine(tiny_trunk("llama"), heads, slots=1, capacity=72, planner=tree_of_heads(nodes))
+        [written] = engine.run([Request(prompt, 29)])
+        assert written.tokens == text[:29]
+        assert written.counts(0) == Counts(0, tokens=29, forwards=forwards, sources={HEADS: accepted})
+        assert written.counts(0).tau == 29 / forwards
+        # By token: who drafted it, and how deep.
+        deep = len(accepted)
+        expected = [(None, 0), *[*((HEADS, k + 1) for k in range(deep)), (None, 0)] * (28 // (deep + 1))]
+        assert written.drafted_by() == expected
 
 
 @pytest.mark.parametrize("form", ["decoder", "linear", "medusa", "ff"])
@@ -171,19 +214,8 @@ def test_kinds_that_draft_trees(llama: Trunk, form: str) -> None:
     vocabulary = torch.arange(2, 110) if form in ("linear", "medusa") else None
     heads = taught(llama, form, random_kind(llama, form, vocabulary=vocabulary), steps=12)
     samples = [greedy_text("llama", length, 24) for length in (1, 5, 9, 20)]
-    requests = [Request(prompt, 24 - 5 * (number % 2)) for number, (prompt, _) in enumerate(samples)]
-    forwards = []
-    for threshold, nodes in ((0.0, 0), (0.0, 20), (0.05, 20)):
-        engine = Engine(
-            llama, heads, slots=2, capacity=64, drafting=Drafting(depth=heads.depth, threshold=threshold, tree=nodes)
-        )
-        written = sorted(engine.run(requests), key=lambda text: text.number)
-        for text in written:
-            assert text.tokens == samples[text.number][1][: requests[text.number].max_new_tokens]
-        forwards.append(sum(len(text.rounds) for text in written))
-    assert forwards[1] < forwards[0]
-    # A reader of the buffer of tokens or of the states would part here.
-    assert [text.tokens for text in engine.run(requests[:1])] == [samples[0][1]]
+    chain, tree = (rounds(llama, heads, samples, nodes, [24, 19, 24, 19]) for nodes in (None, 20))
+    assert tree < chain
 
 
 def test_trees_behind_shared_layers() -> None:
@@ -191,58 +223,51 @@ def test_trees_behind_shared_layers() -> None:
     trunk = deep()
     texts = [text_of(trunk, length) for length in (3, 9)]
     heads = taught_shared(trunk, shared(trunk, "medusa", 2), *texts[0], steps=5)
-    requests = [Request(prompt, 16) for prompt, _ in texts]
-    forwards = []
-    for nodes in (0, 40):
-        engine = Engine(trunk, heads, slots=2, capacity=32, drafting=Drafting(depth=heads.depth, tree=nodes))
-        written = sorted(engine.run(requests), key=lambda text: text.number)
-        assert [text.tokens for text in written] == [text for _, text in texts]
-        forwards.append(sum(len(text.rounds) for text in written))
-    assert forwards[1] < forwards[0]
+    chain, tree = (rounds(trunk, heads, texts, nodes, [16, 16]) for nodes in (None, 40))
+    assert tree < chain
 
 
-def test_sampling_with_trees() -> None:
+def test_sampling_with_trees(free_drafts: None) -> None:
     """Fault: a node that is accepted by another number than that of its place, so that the text is another one."""
     trunk = tiny_trunk("llama")
     heads = random_kind(trunk, "medusa")
     requests = [Request(random_tokens(9, seed=number).tolist(), 20, seed=number) for number in range(4)]
 
-    def texts(heads: Heads | None, nodes: int) -> list[list[int]]:
+    def texts(heads: Heads | None, plan: Planner | None) -> list[list[int]]:
         choice = Sampling(temperature_and_top_p(0.4, 0.8))
-        engine = Engine(trunk, heads, slots=3, capacity=40, drafting=Drafting(depth=3, tree=nodes), choice=choice)
+        engine = Engine(trunk, heads, slots=3, capacity=40, planner=plan, choice=choice)
         return [text.tokens for text in sorted(engine.run(requests), key=lambda text: text.number)]
 
-    plain = texts(None, 0)
+    plain = texts(None, None)
     assert len(set(map(tuple, plain))) == 4
-    assert texts(heads, 30) == plain
+    assert texts(heads, tree_of_heads(30)) == plain
     ids = random_tokens(2, 9)
     for settings in ({"do_sample": True, "top_k": 5}, {"repetition_penalty": 1.4}, {"no_repeat_ngram_size": 2}):
         outputs = []
-        for model in (Model(trunk, heads, drafting=Drafting(depth=3, tree=30)), Model(trunk, None)):
+        for model in (
+            Model(trunk, heads),
+            Model(trunk, heads, drafting=Drafting(sources=(HEADS,))),
+            Model(trunk, None),
+        ):
             torch.manual_seed(3)
             outputs.append(model.generate(ids, max_new_tokens=15, **{"do_sample": False, **settings}))
-        assert torch.equal(*outputs), settings
+        assert torch.equal(outputs[0], outputs[2]), settings
+        assert torch.equal(outputs[1], outputs[2]), settings
 
 
-def test_where_no_tree_is_drafted(llama: Trunk) -> None:
-    """Fault: a tree of drafts that were made for one path, or one that changes the distribution of a text."""
-    for heads in (random_heads(llama), random_kind(llama, "cp")):
-        with pytest.raises(UserError, match=f"tree: 8 is not accepted for heads of kind {heads.config.kind}"):
-            Engine(llama, heads, slots=1, capacity=30, drafting=Drafting(depth=3, tree=8))
-    medusa = random_kind(llama, "medusa")
-    with pytest.raises(UserError, match="tree: 8 is not accepted where drafts are sampled"):
-        Engine(llama, medusa, slots=1, capacity=30, drafting=Drafting(depth=3, tree=8), choice=SampledDrafts())
-    model = Model(llama, medusa, drafting=Drafting(depth=3, tree=8, sampled=True))
-    ids = torch.tensor([[5, 6]])
-    model.generate(ids, do_sample=False, max_new_tokens=3, pad_token_id=0)
-    with pytest.raises(UserError, match="tree: 8 is not accepted where drafts are sampled"):
-        model.generate(ids, do_sample=True, max_new_tokens=3, pad_token_id=0)
-    with pytest.raises(UserError, match="siblings: 2 does nothing beside tree: 8"):
-        Model(llama, medusa, drafting=Drafting(depth=3, tree=8, siblings=2))
+def test_drafts_that_are_drawn_stand_in_a_chain(llama: Trunk, free_drafts: None) -> None:
+    """Fault: a tree, or a look-up, where drafts are drawn from the heads: texts of another distribution."""
+    model = Model(llama, random_kind(llama, "medusa"), drafting=Drafting(sampled=True))
+    ids = torch.tensor([[5, 6, 5, 6, 5]])
+    model.generate(ids, do_sample=True, max_new_tokens=40, pad_token_id=0)
+    assert set(model.acceptance.sources) <= {HEADS}
+    greedy = model.generate(ids, do_sample=False, max_new_tokens=40, pad_token_id=0)
+    assert LOOKUP in model.acceptance.sources
+    assert torch.equal(greedy, Model(llama, None).generate(ids, do_sample=False, max_new_tokens=40, pad_token_id=0))
 
 
-def test_trees_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fault: an option that nobody reads, or a stored tree that is lost when the depth is asked for."""
+def test_independent_heads_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], free_drafts: None) -> None:
+    """Fault: an option that nobody reads, or a number of drafts that `bench` does not measure."""
     run = tmp_path / "run"
     run.mkdir()
     recipe = {"model": "tiny", "dtype": "float32", "device": "cpu", "heads": {"kind": "medusa", "depth": 3}}
@@ -251,18 +276,16 @@ def test_trees_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     heads = random_kind(Trunk(model), "medusa")
     heads.config = heads.config.model_copy(update={"trunk": trunk_fingerprint(model)})
     save_heads(heads, run / "heads")
-    assert load(run, tree=9).drafting == Drafting(depth=3, tree=9)
     shown = []
-    for further in ([], ["--tree", "9"]):
-        assert main(["generate", str(run), "--raw", "--prompt", "hello", "--max-new-tokens", "24", *further]) == 0
+    for further in ([], ["--sources", "heads"], ["--sources", "lookup"], ["--depth", "2"]):
+        assert main(["generate", str(run), "--raw", "--prompt", "hello", "--max-new-tokens", "60", *further]) == 0
         shown.append(capsys.readouterr())
-    assert shown[0].out == shown[1].out
+    assert len({each.out for each in shown}) == 1
+    assert " from lookup" not in shown[1].err
+    assert " from heads" not in shown[2].err
     limits = ["--prompts", "1", "--max-new-tokens", "3", "--runs", "1"]
-    assert main(["bench", str(run), *limits, "--tune"]) == 0
-    assert "tree 32" in capsys.readouterr().out
+    assert main(["bench", str(run), *limits, "--sources", "heads"]) == 0
+    assert "; drafts of heads\n" in capsys.readouterr().out
     assert len(Depths.load(run / "depths.json").depths) == 4
-    (run / "heads" / "decoding.json").write_text('{"depth": 3, "tree": 9}')
-    assert load(run, depth=2).drafting == Drafting(depth=2, tree=9)
-    assert load(run, tree=0).drafting == Drafting(depth=3)
-    assert main(["bench", str(run), *limits]) == 0
-    assert "depth 3, siblings 0, threshold 0, tree 9\n" in capsys.readouterr().out
+    assert main(["bench", str(run), *limits, "--depth", "2"]) == 0
+    assert "; a chain of 2 in every round\n" in capsys.readouterr().out

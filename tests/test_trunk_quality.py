@@ -92,7 +92,9 @@ def test_samples_hold_the_text(tmp_path: Path) -> None:
         "one": [Sample.of("a", plain, ids or plain), Sample.of("b", plain, plain * 3), Sample.of("c", plain, [])]
     }
     model = Model(trunk, tokenizer, "t", [])
-    sample_texts(model, random_heads(trunk), Chances(), samples, heads_fingerprint="h").save(tmp_path / "samples.json")
+    sample_texts(model, random_heads(trunk), samples, chances=Chances(), heads_fingerprint="h").save(
+        tmp_path / "samples.json"
+    )
     assert belong_to(tmp_path / "samples.json", "h")
     assert not belong_to(tmp_path / "samples.json", "others")
     texts = read_samples(tmp_path / "samples.json")
@@ -113,7 +115,7 @@ def test_texts_are_drafted_by_heads_and_look_up(learned: Learned) -> None:
     # What stands in the prompt can be looked up from its second token on, and only heads know the other text.
     samples = {"repeated": [Sample.of("0", prompt + text, text)], "new": [Sample.of("0", prompt, text[:12])]}
     model = Model(trunk, tiny_tokenizer(), "t", [])
-    repeated, new = sample_texts(model, learned.perfect, Chances(), samples, heads_fingerprint="h").texts
+    repeated, new = sample_texts(model, learned.perfect, samples, chances=Chances(), heads_fingerprint="h").texts
     assert (len(repeated.pieces), len(new.pieces)) == (len(text), 12)
     for found in (repeated, new):
         assert found.sources is not None
@@ -125,7 +127,7 @@ def test_texts_are_drafted_by_heads_and_look_up(learned: Learned) -> None:
     assert max(repeated.depths) > learned.perfect.depth
     assert set(new.sources or []) == {None, "heads"}
     ended = Model(trunk, tiny_tokenizer(), "t", [text[8]])
-    cut = sample_texts(ended, learned.perfect, Chances(), {"new": samples["new"]}, heads_fingerprint="h").texts
+    cut = sample_texts(ended, learned.perfect, {"new": samples["new"]}, chances=Chances(), heads_fingerprint="h").texts
     assert len(cut[0].pieces) == text.index(text[8]) + 1
 
 

@@ -28,7 +28,8 @@ Sources = Annotated[
     typer.Option(
         "--sources",
         help="What drafts, separated by commas: heads, lookup (what followed the newest tokens when they last stood in "
-        "the text). As much in each round as pays on this machine.",
+        "the text), corpus (the same in the responses trained on, if the run has their index: data.corpus_mb). As much "
+        "in each round as pays on this machine.",
     ),
 ]
 Depth = Annotated[
@@ -42,7 +43,7 @@ Dtype = Annotated[
     typer.Option("--dtype", help="Number format of the model; by default that of the run.", show_default=False),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of random draws; the same seed writes the same text.")]
-COLOURS = {"heads": typer.colors.GREEN, "lookup": typer.colors.CYAN}
+COLOURS = {"heads": typer.colors.GREEN, "lookup": typer.colors.CYAN, "corpus": typer.colors.YELLOW}
 """Of accepted drafts by their source."""
 
 
@@ -73,7 +74,7 @@ def generate(
     untrusted: UntrustedRun = False,
     debug: Debug = False,
 ) -> None:
-    """Answer one prompt. Accepted drafts are green (heads) or blue (look-up); the model's own tokens have no colour.
+    """Answer one prompt. Accepted drafts are green (heads), blue (look-up) or yellow (corpus), the rest has no colour.
 
     Example:
 

@@ -212,3 +212,15 @@ def pack(samples: Iterable[Sample], *, row_length: int, pad_token_id: int = 0, a
 def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Rows stacked into a batch {"input_ids", "labels", "position_ids"}, each long [B, T]."""
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def response_texts(rows: PackedRows) -> list[list[int]]:
+    """The response tokens of each document of packed rows."""
+    texts: list[list[int]] = []
+    for ids, labels, positions in zip(rows.input_ids, rows.labels, rows.position_ids, strict=True):
+        for token, label, position in zip(ids.tolist(), labels.tolist(), positions.tolist(), strict=True):
+            if position == 0:
+                texts.append([])
+            if label != IGNORED:
+                texts[-1].append(token)
+    return [text for text in texts if text]

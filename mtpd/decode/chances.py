@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mtpd.decode.drafting import LOOKUP, Source
 from mtpd.errors import UserError
 from mtpd.files import read_sealed, sealed, write_whole
 
@@ -58,6 +59,8 @@ class Chances(BaseModel):
     """By depth: the likeliest draft alone."""
     lookup: dict[str, Cell] = Field(default_factory=dict)
     """By "length agree place"."""
+    corpus: dict[str, Cell] = Field(default_factory=dict)
+    """As of look-up, for continuations in other texts."""
 
     def head(self, depth: int, log_probability: float) -> float:
         """The chance of a draft of a head. Where nothing was counted, the head is believed."""
@@ -69,16 +72,19 @@ class Chances(BaseModel):
         accepted, drafted = self.likeliest.get(str(depth), (0, 0))
         return (accepted + PRIOR / 2) / (drafted + PRIOR)
 
-    def looked_up(self, match: int, agree: int, place: int) -> float:
-        """The chance of token `place` (from 0 on) of a continuation."""
-        cell = self.lookup.get(lookup_key(match, agree, place), (0, 0))
+    def looked_up(self, match: int, agree: int, place: int, *, source: Source = LOOKUP) -> float:
+        """The chance of token `place` (from 0 on) of a continuation, in the text itself or in the corpus."""
+        cells = self.lookup if source == LOOKUP else self.corpus
+        cell = cells.get(lookup_key(match, agree, place), (0, 0))
         return (cell[0] + PRIOR * _assumed(match, place)) / (cell[1] + PRIOR)
 
-    def path(self, match: int, agree: int, tokens: Sequence[int], before: float = 1.0) -> list[float]:
+    def path(
+        self, match: int, agree: int, tokens: Sequence[int], before: float = 1.0, *, source: Source = LOOKUP
+    ) -> list[float]:
         """The chances that a continuation is right up to each of its tokens."""
         found = []
         for place in range(len(tokens)):
-            before *= self.looked_up(match, agree, place)
+            before *= self.looked_up(match, agree, place, source=source)
             found.append(before)
         return found
 

@@ -19,8 +19,6 @@ class Choice(Protocol):
 
     branches: bool
     """Whether it accepts drafts of which several are for one place."""
-    likeliest: bool
-    """Whether drafts are the heads' likeliest tokens; if not, they are drawn."""
 
     def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
         """Columns [N] of the drafting logits [N, M]; `number` drafts were made in this round before."""
@@ -73,7 +71,6 @@ class Greedy:
     """The most likely token, everywhere."""
 
     branches = True
-    likeliest = True
 
     def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
         return logits.argmax(-1)

@@ -9,7 +9,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 
 import torch
 
@@ -54,9 +53,11 @@ def machine_costs(trunk: Trunk, heads: Heads | None, *, anew: bool = False) -> C
             # A damaged file is measured over.
             pass
     costs = measure_costs(trunk, heads)
+    # Keys as JSON has them: the seal is that of what is read back.
+    content = {"passes": {str(size): seconds for size, seconds in costs.passes.items()}, "head": costs.head}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(sealed(asdict(costs))) + "\n")
+        write_whole(file, json.dumps(sealed(content)) + "\n")
     except (MtpdError, OSError):
         # Where nothing can be kept, the next process measures again.
         pass
@@ -72,7 +73,7 @@ def measure_costs(trunk: Trunk, heads: Heads | None) -> Costs:
     engine.tokens[:, :capacity] = tokens
     start = Span([0], CONTEXT, trunk.device)
     engine.cache.begin(start)
-    hidden = engine._pass(tokens[:, :CONTEXT], start, mask=None)
+    hidden = engine._read_by_heads(engine._pass(tokens[:, :CONTEXT], start, mask=None))
 
     def one_pass(size: int) -> None:
         span = Span([CONTEXT], size, trunk.device)
@@ -87,7 +88,7 @@ def measure_costs(trunk: Trunk, heads: Heads | None) -> Costs:
     if engine.drafter is None or heads is None:
         return Costs(passes, head=0.0)
     drafter = engine.drafter
-    drafter.begin(start, engine._read_by_heads(hidden), engine.tokens, [CONTEXT + 1])
+    drafter.begin(start, hidden, engine.tokens, [CONTEXT + 1])
     depth = heads.depth
     newest = [CONTEXT]
     seconds = _seconds(lambda: drafter.draft_tree(engine.tokens, newest, depth, BEAM, lambda *_: True))

@@ -6,11 +6,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Source = Literal["heads", "lookup"]
+Source = Literal["heads", "lookup", "corpus"]
 HEADS: Source = "heads"
 LOOKUP: Source = "lookup"
 """What followed the newest tokens when they last stood in the text."""
-SOURCES: tuple[Source, ...] = (HEADS, LOOKUP)
+CORPUS: Source = "corpus"
+"""What followed them in the responses that the heads were trained on, where the run keeps an index of those."""
+SOURCES: tuple[Source, ...] = (HEADS, LOOKUP, CORPUS)
 ALL_SOURCES = ",".join(SOURCES)
 
 

@@ -25,11 +25,10 @@ from mtpd.decode.chances import REACH
 from mtpd.decode.choice import Choice, Greedy
 from mtpd.decode.drafting import HEADS
 from mtpd.decode.drafts import Drafts
-from mtpd.decode.planner import MOST, Planner
+from mtpd.decode.planner import BEAM, MOST, Planner
 from mtpd.decode.text import Request, Text
 from mtpd.errors import UserError
 from mtpd.heads import Heads
-from mtpd.heads.drafting import Pick
 from mtpd.packed_modules import faster, faster_logits
 from mtpd.slots import SlotCache, Span
 from mtpd.trunk import Tap, Trunk
@@ -89,8 +88,8 @@ class Engine:
         self.capacity = capacity
         self.ends = frozenset(end_tokens)
         self.on_tokens = on_tokens
-        # Drafts may lie past the longest text, and one place belongs to no position.
-        room = capacity + (self.depth if planner is None else MOST) + 1
+        # Drafts, and paths that heads go on from, may lie past the longest text; one place belongs to no position.
+        room = capacity + (self.depth if planner is None else max(MOST, BEAM * deepest)) + 1
         self.cache = SlotCache(trunk.config, slots=slots, capacity=room, dtype=trunk.dtype, device=trunk.device)
         self.drafter = heads.drafter(trunk, slots=slots, capacity=room) if heads is not None else None
         if self.drafter is not None and heads is not None:
@@ -155,7 +154,7 @@ class Engine:
         """Drafts, verifies, and writes the accepted tokens of all active rows."""
         device = self.device
         newest = [text.newest for text in self.active]
-        drafts = self._draft(newest)
+        drafts = None if self.drafter is None and self.planner is None else self._draft(newest)
         read = Span(newest, 1, device).read(self.tokens)
         if drafts is not None:
             read = torch.cat([read, drafts.tokens], dim=1)
@@ -203,13 +202,12 @@ class Engine:
         """What the round verifies."""
         if self.planner is not None:
             return self.planner.draft(self.drafter, self.deepest, self.tokens, newest, self.active)
-        if self.drafter is None:
-            return None
+        assert self.drafter is not None
 
         def choose(logits: Tensor, number: int) -> Tensor:
             return self.choice.draft(logits, self.active, number)
 
-        depth = self.drafter.draft(self.tokens, newest, self.depth, Pick(choose, joint=self.choice.likeliest))
+        depth = self.drafter.draft(self.tokens, newest, self.depth, choose)
         return Drafts.chain(Span(newest, depth, self.device).read(self.tokens, steps=1).clone())
 
     def _pass(

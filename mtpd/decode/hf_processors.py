@@ -88,7 +88,6 @@ class Processed:
         self.keep_logits = keep_logits
 
     branches = True
-    likeliest = True
 
     def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
         """As `mtpd.decode.choice.Choice.draft`."""

@@ -30,9 +30,10 @@ from transformers.models.auto import modeling_auto
 
 from mtpd.decode.chances import Chances
 from mtpd.decode.choice import Choice, Greedy
+from mtpd.decode.corpus import Corpus
 from mtpd.decode.costs import machine_costs
 from mtpd.decode.counts import Counts
-from mtpd.decode.drafting import HEADS, LOOKUP, Drafting, Source
+from mtpd.decode.drafting import CORPUS, HEADS, LOOKUP, Drafting, Source
 from mtpd.decode.engine import Engine
 from mtpd.decode.hf_processors import Processed, independent
 from mtpd.decode.planner import Costs, Planner
@@ -58,6 +59,7 @@ class Model:
         heads: None generates plainly, with the same engine.
         drafting: what drafts; None is heads and look-up together, as much in each round as pays.
         chances: how often drafts are right; None believes the heads.
+        corpus: other texts in which continuations are looked up too.
 
     Raises:
         UserError: a chain of more drafts than there are heads.
@@ -70,9 +72,11 @@ class Model:
         tokenizer: Any = None,
         drafting: Drafting | None = None,
         chances: Chances | None = None,
+        corpus: Corpus | None = None,
     ):
         self.trunk = trunk
         self.chances = chances or Chances()
+        self.corpus = corpus
         self._costs: Costs | None = None
         self.heads = heads
         self.tokenizer = tokenizer
@@ -274,7 +278,7 @@ class Model:
     @property
     def sources(self) -> list[Source]:
         """What drafts."""
-        there = {HEADS: self.heads is not None, LOOKUP: True}
+        there = {HEADS: self.heads is not None, LOOKUP: True, CORPUS: self.corpus is not None}
         return [source for source in self.drafting.sources if there[source]]
 
     def engine(self, requests: list[Request], **settings: Any) -> Engine:
@@ -306,7 +310,7 @@ class Model:
         """What chooses the drafts of a round, unless a chain is wanted; drawn drafts are a chain of heads."""
         if self.depth or not self.sources or (choice is not None and not choice.branches):
             return None
-        return Planner(self.chances, self.costs, self.sources)
+        return Planner(self.chances, self.costs, self.sources, corpus=self.corpus)
 
     def _requests(self, input_ids: Tensor, mask: Tensor | None, room: int, *, sample: bool) -> list[Request]:
         seeds = torch.randint(2**62, (len(input_ids),)).tolist() if sample else [0] * len(input_ids)

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from mtpd.decode.candidates import Candidates, columns, worth_verifying
 from mtpd.decode.chances import REACH, Chances
-from mtpd.decode.drafting import HEADS, LOOKUP, SOURCES, Source
+from mtpd.decode.corpus import Corpus
+from mtpd.decode.drafting import CORPUS, HEADS, LOOKUP, SOURCES, Source
 from mtpd.decode.drafts import Drafts
-from mtpd.decode.lookup import LookupIndex
+from mtpd.decode.lookup import LONGEST, LookupIndex, Match
 from mtpd.heads.drafting import Drafter
 
 MOST = 32
@@ -62,12 +63,14 @@ class Planner:
             what is accepted then depends neither on the machine nor on the batch.
         sources: which ones draft.
         nodes: drafts of a row at most.
+        corpus: other texts in which continuations are looked up, if there are any.
     """
 
     chances: Chances
     costs: Costs | None
     sources: Collection[Source] = SOURCES
     nodes: int = MOST
+    corpus: Corpus | None = None
     _indices: dict[int, LookupIndex] = field(default_factory=dict)
 
     def draft(
@@ -83,9 +86,8 @@ class Planner:
             texts: one a row.
         """
         rows = [Candidates() for _ in texts]
-        if LOOKUP in self.sources:
-            for candidates, text in zip(rows, texts, strict=True):
-                self._look_up(candidates, 0, self._index(text))
+        for candidates, text in zip(rows, texts, strict=True):
+            self._look_up(candidates, 0, text)
         asked = 0
         if drafter is not None and HEADS in self.sources:
             asked = self._ask_heads(rows, drafter, depth, tokens, newest, texts)
@@ -120,19 +122,26 @@ class Planner:
         index.extend(text.tokens[len(index.tokens) - len(text.request.prompt) :])
         return index
 
-    def _look_up(self, candidates: Candidates, node: int, index: LookupIndex) -> None:
-        """Adds what followed when the path to a node last stood in the text."""
+    def _look_up(self, candidates: Candidates, node: int, text: Any) -> None:
+        """Adds what followed when the path to a node last stood in the text, and what follows it in the corpus."""
         drafted = candidates.path(node)
-        if len(drafted) >= REACH:
+        reach = REACH - len(drafted)
+        if reach <= 0:
             return
-        for match in index.matches(REACH - len(drafted), drafted=drafted, ways=1 if drafted else WAYS):
-            if drafted and match.length <= len(drafted):
-                # It says nothing about how the draft came about.
-                continue
-            at = node
-            chances = self.chances.path(match.length, match.agree, match.tokens, candidates.chances[node])
-            for token, chance in zip(match.tokens, chances, strict=True):
-                at = candidates.add(at, token, chance, LOOKUP)
+        index = self._index(text)
+        if LOOKUP in self.sources:
+            for match in index.matches(reach, drafted=drafted, ways=1 if drafted else WAYS):
+                # A match of drafts alone says nothing about how they came about.
+                if match.length > len(drafted):
+                    self._add(candidates, node, match, LOOKUP)
+        if CORPUS in self.sources and self.corpus is not None:
+            for match in self.corpus.matches([*index.tokens[-LONGEST:], *drafted], reach):
+                self._add(candidates, node, match, CORPUS)
+
+    def _add(self, candidates: Candidates, node: int, match: Match, source: Source) -> None:
+        chances = self.chances.path(match.length, match.agree, match.tokens, candidates.chances[node], source=source)
+        for token, chance in zip(match.tokens, chances, strict=True):
+            node = candidates.add(node, token, chance, source)
 
     def _ask_heads(
         self,
@@ -161,9 +170,8 @@ class Planner:
                     added.append(candidates.add(before, token, chance, HEADS))
                 following.append(added)
             going = following
-            if LOOKUP in self.sources:
-                for candidates, nodes, text in zip(rows, going, texts, strict=True):
-                    self._look_up(candidates, nodes[0], self._index(text))
+            for candidates, nodes, text in zip(rows, going, texts, strict=True):
+                self._look_up(candidates, nodes[0], text)
             return done < depth and self._worth(rows, done)
 
         if self._worth(rows, 0):

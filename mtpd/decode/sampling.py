@@ -41,7 +41,6 @@ class Sampling:
     """
 
     branches = True
-    likeliest = True
 
     def __init__(self, warpers: Sequence[Warper] = ()) -> None:
         self.warpers = list(warpers)
@@ -80,7 +79,6 @@ class SampledDrafts(Sampling):
     """
 
     branches = False
-    likeliest = False
 
     def __init__(self, warpers: Sequence[Warper] = (), *, rows: Tensor | None = None) -> None:
         super().__init__(warpers)

@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 
 from mtpd.data.packing import Sample
 from mtpd.decode.chances import REACH, Chances, lookup_key, step_of
-from mtpd.decode.lookup import LookupIndex
+from mtpd.decode.corpus import Corpus
+from mtpd.decode.lookup import LONGEST, LookupIndex
 from mtpd.evaluate.offline import text_batches
 from mtpd.heads import Heads
 from mtpd.trunk import Trunk
@@ -35,39 +36,44 @@ class _Cells:
 
 
 @torch.inference_mode()
-def count_chances(trunk: Trunk, heads: Heads, samples: Sequence[Sample], *, progress: bool = True) -> Chances:
+def count_chances(
+    trunk: Trunk, heads: Heads, samples: Sequence[Sample], *, corpus: Corpus | None = None, progress: bool = True
+) -> Chances:
     """Counts right drafts along responses, teacher-forced; nothing is decoded.
 
     Args:
         heads: in the trunk's number format and in eval mode.
         samples: prompts with the trunk's own greedy responses.
+        corpus: other texts in which continuations are looked up too.
     """
-    heads_cells, likeliest, lookup = _Cells(), _Cells(), _Cells()
+    heads_cells, likeliest, lookup, of_corpus = _Cells(), _Cells(), _Cells(), _Cells()
     spans = [(len(sample.prompt_ids), len(sample.ids)) for sample in samples]
     with tqdm(total=len(samples), desc="chances of drafts", unit="prompt", disable=not progress) as bar:
         for members in text_batches(spans, 64):
             for member in members:
                 ids, first = samples[member].ids, spans[member][0]
-                _count_lookup(ids, first, lookup)
+                _count_lookup(ids, first, lookup, of_corpus, corpus)
                 _count_heads(trunk, heads, ids, first, heads_cells, likeliest)
                 bar.update()
         bar.update(len(samples) - bar.n)
-    return Chances(heads=heads_cells.table(), likeliest=likeliest.table(), lookup=lookup.table())
+    return Chances(
+        heads=heads_cells.table(), likeliest=likeliest.table(), lookup=lookup.table(), corpus=of_corpus.table()
+    )
 
 
-def _count_lookup(ids: Sequence[int], first: int, cells: _Cells) -> None:
+def _count_lookup(ids: Sequence[int], first: int, lookup: _Cells, of_corpus: _Cells, corpus: Corpus | None) -> None:
     """At every place of a response; of a continuation, up to its first wrong token."""
     index = LookupIndex(ids[:first])
     for place in range(first, len(ids) - 1):
         index.extend([ids[place]])
-        for match in index.matches(REACH, ways=2):
-            for ahead, token in enumerate(match.tokens):
-                at = place + 1 + ahead
-                if at >= len(ids):
-                    break
-                cells.count(lookup_key(match.length, match.agree, ahead), token == ids[at])
-                if token != ids[at]:
-                    break
+        elsewhere = [] if corpus is None else corpus.matches(index.tokens[-LONGEST:], REACH)
+        for cells, matches in ((lookup, index.matches(REACH, ways=2)), (of_corpus, elsewhere)):
+            for match in matches:
+                for ahead, token in enumerate(match.tokens[: len(ids) - place - 1]):
+                    right = token == ids[place + 1 + ahead]
+                    cells.count(lookup_key(match.length, match.agree, ahead), right)
+                    if not right:
+                        break
 
 
 def _count_heads(trunk: Trunk, heads: Heads, ids: Sequence[int], first: int, cells: _Cells, likeliest: _Cells) -> None:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from mtpd.data.packing import Sample
 from mtpd.decode.chances import Chances
+from mtpd.decode.corpus import Corpus
 from mtpd.decode.counts import Counts
 from mtpd.decode.drafting import HEADS, Drafting
 from mtpd.decode.model import Model
@@ -35,6 +36,7 @@ def measure_decoded(
     samples: Sequence[Sample],
     *,
     chances: Chances | None = None,
+    corpus: Corpus | None = None,
     max_new_tokens: int,
     end_tokens: Collection[int],
     progress: bool = True,
@@ -48,6 +50,7 @@ def measure_decoded(
         samples: their prompts are decoded, one at a time; responses are not read.
         chances: how often drafts are right, to decode also with heads and look-up together, and with each alone;
             None does not.
+        corpus: other texts in which continuations are looked up too.
         max_new_tokens: the same limit for all.
 
     Returns:
@@ -57,7 +60,7 @@ def measure_decoded(
     rows: dict[str, list[PromptCounts]] = {}
     if not samples:
         return {}
-    model = Model(trunk, heads, chances=chances)
+    model = Model(trunk, heads, chances=chances, corpus=corpus)
     limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "end_tokens": end_tokens, "batch": 1}
     drafting: dict[str, Model] = (
         {} if chances is None else {name: model.drafting_with(sources=sources) for name, sources in DRAFTERS.items()}

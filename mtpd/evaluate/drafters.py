@@ -17,19 +17,19 @@ from tqdm.auto import tqdm
 from mtpd.data.packing import Sample
 from mtpd.decode.chances import Chances
 from mtpd.decode.choice import children
-from mtpd.decode.drafting import HEADS, LOOKUP, Source
+from mtpd.decode.corpus import Corpus
+from mtpd.decode.drafting import CORPUS, HEADS, LOOKUP, Source
 from mtpd.decode.drafts import Drafts
 from mtpd.decode.engine import Engine
 from mtpd.decode.planner import Planner
 from mtpd.decode.text import Request, Text
 from mtpd.evaluate.acceptance import DrafterCounts, SuiteCounts
 from mtpd.heads import Heads
-from mtpd.slots import Span
 from mtpd.trunk import Trunk
 
 NODES = 16
 """Drafts of a round at most."""
-DRAFTERS: dict[str, tuple[Source, ...]] = {"lookup": (LOOKUP,), "heads": (HEADS,), "together": (HEADS, LOOKUP)}
+DRAFTERS: dict[str, tuple[Source, ...]] = {"lookup": (LOOKUP,), "heads": (HEADS,), "together": (HEADS, LOOKUP, CORPUS)}
 SLOTS = 16
 """Texts at a time."""
 
@@ -38,7 +38,6 @@ class _Along:
     """Chooses the tokens of known texts."""
 
     branches = True
-    likeliest = True
 
     def __init__(self, texts: Sequence[Sequence[int]]) -> None:
         self.texts = texts
@@ -98,7 +97,7 @@ class _Walk(Engine):
         super()._read_prompts(group)
         self.reading = []
 
-    def _pass(self, tokens: Tensor, span: Span, mask: Any, positions: Tensor | None = None) -> Tensor:
+    def _pass(self, tokens: Tensor, span: Any, mask: Any, positions: Tensor | None = None) -> Tensor:
         places = span.positions if positions is None else positions
         texts = self.reading or self.active
         known = (self.states[text.number] for text in texts)
@@ -120,6 +119,7 @@ def measure_drafters(
     samples: Sequence[Sample],
     chances: Chances,
     *,
+    corpus: Corpus | None = None,
     end_tokens: Collection[int] = (),
     progress: bool = True,
 ) -> dict[str, dict[str, DrafterCounts]]:
@@ -129,6 +129,7 @@ def measure_drafters(
         heads: in the trunk's number format and in eval mode.
         samples: prompts with the trunk's own greedy responses.
         chances: how often drafts are right, best counted on other texts.
+        corpus: other texts in which continuations are looked up too.
         end_tokens: ids that end a text.
     """
     found: dict[str, dict[str, DrafterCounts]] = {}
@@ -138,7 +139,8 @@ def measure_drafters(
             some = texts[start : start + SLOTS]
             states = [_states(trunk, heads, sample.ids) for sample in some]
             for name, sources in DRAFTERS.items():
-                for text in _walked(trunk, heads, some, states, Planner(chances, None, sources, NODES), end_tokens):
+                planner = Planner(chances, None, sources, NODES, corpus)
+                for text in _walked(trunk, heads, some, states, planner, end_tokens):
                     counts = text.counts(0)
                     row = DrafterCounts(
                         nodes=NODES, tokens=counts.tokens, forwards=counts.forwards, sources=counts.sources
@@ -150,7 +152,13 @@ def measure_drafters(
 
 @torch.inference_mode()
 def drafted_together(
-    trunk: Trunk, heads: Heads, samples: Sequence[Sample], chances: Chances, *, end_tokens: Collection[int] = ()
+    trunk: Trunk,
+    heads: Heads,
+    samples: Sequence[Sample],
+    chances: Chances,
+    *,
+    corpus: Corpus | None = None,
+    end_tokens: Collection[int] = (),
 ) -> list[list[tuple[Source | None, int]]]:
     """Of each token of a few texts, those that have a response, what drafted it and how deep in its round.
 
@@ -158,7 +166,7 @@ def drafted_together(
     """
     some = [sample for sample in samples if sample.response_ids]
     states = [_states(trunk, heads, sample.ids) for sample in some]
-    planner = Planner(chances, None, DRAFTERS["together"], NODES)
+    planner = Planner(chances, None, DRAFTERS["together"], NODES, corpus)
     texts = _walked(trunk, heads, some, states, planner, end_tokens) if some else ()
     return [text.drafted_by() for text in sorted(texts, key=lambda text: text.number)]
 

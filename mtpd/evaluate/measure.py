@@ -13,6 +13,7 @@ from mtpd.data.packing import Sample
 from mtpd.data.prompts import render
 from mtpd.data.responses import generate_responses
 from mtpd.decode.chances import Chances
+from mtpd.decode.corpus import Corpus
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.contamination import TrainedPrompts
@@ -61,6 +62,7 @@ def measure_suites(
     mode: Literal["offline", "decoded"],
     responses: Path,
     chances: Chances | None = None,
+    corpus: Corpus | None = None,
     trained: TrainedPrompts | None = None,
     progress: bool = True,
 ) -> tuple[Acceptance, Trace]:
@@ -71,6 +73,7 @@ def measure_suites(
         suites: by name, the suite and its prompts.
         responses: folder in which the trunk's responses are kept by fingerprint (offline only).
         chances: how often drafts are right, to measure the heads also as a part of the drafter; None does not.
+        corpus: other texts in which continuations are looked up too.
         trained: what the heads were trained on; prompts that it meets are marked, and warned of.
 
     Raises:
@@ -90,7 +93,9 @@ def measure_suites(
         if mode == "offline":
             measured = measure_offline(model.trunk, heads, samples, end_tokens=model.ends, progress=progress)
             if chances is not None and drafts_together(model.trunk):
-                found = measure_drafters(model.trunk, heads, samples, chances, end_tokens=model.ends, progress=progress)
+                found = measure_drafters(
+                    model.trunk, heads, samples, chances, corpus=corpus, end_tokens=model.ends, progress=progress
+                )
                 measured = {family: with_drafters(each, found) for family, each in measured.items()}
         else:
             measured = measure_decoded(
@@ -98,6 +103,7 @@ def measure_suites(
                 heads,
                 samples,
                 chances=chances,
+                corpus=corpus,
                 max_new_tokens=suite.max_new_tokens,
                 end_tokens=model.ends,
                 progress=progress,

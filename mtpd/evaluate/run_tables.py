@@ -119,7 +119,8 @@ def decoded_table(acceptance: Acceptance, *, apart: frozenset[str] = frozenset()
             style="bold" if name == WAYS["together"] else None,
         )
         before = rate
-    table.caption, table.caption_justify = f"same text as generate: {same_text(total)}", "left"
+    said = [table.caption] if isinstance(table.caption, str) else []
+    table.caption, table.caption_justify = "\n".join([f"same text as generate: {same_text(total)}", *said]), "left"
     return table
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,21 +16,8 @@ from torch import Tensor
 from mtpd.slots import Span
 from mtpd.trunk import Trunk
 
-
-@dataclass(frozen=True)
-class Pick:
-    """Chooses drafts.
-
-    Attributes:
-        choose: gives columns [N] for logits [N, M] and the number of drafts before in this round.
-        joint: whether heads that choose the likeliest drafts together may do so, without asking.
-    """
-
-    choose: Callable[[Tensor, int], Tensor]
-    joint: bool = False
-
-    def __call__(self, logits: Tensor, number: int) -> Tensor:
-        return self.choose(logits, number)
+Pick = Callable[[Tensor, int], Tensor]
+"""Gives columns [N] for logits [N, M], and the number of drafts before in this round."""
 
 
 GoOn = Callable[[Tensor, Tensor], bool]
@@ -40,6 +27,13 @@ GoOn = Callable[[Tensor, Tensor], bool]
 Level = Callable[[list[list[float]], list[list[int]], list[list[int]]], bool]
 """Takes, by row, log-probabilities, token ids and parents of the candidates of a depth; False ends the drafting. A
 parent is a place among the candidates of the depth before."""
+
+
+def to_lists(values: Tensor, *ids: Tensor) -> list[list[list[Any]]]:
+    """Copies numbers [N, m] and ids [N, m] from the device in one transfer, for which the host waits."""
+    # Every id is whole in float64.
+    first, *rest = torch.stack([values.double(), *(each.double() for each in ids)]).tolist()
+    return [first, *([[int(number) for number in row] for row in each] for each in rest)]
 
 
 class Drafter(ABC):
@@ -75,13 +69,10 @@ class Drafter(ABC):
         """Makes the first `length` positions of one slot those of another."""
 
     @abstractmethod
-    def drafts(
-        self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick
-    ) -> Iterator[tuple[Tensor | None, Tensor]]:
+    def drafts(self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields the logits [N, M] and the chosen columns [N] of one depth after the other.
 
-        The drafts of a depth stand in `tokens` before the next depth is asked for. Logits may be None where
-        `pick.joint` lets the heads choose by themselves. The arguments are those of `draft`.
+        The drafts of a depth stand in `tokens` before the next depth is asked for. The arguments are those of `draft`.
         """
 
     def draft(self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick, go_on: GoOn | None = None) -> int:
@@ -101,7 +92,7 @@ class Drafter(ABC):
         ends = torch.tensor(newest, device=tokens.device)
         for drafted, (logits, columns) in enumerate(self.drafts(tokens, newest, depth, pick), start=1):
             tokens[rows, ends + drafted] = self.ids(columns)
-            if logits is not None and go_on is not None and drafted < depth and not go_on(logits, columns):
+            if go_on is not None and drafted < depth and not go_on(logits, columns):
                 return drafted
         return depth
 
@@ -123,7 +114,7 @@ class Drafter(ABC):
         def choose(logits: Tensor, number: int) -> Tensor:
             nonlocal goes_on, going
             best, columns = logits.float().log_softmax(-1).topk(min(beam, logits.shape[-1]), dim=-1)
-            values, ids = best.tolist(), self.ids(columns).tolist()
+            values, ids = to_lists(best, self.ids(columns))
             reached = [
                 [
                     (before + value, value, token, place)
@@ -141,7 +132,7 @@ class Drafter(ABC):
             goes_on = level(*([[each[part] for each in row] for row in reached] for part in (1, 2, 3)))
             return columns[:, 0]
 
-        self.draft(tokens, newest, depth, Pick(choose), lambda logits, columns: goes_on)
+        self.draft(tokens, newest, depth, choose, lambda logits, columns: goes_on)
 
     def ids(self, columns: Tensor) -> Tensor:
         """Translates columns of the logits to token ids."""

@@ -206,9 +206,7 @@ class LogitDrafter(NewestStates):
     def depth(self) -> int:
         return self.heads.depth
 
-    def drafts(
-        self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick
-    ) -> Iterator[tuple[Tensor | None, Tensor]]:
+    def drafts(self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick) -> Iterator[tuple[Tensor, Tensor]]:
         hidden = self.newest_states(newest)
         known = self.columns[Span(newest, 1, tokens.device).read(tokens)]
         step = self.heads.stepwise(hidden, known)

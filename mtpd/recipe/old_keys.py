@@ -25,7 +25,8 @@ RENAMED = {
 }
 """Old keys with their defaults and their new names."""
 
-DROPPED = {
+DROPPED: dict[str, tuple[Any, str]] = {
+    "evaluation.decode_depth": (None, "each round drafts as much as pays; mtpd bench --against chain measures chains"),
     "evaluation.steps_prompts": (28, "half of the measured prompts, at most 28, choose among checkpoints"),
     "extend.stages": ([], "each stage doubles the heads, up to extend.to"),
     "heads.adapter_rank": (None, "the rank is 16"),

@@ -101,12 +101,6 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _keys_agree(self) -> Recipe:
         problems = [*data_problems(self.data), *train_problems(self.train, self.heads.depth)]
-        drafts = self.evaluation.decode_depth
-        if drafts is not None and drafts > self.heads.depth:
-            problems.append(
-                f"evaluation.decode_depth: {drafts} is more than there are heads; "
-                f"accepted: at most heads.depth, which is {self.heads.depth}"
-            )
         problems += evaluation_problems(self.evaluation, self.train)
         problems += trunk_problems(self.trunk, self.heads, self.data, self.train, self.extend)
         problems += extend_problems(self.extend, self.heads, self.evaluation)

@@ -101,6 +101,9 @@ class DataRecipe(Section):
     """Prompts answered at a time; lower it when memory runs out."""
     given: list[GivenText] = Field(default=[])
     """Further texts to train on, with their own responses."""
+    corpus_mb: Annotated[int, Field(ge=0, le=LARGEST)] = 0
+    """Size limit of an index of the responses, in MB, kept beside the heads: decoding then also drafts what followed in
+    them, which pays where traffic repeats what was trained on. 0: none."""
     row_length: int = Field(default=512, ge=32, le=LARGEST)
     """Tokens of a packed row: several documents share one, with their borders kept."""
     hidden_states: str = Field(
@@ -225,9 +228,6 @@ class EvaluationRecipe(Section):
     decode_prompts: int = Field(default=14, ge=0, le=LARGEST)
     """Held-out prompts that are decoded for real with drafts and verification, beside plain `generate`, one
     after the other; 0 leaves it out."""
-    decode_depth: int | None = Field(default=None, ge=1, le=LARGEST)
-    """Tokens drafted a round while decoding, at most `heads.depth`; null for all. Where a draft costs much of a pass
-    of the trunk, fewer are faster. `mtpd generate`, `chat` and `mtpd.load` draft as many, unless told otherwise."""
     dtype: Literal["float32", "bfloat16", "float16", "trunk"] = "float32"
     """Number format while decoding. trunk: the one of the run. In float32 the text of one-token and
     many-token passes agrees; lower precision can break ties differently."""

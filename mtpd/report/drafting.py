@@ -9,7 +9,7 @@ from mtpd.evaluate.acceptance import Acceptance, DrafterCounts, PromptCounts, Su
 from mtpd.evaluate.intervals import Estimate, estimate, paired_differences
 from mtpd.evaluate.run_tables import WAYS, ways
 
-SOURCE_NAMES = {"heads": "heads", "lookup": "look-up"}
+SOURCE_NAMES = {"heads": "heads", "lookup": "look-up", "corpus": "trained responses"}
 """Sources of drafts, and what the report calls them."""
 DRAFTER_NAMES = {
     "tau": "a chain of heads",

@@ -13,6 +13,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from mtpd.decode.drafting import CORPUS
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.depths import Depths
@@ -160,6 +161,11 @@ def _section(section: Section) -> dict[str, Any]:
         "title": title,
         "decoded": section.after.mode == "decoded",
         "used": used is not None,
+        "sources": {
+            name: what
+            for name, what in SOURCE_NAMES.items()
+            if name != CORPUS or any(name in each.sources for each in (counts[None].drafters or {}).values())
+        },
         "measured_on": measured_on(section.after, together, "heads and look-up together" if used else ""),
         "measured_in_tree": measured_on(section.after, together, f"up to {NODES} drafts a round in one tree"),
         "ways": way_lines(section.after.total(together)) if used else [],

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from mtpd.data.packing import Sample
 from mtpd.decode.chances import Chances
+from mtpd.decode.corpus import Corpus
 from mtpd.decode.drafting import HEADS, Source
 from mtpd.errors import UserError
 from mtpd.evaluate.drafters import drafted_together, drafts_together
@@ -67,7 +68,13 @@ class Samples(BaseModel):
 
 
 def sample_texts(
-    model: Model, heads: Heads, chances: Chances, samples: Mapping[str, Sequence[Sample]], *, heads_fingerprint: str
+    model: Model,
+    heads: Heads,
+    samples: Mapping[str, Sequence[Sample]],
+    *,
+    chances: Chances,
+    corpus: Corpus | None = None,
+    heads_fingerprint: str,
 ) -> Samples:
     """Walks over a few texts of each suite as decoding would, and says what drafted which token.
 
@@ -80,7 +87,7 @@ def sample_texts(
     some = [sample for _, sample in chosen]
     drafted: Sequence[Sequence[tuple[Source | None, int]]]
     if drafts_together(model.trunk):
-        drafted = drafted_together(model.trunk, heads, some, chances, end_tokens=model.ends)
+        drafted = drafted_together(model.trunk, heads, some, chances, corpus=corpus, end_tokens=model.ends)
     else:
         walked = walk_offline(model.trunk, heads, some, end_tokens=model.ends, progress=False)
         drafted = [list(zip(_of_heads(each), each, strict=True)) for each in map(token_depths, walked)]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from mtpd.decode.drafting import CORPUS
 from mtpd.evaluate.acceptance import RANDOM, Acceptance, SuiteCounts
 from mtpd.evaluate.depths import Depths
 from mtpd.evaluate.gate import Comparison
@@ -123,17 +124,20 @@ def _added(measured: Measured) -> tuple[Tone, str]:
     added = added_by_heads(measured.acceptance, apart=measured.apart)
     if added is None:
         return "flat", "what the heads add to it was not measured prompt by prompt"
+    together = (measured.counts.drafters or {})["together"]
+    # Both together may have a third source.
+    who = "the heads and the trained responses" if CORPUS in together.sources else "the heads"
     what = "tau" if measured.acceptance.mode == "offline" else "tokens/s"
     shown = f"{what} {100 * added.value:+.1f}%"
     if added.low is None or added.high is None:
-        said = "the heads add to it" if added.value > 0 else "the heads add nothing to it"
-        return "flat", f"{said} ({shown}; too few prompts for an interval)"
+        said = "add to it" if added.value > 0 else "add nothing to it"
+        return "flat", f"{who} {said} ({shown}; too few prompts for an interval)"
     shown += f" [{100 * added.low:+.1f}, {100 * added.high:+.1f}]"
     if added.low > 0:
-        return "up", f"the heads add to it: {shown}"
+        return "up", f"{who} add to it: {shown}"
     if added.high < 0:
-        return "down", f"the heads add nothing to it, they cost: {shown}"
-    return "down", f"the heads add nothing to it that so many prompts can show ({shown})"
+        return "down", f"{who} add nothing to it, they cost: {shown}"
+    return "down", f"{who} add nothing to it that so many prompts can show ({shown})"
 
 
 def _speed(measured: Measured) -> Iterator[tuple[Tone, str]]:

@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 
 from mtpd.data.models import load_model, resolve_dtype
-from mtpd.data.packing import Sample
+from mtpd.data.packing import PackedRows, Sample, response_texts
 from mtpd.decode.chances import CHANCES, Chances, read_chances, write_chances
+from mtpd.decode.corpus import CORPUS_FILE, Corpus, build_corpus, read_corpus, write_corpus
 from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.chances import count_chances
 from mtpd.evaluate.decoded import measure_decoded
@@ -72,14 +73,29 @@ def keep_texts(session: Session, heads: Heads, samples: Sequence[Sample]) -> Non
         for sample in samples:
             families.setdefault(sample.family or "prompts", []).append(sample)
         model = Model(session.trunk, session.tokenizer, session.fingerprint, session.ends)
-        copy, chances = _in_format_of_trunk(session, heads), read_chances(run.heads)
-        found = sample_texts(model, copy, chances, families, heads_fingerprint=fingerprint)
+        found = sample_texts(
+            model,
+            _in_format_of_trunk(session, heads),
+            families,
+            chances=read_chances(run.heads),
+            corpus=read_corpus(run.heads, session.tokenizer),
+            heads_fingerprint=fingerprint,
+        )
         if ranks.is_main():
             found.save(run.samples)
     ranks.barrier()
 
 
-def keep_chances(session: Session, heads: Heads, samples: Sequence[Sample]) -> Chances:
+def keep_corpus(session: Session, rows: PackedRows) -> Corpus | None:
+    """Indexes the responses that were trained on, if the recipe wants it, and gives the index."""
+    folder, megabytes = session.run.heads, session.recipe.data.corpus_mb
+    if megabytes and ranks.is_main() and not (folder / CORPUS_FILE).is_file():
+        write_corpus(folder, build_corpus(response_texts(rows), megabytes=megabytes), session.tokenizer)
+    ranks.barrier()
+    return read_corpus(folder, session.tokenizer)
+
+
+def keep_chances(session: Session, heads: Heads, samples: Sequence[Sample], corpus: Corpus | None) -> Chances:
     """Counts on held-out texts how often drafts are right, for decoding with heads and look-up together.
 
     The main rank alone: nothing is counted where the trunk is partitioned.
@@ -87,12 +103,14 @@ def keep_chances(session: Session, heads: Heads, samples: Sequence[Sample]) -> C
     folder = session.run.heads
     if ranks.is_main() and not (folder / CHANCES).is_file() and not session.trunk.partitioned and samples:
         copy = _in_format_of_trunk(session, heads)
-        write_chances(folder, count_chances(session.trunk, copy, samples, progress=session.progress))
+        write_chances(folder, count_chances(session.trunk, copy, samples, corpus=corpus, progress=session.progress))
     ranks.barrier()
     return read_chances(folder)
 
 
-def measure_together(session: Session, heads: Heads, samples: Sequence[Sample], chances: Chances) -> None:
+def measure_together(
+    session: Session, heads: Heads, samples: Sequence[Sample], chances: Chances, corpus: Corpus | None
+) -> None:
     """Adds what heads and look-up accept together to the run's offline acceptance, unless it is there."""
     path = session.run.acceptance
     if not ranks.is_main() or not drafts_together(session.trunk):
@@ -101,7 +119,15 @@ def measure_together(session: Session, heads: Heads, samples: Sequence[Sample], 
     if acceptance.total().drafters:
         return
     copy = _in_format_of_trunk(session, heads)
-    found = measure_drafters(session.trunk, copy, samples, chances, end_tokens=session.ends, progress=session.progress)
+    found = measure_drafters(
+        session.trunk,
+        copy,
+        samples,
+        chances,
+        corpus=corpus,
+        end_tokens=session.ends,
+        progress=session.progress,
+    )
     suites = {name: with_drafters(suite, found) for name, suite in acceptance.suites.items()}
     acceptance.model_copy(update={"suites": suites}).save(path)
 
@@ -163,13 +189,13 @@ def decode(session: Session, samples: Sequence[Sample]) -> None:
         )
         trunk = Trunk(model, tokens=session.trunk.tokens)
     heads = load_heads(run.heads, trunk).to(wanted)
-    heads.shorten(evaluation.decode_depth or heads.depth)
     chosen = spread(list(samples), evaluation.decode_prompts)
     suites = measure_decoded(
         trunk,
         heads,
         chosen,
         chances=read_chances(run.heads) if drafts_together(trunk) else None,
+        corpus=read_corpus(run.heads, session.tokenizer),
         max_new_tokens=evaluation.max_new_tokens,
         end_tokens=session.ends,
         progress=session.progress,

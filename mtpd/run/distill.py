@@ -22,7 +22,7 @@ from mtpd.heads import WEIGHTS, load_heads, save_heads
 from mtpd.parallel import ranks
 from mtpd.parallel.partitioned_trunk import trunk_apart
 from mtpd.recipe import Recipe
-from mtpd.run.acceptance import decode, keep_chances, keep_texts, measure, measure_together, show
+from mtpd.run.acceptance import decode, keep_chances, keep_corpus, keep_texts, measure, measure_together, show
 from mtpd.run.directory import finish_provenance, is_finished, open_together, write_provenance
 from mtpd.run.extend import Material, extend_heads
 from mtpd.run.joint_training import train_jointly, with_trained_trunk
@@ -118,9 +118,10 @@ def _take_steps(session: Session, console: Console) -> Path:
         samples, chosen_by = set_apart(recipe, *measured_samples(session, prompts.held_out))
     heads = load_heads(run.heads, session.trunk, fingerprint=session.fingerprint)
     # Counted on other texts than it is measured on, where there are some.
-    chances = keep_chances(session, heads, chosen_by or samples)
+    corpus = keep_corpus(session, rows)
+    chances = keep_chances(session, heads, chosen_by or samples, corpus)
     measure(session, heads, samples, run.heads, run.acceptance)
-    measure_together(session, heads, samples, chances)
+    measure_together(session, heads, samples, chances, corpus)
     keep_texts(session, heads, samples)
     if ranks.is_main():
         if recipe.evaluation.decode_prompts and frozen:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from mtpd.data.models import resolve_device, trunk_fingerprint
 from mtpd.decode.chances import read_chances
+from mtpd.decode.corpus import read_corpus
 from mtpd.errors import UserError
 from mtpd.evaluate import gate, outputs, tables
 from mtpd.evaluate.acceptance import Acceptance
@@ -94,7 +95,8 @@ def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: 
             raise UserError(f"--drafts: {request.drafts} is more than there are heads; accepted: 1 to {heads.depth}")
         heads.shorten(request.drafts)
     model = Model(finished.trunk, finished.tokenizer, finished.fingerprint, finished.ends)
-    chances = read_chances(request.run / request.heads)
+    folder = request.run / request.heads
+    chances, corpus = read_chances(folder), read_corpus(folder, finished.tokenizer)
     acceptance, trace = measure_suites(
         model,
         heads,
@@ -103,13 +105,16 @@ def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: 
         mode=mode,
         responses=request.responses,
         chances=chances,
+        corpus=corpus,
         trained=trained_prompts(run),
         progress=progress,
     )
     path = request.output or (run.evaluation if mode == "offline" else run.evaluation_decoded)
     acceptance.save(path)
     if mode == "offline" and request.heads == "heads":
-        found = sample_texts(model, heads, chances, trace.samples, heads_fingerprint=acceptance.heads)
+        found = sample_texts(
+            model, heads, trace.samples, chances=chances, corpus=corpus, heads_fingerprint=acceptance.heads
+        )
         found.save(run.samples)
     estimates = intervals(acceptance)
     to = console(quiet=not progress)

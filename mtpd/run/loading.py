@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from mtpd.data.models import load_model, resolve_dtype, trunk_fingerprint
 from mtpd.decode.chances import read_chances
+from mtpd.decode.corpus import read_corpus
 from mtpd.decode.drafting import SOURCES, Drafting
 from mtpd.decode.model import Model
 from mtpd.errors import UserError
@@ -71,7 +72,7 @@ def load(
             "%s: is of an earlier version and not read: what is drafted is decided in each round now; delete the file",
             folder / OLD_DRAFTING,
         )
-    return Model(trunk, heads, tokenizer, read_settings(drafting), read_chances(folder))
+    return Model(trunk, heads, tokenizer, read_settings(drafting), read_chances(folder), read_corpus(folder, tokenizer))
 
 
 def read_settings(given: str | Drafting | Mapping[str, Any]) -> Drafting:

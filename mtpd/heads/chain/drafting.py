@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mtpd.heads.base import Heads
-from mtpd.heads.drafting import Drafter, Level, Pick
+from mtpd.heads.drafting import Drafter, Level, Pick, to_lists
 from mtpd.packed_modules import faster, faster_logits
 from mtpd.slots import SlotCache, Span
 from mtpd.trunk import Trunk
@@ -67,9 +67,7 @@ class ChainDrafter(Drafter):
     def read(self, span: Span, hidden: Tensor) -> None:
         span.write(self.states[0], hidden)
 
-    def drafts(
-        self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick
-    ) -> Iterator[tuple[Tensor | None, Tensor]]:
+    def drafts(self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick) -> Iterator[tuple[Tensor, Tensor]]:
         for index in range(depth):
             true = self.true[index]
             width = max(1, *(end - true[row] for row, end in enumerate(newest)))
@@ -120,10 +118,11 @@ class ChainDrafter(Drafter):
                 true[row] = max(0, end - index)
             before = found[:, width - 1 :]
             frontier = places.shape[1]
-            best, columns = self.unembedding(found[:, -frontier:]).float().log_softmax(-1).topk(beam, dim=-1)
+            chances = self.unembedding(found[:, -frontier:]).float().log_softmax(-1)
+            best, columns = chances.topk(min(beam, chances.shape[-1]), dim=-1)
             behind = torch.arange(frontier, device=device).repeat_interleave(best.shape[-1]).expand(count, -1)
             best, drafted = best.flatten(1), self.ids(columns).flatten(1)
-            goes_on = level(best.tolist(), drafted.tolist(), places[rows, behind].tolist())
+            goes_on = level(*to_lists(best, drafted, places[rows, behind]))
             if not goes_on or index + 1 == depth:
                 return
             paths, places = (best + paths[rows, behind]).topk(min(beam, best.shape[1]), dim=1)

@@ -37,9 +37,7 @@ class _Drafts(NewestStates):
 class StateDrafter(_Drafts):
     """Drafts with heads that read one position: all depths in one matmul."""
 
-    def drafts(
-        self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick
-    ) -> Iterator[tuple[Tensor | None, Tensor]]:
+    def drafts(self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick) -> Iterator[tuple[Tensor, Tensor]]:
         hidden = self.newest_states(newest)
         logits = self.unembedding(torch.stack([head(hidden) for head in self.heads[:depth]], dim=1))
         for index in range(depth):
@@ -73,9 +71,7 @@ class BlockDrafter(_Drafts):
             cache.copy_row(source, target, length)
             held[target] = held[source]
 
-    def drafts(
-        self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick
-    ) -> Iterator[tuple[Tensor | None, Tensor]]:
+    def drafts(self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick) -> Iterator[tuple[Tensor, Tensor]]:
         for index in range(depth):
             held = self.held[index]
             width = max(1, *(end - held[row] for row, end in enumerate(newest)))

@@ -44,9 +44,7 @@ class SharedLayerDrafter(Drafter):
     def read(self, span: Span, hidden: Tensor) -> None:
         span.write(self.states, hidden)
 
-    def drafts(
-        self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick
-    ) -> Iterator[tuple[Tensor | None, Tensor]]:
+    def drafts(self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick) -> Iterator[tuple[Tensor, Tensor]]:
         width = max(1, *(end - self.held[row] for row, end in enumerate(newest)))
         span = Span([end - width for end in newest], width, tokens.device)
         self.inner.read(span, self._forward(span, span.read(self.states), self.cache.go_on(span)))
