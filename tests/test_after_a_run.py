@@ -24,7 +24,9 @@ def test_a_run_is_followed_by_all_commands(
     limits = ["--suite", "demo", "--limit", "4", "--max-new-tokens", "16", "--responses", "responses"]
     assert main(["eval", "runs/smoke", *limits, "--write-baseline", "baselines/main.json"]) == 0
     assert main(["report", "runs/smoke"]) == 0
-    assert (tmp_path / "runs" / "smoke" / "report.html").stat().st_size > 10_000
+    page = (tmp_path / "runs" / "smoke" / "report.html").read_text(encoding="utf-8")
+    for shown in ("What drafts</h3>", "Heads and look-up together, by suite</h3>", "What drafted which token</h2>"):
+        assert shown in page
     capsys.readouterr()
     assert main(["compare", "runs/smoke/acceptance-before.json", "runs/smoke/acceptance.json"]) == 0
     assert "CAR_1" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ class Page(HTMLParser):
         """All that each card says."""
         self.labels: list[str] = []
         self.depths: list[int] = []
+        self.titles: list[str] = []
+        """Of each drafted token."""
         self.addresses: list[str] = []
         self.tags: list[str] = []
         self._suite = ""
@@ -67,6 +70,7 @@ class Page(HTMLParser):
             self.labels.append(given["data-label"])
         if "data-depth" in given:
             self.depths.append(int(given["data-depth"]))
+            self.titles += [given["title"]] if "title" in given else []
         self._summary = given.get("data-summary")
 
     def handle_endtag(self, tag: str) -> None:
@@ -168,9 +172,18 @@ def test_the_report_in_a_browser(run: Path) -> None:
     for k, value in enumerate(suites.suites["demo"].ar, 1):
         assert page.values["demo", f"ar_{k}"] == [pytest.approx(value)]
     assert page.values["builtin-other", "car_1"] == [pytest.approx(held_out.suites["builtin-other"].car[0])]
+    decoded = Acceptance.load(run / "acceptance-decoded.json")
+    total = decoded.total([name for name in decoded.suites if name != "builtin-other"])
+    assert total.drafters is not None
+    assert total.plain_seconds is not None
+    rates = {name: each.tokens / (each.seconds or 0) for name, each in total.drafters.items()}
     assert page.values["all", "speed_up"] == [
-        pytest.approx(Acceptance.load(run / "acceptance-decoded.json").total().speed_up)
+        pytest.approx(rates["together"] * total.plain_seconds / total.tokens, rel=1e-6)
     ]
+    assert page.values["heads and look-up together", "rate"] == [pytest.approx(rates["together"])]
+    assert page.values["look-up alone", "rate"] == [pytest.approx(rates["lookup"])]
+    for name in ("together", "lookup", "heads"):
+        assert page.values["demo", f"tau_{name}"] == [pytest.approx((suites.suites["demo"].drafters or {})[name].tau)]
     assert page.rows["Held-out prompts"]["tau"] == looks[390, False][1]["shown"]
     assert page.rows["Held-out prompts"]["tau"] == f"{held_out.total(apart).tau:.3f}"
     assert page.rows["mtpd eval"]["tau"] == f"{suites.total().tau:.3f}"
@@ -198,6 +211,9 @@ def test_the_report_is_whole_without_a_browser(run: Path) -> None:
     assert "&lt;script&gt;" in text
     page = Page(text)
     assert page.depths == [0, 2]
+    # Of a file from before look-up drafted, heads drafted everything.
+    assert page.titles == ["heads, 2nd draft of its round"]
+    assert "drafted by look-up" not in text
     found = Acceptance.load(run / "acceptance.json")
     together = found.total([name for name in found.suites if name != "builtin-other"])
     assert page.rows["Held-out prompts"]["tau"] == f"{together.tau:.3f}"
@@ -253,17 +269,26 @@ def test_cards_say_what_they_were_measured_on(run: Path) -> None:
         found = Acceptance.load(run / name)
         names = [suite for suite in found.suites if suite != "builtin-other"]
         counts = found.total(names)
-        assert page.rows[title]["tau"] == f"{counts.tau:.3f}"
-        if found.mode == "decoded":
-            assert counts.speed_up is not None
-            assert counts.speed_up_over_engine is not None
-            assert page.rows[title]["speed_up"] == f"{counts.speed_up:.2f}×"
-            assert page.rows[title]["speed_up_over_engine"] == f"{counts.speed_up_over_engine:.2f}×"
-        else:
-            assert page.rows[title]["car_1"] == f"{counts.car[0]:.3f}"
+        assert counts.drafters is not None
+        together = counts.drafters["together"]
+        assert page.rows[title]["tau_together"] == f"{together.tau:.3f}"
         suites = names[0] if len(names) == 1 else f"{len(names)} suites"
-        drafts = f"{counts.depth} draft" + ("s" if counts.depth > 1 else "")
-        said[f"{found.mode}, {suites}, {counts.prompts} prompts, {drafts} a round"] = 4
+        on = f"{found.mode}, {suites}, {counts.prompts} prompts"
+        if found.mode == "decoded":
+            assert counts.plain_seconds is not None
+            assert counts.engine_seconds is not None
+            rate = together.tokens / (together.seconds or 0)
+            assert page.rows[title]["rate"] == f"{rate:.1f}"
+            over_engine = rate * counts.engine_seconds / counts.tokens
+            assert page.rows[title]["speed_up"] == f"{rate * counts.plain_seconds / counts.tokens:.2f}×"
+            assert page.rows[title]["speed_up_over_engine"] == f"{over_engine:.2f}×"
+            assert "tau" not in page.rows[title]
+            said[f"{on}, heads and look-up together"] = 4
+        else:
+            assert page.rows[title]["tau"] == f"{counts.tau:.3f}"
+            assert page.rows[title]["car_1"] == f"{counts.car[0]:.3f}"
+            said[f"{on}, {counts.depth} draft{'s' if counts.depth > 1 else ''} a round"] = 4
+            said[f"{on}, up to 16 drafts a round in one tree"] = 1
     for text, cards in said.items():
         assert sum(text in tile for tile in page.tiles) == cards, text
     assert len(page.tiles) == sum(said.values())
@@ -275,12 +300,11 @@ def test_a_speed_up_never_stands_alone(run: Path) -> None:
     assert page.labels.count("speed-up over generate") == page.labels.count("speed-up over engine without drafts") > 0
     content = json.loads((run / "acceptance-decoded.json").read_text())
     del content["sha256"]
+    # As in files from before the engine without drafts was timed, and before look-up drafted.
     for suite in content["suites"].values():
-        suite["engine_seconds"] = None
-        suite["plain_seconds"] = 9 * suite["seconds"]
-        for row in suite["rows"]:
-            row["engine_seconds"] = None
-            row["plain_seconds"] = 9 * row["seconds"]
+        for part in (suite, *suite["rows"]):
+            part["engine_seconds"] = part["drafters"] = None
+            part["plain_seconds"] = 9 * part["seconds"]
     (run / "acceptance-decoded.json").write_text(json.dumps(content))
     page = report_of(run)
     assert page.rows["Held-out prompts, decoded"]["speed_up"] == "9.00×"
@@ -304,6 +328,19 @@ def test_the_report_from_the_run_alone(run: Path) -> None:
     assert {text["suite"] for text in samples["texts"]} == set(Acceptance.load(run / "acceptance.json").suites)
     page = report_of(run)
     assert page.depths == [depth for text in samples["texts"] for depth in text["depths"]]
+    # What a text says of its tokens is what was counted of it.
+    rows = {
+        row.id: row for suite in Acceptance.load(run / "acceptance.json").suites.values() for row in suite.rows or []
+    }
+    drafted = {}
+    for each in samples["texts"]:
+        drafted[each["id"]] = Counter(pair for pair in zip(each["sources"], each["depths"], strict=True) if pair[0])
+        counted = (rows[each["id"]].drafters or {})["together"].sources
+        assert drafted[each["id"]] == Counter(
+            {(source, depth): n for source, by_depth in counted.items() for depth, n in enumerate(by_depth, 1) if n}
+        )
+    assert sum(drafted.values(), Counter())
+    assert len(page.titles) == sum(sum(each.values()) for each in drafted.values())
     text = (run / "report.html").read_text()
     for shown in (
         provenance["machine"],
@@ -315,7 +352,9 @@ def test_the_report_from_the_run_alone(run: Path) -> None:
     ):
         assert shown in text
     words = re.findall("<div><dt>(.*?)</dt><dd>(.*?)</dd></div>", text[text.index('id="words"') :])
-    assert [word.partition(",")[0] for word, _ in words] == ["tau", "CAR_k", "AR_k", "Σ min(p", "control", "speed-up"]
+    assert [word.partition(",")[0] for word, _ in words] == [
+        *("tau", "CAR_k", "look-up", "AR_k", "Σ min(p", "control", "speed-up")
+    ]
     assert all(len(meaning) > 60 for _, meaning in words)
     # A repeated call keeps when and where it was finished, and the texts.
     edited(run / "provenance.json", machine="another")

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "parallel": BELOW | {"recipe", "trunk", "alignment"},
     "data": BELOW | {"parallel", "decode", "heads", "losses", "trunk", "alignment"},
     "evaluate": BELOW | {"recipe", "decode", "data", "heads", "losses", "trunk", "alignment"},
-    "report": BELOW | {"evaluate", "data", "heads"},
+    "report": BELOW | {"evaluate", "data", "decode", "heads"},
     "formats": BELOW | {"recipe", "evaluate", "decode", "data", "heads", "trunk", "alignment"},
     "train": BELOW | {"recipe", "parallel", "evaluate", "data", "heads", "losses", "trunk", "alignment"},
     "pretrain": BELOW | {"recipe", "parallel", "train", "data", "heads", "losses", "trunk", "alignment"},

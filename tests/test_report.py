@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from mtpd.evaluate.acceptance import RANDOM, Acceptance, PromptCounts, SuiteCounts
+from mtpd.evaluate.acceptance import RANDOM, Acceptance, DrafterCounts, PromptCounts, SuiteCounts
 from mtpd.evaluate.depths import Depth, Depths
 from mtpd.evaluate.gate import compare
 from mtpd.evaluate.intervals import intervals
+from mtpd.evaluate.run_tables import decoded_table
 from mtpd.report import svg
 from mtpd.report.car import write_car
+from mtpd.report.drafting import accepted_from, as_used, ordinal, way_lines
 from mtpd.report.verdict import Measured, verdict
 
 
@@ -87,6 +89,101 @@ def test_what_is_said_of_speed(engine: float | None, tone: str, said: str) -> No
     lines = verdict([], [measured(slow)], None).lines
     assert "More than tau" not in lines[0][1]
     assert lines[1] == ("down", "40 of 40 texts are not those of generate, and no tie explains it.")
+
+
+def with_drafters(found: Acceptance, *, lookup: int, together: int, longer: int = 0) -> Acceptance:
+    """Drafters that take so many forward passes, and decoded as many seconds, for the 200 tokens of a prompt.
+
+    Args:
+        longer: tokens by which the text of both together is longer, as after a tie.
+    """
+    suites = {}
+    for name, suite in found.suites.items():
+        rows = []
+        for number, row in enumerate(suite.rows or []):
+            drafters = {}
+            for drafter, forwards in (("lookup", lookup), ("heads", 150), ("together", together)):
+                passes = forwards + 2 * (number % 3)
+                drafters[drafter] = DrafterCounts(
+                    nodes=16 if found.mode == "offline" else None,
+                    tokens=200 + (longer if drafter == "together" else 0),
+                    forwards=passes,
+                    seconds=None if found.mode == "offline" else passes / 100,
+                    sources={"heads": [60, 20], "lookup": [10, 5, 5]} if drafter == "together" else {},
+                )
+            rows.append(row.model_copy(update={"drafters": drafters}))
+        suites[name] = SuiteCounts.of(rows, suite.depth)
+    return found.model_copy(update={"suites": suites})
+
+
+@pytest.mark.parametrize(
+    ("together", "prompts", "tone", "said"),
+    [
+        (80, 20, "up", "the heads add to it: tau +24.4% [+24."),
+        (100, 20, "down", "the heads add nothing to it that so many prompts can show (tau +0.0% ["),
+        (120, 20, "down", "the heads add nothing to it, they cost: tau -16."),
+        (80, 1, "flat", "the heads add to it (tau +25.0%; too few prompts for an interval)"),
+        (100, 1, "flat", "the heads add nothing to it (tau +0.0%; too few prompts for an interval)"),
+    ],
+)
+def test_what_the_heads_add_to_look_up(together: int, prompts: int, tone: str, said: str) -> None:
+    """Fault: heads that add nothing to what costs nothing are praised for what look-up gives."""
+    found = with_drafters(acceptance(0.4, prompts=prompts), lookup=100, together=together)
+    [(given, line)] = verdict([measured(found)], [], None).lines
+    assert given == tone
+    assert said in line
+    assert f"up to 16 drafts a round: tau {intervals(found)[None]['tau_together'].text()} on " in line
+    assert f"Look-up alone, which costs no training, gives {intervals(found)[None]['tau_lookup'].text()};" in line
+
+
+def test_a_third_source_is_named() -> None:
+    """Fault: what the responses that were trained on give is praised as the heads' own."""
+    found = with_drafters(acceptance(0.4), lookup=100, together=80)
+    for suite in found.suites.values():
+        for part in (suite, *(suite.rows or [])):
+            assert part.drafters is not None
+            part.drafters["together"].sources["corpus"] = [3]
+    [(_, line)] = verdict([measured(found)], [], None).lines
+    assert "the heads and the trained responses add to it: tau +" in line
+
+
+@pytest.mark.parametrize("longer", [0, 20])
+def test_speed_is_that_of_heads_and_look_up_together(longer: int) -> None:
+    """Fault: the speed of a chain that nobody uses, or cards and tables that differ where texts part at a tie."""
+    timed = {"seconds": 9.0, "plain_seconds": 2.0, "engine_seconds": 1.5, "identical": True, "tie": False}
+    found = with_drafters(acceptance(0.4, **timed), lookup=100, together=80, longer=longer)
+    used = as_used(found)
+    assert used is not None
+    ratios = intervals(used)[None]
+    lines = way_lines(found.total())
+    assert [line.used for line in lines] == [False] * 4 + [True]
+    assert lines[-1].over_generate == pytest.approx(ratios["speed_up"].value)
+    assert lines[-1].over_engine == pytest.approx(ratios["speed_up_over_engine"].value)
+    assert ratios["speed_up"].low is not None
+    # As on the terminal.
+    table = decoded_table(found)
+    cells = [list(column.cells) for column in table.columns]
+    assert cells[0] == [line.name for line in lines]
+    assert cells[2] == [f"{line.over_generate:.2f}x" for line in lines]
+    assert cells[4] == ["", *(f"{line.over_before:.2f}x" for line in lines[1:])]
+    decoded = Measured("Decoded", found, used.total(), ratios, None, "")
+    [(_, first), (tone, second)] = verdict([], [decoded], None).lines
+    assert f"{lines[-1].over_generate:.2f}× the tokens/s of transformers' generate" in first
+    assert f"tau {ratios['tau_together'].value:.2f}." in first
+    assert f"look-up alone gives {lines[2].over_generate:.2f}× generate and {lines[2].over_engine:.2f}×" in second
+    added = lines[-1].tokens_per_second / lines[2].tokens_per_second - 1
+    assert (tone, f"the heads add to it: tokens/s {100 * added:+.1f}% [" in second) == ("up", True)
+    assert as_used(acceptance(0.4, **timed)) is None
+    assert as_used(with_drafters(acceptance(0.4), lookup=100, together=80)) is None
+
+
+def test_shares_of_accepted_drafts() -> None:
+    """Fault: shares that do not add up, by source or by depth."""
+    counts = DrafterCounts(tokens=1, forwards=1, sources={"heads": [60, 20], "lookup": [15, 5]})
+    assert accepted_from(counts, "heads") == (0.8, [0.6, 0.2])
+    assert accepted_from(counts, "lookup") == (0.2, [0.15, 0.05])
+    assert accepted_from(DrafterCounts(tokens=1, forwards=1), "heads") is None
+    assert [ordinal(n) for n in (1, 2, 3, 4, 11, 22, 113)] == ["1st", "2nd", "3rd", "4th", "11th", "22nd", "113th"]
 
 
 def test_what_is_said_of_depths() -> None:

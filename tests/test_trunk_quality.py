@@ -1,4 +1,4 @@
-"""The main head's own quality, and texts marked with the depth that drafted each token."""
+"""The main head's own quality, and texts marked with what drafted each token."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from conftest import Learned
 from mtpd.data.builtin_models import tiny_tokenizer
 from mtpd.data.packing import Sample
 from mtpd.data.prompts import Prompt
+from mtpd.decode.chances import Chances
 from mtpd.errors import UserError
 from mtpd.evaluate.measure import Model
 from mtpd.evaluate.offline import walk_offline
@@ -91,18 +92,43 @@ def test_samples_hold_the_text(tmp_path: Path) -> None:
         "one": [Sample.of("a", plain, ids or plain), Sample.of("b", plain, plain * 3), Sample.of("c", plain, [])]
     }
     model = Model(trunk, tokenizer, "t", [])
-    sample_texts(model, random_heads(trunk), samples, heads_fingerprint="h").save(tmp_path / "samples.json")
+    sample_texts(model, random_heads(trunk), samples, chances=Chances(), heads_fingerprint="h").save(
+        tmp_path / "samples.json"
+    )
     assert belong_to(tmp_path / "samples.json", "h")
     assert not belong_to(tmp_path / "samples.json", "others")
     texts = read_samples(tmp_path / "samples.json")
     assert [text.id for text in texts] == ["a", "b"]
     for text, sample in zip(texts, samples["one"], strict=False):
         assert "".join(text.pieces) == tokenizer.decode(sample.response_ids)
-        assert len(text.pieces) == len(text.depths) == len(sample.response_ids)
+        assert text.sources is not None
+        assert len(text.pieces) == len(text.depths) == len(text.sources) == len(sample.response_ids)
     assert read_samples(tmp_path / "missing.json") == []
     (tmp_path / "samples.json").write_text("{")
     with pytest.raises(UserError, match="not a file of sample texts"):
         read_samples(tmp_path / "samples.json")
+
+
+def test_texts_are_drafted_by_heads_and_look_up(learned: Learned) -> None:
+    """Fault: tokens of look-up that count as the heads', two texts with one id mixed up, or no end of text."""
+    trunk, prompt, text = learned.trunk, learned.sample.prompt_ids, learned.sample.response_ids
+    # What stands in the prompt can be looked up from its second token on, and only heads know the other text.
+    samples = {"repeated": [Sample.of("0", prompt + text, text)], "new": [Sample.of("0", prompt, text[:12])]}
+    model = Model(trunk, tiny_tokenizer(), "t", [])
+    repeated, new = sample_texts(model, learned.perfect, samples, chances=Chances(), heads_fingerprint="h").texts
+    assert (len(repeated.pieces), len(new.pieces)) == (len(text), 12)
+    for found in (repeated, new):
+        assert found.sources is not None
+        for source, (before, depth) in zip(found.sources, pairwise([0, *found.depths]), strict=True):
+            assert depth in (0, before + 1)
+            assert (source is None) == (depth == 0)
+    assert "lookup" in (repeated.sources or [])
+    # Look-up goes deeper than three heads can.
+    assert max(repeated.depths) > learned.perfect.depth
+    assert set(new.sources or []) == {None, "heads"}
+    ended = Model(trunk, tiny_tokenizer(), "t", [text[8]])
+    cut = sample_texts(ended, learned.perfect, {"new": samples["new"]}, chances=Chances(), heads_fingerprint="h").texts
+    assert len(cut[0].pieces) == text.index(text[8]) + 1
 
 
 def test_pieces_of_characters_with_several_tokens() -> None:

@@ -7,7 +7,7 @@ costs: so what is measured depends on neither the machine nor its load.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -139,21 +139,10 @@ def measure_drafters(
     with tqdm(total=len(texts), desc="heads and look-up", unit="prompt", disable=not progress) as bar:
         for start in range(0, len(texts), SLOTS):
             some = texts[start : start + SLOTS]
-            responses = [_to_its_end(sample.response_ids, end_tokens) for sample in some]
-            requests = [
-                Request(sample.prompt_ids, len(response)) for sample, response in zip(some, responses, strict=True)
-            ]
             states = [_states(trunk, heads, sample.ids) for sample in some]
             for name, sources in DRAFTERS.items():
-                walk = _Walk(
-                    trunk,
-                    heads,
-                    states,
-                    capacity=max(len(sample.ids) for sample in some),
-                    choice=_Along(responses),
-                    planner=Planner(chances, None, sources, nodes, corpus),
-                )
-                for text in walk.run(requests):
+                planner = Planner(chances, None, sources, nodes, corpus)
+                for text in _walked(trunk, heads, some, states, planner, end_tokens):
                     counts = text.counts(0)
                     row = DrafterCounts(
                         nodes=nodes, tokens=counts.tokens, forwards=counts.forwards, sources=counts.sources
@@ -161,6 +150,42 @@ def measure_drafters(
                     found.setdefault(some[text.number].id, {})[name] = row
             bar.update(len(some))
     return found
+
+
+@torch.inference_mode()
+def drafted_together(
+    trunk: Trunk,
+    heads: Heads,
+    samples: Sequence[Sample],
+    chances: Chances,
+    *,
+    corpus: Corpus | None = None,
+    end_tokens: Collection[int] = (),
+) -> list[list[tuple[Source | None, int]]]:
+    """Of each token of a few texts, those that have a response, what drafted it and how deep in its round.
+
+    None and 0 stand for the main head's own. Arguments are those of `measure_drafters`.
+    """
+    some = [sample for sample in samples if sample.response_ids]
+    states = [_states(trunk, heads, sample.ids) for sample in some]
+    planner = Planner(chances, None, DRAFTERS["together"], NODES, corpus)
+    texts = _walked(trunk, heads, some, states, planner, end_tokens) if some else ()
+    return [text.drafted_by() for text in sorted(texts, key=lambda text: text.number)]
+
+
+def _walked(
+    trunk: Trunk,
+    heads: Heads,
+    samples: Sequence[Sample],
+    states: Sequence[Tensor],
+    planner: Planner,
+    end_tokens: Collection[int],
+) -> Iterable[Text]:
+    """Texts with their rounds, in the order in which they end; `number` is the place of the sample."""
+    responses = [_to_its_end(sample.response_ids, end_tokens) for sample in samples]
+    capacity = max(len(sample.ids) for sample in samples)
+    walk = _Walk(trunk, heads, states, capacity=capacity, choice=_Along(responses), planner=planner)
+    return walk.run([Request(each.prompt_ids, len(text)) for each, text in zip(samples, responses, strict=True)])
 
 
 def with_drafters(suite: SuiteCounts, found: Mapping[str, dict[str, DrafterCounts]]) -> SuiteCounts:

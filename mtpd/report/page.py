@@ -13,14 +13,17 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from mtpd.decode.drafting import CORPUS
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.depths import Depths
+from mtpd.evaluate.drafters import NODES
 from mtpd.evaluate.gate import Comparison, compare, label
 from mtpd.evaluate.intervals import Estimate, intervals
 from mtpd.evaluate.run_tables import TOTAL
 from mtpd.report import svg
 from mtpd.report.car import car_chart, highest, styled
+from mtpd.report.drafting import DRAFTER_NAMES, SOURCE_NAMES, accepted_from, as_used, ordinal, way_lines
 from mtpd.report.samples import SampleText
 from mtpd.report.verdict import Measured, measured_on, verdict
 
@@ -78,7 +81,7 @@ def render_report(contents: ReportContents) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"label": label, "yaml": _yaml}
+    environment.filters |= {"label": label, "yaml": _yaml, "ordinal": ordinal, "accepted_from": accepted_from}
     sections = [_section(section) for section in contents.sections]
     offline = [each for each in sections if not each["decoded"]]
     decoded = [each for each in sections if each["decoded"]]
@@ -98,7 +101,10 @@ def render_report(contents: ReportContents) -> str:
         total=TOTAL,
         style=Markup(svg.STYLE),
         swatch=lambda style: Markup(svg.swatch(style)),
-        most_depths=max((max(text.depths, default=0) for text in contents.samples), default=0),
+        nodes=NODES,
+        drafter_names=DRAFTER_NAMES,
+        source_names=SOURCE_NAMES,
+        sources={source for text in contents.samples for source in text.sources or ()},
     )
 
 
@@ -139,19 +145,30 @@ def _duration(seconds: float) -> str:
 def _section(section: Section) -> dict[str, Any]:
     """Numbers and charts of one measurement."""
     sides = {} if section.before is None else {section.before_name: intervals(section.before, apart=section.apart)}
-    sides["this run"] = after = intervals(section.after, apart=section.apart)
+    # Where heads and look-up were timed together, that is what a user gets.
+    used = as_used(section.after, apart=section.apart)
+    shown = used or section.after
+    sides["this run"] = after = intervals(shown, apart=section.apart)
     before: Mapping[str | None, Mapping[str, Estimate]] = sides.get(section.before_name, {})
     depth = section.after.total().depth
-    comparison, why = _compare(section)
+    comparison, why = _compare(section, shown)
     names = [name for name in after if name is not None]
     together = [name for name in names if name not in section.apart]
-    counts = {name: section.after.suites[name] for name in names} | {None: section.after.total(together)}
+    counts = {name: shown.suites[name] for name in names} | {None: shown.total(together)}
     top = highest(sides)
     title = section.title
     return {
         "title": title,
         "decoded": section.after.mode == "decoded",
-        "measured_on": measured_on(section.after, together),
+        "used": used is not None,
+        "sources": {
+            name: what
+            for name, what in SOURCE_NAMES.items()
+            if name != CORPUS or any(name in each.sources for each in (counts[None].drafters or {}).values())
+        },
+        "measured_on": measured_on(section.after, together, "heads and look-up together" if used else ""),
+        "measured_in_tree": measured_on(section.after, together, f"up to {NODES} drafts a round in one tree"),
+        "ways": way_lines(section.after.total(together)) if used else [],
         "measured": Measured(
             title,
             section.after,
@@ -160,6 +177,7 @@ def _section(section: Section) -> dict[str, Any]:
             comparison,
             section.before_name if section.before else "",
             section.kept,
+            section.apart,
         ),
         "section": section,
         "styles": styled(sides),
@@ -176,15 +194,21 @@ def _section(section: Section) -> dict[str, Any]:
     }
 
 
-def _compare(section: Section) -> tuple[Comparison | None, str]:
+def _compare(section: Section, after: Acceptance) -> tuple[Comparison | None, str]:
     """Paired changes, or why there are none."""
     if section.before is None:
         return None, ""
+    before = section.before
+    if after is not section.after:
+        used = as_used(before, apart=section.apart)
+        if used is None:
+            return None, f"{section.before_name} was decoded by a chain of heads, without look-up"
+        before = used
     try:
         names = [name for name in section.after.suites if name not in section.apart]
         sides = (
             each.model_copy(update={"suites": {name: each.suites[name] for name in names if name in each.suites}})
-            for each in (section.before, section.after)
+            for each in (before, after)
         )
         return compare(*sides, names=("the baseline", "this run")), ""
     except UserError as error:

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from mtpd.decode.drafting import CORPUS
 from mtpd.evaluate.acceptance import RANDOM, Acceptance, SuiteCounts
 from mtpd.evaluate.depths import Depths
 from mtpd.evaluate.gate import Comparison
 from mtpd.evaluate.intervals import Estimate
+from mtpd.report.drafting import added_by_heads, as_used
 
 COLLAPSED = 0.5
 """A control above this share of CAR_1 has not collapsed."""
@@ -28,7 +30,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Measured:
-    """One measurement, as far as a verdict reads it."""
+    """One measurement, as far as a verdict reads it; seconds of `counts` and `ratios` are those of what a user gets."""
 
     title: str
     acceptance: Acceptance
@@ -40,6 +42,8 @@ class Measured:
     """What it is compared with; empty for nothing."""
     kept: bool = True
     """These are the run's heads, and not trained ones that were worse than the start."""
+    apart: tuple[str, ...] = ()
+    """Suites that are not summed."""
 
 
 def verdict(offline: list[Measured], decoded: list[Measured], depths: Depths | None) -> Verdict:
@@ -53,6 +57,8 @@ def verdict(offline: list[Measured], decoded: list[Measured], depths: Depths | N
     if first.acceptance.random_trunk:
         lines.append(("down", RANDOM))
     lines += [_headline(each) for each in offline if each is not first]
+    for each in offline:
+        lines += _together(each)
     for each in decoded:
         lines += _speed(each)
     if depths is not None and depths.fastest:
@@ -98,6 +104,42 @@ def _headline(measured: Measured) -> tuple[Tone, str]:
     return change.direction, f"{said[change.direction]}: {numbers}.{start}"
 
 
+def _together(measured: Measured) -> Iterator[tuple[Tone, str]]:
+    """What heads and look-up accept in one tree, what look-up alone does, and what the heads add to it."""
+    drafters = measured.counts.drafters
+    if not drafters or not {"together", "lookup"} <= drafters.keys():
+        return
+    together, lookup = measured.ratios["tau_together"], measured.ratios["tau_lookup"]
+    tone, added = _added(measured)
+    yield (
+        tone,
+        f"{measured.title}, heads and look-up together, up to {drafts(drafters['together'].nodes or 0)} a round: tau "
+        f"{together.text()} on {prompts_of(measured.counts.prompts)}. Look-up alone, which costs no training, gives "
+        f"{lookup.text()}; {added}.",
+    )
+
+
+def _added(measured: Measured) -> tuple[Tone, str]:
+    """What the heads add to look-up, and whether so many prompts can show it."""
+    added = added_by_heads(measured.acceptance, apart=measured.apart)
+    if added is None:
+        return "flat", "what the heads add to it was not measured prompt by prompt"
+    together = (measured.counts.drafters or {})["together"]
+    # Both together may have a third source.
+    who = "the heads and the trained responses" if CORPUS in together.sources else "the heads"
+    what = "tau" if measured.acceptance.mode == "offline" else "tokens/s"
+    shown = f"{what} {100 * added.value:+.1f}%"
+    if added.low is None or added.high is None:
+        said = "add to it" if added.value > 0 else "add nothing to it"
+        return "flat", f"{who} {said} ({shown}; too few prompts for an interval)"
+    shown += f" [{100 * added.low:+.1f}, {100 * added.high:+.1f}]"
+    if added.low > 0:
+        return "up", f"{who} add to it: {shown}"
+    if added.high < 0:
+        return "down", f"{who} add nothing to it, they cost: {shown}"
+    return "down", f"{who} add nothing to it that so many prompts can show ({shown})"
+
+
 def _speed(measured: Measured) -> Iterator[tuple[Tone, str]]:
     """Both ratios, what the larger one is made of, and whether the texts are the same."""
     counts = measured.counts
@@ -109,20 +151,34 @@ def _speed(measured: Measured) -> Iterator[tuple[Tone, str]]:
         if over_engine is None
         else f"{over_engine:.2f}× the tokens/s of the same engine without drafts"
     )
+    lookup = as_used(measured.acceptance, apart=measured.apart, drafter="lookup")
+    drafted, tau = f"{drafts(counts.depth)} a round", counts.tau
+    if lookup is not None:
+        drafted, tau = "heads and look-up together", measured.ratios["tau_together"].value
     text = (
-        f"{measured.title}, {drafts(counts.depth)} a round, {counts.prompts} prompts: {counts.speed_up:.2f}× the "
-        f"tokens/s of transformers' generate; {alone}; tau {counts.tau:.2f}."
+        f"{measured.title}, {drafted}, {prompts_of(counts.prompts)}: {counts.speed_up:.2f}× the "
+        f"tokens/s of transformers' generate; {alone}; tau {tau:.2f}."
     )
-    if counts.speed_up > counts.tau:
+    if counts.speed_up > tau:
         text += " More than tau is not the drafts: generate's own loop is slower than this engine."
     tone: Tone = "flat" if over_engine is None else "up" if over_engine > 1 else "down"
     yield tone, text
+    if lookup is not None:
+        total = lookup.total(name for name in lookup.suites if name not in measured.apart)
+        tone, added = _added(measured)
+        over = (
+            f"{ratio:.2f}× {name}"
+            for ratio, name in ((total.speed_up, "generate"), (total.speed_up_over_engine, "the engine without drafts"))
+            if ratio is not None
+        )
+        yield tone, f"{measured.title}: look-up alone gives {' and '.join(over)}; {added}."
     if counts.identical is not None and counts.identical < counts.prompts:
         others, ties = counts.prompts - counts.identical, counts.ties or 0
         if ties < others:
             yield (
                 "down",
-                f"{others - ties} of {counts.prompts} texts are not those of generate, and no tie explains it.",
+                f"{others - ties} of {counts.prompts} texts{' of a chain of all heads' * (lookup is not None)} are not "
+                "those of generate, and no tie explains it.",
             )
 
 
@@ -153,8 +209,13 @@ def prompts_of(count: int) -> str:
     return f"{count} prompt" + ("s" if count != 1 else "")
 
 
-def measured_on(acceptance: Acceptance, suites: list[str]) -> str:
-    """Suites, prompts, drafts and mode of a measurement, for each card that shows a number of it."""
+def measured_on(acceptance: Acceptance, suites: list[str], drafting: str = "") -> str:
+    """Suites, prompts, drafts and mode of a measurement, for each card that shows a number of it.
+
+    Args:
+        drafting: what drafted; by default a chain of all heads.
+    """
     prompts = sum(acceptance.suites[name].prompts for name in suites)
     where = suites[0] if len(suites) == 1 else f"{len(suites)} suites"
-    return f"{acceptance.mode}, {where}, {prompts_of(prompts)}, {drafts(acceptance.total().depth)} a round"
+    drafting = drafting or f"{drafts(acceptance.total().depth)} a round"
+    return f"{acceptance.mode}, {where}, {prompts_of(prompts)}, {drafting}"

@@ -60,7 +60,7 @@ def measured_offline(session: Session, heads: Heads, samples: Sequence[Sample]) 
 
 
 def keep_texts(session: Session, heads: Heads, samples: Sequence[Sample]) -> None:
-    """Writes which head drafts which token of a few held-out texts, for the report. All ranks call it.
+    """Writes what drafts which token of a few held-out texts, heads or look-up, for the report. All ranks call it.
 
     Texts that are there already are kept where they belong to the same heads, also those of `mtpd eval`.
     """
@@ -73,7 +73,14 @@ def keep_texts(session: Session, heads: Heads, samples: Sequence[Sample]) -> Non
         for sample in samples:
             families.setdefault(sample.family or "prompts", []).append(sample)
         model = Model(session.trunk, session.tokenizer, session.fingerprint, session.ends)
-        found = sample_texts(model, _in_format_of_trunk(session, heads), families, heads_fingerprint=fingerprint)
+        found = sample_texts(
+            model,
+            _in_format_of_trunk(session, heads),
+            families,
+            chances=read_chances(run.heads),
+            corpus=read_corpus(run.heads, session.tokenizer),
+            heads_fingerprint=fingerprint,
+        )
         if ranks.is_main():
             found.save(run.samples)
     ranks.barrier()

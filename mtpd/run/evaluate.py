@@ -61,6 +61,8 @@ def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: 
     if request.drafts is not None:
         heads.shorten(request.drafts)
     model = Model(finished.trunk, finished.tokenizer, finished.fingerprint, finished.ends)
+    folder = request.run / request.heads
+    chances, corpus = read_chances(folder), read_corpus(folder, finished.tokenizer)
     acceptance, trace = measure_suites(
         model,
         heads,
@@ -68,15 +70,18 @@ def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: 
         heads_fingerprint=fingerprint_file(request.run / request.heads / WEIGHTS),
         mode=mode,
         responses=request.responses,
-        chances=read_chances(request.run / request.heads),
-        corpus=read_corpus(request.run / request.heads, finished.tokenizer),
+        chances=chances,
+        corpus=corpus,
         trained=trained_prompts(run),
         progress=progress,
     )
     path = request.output or (run.evaluation if mode == "offline" else run.evaluation_decoded)
     acceptance.save(path)
     if mode == "offline" and request.heads == "heads":
-        sample_texts(model, heads, trace.samples, heads_fingerprint=acceptance.heads).save(run.samples)
+        found = sample_texts(
+            model, heads, trace.samples, chances=chances, corpus=corpus, heads_fingerprint=acceptance.heads
+        )
+        found.save(run.samples)
     estimates = intervals(acceptance)
     to = console(quiet=not progress)
     to.print(tables.suites_table(acceptance, estimates))
