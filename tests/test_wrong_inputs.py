@@ -193,8 +193,8 @@ TYPOS = [
     (["recipe", "copy", "demo", "-o", "FILE/x"], "is a file"),
     (["generate", "RUN", "--prompt", "x", "--dtype", "fp16"], "'auto', 'float32', 'bfloat16', 'float16'"),
     (
-        ["generate", "RUN", "--prompt", "x", "--sources", "heads,corpus"],
-        "--sources: corpus is not accepted",
+        ["generate", "RUN", "--prompt", "x", "--sources", "heads,tree"],
+        "--sources: tree is not accepted",
     ),
     (["chat", "RUN", "--sources", ","], "--sources: nothing is not accepted; accepted: heads, lookup"),
     (["generate", "RUN", "--prompt", "x", "--depth", "0"], "'--depth': Input should be greater than or equal to 1"),
