@@ -88,6 +88,7 @@ def _drafts(
 ) -> None:
     tokens = torch.randint(3, 250, (1, 128))
     ways: dict[str, Callable[[], Any]] = {}
+
     def pick(logits: torch.Tensor, _: int) -> torch.Tensor:
         return logits.argmax(-1)
 

@@ -120,6 +120,7 @@ def measure_drafters(
     chances: Chances,
     *,
     corpus: Corpus | None = None,
+    nodes: int = NODES,
     end_tokens: Collection[int] = (),
     progress: bool = True,
 ) -> dict[str, dict[str, DrafterCounts]]:
@@ -130,6 +131,7 @@ def measure_drafters(
         samples: prompts with the trunk's own greedy responses.
         chances: how often drafts are right, best counted on other texts.
         corpus: other texts in which continuations are looked up too.
+        nodes: drafts of a round at most.
         end_tokens: ids that end a text.
     """
     found: dict[str, dict[str, DrafterCounts]] = {}
@@ -149,12 +151,12 @@ def measure_drafters(
                     states,
                     capacity=max(len(sample.ids) for sample in some),
                     choice=_Along(responses),
-                    planner=Planner(chances, None, sources, NODES, corpus),
+                    planner=Planner(chances, None, sources, nodes, corpus),
                 )
                 for text in walk.run(requests):
                     counts = text.counts(0)
                     row = DrafterCounts(
-                        nodes=NODES, tokens=counts.tokens, forwards=counts.forwards, sources=counts.sources
+                        nodes=nodes, tokens=counts.tokens, forwards=counts.forwards, sources=counts.sources
                     )
                     found.setdefault(some[text.number].id, {})[name] = row
             bar.update(len(some))
