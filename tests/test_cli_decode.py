@@ -21,7 +21,7 @@ from mtpd.cli import bench, main
 from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.decode.chances import Chances, write_chances
 from mtpd.decode.costs import measure_costs
-from mtpd.decode.drafting import HEADS, LOOKUP, Drafting
+from mtpd.decode.drafting import HEADS, LOOKUP, SOURCES, Drafting
 from mtpd.decode.model import Model
 from mtpd.decode.planner import Costs
 from mtpd.decode.speed import WAYS, compare
@@ -110,7 +110,7 @@ def test_load_refuses(run: Path, tmp_path: Path) -> None:
 
 def test_what_drafts_is_read(finished: Path) -> None:
     """Fault: a setting that nobody reads, or that says another thing than it did."""
-    assert read_settings("auto") == Drafting() == Drafting(sources=(HEADS, LOOKUP), depth=None, sampled=False)
+    assert read_settings("auto") == Drafting() == Drafting(sources=SOURCES, depth=None, sampled=False)
     assert read_settings({"sources": ["lookup"]}) == Drafting(sources=(LOOKUP,))
     assert read_settings({"depth": 2, "sampled": True}) == Drafting(depth=2, sampled=True)
     assert read_settings(Drafting(depth=1)) == Drafting(depth=1)
@@ -121,7 +121,7 @@ def test_what_drafts_is_read(finished: Path) -> None:
     ("given", "where"),
     [
         ("always", "drafting: "),
-        ({"sources": ["heads", "corpus"]}, "drafting.sources.1: "),
+        ({"sources": ["heads", "tree"]}, "drafting.sources.1: "),
         ({"sources": []}, "drafting.sources: "),
         ({"depth": 0}, "drafting.depth: "),
         ({"tree": 16}, "drafting.tree: "),
@@ -134,7 +134,9 @@ def test_unknown_settings_are_one_line(given: Any, where: str, finished: Path) -
         load(finished, drafting=given)
     said = str(caught.value)
     assert said.startswith(where)
-    assert said.endswith("; accepted: auto, or a mapping of sources (a list of heads, lookup), depth and sampled")
+    assert said.endswith(
+        "; accepted: auto, or a mapping of sources (a list of heads, lookup, corpus), depth and sampled"
+    )
     assert "\n" not in said
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import TOKENS, greedy_text, plain_text, random_heads, random_tokens, tiny_trunk
-from conftest import Learned, learn
+from conftest import FREE, Learned, learn
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
@@ -153,8 +153,9 @@ def test_rows_are_texts_of_their_own(name: str, trunk: Trunk) -> None:
     limits = [30, 4, 30, 11, 1, 30]
     requests = [Request(prompt, limits[number]) for number, (prompt, _) in texts.items()]
     for heads in (None, random_heads(trunk), Scripted(list(texts.values()), PATCHY)):
-        for slots in (2, 3, 6):
-            engine = Engine(trunk, heads, slots=slots, capacity=72)  # type: ignore[arg-type]
+        # A chain of heads, and heads and look-up together.
+        for slots, plan in ((2, None), (3, None), (6, None), (2, Planner(Chances(), FREE))):
+            engine = Engine(trunk, heads, slots=slots, capacity=72, planner=plan)  # type: ignore[arg-type]
             written = list(engine.run(requests))
             assert sorted(text.number for text in written) == list(texts)
             for text in written:

@@ -17,7 +17,8 @@ from mtpd.heads import KINDS, register
 from mtpd.recipe import load_recipe
 
 PACKAGE = Path(__file__).parents[1] / "mtpd"
-NAMESAKES = {"medusa": ("formats",), "chain": ("decode/speed.py", "cli/bench.py")}
+WAYS = ("decode/speed.py", "cli/bench.py", "evaluate/decoded.py", "evaluate/run_tables.py")
+NAMESAKES = {"medusa": ("formats",), "chain": WAYS}
 """What has the name of a kind, and where: a family of checkpoints, a layout of exports, a way of drafting."""
 
 
