@@ -47,7 +47,7 @@ def test_an_evaluation(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert measure(run, *SHORT, "-o", str(file)) == 0
     shown = capsys.readouterr().out
     found = Acceptance.load(file)
-    assert (found.mode, found.schema_version, list(found.suites)) == ("offline", 2, ["demo"])
+    assert (found.mode, found.schema_version, list(found.suites)) == ("offline", 3, ["demo"])
     suite = found.suites["demo"]
     assert suite.rows is not None
     assert (suite.prompts, len(suite.rows)) == (84, 84)

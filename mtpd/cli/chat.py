@@ -29,7 +29,7 @@ def chat(
 ) -> None:
     """Talk with a run's model, through its chat template. An empty line or Ctrl-D ends the talk.
 
-    Accepted drafts are green (heads), blue (look-up) or yellow (corpus); the others have no colour.
+    Accepted drafts are green (heads), cyan (look-up) or yellow (corpus); the others have no colour.
 
     Example:
 

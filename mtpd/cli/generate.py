@@ -74,7 +74,7 @@ def generate(
     untrusted: UntrustedRun = False,
     debug: Debug = False,
 ) -> None:
-    """Answer one prompt. Accepted drafts are green (heads), blue (look-up) or yellow (corpus), the rest has no colour.
+    """Answer one prompt. Accepted drafts are green (heads), cyan (look-up) or yellow (corpus), the rest has no colour.
 
     Example:
 
