@@ -18,7 +18,7 @@ from mtpd.formats.layouts.table import LAYOUTS
 
 
 def test_runs_of_the_built_in_model_are_inspected_and_exported(
-    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fault: the run that tests an installation refused, because its model is made by code and lies in no file."""
     assert main(["inspect", str(finished_run)]) == 0
@@ -26,6 +26,7 @@ def test_runs_of_the_built_in_model_are_inspected_and_exported(
     assert main(["export", str(finished_run), "--to", "transformers", "-o", str(tmp_path / "out")]) == 0
     assert "every tensor of the heads" in capsys.readouterr().out
     words = ["--engine", "transformers", "--limit", "1", "--max-new-tokens", "12", "--no-perturb"]
+    monkeypatch.setattr("mtpd.progress.DELAY", 0)
     main(["verify", str(tmp_path / "out"), *words])
     output = capsys.readouterr()
     assert "1 of 1 texts are the plain model's" in output.out
