@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from mtpd.cli.import_ import Output
 from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
+from mtpd.formats.layout import ENGINES, targets
 from mtpd.run.check import check_finished
 
-Target = Literal[
-    "transformers",
-    "vllm",
-    "sglang",
-    "in-place",
-    "hf-mtp",
-    "mimo-draft",
-    "mimo",
-    "fastmtp",
-    "glm4moe",
-    "speculators",
-    "medusa",
-]
-"""Engines and layouts; written out here, so that a misspelt one is named before torch is imported."""
+
+def _target(name: str) -> str:
+    """An engine or a layout, looked up before torch is imported."""
+    if name not in targets():
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(map(repr, targets()))}.")
+    return name
 
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory of mtpd distill or mtpd import.")],
     to: Annotated[
-        Target,
-        typer.Option("--to", help="An engine (transformers, vllm, sglang), to have a layout chosen; or a layout."),
+        str,
+        typer.Option(
+            "--to",
+            metavar=f"[{'|'.join(targets())}]",
+            callback=_target,
+            autocompletion=targets,
+            help=f"An engine ({', '.join(ENGINES)}), to have a layout chosen; or a layout.",
+        ),
     ],
     output: Output,
     depth: Annotated[int | None, typer.Option("--depth", min=1, help="Depths to export. Default: all.")] = None,

@@ -11,7 +11,7 @@ import torch
 
 from mtpd.errors import UserError
 from mtpd.formats.directory import Checkpoint
-from mtpd.formats.find_heads import base_tensor
+from mtpd.formats.find_heads import base_tensor, find_heads
 from mtpd.formats.importing import open_checkpoint
 from mtpd.formats.layer_names import Tensors
 from mtpd.formats.tensors import FLOATS, Stored, cast, computed, read_header
@@ -80,6 +80,15 @@ class Run:
     @property
     def model_type(self) -> str:
         return str(self.base.text_config.get("model_type", ""))
+
+    @property
+    def base_has_heads(self) -> bool:
+        """Whether the base has MTP heads of its own, of a family that is known."""
+        try:
+            find_heads(self.base)
+        except UserError:
+            return False
+        return True
 
     @property
     def hidden_size(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from mtpd.errors import UserError
 from mtpd.formats.directory import CONFIG, Checkpoint
 from mtpd.formats.families import FAMILIES
-from mtpd.formats.families.table import OTHER, Family
+from mtpd.formats.family import OTHER, Family
 from mtpd.formats.layer_names import Tensors, to_module
 from mtpd.formats.tensors import FLOATS, Stored, computed, joined, part
 
@@ -143,11 +143,11 @@ class NoHeads(UserError):
     """A checkpoint of an ordinary model: nothing declares heads, and nothing looks like any."""
 
 
-def find_heads(checkpoint: Checkpoint, *, family: str | None = None, base: Checkpoint | None = None) -> Native:
+def find_heads(checkpoint: Checkpoint, *, family: Family | str | None = None, base: Checkpoint | None = None) -> Native:
     """The heads of a checkpoint.
 
     Args:
-        family: its name, where the config does not tell.
+        family: the family or its name, where the config does not tell.
         base: the model that heads in a directory of their own belong to.
 
     Raises:
@@ -193,22 +193,22 @@ def find_heads(checkpoint: Checkpoint, *, family: str | None = None, base: Check
     return Native(checkpoint, chosen, found, key, mapped, base or checkpoint)
 
 
-def _family(checkpoint: Checkpoint, name: str | None) -> Family:
+def _family(checkpoint: Checkpoint, name: Family | str | None) -> Family:
+    if isinstance(name, Family):
+        return name
     if name is not None:
         if name not in FAMILIES:
             raise UserError(f"family: {name} is not known; accepted: {', '.join(FAMILIES)}")
         return FAMILIES[name]
     architectures = set(checkpoint.config.get("architectures") or ())
     kinds = {checkpoint.config.get("model_type"), checkpoint.text_config.get("model_type")}
-    for family in FAMILIES.values():
-        if architectures & set(family.architectures):
-            return family
-    native = FAMILIES["transformers"]
-    for family in FAMILIES.values():
-        if kinds & set(family.model_types):
-            return family
-    if native.declared(checkpoint.config, checkpoint.text_config)[1]:
-        return native
+    for fits in (
+        lambda family: architectures & set(family.architectures),
+        lambda family: kinds & set(family.model_types),
+        lambda family: family.any_base and family.declared(checkpoint.config, checkpoint.text_config)[1],
+    ):
+        if found := next(filter(fits, FAMILIES.values()), None):
+            return found
     like = [tensor for tensor in checkpoint.tensors if HEAD_LIKE.search(tensor)]
     kind = checkpoint.text_config.get("model_type")
     if like:

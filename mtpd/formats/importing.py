@@ -13,7 +13,7 @@ from mtpd.data import builtin_models
 from mtpd.data.sources import hub_access
 from mtpd.errors import UserError
 from mtpd.formats.directory import CONFIG, INDEX, Checkpoint, link_others, new_directory, write_beside, write_json
-from mtpd.formats.families.table import OTHER
+from mtpd.formats.family import OTHER
 from mtpd.formats.find_heads import Native, find_heads, layer_shapes
 from mtpd.formats.tensors import stored, write_tensors
 from mtpd.formats.to_family import first_heads

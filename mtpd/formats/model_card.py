@@ -7,18 +7,16 @@ import re
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mtpd.evaluate.acceptance import RANDOM, Acceptance, SuiteCounts
 from mtpd.files import fingerprint_file
 from mtpd.formats.exported_run import Run
 from mtpd.formats.find_heads import find_heads
+from mtpd.formats.layout import Layout
 from mtpd.heads import WEIGHTS
 from mtpd.recipe import dump
 from mtpd.recipe.text import to_yaml
-
-if TYPE_CHECKING:
-    from mtpd.formats.layouts.table import Layout
 
 CARD = "README.md"
 OWN_CARD = "README-mtpd.md"
@@ -56,7 +54,7 @@ def model_card(run: Run, layout: Layout, output: Path) -> str:
     """Markdown with the metadata that model hubs read."""
     blocks = "one block" if run.recycles else f"{run.blocks} different blocks"
     parts = [
-        f"---\nlibrary_name: {'vllm' if 'vLLM' in layout.serve else 'transformers'}\ntags:\n- mtp\n"
+        f"---\nlibrary_name: {'vllm' if 'vllm' in layout.serve else 'transformers'}\ntags:\n- mtp\n"
         f"- speculative-decoding\n{to_yaml({'base_model': run.model})}---\n",
         f"# {_inline(output.name)}\n",
         f"Multi-token-prediction heads for `{_inline(run.model)}`, trained by self-distillation with mtpd. "
@@ -123,18 +121,14 @@ def _times(speed_up: float | None) -> str:
 
 def _serving(run: Run, layout: Layout, output: Path) -> list[str]:
     base = str(run.base.path) if run.model == "demo" else run.model
-    serve = layout.serve
-    if layout.name == "in-place":
+    commands = layout.commands(out=str(output), base=base, drafts=run.depth, heads=run.written)
+    if layout.replaces:
         # The base's own family decides.
         known = find_heads(run.base).family.engines
-        serve = {engine: command for engine, command in serve.items() if engine.startswith(known)}
-    if not serve:
+        commands = {engine: command for engine, command in commands.items() if engine.startswith(known)}
+    if not commands:
         return ["No engine loads this directory by itself.\n"]
-    lines = []
-    for engine, command in serve.items():
-        text = command.format(out=output, base=base, k=run.depth, n=run.written)
-        lines += [f"{engine}:\n", f"```\n{text}\n```\n"]
-    return lines
+    return [line for engine, command in commands.items() for line in (f"{engine}:\n", f"```\n{command}\n```\n")]
 
 
 def read_says(folder: Path) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from mtpd.formats.directory import link_others
-from mtpd.formats.families.table import OTHER
+from mtpd.formats.family import OTHER
 from mtpd.formats.find_heads import Native
 from mtpd.formats.tensors import Stored, chunks, stored
 

@@ -29,6 +29,7 @@ from mtpd.formats.engines import with_transformers
 from mtpd.formats.exported_run import Run
 from mtpd.formats.find_heads import HEAD, Native, find_heads, layer_shapes
 from mtpd.formats.importing import heads_config
+from mtpd.formats.layout import Layout
 from mtpd.formats.noise_check import Perturbed, kind_of, perturbed
 from mtpd.formats.tensors import is_zero
 from mtpd.heads import KINDS, build_heads
@@ -57,11 +58,8 @@ class Texts:
     chosen: Tensor
 
 
-def read_back(run: Run, folder: Path, *, layout: str, family: str | None) -> str:
+def read_back(run: Run, folder: Path, layout: Layout) -> str:
     """Reads an export as a loader does, as it was written and with noise in it.
-
-    Args:
-        family: to read the export with, where its config does not tell.
 
     Returns:
         What was found, for people.
@@ -73,7 +71,7 @@ def read_back(run: Run, folder: Path, *, layout: str, family: str | None) -> str
         return f"not read back: the base is quantised ({run.base.quantisation.get('quant_method')})"
     written = Checkpoint(folder)
     apart = not layer_shapes(written, without=set())
-    native = find_heads(written, family=family, base=run.base if apart else written)
+    native = find_heads(written, family=layout.family, base=run.base if apart else written)
     where = run.base.path if apart else folder
     try:
         # Loading the base is the longest part of it where the base is large.
@@ -94,14 +92,14 @@ def read_back(run: Run, folder: Path, *, layout: str, family: str | None) -> str
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MtpdError(
-            f"export {layout}: what was written cannot be read back: {reason}; --no-perturb leaves this check out"
+            f"export {layout.name}: what was written cannot be read back: {reason}; --no-perturb leaves this check out"
         ) from error
     if ignored:
         more = f" and {len(ignored) - 1} more" * (len(ignored) > 1)
         raise MtpdError(
-            f"export {layout}: {name} does not read {ignored[0]}{more}: other numbers there leave what it drafts as it "
-            f"is; `mtpd inspect {run.path}` lists the layouts that fit, `mtpd generate {run.path}` decodes without "
-            "any, and --no-perturb writes this one all the same"
+            f"export {layout.name}: {name} does not read {ignored[0]}{more}: other numbers there leave what it drafts "
+            f"as it is; `mtpd inspect {run.path}` lists the layouts that fit, `mtpd generate {run.path}` decodes "
+            "without any, and --no-perturb writes this one all the same"
         )
     count = texts.ids[:, :-2].numel()
     return (

@@ -23,18 +23,16 @@ from mtpd.evaluate.decoded import parted_at_tie
 from mtpd.formats.directory import Checkpoint
 from mtpd.formats.engines import with_transformers, with_vllm
 from mtpd.formats.engines.result import Served
-from mtpd.formats.export import FAMILIES_OF
 from mtpd.formats.find_heads import find_heads
 from mtpd.formats.importing import open_checkpoint
+from mtpd.formats.layout import Layout
+from mtpd.formats.layouts import layout_of
 from mtpd.formats.model_card import SAYS, read_says
 from mtpd.formats.noise_check import accepts_less, perturbed
 from mtpd.heads import load_heads
 from mtpd.trunk import Trunk
 
-LAYOUTS = {
-    "transformers": ("hf-mtp", "in-place", "glm4moe"),
-    "vllm": ("mimo-draft", "mimo", "glm4moe", "in-place", "medusa"),
-}
+ENGINES = ("transformers", "vllm")
 PERTURBED = 2
 """Prompts that are served with noise for heads."""
 CONFIDENCE = 1.96
@@ -129,10 +127,10 @@ def verify(
     says = read_says(folder)
     if says is None:
         raise UserError(f"{folder}: has no {SAYS}, so it is no export of mtpd; give the output of mtpd export")
-    layout = str(says["layout"])
-    if engine not in LAYOUTS or layout not in LAYOUTS[engine]:
-        able = [name for name, layouts in LAYOUTS.items() if layout in layouts]
-        raise UserError(f"--engine {engine}: does not load layout {layout}; accepted: {', '.join(able) or 'none'}")
+    layout = layout_of(says)
+    able = [name for name in ENGINES if name in layout.serve]
+    if engine not in able:
+        raise UserError(f"--engine {engine}: does not load layout {layout.name}; accepted: {', '.join(able) or 'none'}")
     depth = drafts or int(says["depth"])
     model, tokenizer = load_model(str(says["base"]), dtype="float32", device="cpu")
     trunk = Trunk(model)
@@ -146,7 +144,7 @@ def verify(
     chosen = chosen[:: max(1, len(chosen) // limit)][:limit]
     texts = [render(tokenizer, prompt) for prompt in chosen]
     plain, counts = [], Counts(heads.depth)
-    native = find_heads(Checkpoint(folder), family=FAMILIES_OF.get(layout), base=Checkpoint(folder))
+    native = find_heads(Checkpoint(folder), family=layout.family, base=Checkpoint(folder))
     spoiled = texts[:PERTURBED] if perturb else []
     # Plain, by mtpd, by the engine: texts of about the same cost.
     with (
@@ -166,12 +164,12 @@ def verify(
             bar.update()
         bar.set_description(engine)
         asked = [(folder, texts), *([(copy.folder, spoiled)] if copy is not None else [])]
-        served, *others = _serve(engine, asked, says, max_new_tokens, depth, environment, bar)
+        served, *others = _serve(engine, asked, layout, says, max_new_tokens, depth, environment, bar)
     ties = sum(
         theirs != ours and parted_at_tie(trunk, torch.tensor(prompt), ours, theirs)
         for prompt, theirs, ours in zip(texts, served.texts, plain, strict=True)
     )
-    return Verified(layout, served, plain, counts, ties, others[0] if others else None)
+    return Verified(layout.name, served, plain, counts, ties, others[0] if others else None)
 
 
 def plain_text(trunk: Trunk, prompt: torch.Tensor, max_new_tokens: int) -> list[int]:
@@ -187,6 +185,7 @@ def plain_text(trunk: Trunk, prompt: torch.Tensor, max_new_tokens: int) -> list[
 def _serve(
     engine: str,
     asked: Sequence[tuple[Path, Sequence[Sequence[int]]]],
+    layout: Layout,
     says: dict[str, object],
     max_new_tokens: int,
     depth: int,
@@ -199,19 +198,12 @@ def _serve(
             with_transformers.serve(folder, each, max_new_tokens=max_new_tokens, progress=bar.update)
             for folder, each in asked
         ]
-    models = [_for_vllm(folder.resolve(), prompts, says, depth) for folder, prompts in asked]
+    models = []
+    for folder, prompts in asked:
+        heads = folder.resolve()
+        model = open_checkpoint(str(says["base"])).path.resolve() if layout.apart else heads
+        models.append(with_vllm.Asked(model, prompts, layout.speculative(str(heads), depth), dict(layout.overrides)))
     return with_vllm.serve(with_vllm.environment(environment), models, max_new_tokens=max_new_tokens)
-
-
-def _for_vllm(folder: Path, prompts: Sequence[Sequence[int]], says: dict[str, object], depth: int) -> with_vllm.Asked:
-    speculative: dict[str, object] = {"method": "mtp", "num_speculative_tokens": depth}
-    if says["layout"] not in ("mimo-draft", "medusa"):
-        return with_vllm.Asked(folder, prompts, speculative, {})
-    # The base is served as it is; vLLM looks for heads where its config names some.
-    overrides = {"num_nextn_predict_layers": 1} if says["layout"] == "mimo-draft" else {}
-    speculative["method"] = "mtp" if says["layout"] == "mimo-draft" else "medusa"
-    speculative["model"] = str(folder)
-    return with_vllm.Asked(open_checkpoint(str(says["base"])).path.resolve(), prompts, speculative, overrides)
 
 
 def interval(accepted: int, drafted: int) -> tuple[float, float]:

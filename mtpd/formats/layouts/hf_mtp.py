@@ -9,12 +9,12 @@ from transformers import AutoConfig
 
 from mtpd.formats.directory import CONFIG, INDEX, link_others, write_beside, write_json
 from mtpd.formats.exported_run import Run, changed_config
-from mtpd.formats.families import FAMILIES
+from mtpd.formats.families.transformers_native import FAMILY
 from mtpd.formats.find_heads import HEAD_LIKE
 from mtpd.formats.importing import exclude_from_quantisation
+from mtpd.formats.layout import Layout
 from mtpd.formats.to_family import as_family
 
-FAMILY = FAMILIES["transformers"]
 BASES = ("llama", "mistral", "qwen2", "qwen3")
 """Bases that the layout is tested with."""
 
@@ -65,3 +65,16 @@ def write(run: Run, folder: Path) -> None:
     write_json(folder / CONFIG, config)
     (folder / "custom_generate").mkdir()
     (folder / "custom_generate" / "generate.py").write_text(GENERATE, encoding="utf-8")
+
+
+SERVE = 'AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True).generate(**inputs)  # drafts {k} a round'
+
+LAYOUT = Layout(
+    "hf-mtp",
+    "the base with heads as further layers, in transformers' own MTP layout",
+    refused,
+    write,
+    {"transformers": SERVE},
+    rank=10,
+    family=FAMILY,
+)

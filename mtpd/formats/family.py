@@ -7,6 +7,8 @@ The left side of `names` is a tensor in the checkpoint, the right side its name 
     {rest}  anything
 
 The first line that fits a tensor counts. A left side without {i}, {n} or {s} is one tensor for all heads.
+
+To add a family, write a file in `families/` with a `FAMILY`. Another package calls `register` itself.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ class Family:
         whole: the tensors of a head, where it has these and no others if mtpd can compute it; and what it is then.
         stacked: mtpd's name of one output matrix in which the heads lie below the main one, which counts as a head.
         engines: serving engines whose source reads the family: vLLM 0.32, SGLang 0.5.23, transformers 5.23.
+        any_base: whether a key alone declares it, for a base of any type.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Family:
     kind: str = CHAIN.name
     stacked: str | None = None
     whole: tuple[frozenset[str], str] | None = None
+    any_base: bool = False
 
     def per_head(self, config: Mapping[str, Any]) -> int:
         """Sub-layers of a head: 1 but where the family builds a head of several."""
@@ -144,6 +148,17 @@ class Family:
         }
         own = range(head * per_head, (head + 1) * per_head)
         return [(_Side(theirs, fixed, own), _Side(ours, fixed, own)) for theirs, ours in self.names]
+
+
+FAMILIES: dict[str, Family] = {}
+"""The families by name; `mtpd.formats.families` fills it."""
+
+
+def register(family: Family) -> Family:
+    """Adds a family, and returns it. Its name has to be new."""
+    assert family.name not in FAMILIES, f"a family named {family.name} is registered already"
+    FAMILIES[family.name] = family
+    return family
 
 
 class _Side:
