@@ -11,7 +11,7 @@ from test_kinds import PACKAGE, strings
 
 from mtpd.cli import main
 from mtpd.formats import family, layout
-from mtpd.formats.directory import CONFIG, INDEX, Checkpoint, link_others, write_beside, write_json
+from mtpd.formats.directory import Checkpoint, write_beside
 from mtpd.formats.exported_run import Run, changed_config, open_run
 from mtpd.formats.families import FAMILIES
 from mtpd.formats.family import Family, layered
@@ -66,9 +66,7 @@ TWINS = Family(
 
 def write(run: Run, folder: Path) -> None:
     tensors = as_family(run.heads(run.depth), TWINS, heads=run.depth, layers=run.base.layers, model_type=run.model_type)
-    link_others(run.base.path, folder, without={*run.base.files, INDEX, CONFIG, "README.md"})
-    write_beside(run.base, folder, tensors, name="twins.safetensors")
-    write_json(folder / CONFIG, changed_config(run.base, num_twins=run.depth))
+    write_beside(run.base, folder, tensors, changed_config(run.base, num_twins=run.depth))
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import typer
 from mtpd.cli.import_ import Output
 from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
+from mtpd.finished_run import check_finished
 from mtpd.formats.layout import ENGINES, targets
-from mtpd.run.check import check_finished
 
 
 def _target(name: str) -> str:
@@ -50,9 +50,7 @@ def export(
 
         mtpd export runs/demo --to vllm --depth 1 -o out
     """
-    # Imported heads that mtpd cannot compute have no recipe.
-    if not (run / "import.json").is_file():
-        check_finished(run)
+    check_finished(run)
     with quiet_libraries(debug=debug):
         from mtpd.formats.export import export as write  # brings in torch
 

@@ -13,7 +13,7 @@ from mtpd.cli.kept import RESUMES, RESUMES_WITHOUT_FRESH, keeping
 from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.errors import UserError
-from mtpd.run.check import check_finished
+from mtpd.finished_run import check_finished
 
 
 def extend(

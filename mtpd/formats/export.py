@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from mtpd.errors import MtpdError, UserError
+from mtpd.finished_run import EXPORTED
 from mtpd.formats.directory import Checkpoint, new_directory, write_json
 from mtpd.formats.exported_run import Run, open_run
 from mtpd.formats.find_heads import find_heads
 from mtpd.formats.layout import ENGINES, Layout, targets
 from mtpd.formats.layouts import LAYOUTS
-from mtpd.formats.model_card import CARD, OWN_CARD, SAYS, about, model_card
+from mtpd.formats.model_card import CARD, OWN_CARD, about, model_card
 from mtpd.formats.read_back import read_back
 from mtpd.formats.tensors import cast, is_zero
 
@@ -46,8 +47,8 @@ def export(
         if perturb:
             why += f"; {read_back(run, folder, layout)}"
         # A link to a file of the base must not be written through.
-        (folder / SAYS).unlink(missing_ok=True)
-        write_json(folder / SAYS, about(run, layout.name))
+        (folder / EXPORTED).unlink(missing_ok=True)
+        write_json(folder / EXPORTED, about(run, layout.name))
         card = folder / (OWN_CARD if (folder / CARD).exists() else CARD)
         card.unlink(missing_ok=True)
         card.write_text(model_card(run, layout, output), encoding="utf-8")

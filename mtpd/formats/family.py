@@ -14,7 +14,7 @@ To add a family, write a file in `families/` with a `FAMILY`. Another package ca
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -99,35 +99,29 @@ class Family:
 
     def to_mtpd(self, names: Iterable[str], *, heads: int, layers: int, per_head: int = 1) -> dict[str, str]:
         """mtpd's names of the heads' tensors, each with its name in the checkpoint."""
-        names = list(names)
-        found: dict[str, str] = {}
-        for head in range(heads):
-            rules = self._rules(head, layers, per_head)
-            for name in names:
-                for theirs, ours in rules:
-                    if match := theirs.pattern.fullmatch(name):
-                        values = match.groupdict()
-                        if "s" in values:
-                            values["j"] = str(int(values["s"]) - head * per_head)
-                        found[ours.format(values)] = name
-                        break
-        return found
+        return {ours: theirs for theirs, ours in self._renamed(names, heads, layers, per_head, back=False)}
 
     def to_checkpoint(self, names: Iterable[str], *, heads: int, layers: int, per_head: int = 1) -> dict[str, str]:
         """The checkpoint's names of mtpd's tensors: mtpd's name -> its. Several may have one."""
+        return dict(self._renamed(names, heads, layers, per_head, back=True))
+
+    def _renamed(
+        self, names: Iterable[str], heads: int, layers: int, per_head: int, *, back: bool
+    ) -> Iterator[tuple[str, str]]:
+        """Each name on one side that a line fits, with its name on the other."""
         names = list(names)
-        found: dict[str, str] = {}
         for head in range(heads):
-            rules = self._rules(head, layers, per_head)
+            rules = [rule[::-1] if back else rule for rule in self._rules(head, layers, per_head)]
             for name in names:
-                for theirs, ours in rules:
-                    if match := ours.pattern.fullmatch(name):
+                for here, there in rules:
+                    if match := here.pattern.fullmatch(name):
                         values = match.groupdict()
-                        if "j" in values:
+                        if "s" in values:
+                            values["j"] = str(int(values["s"]) - head * per_head)
+                        elif "j" in values:
                             values["s"] = str(head * per_head + int(values["j"]))
-                        found[name] = theirs.format(values)
+                        yield name, there.format(values)
                         break
-        return found
 
     def heads_in(self, names: Iterable[str], *, layers: int, per_head: int = 1) -> int:
         """How many heads have tensors: the first so many without a gap."""

@@ -14,7 +14,7 @@ from mtpd.formats.directory import CONFIG, Checkpoint
 from mtpd.formats.families import FAMILIES
 from mtpd.formats.family import OTHER, Family
 from mtpd.formats.layer_names import Tensors, to_module
-from mtpd.formats.tensors import FLOATS, Stored, computed, joined, part
+from mtpd.formats.tensors import FLOATS, Stored, computed, dtype_name, joined, part
 
 HEAD_LIKE = re.compile(
     r"(^|\.)(mtp\w*|nextn|medusa\w*|eh_proj|enorm|hnorm|pre_fc_norm\w*|shared_head)(\.|$)|^\d+\.\d+\.linear\."
@@ -187,8 +187,8 @@ def find_heads(checkpoint: Checkpoint, *, family: Family | str | None = None, ba
     for theirs in mapped.values():
         if names[theirs].dtype not in FLOATS:
             raise UserError(
-                f"{checkpoint.shown}: its MTP heads are quantised ({theirs} is {_shown(names[theirs].dtype)}); heads "
-                "in bfloat16, float16 or float32 are accepted, also beside a quantised base"
+                f"{checkpoint.shown}: its MTP heads are quantised ({theirs} is {dtype_name(names[theirs].dtype)}); "
+                "heads in bfloat16, float16 or float32 are accepted, also beside a quantised base"
             )
     return Native(checkpoint, chosen, found, key, mapped, base or checkpoint)
 
@@ -270,7 +270,3 @@ def stacked(tensors: Tensors, heads: int) -> Stored:
 def _first_name(family: Family, layers: int) -> str:
     template = family.names[0][0]
     return template.replace("{n}", str(layers)).replace("{i}", "0").replace("{first}", "0").replace("{m}", "0")
-
-
-def _shown(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

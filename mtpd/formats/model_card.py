@@ -11,6 +11,7 @@ from typing import Any
 
 from mtpd.evaluate.acceptance import RANDOM, Acceptance, SuiteCounts
 from mtpd.files import fingerprint_file
+from mtpd.finished_run import EXPORTED
 from mtpd.formats.exported_run import Run
 from mtpd.formats.find_heads import find_heads
 from mtpd.formats.layout import Layout
@@ -21,8 +22,6 @@ from mtpd.recipe.text import to_yaml
 CARD = "README.md"
 OWN_CARD = "README-mtpd.md"
 """Where the base's own card stays as it is."""
-SAYS = "mtpd.json"
-"""What `mtpd inspect` and `mtpd verify` read of an export."""
 
 MEASURED = {
     "acceptance-decoded.json": "decoded: held-out prompts, really decoded, greedily",
@@ -133,5 +132,5 @@ def _serving(run: Run, layout: Layout, output: Path) -> list[str]:
 
 def read_says(folder: Path) -> dict[str, Any] | None:
     """`mtpd.json` of an export, or None."""
-    file = folder / SAYS
+    file = folder / EXPORTED
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -18,11 +18,11 @@ import torch
 import transformers
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 from transformers.cache_utils import MtpCache
 
 from mtpd import alignment
-from mtpd.data.generation import plain_generation
+from mtpd.data.generation import plain_texts
 from mtpd.errors import MtpdError
 from mtpd.formats.directory import Checkpoint
 from mtpd.formats.engines import with_transformers
@@ -164,9 +164,7 @@ def texts_of(trunk: Trunk) -> Texts:
     """Texts that the base writes after single tokens."""
     size = trunk.unembedding.weight.shape[0]
     starts = torch.linspace(1, size - 1, TEXTS).long()[:, None]
-    config = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
-    with plain_generation(trunk.model):
-        ids: Any = trunk.model.generate(starts, attention_mask=torch.ones_like(starts), generation_config=config)
+    ids = plain_texts(trunk.model, starts, max_new_tokens=TOKENS)
     positions = torch.arange(ids.shape[1])[None].expand_as(ids)
     hidden = trunk.hidden(ids, position_ids=positions)
     return Texts(ids, positions, hidden.float(), trunk.unembedding(hidden).argmax(-1))

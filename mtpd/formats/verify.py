@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
 
-from mtpd.data.generation import plain_generation
+from mtpd.data.generation import plain_texts
 from mtpd.data.models import load_model
 from mtpd.data.prompts import load_prompts, render
 from mtpd.decode.counts import Counts
 from mtpd.decode.greedy import generate
 from mtpd.errors import UserError
 from mtpd.evaluate.decoded import parted_at_tie
+from mtpd.finished_run import EXPORTED
 from mtpd.formats.directory import Checkpoint
 from mtpd.formats.engines import with_transformers, with_vllm
 from mtpd.formats.engines.result import Served
@@ -27,7 +27,7 @@ from mtpd.formats.find_heads import find_heads
 from mtpd.formats.importing import open_checkpoint
 from mtpd.formats.layout import Layout
 from mtpd.formats.layouts import layout_of
-from mtpd.formats.model_card import SAYS, read_says
+from mtpd.formats.model_card import read_says
 from mtpd.formats.noise_check import accepts_less, perturbed
 from mtpd.heads import load_heads
 from mtpd.trunk import Trunk
@@ -126,7 +126,7 @@ def verify(
     """
     says = read_says(folder)
     if says is None:
-        raise UserError(f"{folder}: has no {SAYS}, so it is no export of mtpd; give the output of mtpd export")
+        raise UserError(f"{folder}: has no {EXPORTED}, so it is no export of mtpd; give the output of mtpd export")
     layout = layout_of(says)
     able = [name for name in ENGINES if name in layout.serve]
     if engine not in able:
@@ -152,7 +152,8 @@ def verify(
         perturbed(native) if perturb else nullcontext() as copy,
     ):
         for prompt in texts:
-            plain.append(plain_text(trunk, torch.tensor(prompt), max_new_tokens))
+            text = plain_texts(trunk.model, torch.tensor([prompt]), max_new_tokens=max_new_tokens)
+            plain.append(text[0, len(prompt) :].tolist())
             bar.update()
         bar.set_description("mtpd")
         for prompt in texts:
@@ -172,16 +173,6 @@ def verify(
     return Verified(layout.name, served, plain, counts, ties, others[0] if others else None)
 
 
-def plain_text(trunk: Trunk, prompt: torch.Tensor, max_new_tokens: int) -> list[int]:
-    """Greedy text of transformers' `generate` without drafts, end tokens or not."""
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
-    with plain_generation(trunk.model), torch.inference_mode():
-        output = trunk.model.generate(
-            prompt[None], attention_mask=torch.ones_like(prompt)[None], generation_config=config
-        )
-    return output[0, len(prompt) :].tolist()
-
-
 def _serve(
     engine: str,
     asked: Sequence[tuple[Path, Sequence[Sequence[int]]]],
@@ -198,11 +189,16 @@ def _serve(
             with_transformers.serve(folder, each, max_new_tokens=max_new_tokens, progress=bar.update)
             for folder, each in asked
         ]
-    models = []
-    for folder, prompts in asked:
-        heads = folder.resolve()
-        model = open_checkpoint(str(says["base"])).path.resolve() if layout.apart else heads
-        models.append(with_vllm.Asked(model, prompts, layout.speculative(str(heads), depth), dict(layout.overrides)))
+    base = open_checkpoint(str(says["base"])).path.resolve()
+    models = [
+        with_vllm.Asked(
+            str(base if layout.apart else folder.resolve()),
+            prompts,
+            layout.speculative(str(folder.resolve()), depth),
+            dict(layout.overrides),
+        )
+        for folder, prompts in asked
+    ]
     return with_vllm.serve(with_vllm.environment(environment), models, max_new_tokens=max_new_tokens)
 
 

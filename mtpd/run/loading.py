@@ -6,18 +6,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from mtpd.data.models import load_model, resolve_dtype, trunk_fingerprint
 from mtpd.decode.chances import CHANCES, Chances, parse_chances
 from mtpd.decode.drafting import Drafting
 from mtpd.decode.model import Model
 from mtpd.errors import UserError
 from mtpd.evaluate.depths import Depths
 from mtpd.files import write_whole
-from mtpd.heads import load_heads
-from mtpd.recipe import Recipe, load_recipe
-from mtpd.recipe.untrusted import refuse_code
-from mtpd.run.check import check_finished
-from mtpd.trunk import Trunk
+from mtpd.recipe import Recipe
+from mtpd.run.finished import reopen
 
 DRAFTING = "decoding.json"
 """Beside the heads: how far to draft with them, as `mtpd bench --tune` found it."""
@@ -52,24 +48,9 @@ def load(
             drafts that depend on each other.
     """
     path = Path(run)
-    recipe_file, folder = path / "recipe.yaml", path / "heads"
-    check_finished(path)
-    recipe = load_recipe(recipe_file)
-    if untrusted:
-        refuse_code(recipe, source=str(recipe_file))
-    where = device or recipe.device
-    # A run that trained its trunk too holds it.
-    name = str(path / "trunk") if (path / "trunk" / "config.json").is_file() else recipe.model
-    model, tokenizer = load_model(name, dtype=recipe.dtype, device=where, trust_remote_code=recipe.trust_remote_code)
-    trunk = Trunk(model, tokens=None)
-    # The fingerprint is that of the number format of the run.
-    heads = load_heads(folder, trunk, fingerprint=trunk_fingerprint(model))
-    if dtype is not None and resolve_dtype(dtype, trunk.device) != trunk.dtype:
-        model, tokenizer = load_model(name, dtype=dtype, device=where, trust_remote_code=recipe.trust_remote_code)
-        trunk = Trunk(model)
-    trunk.tokens = min(trunk.unembedding.weight.shape[0], max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1))
-    heads = heads.to(device=trunk.device, dtype=trunk.dtype)
-    drafting = read_drafting(path, recipe, deepest=heads.depth)
+    finished = reopen(path, device=device, untrusted=untrusted).in_dtype(dtype or "trunk")
+    heads = finished.heads("heads")
+    drafting = read_drafting(path, finished.recipe, deepest=heads.depth)
     if depth is not None:
         if not 1 <= depth <= heads.depth:
             raise UserError(f"depth: {depth} is not accepted; accepted: 1 to {heads.depth}, the heads of {path}")
@@ -78,7 +59,7 @@ def load(
         drafting = drafting.model_copy(update={"tree": tree, **({"siblings": 0} if tree else {})})
     if lookup is not None:
         drafting = drafting.model_copy(update={"lookup": lookup})
-    return Model(trunk, heads, tokenizer, drafting, read_chances(folder))
+    return Model(finished.trunk, heads, finished.tokenizer, drafting, read_chances(path / "heads"))
 
 
 def read_chances(folder: Path) -> Chances:

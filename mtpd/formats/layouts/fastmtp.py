@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mtpd.formats.directory import CONFIG, INDEX, link_others, write_beside, write_json
+from mtpd.formats.directory import write_beside
 from mtpd.formats.exported_run import Run
 from mtpd.formats.families.fastmtp import FAMILY
 from mtpd.formats.importing import exclude_from_quantisation
@@ -18,13 +18,11 @@ def write(run: Run, folder: Path) -> None:
     for layer in range(run.base.layers):
         added |= zero_biases(run, f"model.layers.{layer}.")
     added = {name: tensor for name, tensor in added.items() if name not in run.base.tensors}
-    link_others(run.base.path, folder, without={*run.base.files, INDEX, CONFIG, "README.md"})
-    write_beside(run.base, folder, added, name="model-mtp.safetensors")
     config = config_of(run) | {"tie_word_embeddings": bool(run.base.config.get("tie_word_embeddings", False))}
     if run.base.quantisation:
         config["quantization_config"] = run.base.quantisation
         exclude_from_quantisation(config, ["model.mtp_layers.0"])
-    write_json(folder / CONFIG, config)
+    write_beside(run.base, folder, added, config)
 
 
 LAYOUT = Layout(

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from mtpd.formats.directory import CONFIG, INDEX, link_others, write_json, write_sharded
-from mtpd.formats.exported_run import SIZES, Run, dtype_name
+from mtpd.formats.exported_run import SIZES, Run
 from mtpd.formats.families.glm4_moe import FAMILY
 from mtpd.formats.find_heads import base_tensor
 from mtpd.formats.layer_names import Tensors
 from mtpd.formats.layout import VLLM, Layout
 from mtpd.formats.norm_folding import same_size, upright
-from mtpd.formats.tensors import Stored, computed, part, stored
+from mtpd.formats.tensors import Stored, computed, dtype_name, part, stored
 from mtpd.formats.to_family import as_family
 
 BASES = ("llama", "qwen2", "qwen3")

@@ -10,7 +10,7 @@ from mtpd.formats.directory import link_others
 from mtpd.formats.exported_run import Run
 from mtpd.formats.find_heads import Native, find_heads
 from mtpd.formats.layout import SGLANG, VLLM, Layout
-from mtpd.formats.tensors import Stored, cast, chunks
+from mtpd.formats.tensors import Stored, cast, overwrite
 from mtpd.formats.to_family import as_family
 
 
@@ -48,14 +48,8 @@ def write(run: Run, folder: Path) -> None:
     link_others(run.base.path, folder, without=files)
     for file in sorted(files):
         shutil.copyfile(run.base.path / file, folder / file)
-        with (folder / file).open("r+b") as opened:
-            for name, tensor in changed.items():
-                where = native.raw[name].where
-                if run.base.file_of[name] == file:
-                    assert where is not None, "a tensor of a checkpoint lies in a file"
-                    opened.seek(where[1])
-                    for piece in chunks(tensor):
-                        opened.write(piece)
+    for name, tensor in changed.items():
+        overwrite(folder / run.base.file_of[name], native.raw[name], tensor)
 
 
 def fitting(name: str, tensor: Stored, native: Native) -> Stored:

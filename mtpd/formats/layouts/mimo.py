@@ -10,19 +10,17 @@ from mtpd.formats.norm_folding import same_size
 
 
 def refused(run: Run) -> str | None:
-    reason = mimo_draft.refused(run)
-    if reason is None:
-        gain = run.base_norm().load()
-        # Signs could only be moved into the whole base (`mtpd.formats.norm_folding`).
-        if not same_size(gain, eps=float(run.base.text_config.get("rms_norm_eps") or 1e-6)) or not bool(
-            (gain > 0).all()
-        ):
-            return (
-                "the engine hands on the base's state before its final norm, and the heads have learned from the "
-                "state after it; that is the same only where all gains of the norm are equal, and here they are not; "
-                "accepted: mimo-draft, hf-mtp"
-            )
-    return reason
+    if reason := mimo_draft.refused(run):
+        return reason
+    gain, eps = run.base_norm().load(), float(run.base.text_config.get("rms_norm_eps") or 1e-6)
+    # Signs could only be moved into the whole base (`mtpd.formats.norm_folding`).
+    if same_size(gain, eps=eps) and bool((gain > 0).all()):
+        return None
+    return (
+        "the engine hands on the base's state before its final norm, and the heads have learned from the state after "
+        "it; that is the same only where all gains of the norm are equal, and here they are not; accepted: mimo-draft, "
+        "hf-mtp"
+    )
 
 
 LAYOUT = Layout(

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from mtpd.formats.directory import CONFIG, write_json, write_sharded
-from mtpd.formats.exported_run import SIZES, Run, dtype_name
+from mtpd.formats.exported_run import SIZES, Run
 from mtpd.formats.families.fastmtp import FAMILY
 from mtpd.formats.layer_names import Tensors
 from mtpd.formats.layout import SGLANG, VLLM, Layout
-from mtpd.formats.tensors import stored
+from mtpd.formats.tensors import dtype_name, stored
 from mtpd.formats.to_family import as_family
 
 DRAFT_BASES = ("llama", "qwen2")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from mtpd.formats.directory import CONFIG, write_json, write_sharded
-from mtpd.formats.exported_run import Run, dtype_name
+from mtpd.formats.exported_run import Run
 from mtpd.formats.families.speculators import FAMILY
 from mtpd.formats.layout import Layout
+from mtpd.formats.tensors import dtype_name
 from mtpd.formats.to_family import as_family
 
 BASES = ("qwen3", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
