@@ -27,7 +27,7 @@ from mtpd.data.packing import PackedRows, Sample, collate
 from mtpd.data.store import HiddenStates, MemoryStore, with_hidden
 from mtpd.evaluate.depths import measure_depths
 from mtpd.heads import Heads, load_heads, save_heads
-from mtpd.heads.chain.looped import Form
+from mtpd.heads.chain.heads import Form
 from mtpd.heads.chain.start import initialise
 from mtpd.recipe import Recipe
 from mtpd.train.arguments import loss_settings

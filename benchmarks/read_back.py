@@ -25,8 +25,9 @@ from lab import machine, write_rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from mtpd.formats import layouts
 from mtpd.formats.directory import Checkpoint
-from mtpd.formats.export import FAMILIES_OF, export
+from mtpd.formats.export import export
 from mtpd.formats.exported_run import open_run
 from mtpd.formats.find_heads import find_heads, layer_shapes
 from mtpd.formats.noise_check import Perturbed, perturbed
@@ -145,7 +146,7 @@ def checked(path: Path, layout: str, *, seeds: int) -> Found:
         export(path, folder, to=layout, perturb=False)
         run, written = open_run(path), Checkpoint(folder)
         apart = not layer_shapes(written, without=set())
-        native = find_heads(written, family=FAMILIES_OF.get(layout), base=run.base if apart else written)
+        native = find_heads(written, family=layouts.LAYOUTS[layout].family, base=run.base if apart else written)
         loaded: Any = AutoModelForCausalLM.from_pretrained(run.base.path if apart else folder, dtype="auto")
         trunk = Trunk(loaded.eval())
         _, reader = reader_of(run, native, trunk, texts_of(trunk))

@@ -82,7 +82,7 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
         except BaseException:
             Path(beside).unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 @contextmanager
@@ -100,13 +100,12 @@ def replacing(folder: Path) -> Iterator[Path]:
             beside.mkdir(parents=True)
             yield beside
             for file in (path for path in beside.rglob("*") if path.is_file()):
-                with open(file, "rb+") as opened:
-                    os.fsync(opened.fileno())
+                sync(file)
             # Deleted where it is, it would be half a folder for a while.
             if folder.exists():
                 folder.rename(before)
             beside.rename(folder)
-            sync_folder(folder.parent)
+            sync(folder.parent)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -165,14 +164,14 @@ def _unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key != SEAL}
 
 
-def sync_folder(folder: str | Path) -> None:
-    """Makes renames in a folder durable. Nothing happens on systems that cannot do that with a folder.
+def sync(path: str | Path) -> None:
+    """Makes a file, or the renames in a folder, durable. Nothing happens on systems that cannot do that with a folder.
 
     Raises:
         OSError: the disk fails.
     """
     try:
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
     except OSError:
         return
     try:

@@ -20,11 +20,11 @@ from mtpd.decode.transformers_mtp import mtp_in_transformers
 from mtpd.errors import MtpdError
 from mtpd.formats.directory import Checkpoint
 from mtpd.formats.engines.with_transformers import mtp_model
-from mtpd.formats.export import FAMILIES_OF, export
+from mtpd.formats.export import export
 from mtpd.formats.exported_run import open_run
 from mtpd.formats.families import FAMILIES
 from mtpd.formats.find_heads import find_heads
-from mtpd.formats.layouts import mimo
+from mtpd.formats.layouts import LAYOUTS, mimo_draft
 from mtpd.formats.noise_check import Perturbed, perturbed
 from mtpd.formats.read_back import MOVES, Reader, movements, reader_of, texts_of, unread
 from mtpd.formats.tensors import is_zero
@@ -95,7 +95,7 @@ def test_tensors_beyond_those_of_the_heads_are_not_kept(tmp_path: Path, monkeypa
     """Fault: biases in a draft model that the trained heads do not have."""
     trunk = architectures.tiny_trunk("llama")
     run = finished_run(tmp_path, trunk, architectures.random_heads(trunk, depth=1))
-    monkeypatch.setattr(mimo.torch, "zeros", torch.ones)
+    monkeypatch.setattr(mimo_draft.torch, "zeros", torch.ones)
     with pytest.raises(MtpdError, match=r"bias was written, which .* does not have"):
         export(run, tmp_path / "out", to="mimo-draft", perturb=False)
     assert not (tmp_path / "out").exists()
@@ -153,8 +153,8 @@ def test_every_kind_of_tensor_has_to_be_read(case: str, tmp_path: Path) -> None:
     path = small_run(tmp_path, layout, name, dtype)
     export(path, tmp_path / "out", to=layout, perturb=False)
     run, written = open_run(path), Checkpoint(tmp_path / "out")
-    apart = layout in ("mimo-draft", "medusa")
-    native = find_heads(written, family=FAMILIES_OF.get(layout), base=run.base if apart else written)
+    apart = LAYOUTS[layout].apart
+    native = find_heads(written, family=LAYOUTS[layout].family, base=run.base if apart else written)
     assert {tensor.dtype for tensor in native.raw.values()} <= {dtype, torch.float32}
     model: Any = AutoModelForCausalLM.from_pretrained(run.base.path if apart else tmp_path / "out", dtype="auto")
     trunk = Trunk(model.eval())
@@ -199,7 +199,7 @@ def test_heads_in_memory_are_those_of_the_export(name: str, tmp_path: Path) -> N
     read = mtp_model(
         AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
         tmp_path / "out",
-        find_heads(Checkpoint(tmp_path / "out"), family=FAMILIES["transformers"].name),
+        find_heads(Checkpoint(tmp_path / "out"), family=FAMILIES["transformers"]),
     )
     assert held.keys() == read.state_dict().keys()
     for key, tensor in read.state_dict().items():

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "progress": set(),
     "section": set(),
     "recipe": BELOW | {"heads", "losses"},
+    "finished_run": BELOW | {"recipe"},
     "alignment": BELOW,
     "trunk": BELOW | {"alignment"},
     "slots": BELOW | {"trunk"},
@@ -31,12 +32,12 @@ MAY_IMPORT = {
     "data": BELOW | {"parallel", "decode", "heads", "losses", "trunk", "alignment"},
     "evaluate": BELOW | {"recipe", "decode", "data", "heads", "losses", "trunk", "alignment"},
     "report": BELOW | {"evaluate", "data", "decode", "heads"},
-    "formats": BELOW | {"recipe", "evaluate", "decode", "data", "heads", "trunk", "alignment"},
+    "formats": BELOW | {"finished_run", "recipe", "evaluate", "decode", "data", "heads", "trunk", "alignment"},
     "train": BELOW | {"recipe", "parallel", "evaluate", "data", "heads", "losses", "trunk", "alignment"},
     "pretrain": BELOW | {"recipe", "parallel", "train", "data", "heads", "losses", "trunk", "alignment"},
     "run": BELOW
     | {"recipe", "parallel", "train", "report", "formats", "evaluate", "decode", "data", "heads", "losses", "trunk"}
-    | {"alignment"},
+    | {"alignment", "finished_run"},
     "plan": BELOW | {"recipe", "run", "train", "parallel", "data", "heads", "losses", "trunk"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)

@@ -26,12 +26,17 @@ def talk(folder: Path) -> dict[str, Any]:
         seen["gathered"] = ranks.gather({"words": "é" * (3 + 5 * ranks.rank())})
         seen["from main"] = ranks.from_main(lambda: os.getpid())
         seen["share"] = ranks.share(range(5))
-        with ranks.main_first():
-            path = folder / "written"
-            seen["found"] = path.is_file()
-            path.touch()
-            time.sleep(0.2)
-        ranks.wait_for(path)
+        seen["made"] = []
+        for name, together in (("alone", False), ("together", True), ("alone", True)):
+            ranks.once(
+                folder / name,
+                lambda name=name: seen["made"].append(name) or time.sleep(0.2) or str(ranks.rank()),
+                (folder / name).write_text,
+                together=together,
+            )
+        seen["read"] = [(folder / name).read_text() for name in ("alone", "together")]
+        ranks.once(folder / "alone", lambda: "anew", (folder / "alone").write_text, whole=lambda: False)
+        seen["read"].append((folder / "alone").read_text())
     seen["after"] = ranks.count()
     return seen
 
@@ -46,7 +51,8 @@ def test_ranks_know_each_other(tmp_path: Path) -> None:
     assert first["gathered"] == second["gathered"] == [{"words": "é" * 3}, {"words": "é" * 8}]
     assert first["from main"] == second["from main"]
     assert (first["share"], second["share"]) == ([0, 2, 4], [1, 3])
-    assert (first["found"], second["found"]) == (False, True)
+    assert (first["made"], second["made"]) == (["alone", "together"], ["together"])
+    assert first["read"] == second["read"] == ["0", "0", "anew"]
     assert (first["count"], first["after"]) == (2, 1)
 
 

@@ -19,6 +19,7 @@ from mtpd.cli import main
 from mtpd.errors import UserError
 from mtpd.evaluate.suites import load_suite
 from mtpd.files import sealed
+from mtpd.formats.layout import Layout
 from mtpd.formats.model_card import model_card
 from mtpd.recipe import load_recipe
 from mtpd.report.samples import Samples, SampleText
@@ -246,11 +247,17 @@ def test_model_cards_show_names_as_words(finished_run: Path) -> None:
     (finished_run / "acceptance.json").write_text(json.dumps(content))
     (finished_run / "acceptance-decoded.json").unlink()
     recipe = load_recipe(finished_run / "recipe.yaml", ["seed=3"]).model_copy(update={"model": "x\nlicense: mit\n```"})
-    config = SimpleNamespace(vocabulary_size=0)
     run: Any = SimpleNamespace(
-        path=finished_run, model=recipe.model, recipe=recipe, depth=2, blocks=2, recycles=False, config=config
+        path=finished_run,
+        model=recipe.model,
+        recipe=recipe,
+        depth=2,
+        blocks=2,
+        written=2,
+        recycles=False,
+        config=SimpleNamespace(vocabulary_size=0),
     )
-    layout: Any = SimpleNamespace(name="mtpd", about="heads", serve={})
+    layout = Layout("mtpd", "heads", lambda run: None, lambda run, folder: None, {})
     card = model_card(run, layout, finished_run / "out")
     tags = Tags()
     tags.feed(card)

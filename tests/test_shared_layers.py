@@ -31,7 +31,7 @@ from mtpd.decode.sampling import SampledDrafts, Sampling
 from mtpd.decode.text import Request
 from mtpd.errors import MtpdError, UserError
 from mtpd.formats.export import unfit
-from mtpd.formats.layouts.table import LAYOUTS
+from mtpd.formats.layouts import LAYOUTS
 from mtpd.heads import Heads, HeadsConfig, Readout, build_heads, configure_heads, load_heads, save_heads, start_heads
 from mtpd.heads.shared_layers.heads import SharedLayerHeads
 from mtpd.heads.shared_layers.start import initialise

@@ -278,7 +278,9 @@ def test_typos_are_answered_without_torch(tmp_path: Path) -> None:
         (tmp_path / name / "heads" / "config.json").write_text(json.dumps(config))
     (tmp_path / "stage" / "stage.json").write_text("{}")
     (tmp_path / "written").mkdir()
-    (tmp_path / "written" / "mtpd.json").write_text(json.dumps({"layout": "hf-mtp", "run": "run"}))
+    (tmp_path / "written" / "mtpd.json").write_text(
+        json.dumps({"layout": "hf-mtp", "run": "run", "engines": ["transformers"]})
+    )
     measured = acceptance({"demo": rows(60, 0.5, 0)})
     counts = {"demo": measured.suites["demo"].model_copy(update={"settings": load_suite("demo").settings})}
     measured.model_copy(update={"suites": counts}).save(tmp_path / "base.json")

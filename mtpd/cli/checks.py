@@ -9,7 +9,8 @@ import typer
 
 from mtpd.data.find_model import check_checkpoint
 from mtpd.errors import UserError
-from mtpd.formats.engines import LAYOUTS
+from mtpd.finished_run import EXPORTED, RECIPE
+from mtpd.formats.engines import ENGINES
 from mtpd.heads import WEIGHTS, read_config
 from mtpd.run.check import check_folder
 
@@ -58,12 +59,12 @@ def export_directory(path: Path) -> Path:
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; give the output of mtpd export")
-    if not (path / "mtpd.json").is_file():
-        run = (path / "recipe.yaml").is_file()
+    if not (path / EXPORTED).is_file():
+        run = (path / RECIPE).is_file()
         told = (
             f"is a run; export it first: mtpd export {path} --to transformers -o OUT"
             if run
-            else ("has no mtpd.json, so it is no export of mtpd; give the output of mtpd export")
+            else (f"has no {EXPORTED}, so it is no export of mtpd; give the output of mtpd export")
         )
         raise UserError(f"{path}: {told}")
     return path
@@ -75,9 +76,10 @@ def served_export(path: Path, *, engine: str, run: Path | None, drafts: int | No
     Raises:
         UserError: no export, one that the engine does not load, or no run with so many heads that it is of.
     """
-    says = json.loads((export_directory(path) / "mtpd.json").read_text(encoding="utf-8"))
-    if says["layout"] not in LAYOUTS[engine]:
-        able = [name for name, layouts in LAYOUTS.items() if says["layout"] in layouts]
+    says = json.loads((export_directory(path) / EXPORTED).read_text(encoding="utf-8"))
+    # Exports of earlier versions do not say it; then it is found out when the layout has been imported.
+    able = [name for name in says.get("engines", [engine]) if name in ENGINES]
+    if engine not in able:
         raise UserError(
             f"--engine {engine}: does not load layout {says['layout']}; accepted: {', '.join(able) or 'none'}"
         )

@@ -10,7 +10,8 @@ import typer
 from mtpd.cli.kept import KEPT_RESPONSES, keeping
 from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
-from mtpd.run.check import acceptance_file, check_file, check_finished
+from mtpd.finished_run import check_finished
+from mtpd.run.check import acceptance_file, check_file
 
 RESPONSES = Path("~/.cache/mtpd/responses")
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory of mtpd distill.")]

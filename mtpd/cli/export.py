@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from mtpd.cli.import_ import Output
 from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
+from mtpd.finished_run import IMPORTED, check_finished
+from mtpd.formats.layout import ENGINES, targets
 from mtpd.heads import read_config
-from mtpd.run.check import check_finished
 
-Target = Literal[
-    "transformers",
-    "vllm",
-    "sglang",
-    "in-place",
-    "hf-mtp",
-    "mimo-draft",
-    "mimo",
-    "fastmtp",
-    "glm4moe",
-    "speculators",
-    "medusa",
-]
-"""Engines and layouts; written out here, so that a misspelt one is named before torch is imported."""
+
+def _target(name: str) -> str:
+    """An engine or a layout, looked up before torch is imported."""
+    if name not in targets():
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(map(repr, targets()))}.")
+    return name
 
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory of mtpd distill or mtpd import.")],
     to: Annotated[
-        Target,
+        str,
         typer.Option(
             "--to",
             metavar="ENGINE | LAYOUT",
-            help="The serving engine, for which a file layout is chosen: transformers, vllm or sglang. Or a layout: "
-            "in-place, hf-mtp, mimo-draft, mimo, fastmtp, glm4moe, speculators, medusa.",
+            callback=_target,
+            autocompletion=targets,
+            help=f"The serving engine, for which a file layout is chosen: {', '.join(ENGINES)}. Or a layout: "
+            f"{', '.join(name for name in targets() if name not in ENGINES)}.",
         ),
     ],
     output: Output,
@@ -58,7 +53,7 @@ def export(
         mtpd export runs/demo --to vllm --depth 1 -o out
     """
     # Imported heads that mtpd cannot compute have no recipe.
-    if not (run / "import.json").is_file():
+    if not (run / IMPORTED).is_file():
         check_finished(run)
         if depth is not None:
             read_config(run / "heads").check_depth(depth, key="--depth")

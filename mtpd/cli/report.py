@@ -10,7 +10,8 @@ import typer
 from mtpd.cli.eval import RunArgument
 from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
-from mtpd.run.check import acceptance_file, check_file, check_run
+from mtpd.finished_run import check_finished
+from mtpd.run.check import acceptance_file, check_file
 
 
 def report(
@@ -35,7 +36,7 @@ def report(
 
         mtpd report runs/demo --against baselines/main.json -o report.html
     """
-    check_run(run)
+    check_finished(run, heads=None)
     check_file(output, key="--output")
     against = None if against is None else acceptance_file(against, name="evaluation.json")
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):

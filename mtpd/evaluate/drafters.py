@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from mtpd.data.packing import Sample
 from mtpd.decode.chances import Chances
@@ -25,6 +24,7 @@ from mtpd.decode.planner import Planner
 from mtpd.decode.text import Request, Text
 from mtpd.evaluate.acceptance import DrafterCounts, SuiteCounts
 from mtpd.heads import Heads
+from mtpd.progress import Bar
 from mtpd.trunk import Trunk
 
 NODES = 16
@@ -136,7 +136,7 @@ def measure_drafters(
     """
     found: dict[str, dict[str, DrafterCounts]] = {}
     texts = sorted((sample for sample in samples if sample.response_ids), key=lambda sample: len(sample.ids))
-    with tqdm(total=len(texts), desc="heads and look-up", unit="prompt", disable=not progress) as bar:
+    with Bar(total=len(texts), desc="heads and look-up", unit="prompt", disable=not progress) as bar:
         for start in range(0, len(texts), SLOTS):
             some = texts[start : start + SLOTS]
             states = [_states(trunk, heads, sample.ids) for sample in some]

@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mtpd.errors import UserError
-from mtpd.files import sync_folder, writing
+from mtpd.files import replacing
 from mtpd.formats.tensors import Stored, read_header, write_tensors
 
 CONFIG = "config.json"
@@ -155,20 +154,8 @@ def new_directory(path: Path) -> Iterator[Path]:
     """
     if path.exists() or path.is_symlink():
         raise UserError(f"output: {path} exists; choose another output, or delete it first")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        with writing(path):
-            yield beside
-            mask = os.umask(0)
-            os.umask(mask)
-            beside.chmod(0o777 & ~mask)
-            os.rename(beside, path)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    sync_folder(path.parent)
+    with replacing(path) as folder:
+        yield folder
 
 
 def link(source: Path, target: Path) -> None:
@@ -190,12 +177,22 @@ def link_others(source: Path, target: Path, *, without: set[str]) -> None:
             link(file, target / name)
 
 
-def write_beside(base: Checkpoint, target: Path, added: Mapping[str, Stored], *, name: str) -> None:
-    """The base's files and one more shard with further tensors, under one index.
+def write_beside(
+    base: Checkpoint,
+    target: Path,
+    added: Mapping[str, Stored],
+    config: Mapping[str, Any],
+    *,
+    without: Sequence[str] = ("README.md",),
+) -> None:
+    """The base with another config and one more shard with further tensors, under one index.
 
     A base of one file gets the name of a shard: readers look for `model.safetensors` first, and would not
     see the index.
     """
+    name = "model-mtp.safetensors"
+    link_others(base.path, target, without={*base.files, INDEX, CONFIG, *without})
+    write_json(target / CONFIG, config)
     files = {file: file for file in base.files}
     if len(base.files) == 1:
         files = {base.files[0]: "model-base.safetensors"}

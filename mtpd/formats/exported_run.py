@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from mtpd.errors import UserError
+from mtpd.finished_run import open_finished
 from mtpd.formats.directory import Checkpoint
-from mtpd.formats.find_heads import base_tensor
+from mtpd.formats.find_heads import base_tensor, find_heads
 from mtpd.formats.importing import open_checkpoint
 from mtpd.formats.layer_names import Tensors
 from mtpd.formats.tensors import FLOATS, Stored, cast, computed, read_header
@@ -19,8 +20,7 @@ from mtpd.formats.to_family import by_depth
 from mtpd.heads import WEIGHTS, check_weights, read_config
 from mtpd.heads.adapters import ALPHA
 from mtpd.heads.config import HeadsConfig
-from mtpd.recipe import Recipe, load_recipe
-from mtpd.recipe.untrusted import refuse_code
+from mtpd.recipe import Recipe
 
 SIZES = (
     "bos_token_id",
@@ -82,6 +82,15 @@ class Run:
         return str(self.base.text_config.get("model_type", ""))
 
     @property
+    def base_has_heads(self) -> bool:
+        """Whether the base has MTP heads of its own, of a family that is known."""
+        try:
+            find_heads(self.base)
+        except UserError:
+            return False
+        return True
+
+    @property
     def hidden_size(self) -> int:
         return self.config.hidden_size
 
@@ -118,15 +127,7 @@ def open_run(path: Path, *, depth: int | None = None, untrusted: bool = False) -
     Raises:
         UserError: no run, no finished heads, heads of a kind that no layout has, or a depth that they lack.
     """
-    recipe_file, folder = path / "recipe.yaml", path / "heads"
-    if not recipe_file.is_file():
-        why = " (imported heads that mtpd cannot compute; `mtpd graft` moves them)" * (path / "import.json").is_file()
-        raise UserError(f"{path}: holds no run (no {recipe_file.name}){why}; give what mtpd distill or import wrote")
-    if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder}: holds no heads; finish the run with mtpd distill {recipe_file}")
-    recipe = load_recipe(recipe_file)
-    if untrusted:
-        refuse_code(recipe, source=str(recipe_file))
+    finished, folder = open_finished(path, untrusted=untrusted), path / "heads"
     config = read_config(folder)
     check_weights(folder, config)
     wanted = config.depth if depth is None else depth
@@ -134,9 +135,8 @@ def open_run(path: Path, *, depth: int | None = None, untrusted: bool = False) -
     found = read_header(folder / WEIGHTS)[0]
     tensors = {name: tensor for name, tensor in found.items() if name.startswith("layers.")}
     adapters = {name: tensor for name, tensor in found.items() if name.startswith("adapted.")}
-    # A run that trained its trunk too holds it.
-    model = str(path / "trunk") if (path / "trunk" / "config.json").is_file() else recipe.model
-    return Run(path, recipe, model, open_checkpoint(model), config, wanted, tensors, adapters)
+    base = open_checkpoint(finished.model)
+    return Run(path, finished.recipe, finished.model, base, config, wanted, tensors, adapters)
 
 
 def with_adapter(adapters: Tensors, tensors: Tensors, depth: int) -> Tensors:
@@ -154,11 +154,6 @@ def with_adapter(adapters: Tensors, tensors: Tensors, depth: int) -> Tensors:
 
 def _merge(weight: torch.Tensor, *, up: Stored, down: Stored) -> torch.Tensor:
     return weight + (ALPHA * (up.load().float() @ down.load().float())).to(weight.dtype)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As config.json has it."""
-    return str(dtype).removeprefix("torch.")
 
 
 def changed_config(base: Checkpoint, **changes: Any) -> dict[str, Any]:

@@ -12,9 +12,9 @@ import torch
 from mtpd.errors import UserError
 from mtpd.formats.directory import CONFIG, Checkpoint
 from mtpd.formats.families import FAMILIES
-from mtpd.formats.families.table import OTHER, Family
+from mtpd.formats.family import OTHER, Family
 from mtpd.formats.layer_names import Tensors, to_module
-from mtpd.formats.tensors import FLOATS, Stored, computed, joined, part
+from mtpd.formats.tensors import FLOATS, Stored, computed, dtype_name, joined, part
 
 HEAD_LIKE = re.compile(
     r"(^|\.)(mtp\w*|nextn|medusa\w*|eh_proj|enorm|hnorm|pre_fc_norm\w*|shared_head)(\.|$)|^\d+\.\d+\.linear\."
@@ -143,11 +143,11 @@ class NoHeads(UserError):
     """A checkpoint of an ordinary model: nothing declares heads, and nothing looks like any."""
 
 
-def find_heads(checkpoint: Checkpoint, *, family: str | None = None, base: Checkpoint | None = None) -> Native:
+def find_heads(checkpoint: Checkpoint, *, family: Family | str | None = None, base: Checkpoint | None = None) -> Native:
     """The heads of a checkpoint.
 
     Args:
-        family: its name, where the config does not tell.
+        family: the family or its name, where the config does not tell.
         base: the model that heads in a directory of their own belong to.
 
     Raises:
@@ -187,28 +187,28 @@ def find_heads(checkpoint: Checkpoint, *, family: str | None = None, base: Check
     for theirs in mapped.values():
         if names[theirs].dtype not in FLOATS:
             raise UserError(
-                f"{checkpoint.shown}: its MTP heads are quantised ({theirs} is {_shown(names[theirs].dtype)}); heads "
-                "in bfloat16, float16 or float32 are accepted, also beside a quantised base"
+                f"{checkpoint.shown}: its MTP heads are quantised ({theirs} is {dtype_name(names[theirs].dtype)}); "
+                "heads in bfloat16, float16 or float32 are accepted, also beside a quantised base"
             )
     return Native(checkpoint, chosen, found, key, mapped, base or checkpoint)
 
 
-def _family(checkpoint: Checkpoint, name: str | None) -> Family:
+def _family(checkpoint: Checkpoint, name: Family | str | None) -> Family:
+    if isinstance(name, Family):
+        return name
     if name is not None:
         if name not in FAMILIES:
             raise UserError(f"family: {name} is not known; accepted: {', '.join(FAMILIES)}")
         return FAMILIES[name]
     architectures = set(checkpoint.config.get("architectures") or ())
     kinds = {checkpoint.config.get("model_type"), checkpoint.text_config.get("model_type")}
-    for family in FAMILIES.values():
-        if architectures & set(family.architectures):
-            return family
-    native = FAMILIES["transformers"]
-    for family in FAMILIES.values():
-        if kinds & set(family.model_types):
-            return family
-    if native.declared(checkpoint.config, checkpoint.text_config)[1]:
-        return native
+    for fits in (
+        lambda family: architectures & set(family.architectures),
+        lambda family: kinds & set(family.model_types),
+        lambda family: family.any_base and family.declared(checkpoint.config, checkpoint.text_config)[1],
+    ):
+        if found := next(filter(fits, FAMILIES.values()), None):
+            return found
     like = [tensor for tensor in checkpoint.tensors if HEAD_LIKE.search(tensor)]
     kind = checkpoint.text_config.get("model_type")
     if like:
@@ -270,7 +270,3 @@ def stacked(tensors: Tensors, heads: int) -> Stored:
 def _first_name(family: Family, layers: int) -> str:
     template = family.names[0][0]
     return template.replace("{n}", str(layers)).replace("{i}", "0").replace("{first}", "0").replace("{m}", "0")
-
-
-def _shown(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

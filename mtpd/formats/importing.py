@@ -13,8 +13,9 @@ from mtpd.data import builtin_models
 from mtpd.data.find_model import check_checkpoint
 from mtpd.data.sources import hub_access
 from mtpd.errors import UserError
-from mtpd.formats.directory import CONFIG, INDEX, Checkpoint, link_others, new_directory, write_beside, write_json
-from mtpd.formats.families.table import OTHER
+from mtpd.finished_run import IMPORTED
+from mtpd.formats.directory import Checkpoint, new_directory, write_beside, write_json
+from mtpd.formats.family import OTHER
 from mtpd.formats.find_heads import Native, find_heads, layer_shapes
 from mtpd.formats.tensors import stored, write_tensors
 from mtpd.formats.to_family import first_heads
@@ -22,9 +23,6 @@ from mtpd.heads import CONFIG as HEADS_CONFIG
 from mtpd.heads import KINDS, WEIGHTS, Heads, HeadsConfig, build_heads, class_of
 from mtpd.recipe.text import to_yaml
 from mtpd.trunk import Trunk
-
-IMPORTED = "import.json"
-"""What an imported directory says about where its heads are from."""
 
 OTHERS = "other.safetensors"
 """Beside the heads: tensors of the family that chain heads have no place for."""
@@ -234,9 +232,7 @@ def graft(base: str, *, original: str, output: Path, family: str | None = None) 
         set_key(config, source.key, source.count + source.family.main_too, nested="text_config" in config)
     exclude_from_quantisation(config, sorted({name.rsplit(".", 1)[0] for name in source.raw}))
     with new_directory(output) as folder:
-        link_others(tuned.path, folder, without={*tuned.files, CONFIG, INDEX})
-        write_beside(tuned, folder, source.raw, name="model-mtp.safetensors")
-        write_json(folder / CONFIG, config)
+        write_beside(tuned, folder, source.raw, config, without=())
     return source
 
 

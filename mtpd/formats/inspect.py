@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mtpd.formats.export import ENGINES, FAMILIES_OF, unfit
+from mtpd.formats.export import unfit
 from mtpd.formats.exported_run import open_run
-from mtpd.formats.families.table import Family
+from mtpd.formats.family import Family
 from mtpd.formats.find_heads import Native, NoHeads, find_heads, layer_shapes
 from mtpd.formats.importing import open_checkpoint, read_imported
-from mtpd.formats.layouts.table import LAYOUTS
+from mtpd.formats.layout import ENGINES
+from mtpd.formats.layouts import LAYOUTS, layout_of
 from mtpd.formats.model_card import read_says
 
 
@@ -29,21 +30,21 @@ def inspect(name: str, *, family: str | None = None, base: str | None = None) ->
             f"mtpd cannot compute them: {imported['cannot_run']}; `mtpd graft` moves them to another base",
         ]
     says = read_says(path) if path.is_dir() else None
-    layout = str(says["layout"]) if says else None
+    layout = layout_of(says) if says else None
     checkpoint = open_checkpoint(name)
     # Of exports without their base, `mtpd.json` says which it is.
     apart = says is not None and not layer_shapes(checkpoint, without=set())
     other = open_checkpoint(str(says["base"])) if says and apart else open_checkpoint(base) if base else None
     try:
-        native = find_heads(checkpoint, family=family or FAMILIES_OF.get(layout or ""), base=other)
+        native = find_heads(checkpoint, family=family or (layout.family if layout else None), base=other)
     except NoHeads as found:
         if layout is not None or family is not None:
             raise
         return [str(found), f"train heads for it: mtpd distill model={name}"]
     lines = _heads(native)
     if layout is not None:
-        engines = [engine for engine, layouts in ENGINES.items() if layout in layouts]
-        lines.append(f"export of mtpd, layout {layout}: {LAYOUTS[layout].about}")
+        lines.append(f"export of mtpd, layout {layout.name}: {layout.about}")
+        engines = [engine for engine in ENGINES if engine in layout.serve]
         lines.append(f"loaded by: {', '.join(engines) or 'no engine by itself'}")
     return lines
 

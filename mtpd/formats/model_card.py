@@ -7,24 +7,21 @@ import re
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mtpd.evaluate.acceptance import RANDOM, Acceptance, SuiteCounts
 from mtpd.files import fingerprint_file
+from mtpd.finished_run import EXPORTED
 from mtpd.formats.exported_run import Run
 from mtpd.formats.find_heads import find_heads
+from mtpd.formats.layout import Layout
 from mtpd.heads import WEIGHTS
 from mtpd.recipe import dump
 from mtpd.recipe.text import to_yaml
 
-if TYPE_CHECKING:
-    from mtpd.formats.layouts.table import Layout
-
 CARD = "README.md"
 OWN_CARD = "README-mtpd.md"
 """Where the base's own card stays as it is."""
-SAYS = "mtpd.json"
-"""What `mtpd inspect` and `mtpd verify` read of an export."""
 
 MEASURED = {
     "acceptance-decoded.json": "decoded: held-out prompts, really decoded, greedily",
@@ -38,11 +35,12 @@ SPEED_UPS_ARE = (
 )
 
 
-def about(run: Run, layout: str) -> dict[str, Any]:
+def about(run: Run, layout: Layout) -> dict[str, Any]:
     """Contents of `mtpd.json`."""
     return {
         "schema": 1,
-        "layout": layout,
+        "layout": layout.name,
+        "engines": list(layout.serve),
         "base": run.model,
         "run": str(run.path.resolve()),
         "depth": run.depth,
@@ -56,7 +54,7 @@ def model_card(run: Run, layout: Layout, output: Path) -> str:
     """Markdown with the metadata that model hubs read."""
     blocks = "one block" if run.recycles else f"{run.blocks} different blocks"
     parts = [
-        f"---\nlibrary_name: {'vllm' if 'vLLM' in layout.serve else 'transformers'}\ntags:\n- mtp\n"
+        f"---\nlibrary_name: {'vllm' if 'vllm' in layout.serve else 'transformers'}\ntags:\n- mtp\n"
         f"- speculative-decoding\n{to_yaml({'base_model': run.model})}---\n",
         f"# {_inline(output.name)}\n",
         f"Multi-token-prediction heads for `{_inline(run.model)}`, trained by self-distillation with mtpd. "
@@ -123,21 +121,17 @@ def _times(speed_up: float | None) -> str:
 
 def _serving(run: Run, layout: Layout, output: Path) -> list[str]:
     base = str(run.base.path) if run.model == "demo" else run.model
-    serve = layout.serve
-    if layout.name == "in-place":
+    commands = layout.commands(out=str(output), base=base, drafts=run.depth, heads=run.written)
+    if layout.replaces:
         # The base's own family decides.
         known = find_heads(run.base).family.engines
-        serve = {engine: command for engine, command in serve.items() if engine.startswith(known)}
-    if not serve:
+        commands = {engine: command for engine, command in commands.items() if engine.startswith(known)}
+    if not commands:
         return ["No engine loads this directory by itself.\n"]
-    lines = []
-    for engine, command in serve.items():
-        text = command.format(out=output, base=base, k=run.depth, n=run.written)
-        lines += [f"{engine}:\n", f"```\n{text}\n```\n"]
-    return lines
+    return [line for engine, command in commands.items() for line in (f"{engine}:\n", f"```\n{command}\n```\n")]
 
 
 def read_says(folder: Path) -> dict[str, Any] | None:
     """`mtpd.json` of an export, or None."""
-    file = folder / SAYS
+    file = folder / EXPORTED
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from mtpd.formats.directory import link_others
-from mtpd.formats.families.table import OTHER
+from mtpd.formats.family import OTHER
 from mtpd.formats.find_heads import Native
-from mtpd.formats.tensors import Stored, chunks, stored
+from mtpd.formats.tensors import overwrite, stored
 
 LEAST = 0.05
 """CAR_1 below which heads accept hardly more than noise may."""
@@ -51,16 +51,8 @@ class Perturbed:
             theirs = self.native.names[name]
             tensor = self.native.raw[theirs]
             generator = torch.Generator().manual_seed(zlib.crc32(f"{theirs} {self.seed} {draw}".encode()))
-            self._overwrite(name, stored(noise(theirs, tensor.shape, generator).to(tensor.dtype)))
-
-    def _overwrite(self, name: str, tensor: Stored) -> None:
-        theirs = self.native.names[name]
-        where = self.native.raw[theirs].where
-        assert where is not None, "a tensor of a checkpoint lies in a file"
-        with (self.folder / self.native.checkpoint.file_of[theirs]).open("r+b") as opened:
-            opened.seek(where[1])
-            for piece in chunks(tensor):
-                opened.write(piece)
+            spoilt = stored(noise(theirs, tensor.shape, generator).to(tensor.dtype))
+            overwrite(self.folder / self.native.checkpoint.file_of[theirs], tensor, spoilt)
 
 
 def kind_of(name: str) -> str:

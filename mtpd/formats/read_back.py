@@ -17,17 +17,18 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 from transformers.cache_utils import MtpCache
 
 from mtpd import alignment
-from mtpd.data.generation import plain_generation
+from mtpd.data.generation import plain_texts
 from mtpd.errors import MtpdError
 from mtpd.formats.directory import Checkpoint
 from mtpd.formats.engines import with_transformers
 from mtpd.formats.exported_run import Run
 from mtpd.formats.find_heads import HEAD, Native, find_heads, layer_shapes
 from mtpd.formats.importing import heads_config
+from mtpd.formats.layout import Layout
 from mtpd.formats.noise_check import Perturbed, kind_of, perturbed
 from mtpd.formats.tensors import is_zero
 from mtpd.heads import KINDS, build_heads
@@ -57,11 +58,8 @@ class Texts:
     chosen: Tensor
 
 
-def read_back(run: Run, folder: Path, *, layout: str, family: str | None) -> str:
+def read_back(run: Run, folder: Path, layout: Layout) -> str:
     """Reads an export as a loader does, as it was written and with noise in it.
-
-    Args:
-        family: to read the export with, where its config does not tell.
 
     Returns:
         What was found, for people.
@@ -73,7 +71,7 @@ def read_back(run: Run, folder: Path, *, layout: str, family: str | None) -> str
         return f"not read back: the base is quantised ({run.base.quantisation.get('quant_method')})"
     written = Checkpoint(folder)
     apart = not layer_shapes(written, without=set())
-    native = find_heads(written, family=family, base=run.base if apart else written)
+    native = find_heads(written, family=layout.family, base=run.base if apart else written)
     where = run.base.path if apart else folder
     try:
         # Loading the base is the longest part of it where the base is large.
@@ -94,14 +92,14 @@ def read_back(run: Run, folder: Path, *, layout: str, family: str | None) -> str
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MtpdError(
-            f"export {layout}: what was written cannot be read back: {reason}; --no-perturb leaves this check out"
+            f"export {layout.name}: what was written cannot be read back: {reason}; --no-perturb leaves this check out"
         ) from error
     if ignored:
         more = f" and {len(ignored) - 1} more" * (len(ignored) > 1)
         raise MtpdError(
-            f"export {layout}: {name} does not read {ignored[0]}{more}: other numbers there leave what it drafts as it "
-            f"is; `mtpd inspect {run.path}` lists the layouts that fit, `mtpd generate {run.path}` decodes without "
-            "any, and --no-perturb writes this one all the same"
+            f"export {layout.name}: {name} does not read {ignored[0]}{more}: other numbers there leave what it drafts "
+            f"as it is; `mtpd inspect {run.path}` lists the layouts that fit, `mtpd generate {run.path}` decodes "
+            "without any, and --no-perturb writes this one all the same"
         )
     count = texts.ids[:, :-2].numel()
     return (
@@ -166,9 +164,7 @@ def texts_of(trunk: Trunk) -> Texts:
     """Texts that the base writes after single tokens."""
     size = trunk.unembedding.weight.shape[0]
     starts = torch.linspace(1, size - 1, TEXTS).long()[:, None]
-    config = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
-    with plain_generation(trunk.model):
-        ids: Any = trunk.model.generate(starts, attention_mask=torch.ones_like(starts), generation_config=config)
+    ids = plain_texts(trunk.model, starts, max_new_tokens=TOKENS)
     positions = torch.arange(ids.shape[1])[None].expand_as(ids)
     hidden = trunk.hidden(ids, position_ids=positions)
     return Texts(ids, positions, hidden.float(), trunk.unembedding(hidden).argmax(-1))

@@ -185,11 +185,25 @@ def write_tensors(path: Path, tensors: Mapping[str, Stored]) -> None:
         os.fsync(file.fileno())
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As config.json has it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def chunks(tensor: Stored) -> Any:
     """Its bytes, a chunk at a time."""
     step = max(1, CHUNK // tensor.dtype.itemsize)
     for start in range(0, tensor.elements, step):
         yield _bytes(tensor.read(start, min(start + step, tensor.elements))).numpy().data
+
+
+def overwrite(file: Path, old: Stored, new: Stored) -> None:
+    """Puts a tensor of the same size in the place of one that lies in a file, of a checkpoint or of its copy."""
+    assert old.where is not None, "a tensor of a checkpoint lies in a file"
+    with file.open("r+b") as opened:
+        opened.seek(old.where[1])
+        for piece in chunks(new):
+            opened.write(piece)
 
 
 def _bytes(flat: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mtpd.errors import UserError
-from mtpd.formats.families.table import Family
+from mtpd.formats.family import Family
 from mtpd.formats.find_heads import BLOCK, halves_swapped, stacked
 from mtpd.formats.layer_names import Tensors, to_checkpoint
 from mtpd.formats.tensors import Stored

@@ -9,20 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
 
-from mtpd.data.generation import plain_generation
+from mtpd.data.generation import plain_texts
 from mtpd.data.models import load_model
 from mtpd.data.prompts import load_prompts, render
 from mtpd.decode.counts import Counts
 from mtpd.decode.greedy import generate
+from mtpd.errors import UserError
 from mtpd.evaluate.decoded import parted_at_tie
 from mtpd.formats.directory import Checkpoint
-from mtpd.formats.engines import with_transformers, with_vllm
+from mtpd.formats.engines import ENGINES, with_transformers, with_vllm
 from mtpd.formats.engines.result import Served
-from mtpd.formats.export import FAMILIES_OF
 from mtpd.formats.find_heads import find_heads
 from mtpd.formats.importing import open_checkpoint
+from mtpd.formats.layout import Layout
+from mtpd.formats.layouts import layout_of
 from mtpd.formats.model_card import read_says
 from mtpd.formats.noise_check import accepts_less, perturbed
 from mtpd.heads import load_heads
@@ -118,11 +119,14 @@ def verify(
         perturb: also serves the directory with perturbed heads, which must accept less.
 
     Raises:
-        UserError: the model, the heads or the prompts cannot be read.
+        UserError: the engine does not load the export, or the model, the heads or the prompts cannot be read.
     """
     says = read_says(folder)
     assert says is not None, "the command has looked"
-    layout = str(says["layout"])
+    layout = layout_of(says)
+    if engine not in layout.serve:
+        able = [name for name in ENGINES if name in layout.serve]
+        raise UserError(f"--engine {engine}: does not load layout {layout.name}; accepted: {', '.join(able) or 'none'}")
     depth = drafts or int(says["depth"])
     model, tokenizer = load_model(str(says["base"]), dtype="float32", device="cpu")
     trunk = Trunk(model)
@@ -134,7 +138,7 @@ def verify(
     chosen = chosen[:: max(1, len(chosen) // limit)][:limit]
     texts = [render(tokenizer, prompt) for prompt in chosen]
     plain, counts = [], Counts(heads.depth)
-    native = find_heads(Checkpoint(folder), family=FAMILIES_OF.get(layout), base=Checkpoint(folder))
+    native = find_heads(Checkpoint(folder), family=layout.family, base=Checkpoint(folder))
     spoiled = texts[:PERTURBED] if perturb else []
     # Plain, by mtpd, by the engine: texts of about the same cost.
     with (
@@ -142,7 +146,8 @@ def verify(
         perturbed(native) if perturb else nullcontext() as copy,
     ):
         for prompt in texts:
-            plain.append(plain_text(trunk, torch.tensor(prompt), max_new_tokens))
+            text = plain_texts(trunk.model, torch.tensor([prompt]), max_new_tokens=max_new_tokens)
+            plain.append(text[0, len(prompt) :].tolist())
             bar.update()
         bar.set_description("mtpd")
         for prompt in texts:
@@ -154,27 +159,18 @@ def verify(
             bar.update()
         bar.set_description(engine)
         asked = [(folder, texts), *([(copy.folder, spoiled)] if copy is not None else [])]
-        served, *others = _serve(engine, asked, says, max_new_tokens, depth, environment, bar)
+        served, *others = _serve(engine, asked, layout, says, max_new_tokens, depth, environment, bar)
     ties = sum(
         theirs != ours and parted_at_tie(trunk, torch.tensor(prompt), ours, theirs)
         for prompt, theirs, ours in zip(texts, served.texts, plain, strict=True)
     )
-    return Verified(layout, served, plain, counts, ties, others[0] if others else None)
-
-
-def plain_text(trunk: Trunk, prompt: torch.Tensor, max_new_tokens: int) -> list[int]:
-    """Greedy text of transformers' `generate` without drafts, end tokens or not."""
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
-    with plain_generation(trunk.model), torch.inference_mode():
-        output = trunk.model.generate(
-            prompt[None], attention_mask=torch.ones_like(prompt)[None], generation_config=config
-        )
-    return output[0, len(prompt) :].tolist()
+    return Verified(layout.name, served, plain, counts, ties, others[0] if others else None)
 
 
 def _serve(
     engine: str,
     asked: Sequence[tuple[Path, Sequence[Sequence[int]]]],
+    layout: Layout,
     says: dict[str, object],
     max_new_tokens: int,
     depth: int,
@@ -187,19 +183,17 @@ def _serve(
             with_transformers.serve(folder, each, max_new_tokens=max_new_tokens, progress=bar.update)
             for folder, each in asked
         ]
-    models = [_for_vllm(folder.resolve(), prompts, says, depth) for folder, prompts in asked]
+    base = open_checkpoint(str(says["base"])).path.resolve()
+    models = [
+        with_vllm.Asked(
+            str(base if layout.apart else folder.resolve()),
+            prompts,
+            layout.speculative(str(folder.resolve()), depth),
+            dict(layout.overrides),
+        )
+        for folder, prompts in asked
+    ]
     return with_vllm.serve(with_vllm.environment(environment), models, max_new_tokens=max_new_tokens)
-
-
-def _for_vllm(folder: Path, prompts: Sequence[Sequence[int]], says: dict[str, object], depth: int) -> with_vllm.Asked:
-    speculative: dict[str, object] = {"method": "mtp", "num_speculative_tokens": depth}
-    if says["layout"] not in ("mimo-draft", "medusa"):
-        return with_vllm.Asked(folder, prompts, speculative, {})
-    # The base is served as it is; vLLM looks for heads where its config names some.
-    overrides = {"num_nextn_predict_layers": 1} if says["layout"] == "mimo-draft" else {}
-    speculative["method"] = "mtp" if says["layout"] == "mimo-draft" else "medusa"
-    speculative["model"] = str(folder)
-    return with_vllm.Asked(open_checkpoint(str(says["base"])).path.resolve(), prompts, speculative, overrides)
 
 
 def interval(accepted: int, drafted: int) -> tuple[float, float]:

@@ -55,7 +55,7 @@ def launch(launcher: Launcher, words: Sequence[str], *, processes: int | None, n
         return _run(deepspeed_on_nodes(words, processes=processes, nodes=nodes))
     count = _count(processes)
     _set_threads(count)
-    return _run(deepspeed_here(words, processes=count, port=_free_port()), tells_ranks=False)
+    return _run(deepspeed_here(words, processes=count, port=free_port()), tells_ranks=False)
 
 
 def torchrun_arguments(words: Sequence[str], *, processes: int) -> list[str]:
@@ -155,7 +155,7 @@ def _exit_code(code: int) -> int:
     return 128 - code if code < 0 else code
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return int(listening.getsockname()[1])

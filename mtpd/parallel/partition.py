@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mtpd.errors import MtpdError, UserError
+from mtpd.parallel.launch import free_port
 from mtpd.trunk import Trunk
 
 TIMEOUT = timedelta(minutes=30)
@@ -70,7 +70,7 @@ def deepspeed_running(device: torch.device) -> Iterator[None]:
 def _start(device: torch.device) -> None:
     """Starts the process group, if nothing has yet, in such a way that accelerate knows its size on a CPU too."""
     if "RANK" not in os.environ:
-        os.environ.update({**ALONE, "MASTER_PORT": str(_free_port())})
+        os.environ.update({**ALONE, "MASTER_PORT": str(free_port())})
     if device.type == "cpu":
         # Else DeepSpeed and accelerate would each choose a GPU, where there is one.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -86,12 +86,6 @@ def _start(device: torch.device) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ[ENABLED] = "true"
     PartialState(cpu=False, backend="gloo" if device.type == "cpu" else None, timeout=TIMEOUT)
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def move_outside_of_layers(trunk: Trunk, device: torch.device) -> None:

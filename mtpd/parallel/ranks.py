@@ -114,14 +114,31 @@ def from_main(work: Callable[[], Any]) -> Any:
     return gather(work() if is_main() else None)[0]
 
 
-@contextmanager
-def main_first() -> Iterator[None]:
-    """What is in it is done by the main rank, and then by the others: they find the files that it wrote."""
-    if not is_main():
+def once(
+    file: Path,
+    make: Callable[[], Item],
+    write: Callable[[Item], object],
+    *,
+    whole: Callable[[], bool] | None = None,
+    together: bool = False,
+) -> None:
+    """Makes a file unless it is whole: the main rank does, the others wait, and then all see it. All ranks call it.
+
+    Args:
+        make: gives what `write` writes.
+        whole: tells whether the file is what it should be; None: whether it is there.
+        together: all ranks make it, as where they share the layers of the trunk, and the main rank writes it.
+
+    Raises:
+        MtpdError: the file is not seen here, as where the nodes share no file system.
+    """
+    if not from_main(whole or file.is_file):
+        if together or is_main():
+            made = make()
+            if is_main():
+                write(made)
         barrier()
-    yield
-    if is_main():
-        barrier()
+    wait_for(file)
 
 
 def wait_for(path: Path) -> None:

@@ -9,6 +9,7 @@ take as much memory with many heads as with one.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5To
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mtpd import alignment
+from mtpd.data import stdlib
 from mtpd.data.models import resolve_device, resolve_dtype, trunk_fingerprint
+from mtpd.data.prompts import load_prompts
 from mtpd.errors import UserError
 from mtpd.files import is_empty, replacing, write_whole
 from mtpd.heads import build_heads, configure_heads, save_heads, start_heads
@@ -28,7 +31,6 @@ from mtpd.heads.parallel.heads import AnyParallel
 from mtpd.losses.chunked import in_chunks
 from mtpd.parallel import ranks
 from mtpd.pretrain.muon import muon_and_adamw
-from mtpd.pretrain.streams import stream_rows
 from mtpd.recipe import HeadsRecipe, PretrainRecipe, dump, load_pretrain_recipe
 from mtpd.train.safe_trainer import SafeTrainer
 from mtpd.train.trainer import Metrics, Progress
@@ -274,3 +276,36 @@ def _arguments(recipe: PretrainRecipe, *, dtype: torch.dtype, device: torch.devi
         disable_tqdm=True,
         log_level="error",
     )
+
+
+def stream_rows(tokenizer: Any, source: str, *, row_length: int, limit: int | None = None) -> Tensor:
+    """Texts as one stream of tokens, cut into rows [N, T] of int32; what does not fill a row at the end is left out.
+
+    Args:
+        source: `stdlib`, `stdlib-held-out`, or a .jsonl file of `text` rows.
+        limit: rows at most, evenly spaced; None for all.
+
+    Raises:
+        UserError: no row is full.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids: list[int] = []
+    for text in _texts(source):
+        ids += [*tokenizer(text, add_special_tokens=False)["input_ids"], *end]
+    count = len(ids) // row_length
+    if not count:
+        raise UserError(f"data.row_length: {row_length} is more than the {len(ids)} tokens of {source}")
+    rows = torch.tensor(ids[: count * row_length], dtype=torch.int32).view(count, row_length)
+    if limit is not None and limit < count:
+        rows = rows[torch.arange(limit) * count // limit]
+    return rows
+
+
+def _texts(source: str) -> Iterator[str]:
+    if source in (stdlib.SOURCE, stdlib.HELD_OUT):
+        yield from (text for _, text in stdlib.documents(source))
+        return
+    for row in load_prompts(source):
+        if not isinstance(row.prompt, str):
+            raise UserError(f"{source}: row {row.id} is a conversation; accepted: `text` rows")
+        yield row.prompt + (row.response if isinstance(row.response, str) else "")

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from rich.console import Console
 
-from mtpd.data.models import load_model, resolve_dtype
+from mtpd.data.models import resolve_dtype
 from mtpd.data.packing import PackedRows, Sample, response_texts
 from mtpd.decode.chances import CHANCES, Chances, read_chances, write_chances
 from mtpd.decode.corpus import CORPUS_FILE, Corpus, build_corpus, read_corpus, write_corpus
@@ -28,29 +28,20 @@ from mtpd.report.car import write_car
 from mtpd.report.samples import belong_to, sample_texts
 from mtpd.run.directory import RunDirectory, measured
 from mtpd.run.material import spread
-from mtpd.run.session import Session
+from mtpd.run.session import Session, load_trunk
 from mtpd.trunk import Trunk
 
 
-def measure(
-    session: Session,
-    heads: Heads,
-    samples: Sequence[Sample],
-    folder: Path,
-    path: Path,
-) -> None:
-    """Offline acceptance of the heads of a folder, written to `path` unless it is there. All ranks call it.
-
-    The main rank measures; where the trunk is partitioned, all do, on the same texts.
-    """
-    if ranks.from_main(lambda: measured(path, folder)):
-        return
-    if ranks.is_main() or session.trunk.partitioned:
-        suites = measured_offline(session, heads, samples)
-        chance = at_chance(session.trunk, [sample.prompt_ids for sample in samples])
-        if ranks.is_main():
-            acceptance_of(session, session.trunk, heads, folder, "offline", suites, chance=chance).save(path)
-    ranks.barrier()
+def measure(session: Session, heads: Heads, samples: Sequence[Sample], folder: Path, path: Path) -> None:
+    """Offline acceptance of the heads of a folder, written to `path` unless it is there. All ranks call it."""
+    trunk, prompts = session.trunk, [sample.prompt_ids for sample in samples]
+    ranks.once(
+        path,
+        lambda: (measured_offline(session, heads, samples), at_chance(trunk, prompts)),
+        lambda found: acceptance_of(session, trunk, heads, folder, "offline", found[0], chance=found[1]).save(path),
+        whole=lambda: measured(path, folder),
+        together=trunk.partitioned,
+    )
 
 
 def measured_offline(session: Session, heads: Heads, samples: Sequence[Sample]) -> dict[str, SuiteCounts]:
@@ -64,26 +55,25 @@ def keep_texts(session: Session, heads: Heads, samples: Sequence[Sample]) -> Non
 
     Texts that are there already are kept where they belong to the same heads, also those of `mtpd eval`.
     """
-    run = session.run
-    fingerprint = fingerprint_file(run.heads / WEIGHTS)
-    if ranks.from_main(lambda: belong_to(run.samples, fingerprint)):
-        return
-    if ranks.is_main() or session.trunk.partitioned:
-        families: dict[str, list[Sample]] = {}
-        for sample in samples:
-            families.setdefault(sample.family or "prompts", []).append(sample)
-        model = Model(session.trunk, session.tokenizer, session.fingerprint, session.ends)
-        found = sample_texts(
+    file, fingerprint = session.run.samples, fingerprint_file(session.run.heads / WEIGHTS)
+    families: dict[str, list[Sample]] = {}
+    for sample in samples:
+        families.setdefault(sample.family or "prompts", []).append(sample)
+    model = Model(session.trunk, session.tokenizer, session.fingerprint, session.ends)
+    ranks.once(
+        file,
+        lambda: sample_texts(
             model,
             _in_format_of_trunk(session, heads),
             families,
-            chances=read_chances(run.heads),
-            corpus=read_corpus(run.heads, session.tokenizer),
+            chances=read_chances(session.run.heads),
+            corpus=read_corpus(session.run.heads, session.tokenizer),
             heads_fingerprint=fingerprint,
-        )
-        if ranks.is_main():
-            found.save(run.samples)
-    ranks.barrier()
+        ),
+        lambda found: found.save(file),
+        whole=lambda: belong_to(file, fingerprint),
+        together=session.trunk.partitioned,
+    )
 
 
 def keep_corpus(session: Session, rows: PackedRows) -> Corpus | None:
@@ -181,13 +171,7 @@ def decode(session: Session, samples: Sequence[Sample]) -> None:
     trunk = session.trunk
     wanted = trunk.dtype if evaluation.dtype == "trunk" else resolve_dtype(evaluation.dtype, trunk.device)
     if wanted != trunk.dtype:
-        model, _ = load_model(
-            session.recipe.model,
-            dtype=evaluation.dtype,
-            device=session.recipe.device,
-            trust_remote_code=session.recipe.trust_remote_code,
-        )
-        trunk = Trunk(model, tokens=session.trunk.tokens)
+        trunk, _ = load_trunk(session.recipe, dtype=evaluation.dtype)
     heads = load_heads(run.heads, trunk).to(wanted)
     chosen = spread(list(samples), evaluation.decode_prompts)
     suites = measure_decoded(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -13,17 +12,15 @@ from mtpd.data.find_model import check_model
 from mtpd.data.prompts import read_row
 from mtpd.data.sources import check_source, read
 from mtpd.errors import UserError
+from mtpd.finished_run import HEADS_FILE, RECIPE
+from mtpd.finished_run import check_finished as check_finished
 from mtpd.recipe import DEEPSPEED_PRESETS, PretrainRecipe, Recipe, load_recipe, parse_recipe
 from mtpd.recipe.trackers import check_trackers
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu", "hpu", "npu", "mlu", "musa", "sdaa", "xla")
 """Kinds of devices that PyTorch has names for; whether one is there is seen when it is used."""
-RECIPE = "recipe.yaml"
-HEADS_FILE = "model.safetensors"
 STAGE = "stage.json"
 """In a stage of an extension."""
-EXPORTED = "mtpd.json"
-"""In what `mtpd export` wrote."""
 
 
 def check_recipe(recipe: Recipe, *, weights: bool = True) -> None:
@@ -97,36 +94,6 @@ def check_pretrain_recipe(recipe: PretrainRecipe) -> None:
     check_folder(recipe.output, key="output")
 
 
-def check_run(path: Path) -> None:
-    """Raises UserError unless a directory holds a run, finished or not."""
-    if not path.exists():
-        raise UserError(f"{path}: no such directory; accepted: the output directory of mtpd distill, such as runs/demo")
-    if not path.is_dir():
-        raise UserError(f"{path}: is a file; accepted: the output directory of mtpd distill, such as runs/demo")
-    if not (path / RECIPE).is_file():
-        parent = path.resolve().parent
-        hint = f" (did you mean {path.parent}?)" if (parent / RECIPE).is_file() else ""
-        if (path / EXPORTED).is_file():
-            raise UserError(
-                f"{path}: is an export, for other engines (mtpd verify serves it); give the run that it was written "
-                f"from: {_run_of(path)}"
-            )
-        if (path / "config.json").is_file() and not hint:
-            hint = " (this is a model; heads belong to the run that it was exported from)"
-        raise UserError(
-            f"{path}: holds no run (no {RECIPE}); give the output directory of mtpd distill, such as runs/demo{hint}"
-        )
-
-
-def check_finished(path: Path, *, heads: str = "heads") -> None:
-    """Raises UserError unless a directory holds a run with heads of that name."""
-    check_run(path)
-    if not (path / heads / HEADS_FILE).is_file():
-        others = sorted(file.parent.name for file in path.glob(f"heads*/{HEADS_FILE}"))
-        hint = f"accepted here: {', '.join(others)}; or " if others else ""
-        raise UserError(f"{path / heads}: holds no heads; {hint}finish the run with mtpd distill {path / RECIPE}")
-
-
 def extended_recipe(path: Path, given: Mapping[str, Any]) -> Recipe:
     """The recipe of a finished run, with what a call of `mtpd extend` says about stages.
 
@@ -144,14 +111,6 @@ def extended_recipe(path: Path, given: Mapping[str, Any]) -> Recipe:
     if section["to"] is None and not section["auto"]:
         raise UserError(f"--to: is missing; accepted: a number of heads above {recipe.heads.depth}, or --auto")
     return parse_recipe({**recipe.model_dump(mode="json"), "extend": section}, source="mtpd extend")
-
-
-def _run_of(export: Path) -> str:
-    """The run that an export says it is of."""
-    try:
-        return str(json.loads((export / EXPORTED).read_text(encoding="utf-8"))["run"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "what mtpd distill wrote"
 
 
 def check_folder(path: Path, *, key: str) -> None:

@@ -16,11 +16,11 @@ from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.versions import library_versions, machine
 from mtpd.files import fingerprint_file, is_empty, read_sealed, sealed, sweep, write_whole, writing
-from mtpd.formats.importing import IMPORTED
+from mtpd.finished_run import IMPORTED, RECIPE
 from mtpd.heads import WEIGHTS
 from mtpd.parallel import ranks
 from mtpd.recipe import Recipe, dump, load_recipe
-from mtpd.run.check import RECIPE, STAGE
+from mtpd.run.check import STAGE
 from mtpd.train.checkpoints import named_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -133,10 +133,7 @@ def open_together(recipe: Recipe, *, fresh: bool, resume: str = "auto") -> RunDi
             f"device: {recipe.device} is one device, and there are {ranks.count()} processes, of which each takes its "
             f"own; accepted: auto, {recipe.device.partition(':')[0]}"
         )
-    if ranks.is_main():
-        open_run(recipe, fresh=fresh, resume=resume)
-    ranks.barrier()
-    run = RunDirectory(recipe.output)
+    run = RunDirectory(Path(ranks.from_main(lambda: str(open_run(recipe, fresh=fresh, resume=resume).path))))
     ranks.wait_for(run.recipe)
     return run
 
@@ -219,22 +216,20 @@ def finish_provenance(run: RunDirectory, gain: Mapping[str, Any] | None) -> None
         gain: what training changed; None where there is no start to compare with.
     """
     content = read_sealed(run.provenance, refusal="not a provenance")
-    content["finished"] = content.get("finished") or _now()
-    if gain is not None:
-        content["training"] = dict(gain)
-    content["files"] = {path.name: fingerprint_file(path) for path in (run.recipe, run.metrics) if path.is_file()}
-    write_whole(run.provenance, json.dumps(sealed(content), indent=2) + "\n")
+    files = {path.name: fingerprint_file(path) for path in (run.recipe, run.metrics) if path.is_file()}
+    note_training(run, gain, finished=content.get("finished") or _now(), files=files)
 
 
-def note_training(stage: RunDirectory, gain: Mapping[str, Any] | None) -> None:
-    """Says in the provenance of a stage, which is that of its run, which heads the stage kept.
+def note_training(stage: RunDirectory, gain: Mapping[str, Any] | None, **further: Any) -> None:
+    """Says in the provenance of a run, or of a stage, which is that of its run, which heads it kept.
 
     Args:
         gain: what training changed; None where nothing was trained.
+        further: keys to set.
     """
     if not stage.provenance.is_file():
         return
-    content = read_sealed(stage.provenance, refusal="not a provenance")
+    content = read_sealed(stage.provenance, refusal="not a provenance") | further
     content.pop("training", None)
     content |= {} if gain is None else {"training": dict(gain)}
     write_whole(stage.provenance, json.dumps(sealed(content), indent=2) + "\n")

@@ -9,38 +9,33 @@ over the ranks, they do that together too, and the main rank writes.
 
 from __future__ import annotations
 
-import logging
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from mtpd.data.models import resolve_device
-from mtpd.evaluate.compare import console
+from mtpd.data.packing import PackedRows, Sample
+from mtpd.data.prompts import Prompt
 from mtpd.evaluate.contamination import write_signatures
-from mtpd.heads import WEIGHTS, load_heads, save_heads
+from mtpd.heads import load_heads, save_heads
 from mtpd.parallel import ranks
-from mtpd.parallel.partitioned_trunk import trunk_apart
 from mtpd.recipe import Recipe
 from mtpd.run.acceptance import decode, keep_chances, keep_corpus, keep_texts, measure, measure_together, show
 from mtpd.run.directory import finish_provenance, is_finished, open_together, write_provenance
 from mtpd.run.extend import Material, extend_heads
 from mtpd.run.joint_training import train_jointly, with_trained_trunk
-from mtpd.run.kept_heads import gain_of_run, keep_heads, verdict
+from mtpd.run.kept_heads import gain_of_run, keep_heads, verdict, wants_heads
 from mtpd.run.material import (
     fill_together,
     given_texts,
     hidden_states,
     measured_samples,
-    set_apart,
+    other_families,
     split_prompts,
     training_rows,
 )
 from mtpd.run.new_heads import new_heads
 from mtpd.run.session import Session, start, with_native_depth
 from mtpd.run.training import train_heads
-
-logger = logging.getLogger(__name__)
 
 
 def distill(recipe: Recipe, *, fresh: bool = False, resume: str = "auto", progress: bool = True) -> Path:
@@ -60,61 +55,43 @@ def distill(recipe: Recipe, *, fresh: bool = False, resume: str = "auto", progre
         UserError, MtpdError: with one line that names the cause.
     """
     with ranks.joined(resolve_device(recipe.device)):
-        return _distill(with_native_depth(recipe), fresh=fresh, resume=resume, progress=progress and ranks.is_main())
-
-
-def _distill(recipe: Recipe, *, fresh: bool, resume: str, progress: bool) -> Path:
-    to = console(quiet=not progress)
-    run = open_together(recipe, fresh=fresh, resume=resume)
-    finished = ranks.from_main(lambda: is_finished(run))
-    session = replace(start(recipe, run, progress=progress), resume=resume)
-    with trunk_apart(session.trunk, recipe, device=resolve_device(recipe.device), folder=run.offload):
-        path = _take_steps(session, to)
-    if finished and path == run.path:
-        to.print("nothing was left to do: the run was finished before; --fresh starts over", highlight=False)
+        recipe = with_native_depth(recipe)
+        run = open_together(recipe, fresh=fresh, resume=resume)
+        finished = ranks.from_main(lambda: is_finished(run))
+        with start(recipe, run, progress=progress, resume=resume) as session:
+            path = _take_steps(session)
+        if finished and path == run.path:
+            told = "nothing was left to do: the run was finished before; --fresh starts over"
+            session.console.print(told, highlight=False)
     return path
 
 
-def _take_steps(session: Session, console: Console) -> Path:
+def _take_steps(session: Session) -> Path:
     recipe, run = session.recipe, session.run
     frozen = recipe.trunk.train == "frozen"
     prompts = split_prompts(recipe)
-    console.print(
+    session.console.print(
         f"{recipe.model}: {session.trunk.name}, {session.trunk.depth} layers, {session.trunk.dtype}; "
         f"{len(prompts.train)} prompts to train on, {len(prompts.held_out)} held out"
     )
     rows = training_rows(session, prompts.train)
-    texts = [*prompts.train, *given_texts(recipe)]
-    if ranks.is_main():
-        write_provenance(
-            run,
-            trunk=session.fingerprint,
-            rows=rows.fingerprint,
-            prompts=[prompt.fingerprint for prompt in texts],
-        )
-        if not run.trained_prompts.is_file():
-            write_signatures(run.trained_prompts, [prompt.text for prompt in texts])
+    ranks.from_main(lambda: _note_texts(session, rows, [*prompts.train, *given_texts(recipe)]))
     store = hidden_states(session, rows, prompts.train)
-    samples, apart = measured_samples(session, prompts.held_out)
-    samples, chosen_by = set_apart(recipe, samples, apart)
-    if not ranks.from_main((run.heads / WEIGHTS).is_file):
-        trained = run.heads_trained if frozen else run.heads
-        if not ranks.from_main((trained / WEIGHTS).is_file):
-            fill_together(session, rows, store)
-            heads = new_heads(session, rows, store)
-            measure(session, heads, samples, run.heads_before, run.acceptance_before)
-            if frozen:
-                train_heads(session, heads, rows, store, chosen_by)
-            else:
-                train_jointly(session, heads, rows, store, samples, chosen_by)
-            if ranks.is_main():
-                save_heads(heads, trained)
-            ranks.barrier()
+    samples, chosen_by = measured_samples(session, prompts.held_out)
+    if wants_heads(run):
+        fill_together(session, rows, store)
+        heads = new_heads(session, rows, store)
+        measure(session, heads, samples, run.heads_before, run.acceptance_before)
         if frozen:
-            keep_heads(session, samples)
-    if not frozen:
-        session = with_trained_trunk(session, console)
-        samples, chosen_by = set_apart(recipe, *measured_samples(session, prompts.held_out))
+            train_heads(session, heads, rows, store, chosen_by)
+        else:
+            train_jointly(session, heads, rows, store, samples, chosen_by)
+        ranks.from_main(lambda: save_heads(heads, run.heads_trained if frozen else run.heads))
+    if frozen:
+        keep_heads(session, samples)
+    else:
+        session = with_trained_trunk(session)
+        samples, chosen_by = measured_samples(session, prompts.held_out)
     heads = load_heads(run.heads, session.trunk, fingerprint=session.fingerprint)
     # Counted on other texts than it is measured on, where there are some.
     corpus = keep_corpus(session, rows)
@@ -122,15 +99,28 @@ def _take_steps(session: Session, console: Console) -> Path:
     measure(session, heads, samples, run.heads, run.acceptance)
     measure_together(session, heads, samples, chances, corpus)
     keep_texts(session, heads, samples)
-    if ranks.is_main():
-        if recipe.evaluation.decode_prompts and frozen:
-            decode(session, samples)
-        show(run, console, apart)
-        finish_provenance(run, gain_of_run(recipe, run).noted() if frozen else None)
-    ranks.barrier()
+    ranks.from_main(lambda: _finish(session, samples))
     for line in verdict(session, rows) if frozen else ():
-        console.print(line, highlight=False, soft_wrap=True)
+        session.console.print(line, highlight=False, soft_wrap=True)
     if recipe.extend.to is None and not recipe.extend.auto:
         return run.path
     material = Material(session, samples, chosen_by, lambda: (rows, store))
-    return extend_heads(material, heads.as_chain(what="extend.to"), console)
+    return extend_heads(material, heads.as_chain(what="extend.to"))
+
+
+def _note_texts(session: Session, rows: PackedRows, texts: Sequence[Prompt]) -> None:
+    """Writes what the heads come from, and the signatures of all texts to train on."""
+    run, prompts = session.run, [prompt.fingerprint for prompt in texts]
+    write_provenance(run, trunk=session.fingerprint, rows=rows.fingerprint, prompts=prompts)
+    if not run.trained_prompts.is_file():
+        write_signatures(run.trained_prompts, [prompt.text for prompt in texts])
+
+
+def _finish(session: Session, samples: Sequence[Sample]) -> None:
+    """Decodes, shows what came out, and writes the file that is the last of a run."""
+    recipe, run = session.recipe, session.run
+    frozen = recipe.trunk.train == "frozen"
+    if recipe.evaluation.decode_prompts and frozen:
+        decode(session, samples)
+    show(run, session.console, other_families(recipe))
+    finish_provenance(run, gain_of_run(recipe, run).noted() if frozen else None)

@@ -17,14 +17,15 @@ from mtpd.evaluate.measure import Model, Trace, measure_suites, respond
 from mtpd.evaluate.suites import Question, Suite, questions
 from mtpd.evaluate.trunk_quality import TrunkQuality, trunk_quality
 from mtpd.files import fingerprint_file, write_whole
+from mtpd.finished_run import open_finished
 from mtpd.heads import WEIGHTS
 from mtpd.parallel import ranks
 from mtpd.recipe import Recipe
-from mtpd.recipe.untrusted import refuse_code
 from mtpd.report.samples import sample_texts
 from mtpd.run.directory import RunDirectory, warn_of_changes
-from mtpd.run.finished import FinishedRun, open_finished, original_trunk, reopen, trained_prompts, trunk_name
+from mtpd.run.finished import LoadedRun, reopen, trained_prompts
 from mtpd.run.request import Request, check_request
+from mtpd.run.session import load_trunk
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ def evaluate_run(request: Request, *, progress: bool = True) -> int:
         UserError: a mistake in the request or in a file that it names.
     """
     # Everything that can be wrong with files is found before a model is loaded.
-    recipe, run = open_finished(request.run, heads=request.heads)
+    recipe = open_finished(request.run, heads=request.heads, untrusted=request.untrusted).recipe
+    run = RunDirectory(request.run)
     warn_of_changes(run)
     with ranks.joined(resolve_device(recipe.device)):
         # What is measured is speed as well: one rank works, and the others wait.
@@ -47,8 +49,6 @@ def evaluate_run(request: Request, *, progress: bool = True) -> int:
 
 def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: bool) -> int:
     began = time.monotonic()
-    if request.untrusted:
-        refuse_code(recipe, source=str(run.recipe))
     baseline = request.baseline()
     mode = request.mode or ("offline" if baseline is None else baseline.mode)
     suites = {name: (suite, questions(name, suite)) for name, suite in check_request(request, baseline).items()}
@@ -132,14 +132,15 @@ def warn_of_control(acceptance: Acceptance) -> None:
 
 
 def _check_trunk(
-    request: Request, finished: FinishedRun, suites: Suites, *, progress: bool
+    request: Request, finished: LoadedRun, suites: Suites, *, progress: bool
 ) -> Mapping[str, tuple[TrunkQuality, TrunkQuality]]:
     """The main head before and after the run, on the responses of the model before it."""
-    changed = trunk_name(finished.recipe, finished.run) != finished.recipe.model
-    original = original_trunk(finished)
+    # A run that trained its trunk too has another model than its recipe.
+    changed = finished.model != finished.recipe.model
     after = Model(finished.trunk, finished.tokenizer, finished.fingerprint, finished.ends)
     before = after
     if changed:
+        original, _ = load_trunk(finished.recipe)
         before = Model(original, finished.tokenizer, trunk_fingerprint(original.model), finished.ends)
     found = {}
     for name, (suite, asked) in suites.items():

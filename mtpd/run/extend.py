@@ -13,32 +13,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from mtpd.data.models import resolve_device
 from mtpd.data.packing import PackedRows, Sample
-from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, store_key
+from mtpd.data.store import HiddenStates
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance
-from mtpd.evaluate.compare import console
 from mtpd.evaluate.depths import Depths, depths_pay_table, measure_depths
 from mtpd.files import fingerprint_file, read_sealed, sealed, write_whole
 from mtpd.heads import WEIGHTS, Heads, build_heads, load_heads, save_heads
 from mtpd.parallel import ranks
-from mtpd.parallel.partitioned_trunk import trunk_apart
 from mtpd.recipe import ExtendRecipe, Recipe, dump, stages_of
 from mtpd.recipe.untrusted import refuse_untrusted
 from mtpd.report.car import write_car
-from mtpd.run.acceptance import keep_texts, measure
+from mtpd.run.acceptance import keep_chances, keep_texts, measure, measure_together
 from mtpd.run.check import extended_recipe
 from mtpd.run.depths import held_out_counts
 from mtpd.run.directory import RunDirectory, note_training
-from mtpd.run.kept_heads import gain_of_run, keep_heads, other_families, verdict_line
+from mtpd.run.kept_heads import gain_of_run, keep_heads, verdict_line, wants_heads
 from mtpd.run.material import (
     fill_together,
     hidden_states,
     measured_samples,
-    set_apart,
+    other_families,
     split_prompts,
     spread,
     training_rows,
@@ -83,49 +79,37 @@ def extend(
     if untrusted:
         # What a stage writes is in the run, wherever its recipe says that it lies.
         refuse_untrusted(recipe.model_dump(mode="json", exclude={"output"}), source=str(run.recipe))
-    with ranks.joined(resolve_device(recipe.device)):
-        return _extend(recipe, run, fresh=fresh, progress=progress and ranks.is_main())
+    with ranks.joined(resolve_device(recipe.device)), start(recipe, run, progress=progress) as session:
+        return _extend(session, fresh=fresh)
 
 
-def _extend(recipe: Recipe, run: RunDirectory, *, fresh: bool, progress: bool) -> Path:
-    to = console(quiet=not progress)
-    session = start(recipe, run, progress=progress)
-    with trunk_apart(session.trunk, recipe, device=resolve_device(recipe.device), folder=run.offload):
-        return _extend_run(session, to, fresh=fresh)
-
-
-def _extend_run(session: Session, console: Console, *, fresh: bool) -> Path:
+def _extend(session: Session, *, fresh: bool) -> Path:
     recipe, run = session.recipe, session.run
     heads = load_heads(run.heads, session.trunk, fingerprint=session.fingerprint).as_chain(what="mtpd extend")
     prompts = split_prompts(recipe)
-    samples, apart = measured_samples(session, prompts.held_out)
-    samples, chosen_by = set_apart(recipe, samples, apart)
+    samples, chosen_by = measured_samples(session, prompts.held_out)
 
     def rows() -> tuple[PackedRows, HiddenStates | None]:
         packed = training_rows(session, prompts.train)
         return packed, hidden_states(session, packed, prompts.train)
 
-    return extend_heads(Material(session, samples, chosen_by, rows), heads, console, fresh=fresh)
+    return extend_heads(Material(session, samples, chosen_by, rows), heads, fresh=fresh)
 
 
-def extend_heads(material: Material, heads: Heads, console: Console, *, fresh: bool = False) -> Path:
+def extend_heads(material: Material, heads: Heads, *, fresh: bool = False) -> Path:
     """All stages that the recipe says; with `extend.auto`, as long as the newest depths pay."""
     session = material.session
     settings = session.recipe.extend
     reached = session.run
     for depth in stages_of(settings, heads.depth):
-        if settings.auto and not _pays(material, heads, reached, console):
+        if settings.auto and not _pays(material, heads, reached):
             return reached.path
         stage = _stage_directory(session.run, settings, depth)
-        if ranks.is_main():
-            _begin(stage, session, settings, heads, reached, depth, fresh=fresh)
-        ranks.barrier()
-        ranks.wait_for(stage.stage)
-        heads = _run_stage(material, stage, heads, depth)
-        _show(material, stage, heads, console)
+        heads = _run_stage(material, stage, heads, reached, depth, fresh=fresh)
+        _show(material, stage, heads)
         reached = stage
     if settings.auto:
-        _pays(material, heads, reached, console)
+        _pays(material, heads, reached)
     return reached.path
 
 
@@ -134,16 +118,7 @@ def _stage_directory(run: RunDirectory, settings: ExtendRecipe, depth: int) -> R
     return RunDirectory(run.extended / f"{settings.form}-{depth}{untrained}")
 
 
-def _begin(
-    stage: RunDirectory,
-    session: Session,
-    settings: ExtendRecipe,
-    heads: Heads,
-    base: RunDirectory,
-    depth: int,
-    *,
-    fresh: bool,
-) -> None:
+def _begin(stage: RunDirectory, session: Session, heads: Heads, base: RunDirectory, depth: int, *, fresh: bool) -> None:
     """Makes the directory of a stage, or finds that it is the same stage.
 
     Raises:
@@ -153,7 +128,7 @@ def _begin(
         "from": heads.depth,
         "to": depth,
         "heads": fingerprint_file(base.heads / WEIGHTS),
-        **settings.model_dump(include={"form", "rank", "steps", "learning_rate"}),
+        **session.recipe.extend.model_dump(include={"form", "rank", "steps", "learning_rate"}),
     }
     if stage.stage.is_file() and not fresh:
         found = read_sealed(stage.stage, refusal="not a stage of an extension")
@@ -174,58 +149,47 @@ def _begin(
     write_whole(stage.stage, json.dumps(sealed(content), indent=1) + "\n")
 
 
-def _run_stage(material: Material, stage: RunDirectory, old: Heads, depth: int) -> Heads:
+def _run_stage(
+    material: Material, stage: RunDirectory, old: Heads, base: RunDirectory, depth: int, *, fresh: bool
+) -> Heads:
     """Loops, trains and measures, or goes on with it."""
+    ranks.from_main(lambda: _begin(stage, material.session, old, base, depth, fresh=fresh))
+    ranks.wait_for(stage.stage)
     recipe = _stage_recipe(material.session.recipe, stage.path)
     # A checkpoint that a user names is one of the run.
     session = replace(material.session, run=stage, recipe=recipe, resume="auto")
     settings, trunk = session.recipe.extend, session.trunk
-    if not ranks.from_main((stage.heads / WEIGHTS).is_file):
-        made = stage.heads if settings.steps == 0 else stage.heads_trained
-        if not ranks.from_main((made / WEIGHTS).is_file):
-            heads = old.extended(trunk, depth=depth, form=settings.form, rank=settings.rank, seed=session.recipe.seed)
-            if ranks.is_main() and not (stage.heads_before / WEIGHTS).is_file():
-                save_heads(heads, stage.heads_before)
-            measure(session, heads, material.samples, stage.heads_before, stage.acceptance_before)
-            if settings.steps != 0:
-                rows, store = material.rows()
-                fill_together(session, rows, store)
-                # Blocks that serve all depths are trained on all of them.
-                finished = None
-                if settings.form != "shared":
-                    finished = FinishedDepths(trunk, old, _store_of_states(session, rows, old))
-                train_heads(session, heads, rows, store, material.chosen_by, finished)
-            if ranks.is_main():
-                save_heads(heads, made)
-            ranks.barrier()
-        if settings.steps != 0:
-            keep_heads(session, material.samples)
+    trains = settings.steps != 0
+    if wants_heads(stage):
+        heads = old.extended(trunk, depth=depth, form=settings.form, rank=settings.rank, seed=session.recipe.seed)
+        folder = stage.heads_before
+        ranks.once(folder / WEIGHTS, lambda: heads, lambda heads: save_heads(heads, folder))
+        measure(session, heads, material.samples, folder, stage.acceptance_before)
+        if trains:
+            rows, store = material.rows()
+            fill_together(session, rows, store)
+            # Blocks that serve all depths are trained on all of them.
+            finished = None
+            if settings.form != "shared":
+                of_heads = read_sealed(stage.stage, refusal="not a stage of an extension")["heads"]
+                finished = FinishedDepths(trunk, old, hidden_states(session, rows, [], of_heads=of_heads))
+            train_heads(session, heads, rows, store, material.chosen_by, finished)
+        ranks.from_main(lambda: save_heads(heads, stage.heads_trained if trains else stage.heads))
+    if trains:
+        keep_heads(session, material.samples)
     trained = load_heads(stage.heads, trunk, fingerprint=session.fingerprint).as_chain(what="mtpd extend")
+    chances = keep_chances(session, trained, material.chosen_by or material.samples, None)
     measure(session, trained, material.samples, stage.heads, stage.acceptance)
+    measure_together(session, trained, material.samples, chances, None)
     keep_texts(session, trained, material.samples)
     return trained
 
 
 def _stage_recipe(recipe: Recipe, output: Path) -> Recipe:
     """Where a stage lies, and how long and how fast it trains."""
-    changes: dict[str, Any] = {}
-    if recipe.extend.steps:
-        changes["max_steps"] = recipe.extend.steps
-    if recipe.extend.learning_rate is not None:
-        changes["learning_rate"] = recipe.extend.learning_rate
+    given = {"max_steps": recipe.extend.steps or None, "learning_rate": recipe.extend.learning_rate}
+    changes = {key: value for key, value in given.items() if value is not None}
     return recipe.model_copy(update={"output": output, "train": recipe.train.model_copy(update=changes)})
-
-
-def _store_of_states(session: Session, rows: PackedRows, old: Heads) -> HiddenStates | None:
-    """What keeps the states of the deepest finished head: as the recipe keeps those of the trunk."""
-    data = session.recipe.data
-    if data.hidden_states == "recompute":
-        return None
-    if data.hidden_states == "memory":
-        return MemoryStore(session.trunk, rows)
-    key = store_key(session.fingerprint, session.tokenizer, [], rows)
-    key["heads"] = read_sealed(session.run.stage, refusal="not a stage of an extension")["heads"]
-    return DiskStore(session.run.hidden_states, session.trunk, rows, key=key, together=True)
 
 
 def _measured_depths(material: Material, heads: Heads, run: RunDirectory) -> Depths | None:
@@ -233,11 +197,12 @@ def _measured_depths(material: Material, heads: Heads, run: RunDirectory) -> Dep
     session = material.session
     if not session.recipe.evaluation.decode_prompts:
         return None
-    if ranks.is_main() and not run.depths.is_file():
+
+    def measured() -> Depths:
         copy = build_heads(session.trunk, heads.config).as_chain(what="mtpd extend")
         copy.load_state_dict(heads.state_dict())
         prompts = spread(material.samples, min(DECODED_PROMPTS, session.recipe.evaluation.decode_prompts))
-        found = measure_depths(
+        return measure_depths(
             session.trunk,
             copy.to(session.trunk.dtype).eval(),
             [sample.prompt_ids for sample in prompts],
@@ -246,20 +211,20 @@ def _measured_depths(material: Material, heads: Heads, run: RunDirectory) -> Dep
             acceptance=held_out_counts(run),
             heads_fingerprint=fingerprint_file(run.heads / WEIGHTS),
         )
-        found.save(run.depths)
-    ranks.barrier()
+
+    ranks.once(run.depths, measured, lambda found: found.save(run.depths))
     return Depths.load(run.depths)
 
 
-def _pays(material: Material, heads: Heads, run: RunDirectory, console: Console) -> bool:
+def _pays(material: Material, heads: Heads, run: RunDirectory) -> bool:
     """Whether the deepest head is the fastest number of drafts: only then can a deeper one gain anything."""
     found = _measured_depths(material, heads, run)
     assert found is not None, "extend.auto is refused without evaluation.decode_prompts"
     if not run.stage.is_file():
-        console.print(depths_pay_table(found))
+        material.session.console.print(depths_pay_table(found))
     pays = found.fastest == heads.depth
     if not pays:
-        console.print(
+        material.session.console.print(
             f"{run.path}: {found.fastest} of {heads.depth} drafts are the fastest here; a further stage does not pay",
             highlight=False,
             soft_wrap=True,
@@ -267,7 +232,7 @@ def _pays(material: Material, heads: Heads, run: RunDirectory, console: Console)
     return pays
 
 
-def _show(material: Material, stage: RunDirectory, heads: Heads, console: Console) -> None:
+def _show(material: Material, stage: RunDirectory, heads: Heads) -> None:
     """Acceptance and speed of a stage, by depth."""
     before, after = Acceptance.load(stage.acceptance_before), Acceptance.load(stage.acceptance)
     apart = other_families(material.session.recipe)
@@ -275,7 +240,7 @@ def _show(material: Material, stage: RunDirectory, heads: Heads, console: Consol
         sides = {"looped, untrained": before, "after training": after}
         write_car(stage.plot, stage.path.resolve().name, sides, apart=sorted(apart))
     owned = sum(parameter.numel() for parameter in heads.parameters())
-    console.print(
+    material.session.console.print(
         f"{stage.path}: {heads.depth} drafts from {owned:,} parameters; tau {before.total().tau:.3f} untrained, "
         f"{after.total().tau:.3f} now",
         highlight=False,
@@ -283,10 +248,10 @@ def _show(material: Material, stage: RunDirectory, heads: Heads, console: Consol
     )
     found = _measured_depths(material, heads, stage)
     if found is not None:
-        console.print(depths_pay_table(found, before))
+        material.session.console.print(depths_pay_table(found, before))
     trained = material.session.recipe.extend.steps != 0
     gain = gain_of_run(material.session.recipe, stage) if trained else None
     if ranks.is_main():
         note_training(stage, None if gain is None else gain.noted())
     if gain is not None:
-        console.print(verdict_line(gain, stage), highlight=False, soft_wrap=True)
+        material.session.console.print(verdict_line(gain, stage), highlight=False, soft_wrap=True)

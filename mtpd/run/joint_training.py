@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rich.console import Console
-
-from mtpd.data.models import load_model, trunk_fingerprint
+from mtpd.data.models import trunk_fingerprint
 from mtpd.data.packing import PackedRows, Sample
 from mtpd.data.store import HiddenStates
 from mtpd.files import read_sealed
@@ -16,10 +14,9 @@ from mtpd.heads import Heads
 from mtpd.parallel import ranks
 from mtpd.run.directory import RunDirectory
 from mtpd.run.material import spread
-from mtpd.run.session import Session
+from mtpd.run.session import Session, load_trunk
 from mtpd.run.training import train_heads
 from mtpd.train.joint_trunk import AdaptedTrunk, FullTrunk, JointTrunk, PerplexityLimit, main_head_quality
-from mtpd.trunk import Trunk
 
 PERPLEXITY_PROMPTS = 28
 """Held-out prompts on whose responses the main head is checked."""
@@ -55,19 +52,16 @@ def train_jointly(
     limit = PerplexityLimit(trunk, checked, recipe, before, run.perplexity)
     train_heads(session, heads, rows, store, chosen_by, joint=joint, callbacks=[limit])
     joint.write(run.trunk, session.tokenizer)
-    model, _ = load_model(str(run.trunk), dtype=recipe.dtype, device=recipe.device)
-    heads.config = heads.config.model_copy(update={"trunk": trunk_fingerprint(model)})
+    trained, _ = load_trunk(recipe, str(run.trunk))
+    heads.config = heads.config.model_copy(update={"trunk": trunk_fingerprint(trained.model)})
 
 
-def with_trained_trunk(session: Session, console: Console) -> Session:
+def with_trained_trunk(session: Session) -> Session:
     """The session with the trunk that the run trained, which writes responses of its own to the held-out prompts."""
     recipe, run = session.recipe, session.run
     found = read_sealed(run.perplexity, refusal="not perplexities of the main head")
-    console.print(f"main head: perplexity {found['before']:.4f} before, {found['after']:.4f} after")
-    model, _ = load_model(
-        str(run.trunk), dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
-    )
-    trunk = Trunk(model, tokens=session.trunk.tokens)
+    session.console.print(f"main head: perplexity {found['before']:.4f} before, {found['after']:.4f} after")
+    trunk, _ = load_trunk(recipe, str(run.trunk))
     directory = RunDirectory(run.path)
     directory.held_out = run.held_out_after
-    return replace(session, run=directory, trunk=trunk, fingerprint=trunk_fingerprint(model))
+    return replace(session, run=directory, trunk=trunk, fingerprint=trunk_fingerprint(trunk.model))

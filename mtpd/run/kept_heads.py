@@ -29,12 +29,13 @@ from mtpd.data.packing import PackedRows, Sample
 from mtpd.evaluate import gate
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.intervals import FEWEST
-from mtpd.files import replacing, sync_folder
-from mtpd.heads import load_heads
+from mtpd.files import replacing, sync
+from mtpd.heads import WEIGHTS, load_heads
 from mtpd.parallel import ranks
 from mtpd.recipe import Recipe
 from mtpd.run.acceptance import measure, measured_offline
 from mtpd.run.directory import RunDirectory
+from mtpd.run.material import other_families as other_families
 from mtpd.run.session import Session
 
 Outcome = Literal["better", "worse", "unclear"]
@@ -102,33 +103,39 @@ def gain_of_run(recipe: Recipe, run: RunDirectory) -> Gain:
     return gain_of(Acceptance.load(run.acceptance_before), Acceptance.load(trained), other_families(recipe))
 
 
-def other_families(recipe: Recipe) -> frozenset[str]:
-    """Names of the suites that are measured beside the held-out prompts."""
-    return frozenset(Path(source).stem for source in recipe.evaluation.extra)
+def wants_heads(run: RunDirectory) -> bool:
+    """Whether a run has neither its heads nor trained ones that could become them. All ranks call it."""
+    folders = (run.heads, run.heads_trained)
+    return bool(ranks.from_main(lambda: not any((folder / WEIGHTS).is_file() for folder in folders)))
 
 
 def keep_heads(session: Session, samples: Sequence[Sample]) -> None:
-    """Measures the heads of `heads-trained/`, and gives the run its `heads/` and `acceptance.json`. All ranks call it.
+    """Gives a run its `heads/` and `acceptance.json` out of `heads-trained/`, unless it has them. All ranks call it.
 
     Killed at any moment, it begins again from `heads-trained/`, and ends the same.
     """
     run = session.run
-    heads = load_heads(run.heads_trained, session.trunk, fingerprint=session.fingerprint)
-    measure(session, heads, samples, run.heads_trained, run.acceptance)
-    if ranks.is_main():
-        before, trained = Acceptance.load(run.acceptance_before), Acceptance.load(run.acceptance)
-        # What a save that was killed left there.
-        shutil.rmtree(run.heads, ignore_errors=True)
-        if gain_of(before, trained, other_families(session.recipe)).kept == "start":
-            os.replace(run.acceptance, run.acceptance_trained)
-            before.save(run.acceptance)
-            with replacing(run.heads) as folder:
-                shutil.copytree(run.heads_before, folder, dirs_exist_ok=True)
-        else:
-            run.acceptance_trained.unlink(missing_ok=True)
-            run.heads_trained.rename(run.heads)
-            sync_folder(run.path)
-    ranks.barrier()
+    if not ranks.from_main((run.heads / WEIGHTS).is_file):
+        heads = load_heads(run.heads_trained, session.trunk, fingerprint=session.fingerprint)
+        measure(session, heads, samples, run.heads_trained, run.acceptance)
+        ranks.from_main(lambda: _choose(session))
+
+
+def _choose(session: Session) -> None:
+    """Makes the trained heads, or those before them, the heads of the run."""
+    run = session.run
+    before, trained = Acceptance.load(run.acceptance_before), Acceptance.load(run.acceptance)
+    # What a save that was killed left there.
+    shutil.rmtree(run.heads, ignore_errors=True)
+    if gain_of(before, trained, other_families(session.recipe)).kept == "start":
+        os.replace(run.acceptance, run.acceptance_trained)
+        before.save(run.acceptance)
+        with replacing(run.heads) as folder:
+            shutil.copytree(run.heads_before, folder, dirs_exist_ok=True)
+    else:
+        run.acceptance_trained.unlink(missing_ok=True)
+        run.heads_trained.rename(run.heads)
+        sync(run.path)
 
 
 def verdict(session: Session, rows: PackedRows) -> list[str]:
@@ -136,7 +143,6 @@ def verdict(session: Session, rows: PackedRows) -> list[str]:
 
     All ranks call it, and the main one has the lines.
     """
-    ranks.wait_for(session.run.acceptance)
     gain = gain_of_run(session.recipe, session.run)
     lines = [verdict_line(gain, session.run)]
     random = ranks.from_main(lambda: Acceptance.load(session.run.acceptance).random_trunk)

@@ -9,17 +9,12 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from mtpd.data.models import load_model, resolve_dtype, trunk_fingerprint
 from mtpd.decode.chances import read_chances
 from mtpd.decode.corpus import read_corpus
 from mtpd.decode.drafting import SOURCES, Drafting
 from mtpd.decode.model import Model
 from mtpd.errors import UserError
-from mtpd.heads import load_heads
-from mtpd.recipe import load_recipe
-from mtpd.recipe.untrusted import refuse_code
-from mtpd.run.check import check_finished
-from mtpd.trunk import Trunk
+from mtpd.run.finished import reopen
 
 logger = logging.getLogger(__name__)
 
@@ -50,29 +45,16 @@ def load(
         UserError: no finished run, heads of another model than the recipe names, or a depth that they lack.
     """
     path = Path(run)
-    recipe_file, folder = path / "recipe.yaml", path / "heads"
-    check_finished(path)
-    recipe = load_recipe(recipe_file)
-    if untrusted:
-        refuse_code(recipe, source=str(recipe_file))
-    where = device or recipe.device
-    # A run that trained its trunk too holds it.
-    name = str(path / "trunk") if (path / "trunk" / "config.json").is_file() else recipe.model
-    model, tokenizer = load_model(name, dtype=recipe.dtype, device=where, trust_remote_code=recipe.trust_remote_code)
-    trunk = Trunk(model, tokens=None)
-    # The fingerprint is that of the number format of the run.
-    heads = load_heads(folder, trunk, fingerprint=trunk_fingerprint(model))
-    if dtype is not None and resolve_dtype(dtype, trunk.device) != trunk.dtype:
-        model, tokenizer = load_model(name, dtype=dtype, device=where, trust_remote_code=recipe.trust_remote_code)
-        trunk = Trunk(model)
-    trunk.tokens = min(trunk.unembedding.weight.shape[0], max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1))
-    heads = heads.to(device=trunk.device, dtype=trunk.dtype)
+    folder = path / "heads"
+    finished = reopen(path, device=device, untrusted=untrusted).in_dtype(dtype or "trunk")
+    heads = finished.heads("heads")
     if (folder / OLD_DRAFTING).is_file():
         logger.warning(
             "%s: is of an earlier version and not read: what is drafted is decided in each round now; delete the file",
             folder / OLD_DRAFTING,
         )
-    return Model(trunk, heads, tokenizer, read_settings(drafting), read_chances(folder), read_corpus(folder, tokenizer))
+    chances, corpus = read_chances(folder), read_corpus(folder, finished.tokenizer)
+    return Model(finished.trunk, heads, finished.tokenizer, read_settings(drafting), chances, corpus)
 
 
 def read_settings(given: str | Drafting | Mapping[str, Any]) -> Drafting:

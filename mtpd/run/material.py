@@ -88,8 +88,14 @@ def respond(
         )
 
 
-def hidden_states(session: Session, rows: PackedRows, prompts: Sequence[Prompt]) -> HiddenStates | None:
-    """What keeps the states that heads read, if the recipe keeps them; it may have none of them yet."""
+def hidden_states(
+    session: Session, rows: PackedRows, prompts: Sequence[Prompt], *, of_heads: str | None = None
+) -> HiddenStates | None:
+    """What keeps the states that heads read, if the recipe keeps them; it may have none of them yet.
+
+    Args:
+        of_heads: the fingerprint of heads whose states these are, for the stages that train more; None: the trunk's.
+    """
     data = session.recipe.data
     if data.hidden_states == "recompute":
         return None
@@ -102,7 +108,10 @@ def hidden_states(session: Session, rows: PackedRows, prompts: Sequence[Prompt])
         rows,
         before_last=session.recipe.heads.shared_layers,
     )
-    return DiskStore(data.store or session.run.hidden_states, session.trunk, rows, key=key, together=True)
+    folder = data.store or session.run.hidden_states
+    if of_heads is not None:
+        key["heads"], folder = of_heads, session.run.hidden_states
+    return DiskStore(folder, session.trunk, rows, key=key, together=True)
 
 
 def fill_together(session: Session, rows: PackedRows, store: HiddenStates | None) -> None:
@@ -129,39 +138,36 @@ def fill_store(session: Session, rows: PackedRows, store: HiddenStates) -> None:
         )
 
 
-def measured_samples(session: Session, held_out: Sequence[Prompt]) -> tuple[list[Sample], frozenset[str]]:
+def other_families(recipe: Recipe) -> frozenset[str]:
+    """Names of the suites that are measured beside the held-out prompts."""
+    return frozenset(Path(source).stem for source in recipe.evaluation.extra)
+
+
+def measured_samples(session: Session, held_out: Sequence[Prompt]) -> tuple[list[Sample], list[Sample]]:
     """Greedy answers to the held-out prompts, and to those of further suites.
 
     Returns:
-        The samples, and the names of the further suites.
-    """
-    evaluation = session.recipe.evaluation
-    chosen = spread(list(held_out), evaluation.prompts_limit)
-    apart: list[str] = []
-    for source in evaluation.extra:
-        name = Path(source).stem
-        apart.append(name)
-        extra = load_prompts(source, limit=evaluation.prompts_limit, seed=session.recipe.seed)
-        chosen += [Prompt(f"{name}:{prompt.id}", prompt.prompt, family=name) for prompt in extra]
-    samples = respond(session, chosen, session.run.held_out, max_new_tokens=evaluation.max_new_tokens)
-    return samples, frozenset(apart)
-
-
-def set_apart(recipe: Recipe, samples: Sequence[Sample], apart: frozenset[str]) -> tuple[list[Sample], list[Sample]]:
-    """Samples to measure the finished heads on, and those that choose among checkpoints while training.
-
-    None is in both: heads chosen for their tau on some prompts look better on them than they are.
+        Samples to measure the finished heads on, and those that choose among checkpoints while training. None is in
+        both: heads chosen for their tau on some prompts look better on them than they are.
 
     Raises:
         UserError: nothing would be left to measure on.
     """
-    if not recipe.evaluation.steps:
-        return list(samples), []
-    held_out = [sample for sample in samples if sample.family not in apart]
-    chosen = spread(held_out, min(CHOOSING_PROMPTS, len(held_out) // 2))
+    evaluation = session.recipe.evaluation
+    asked = spread(list(held_out), evaluation.prompts_limit)
+    for source in evaluation.extra:
+        name = Path(source).stem
+        extra = load_prompts(source, limit=evaluation.prompts_limit, seed=session.recipe.seed)
+        asked += [Prompt(f"{name}:{prompt.id}", prompt.prompt, family=name) for prompt in extra]
+    samples = respond(session, asked, session.run.held_out, max_new_tokens=evaluation.max_new_tokens)
+    if not evaluation.steps:
+        return samples, []
+    apart = other_families(session.recipe)
+    of_prompts = [sample for sample in samples if sample.family not in apart]
+    chosen = spread(of_prompts, min(CHOOSING_PROMPTS, len(of_prompts) // 2))
     if not chosen:
         raise UserError(
-            f"evaluation.steps: {recipe.evaluation.steps} is not accepted with {len(held_out)} measured prompts, of "
+            f"evaluation.steps: {evaluation.steps} is not accepted with {len(of_prompts)} measured prompts, of "
             "which half choose among checkpoints; accepted: 0, or two prompts at least (evaluation.prompts_limit)"
         )
     names = {sample.id for sample in chosen}

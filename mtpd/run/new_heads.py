@@ -17,17 +17,14 @@ from mtpd.train.rows import TrainingRows
 
 def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) -> Heads:
     """Heads with their first weights, kept in `heads-before/`."""
-    run, trunk = session.run, session.trunk
-    if not ranks.from_main((run.heads_before / WEIGHTS).is_file):
-        if ranks.is_main() or trunk.partitioned or session.recipe.train.sequence_parallel > 1:
-            heads = _started(session, rows, store)
-            if store is not None:
-                # The states that the start was fitted to are those that training reads, also after an interruption.
-                store.flush()
-            if ranks.is_main():
-                save_heads(heads, run.heads_before)
-        ranks.barrier()
-    return load_heads(run.heads_before, trunk, fingerprint=session.fingerprint)
+    folder, trunk = session.run.heads_before, session.trunk
+    ranks.once(
+        folder / WEIGHTS,
+        lambda: _started(session, rows, store),
+        lambda heads: save_heads(heads, folder),
+        together=trunk.partitioned or session.recipe.train.sequence_parallel > 1,
+    )
+    return load_heads(folder, trunk, fingerprint=session.fingerprint)
 
 
 def _started(session: Session, rows: PackedRows, store: HiddenStates | None) -> Heads:
@@ -60,6 +57,9 @@ def _started(session: Session, rows: PackedRows, store: HiddenStates | None) -> 
         seed=recipe.seed,
         source=source,
     )
+    if store is not None:
+        # The states that the start was fitted to are those that training reads, also after an interruption.
+        store.flush()
     return heads
 
 

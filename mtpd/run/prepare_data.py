@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mtpd.data.models import real_tokens, resolve_device
+from mtpd.data.packing import PackedRows
+from mtpd.data.prompts import Prompt
 from mtpd.data.store import DiskStore
 from mtpd.data.vocabulary import coverage, save_vocabulary
 from mtpd.errors import UserError
 from mtpd.parallel import ranks
-from mtpd.parallel.partitioned_trunk import trunk_apart
 from mtpd.recipe import Recipe
 from mtpd.run.directory import open_together
 from mtpd.run.material import fill_store, hidden_states, split_prompts, training_rows
 from mtpd.run.new_heads import vocabulary_of
-from mtpd.run.session import start
+from mtpd.run.session import Session, start
 
 
 def store_hidden_states(recipe: Recipe, *, progress: bool = True) -> Path:
@@ -28,15 +31,10 @@ def store_hidden_states(recipe: Recipe, *, progress: bool = True) -> Path:
     Raises:
         UserError, MtpdError: with one line that names the cause.
     """
-    with ranks.joined(resolve_device(recipe.device)):
-        session = start(recipe, open_together(recipe, fresh=False), progress=progress and ranks.is_main())
-        device = resolve_device(recipe.device)
-        with trunk_apart(session.trunk, recipe, device=device, folder=session.run.offload):
-            prompts = split_prompts(recipe).train
-            rows = training_rows(session, prompts)
-            store = hidden_states(session, rows, prompts)
-            assert isinstance(store, DiskStore)
-            fill_store(session, rows, store)
+    with _rows(recipe, progress=progress) as (session, rows, prompts):
+        store = hidden_states(session, rows, prompts)
+        assert isinstance(store, DiskStore)
+        fill_store(session, rows, store)
     return store.directory
 
 
@@ -49,11 +47,7 @@ def count_vocabulary(recipe: Recipe, path: Path, *, progress: bool = True) -> tu
     Raises:
         UserError, MtpdError: with one line that names the cause.
     """
-    with ranks.joined(resolve_device(recipe.device)):
-        session = start(recipe, open_together(recipe, fresh=False), progress=progress and ranks.is_main())
-        device = resolve_device(recipe.device)
-        with trunk_apart(session.trunk, recipe, device=device, folder=session.run.offload):
-            rows = training_rows(session, split_prompts(recipe).train)
+    with _rows(recipe, progress=progress) as (session, rows, _):
         vocabulary = vocabulary_of(session, rows)
         tokens = real_tokens(session.trunk.model, session.tokenizer)
         if vocabulary is None:
@@ -65,3 +59,14 @@ def count_vocabulary(recipe: Recipe, path: Path, *, progress: bool = True) -> tu
         if ranks.is_main():
             save_vocabulary(path, vocabulary, share=share)
     return len(vocabulary), share
+
+
+@contextmanager
+def _rows(recipe: Recipe, *, progress: bool) -> Iterator[tuple[Session, PackedRows, list[Prompt]]]:
+    """What a recipe trains on: rows, and the prompts that they answer."""
+    with (
+        ranks.joined(resolve_device(recipe.device)),
+        start(recipe, open_together(recipe, fresh=False), progress=progress) as session,
+    ):
+        prompts = split_prompts(recipe).train
+        yield session, training_rows(session, prompts), prompts

@@ -12,11 +12,12 @@ from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.depths import Depths
 from mtpd.evaluate.gate import check_comparable
 from mtpd.files import read_sealed, write_whole
-from mtpd.recipe import Recipe, load_recipe
+from mtpd.finished_run import open_finished
+from mtpd.recipe import Recipe
 from mtpd.report.page import ReportContents, Section, render_report
 from mtpd.report.samples import read_samples
-from mtpd.run.check import check_run
 from mtpd.run.directory import RunDirectory, warn_of_changes
+from mtpd.run.material import other_families
 
 SHOWN_PROMPTS = 5
 """Fingerprints of training prompts that the provenance shows; the others are counted."""
@@ -35,10 +36,8 @@ def report_run(path: Path, *, output: Path | None = None, against: Path | None =
     Raises:
         UserError: no run there, nothing measured yet, a file that cannot be read, or one that must not be compared.
     """
-    run = RunDirectory(path)
-    check_run(path)
+    recipe, run = open_finished(path, heads=None).recipe, RunDirectory(path)
     warn_of_changes(run)
-    recipe = load_recipe(run.recipe)
     sections = _sections(recipe, run, against)
     if not sections:
         raise UserError(f"{path}: nothing is measured yet; finish the run with mtpd distill, or run mtpd eval {path}")
@@ -89,8 +88,7 @@ def _sections(recipe: Recipe, run: RunDirectory, against: Path | None) -> list[S
 
 
 def _apart(recipe: Recipe, acceptance: Acceptance) -> tuple[str, ...]:
-    names = [Path(source).stem for source in recipe.evaluation.extra]
-    return tuple(name for name in names if name in acceptance.suites)
+    return tuple(name for name in acceptance.suites if name in other_families(recipe))
 
 
 def _depths(run: RunDirectory, sections: Sequence[Section]) -> Depths | None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from rich.console import Console
 
 from mtpd.data import builtin_models
 from mtpd.data.models import load_model, real_tokens, resolve_device, resolve_dtype, trunk_fingerprint
 from mtpd.data.responses import end_tokens
 from mtpd.errors import UserError
+from mtpd.evaluate.compare import console
 from mtpd.formats.importing import native_form
 from mtpd.heads import KINDS, configure_heads
 from mtpd.parallel import ranks
-from mtpd.parallel.partitioned_trunk import is_apart
+from mtpd.parallel.partitioned_trunk import is_apart, trunk_apart
 from mtpd.parallel.sequence import check_split
 from mtpd.recipe import Recipe, parse_recipe
 from mtpd.run.directory import RunDirectory
@@ -32,6 +37,11 @@ class Session:
     progress: bool
     resume: str = "auto"
     """What training goes on from: `auto` for the newest whole checkpoint, or one of the run by name."""
+
+    @property
+    def console(self) -> Console:
+        """Where tables and lines for people go."""
+        return console(quiet=not self.progress)
 
 
 def with_native_depth(recipe: Recipe) -> Recipe:
@@ -55,21 +65,20 @@ def with_native_depth(recipe: Recipe) -> Recipe:
     return parse_recipe(values)
 
 
-def start(recipe: Recipe, run: RunDirectory, *, progress: bool) -> Session:
-    """Loads the model and proves that heads can be built for it."""
-    with ranks.main_first():
-        if recipe.model == "demo":
-            builtin_models.demo_directory()
+@contextmanager
+def start(recipe: Recipe, run: RunDirectory, *, progress: bool, resume: str = "auto") -> Iterator[Session]:
+    """Loads the model, shares it out over the ranks if the recipe says so, and proves that heads can be built for it.
+
+    Args:
+        progress: whether the main rank shows bars and tables.
+    """
+    if recipe.model == "demo":
+        ranks.from_main(lambda: str(builtin_models.demo_directory()))
+    device = resolve_device(recipe.device)
     apart = is_apart(recipe)
-    dtype = resolve_dtype(recipe.dtype, resolve_device(recipe.device))
-    model, tokenizer = load_model(
-        recipe.model,
-        dtype=str(dtype).removeprefix("torch."),
-        device="cpu" if apart else recipe.device,
-        trust_remote_code=recipe.trust_remote_code,
-        empty=apart and not ranks.is_main(),
-    )
-    trunk = Trunk(model, tokens=real_tokens(model, tokenizer))
+    dtype = str(resolve_dtype(recipe.dtype, device)).removeprefix("torch.")
+    where = "cpu" if apart else None
+    trunk, tokenizer = load_trunk(recipe, dtype=dtype, device=where, empty=apart and not ranks.is_main())
     if ranks.is_main() or not apart:
         trunk.check()
         check_split(recipe, trunk, processes=ranks.count())
@@ -80,8 +89,28 @@ def start(recipe: Recipe, run: RunDirectory, *, progress: bool) -> Session:
             f"evaluation.decode_prompts: {recipe.evaluation.decode_prompts} is not accepted for {trunk.name}, whose "
             "linear attention cannot take rejected drafts back in mtpd's decoding; accepted: 0"
         )
-    fingerprint = ranks.from_main(lambda: trunk_fingerprint(model))
-    return Session(recipe, run, trunk, tokenizer, fingerprint, end_tokens(model, tokenizer), progress)
+    fingerprint = ranks.from_main(lambda: trunk_fingerprint(trunk.model))
+    ends, shown = end_tokens(trunk.model, tokenizer), progress and ranks.is_main()
+    with trunk_apart(trunk, recipe, device=device, folder=run.offload):
+        yield Session(recipe, run, trunk, tokenizer, fingerprint, ends, shown, resume)
+
+
+def load_trunk(
+    recipe: Recipe, name: str | None = None, *, dtype: str | None = None, device: str | None = None, empty: bool = False
+) -> tuple[Trunk, Any]:
+    """The model of a recipe, or another one in its place, and its tokenizer; what is None is as the recipe says.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    model, tokenizer = load_model(
+        name or recipe.model,
+        dtype=dtype or recipe.dtype,
+        device=device or recipe.device,
+        trust_remote_code=recipe.trust_remote_code,
+        empty=empty,
+    )
+    return Trunk(model, tokens=real_tokens(model, tokenizer)), tokenizer
 
 
 def check_row_length(recipe: Recipe, trunk: Trunk) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mtpd.errors import MtpdError, UserError
-from mtpd.files import fingerprint_file, intact, sealed, sync_folder, write_whole, writing
+from mtpd.files import fingerprint_file, intact, sealed, sync, write_whole, writing
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +38,10 @@ def complete(folder: Path, step: int) -> None:
     sums: dict[str, str] = {}
     with writing(folder):
         for file in _files(folder):
-            with open(file, "rb+") as opened:
-                os.fsync(opened.fileno())
+            sync(file)
             sums[file.relative_to(folder).as_posix()] = fingerprint_file(file)
-            sync_folder(file.parent)
-        sync_folder(folder.parent)
+            sync(file.parent)
+        sync(folder.parent)
     write_whole(folder / COMPLETE, json.dumps(sealed({"step": step, "files": sums}), indent=1) + "\n")
 
 

@@ -96,11 +96,13 @@ class JointTrunk:
         The main rank writes, and the others wait for it.
         """
         self._finish()
-        if ranks.is_main():
+
+        def save_model() -> None:
             with replacing(folder) as beside:
                 self.trunk.model.save_pretrained(beside)
                 tokenizer.save_pretrained(beside)
-        ranks.barrier()
+
+        ranks.from_main(save_model)
 
     def _finish(self) -> None:
         raise NotImplementedError

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class Asked:
         overrides: keys of the model's config to change.
     """
 
-    model: Path
+    model: str
     prompts: Sequence[Sequence[int]]
     speculative: dict[str, Any]
     overrides: dict[str, Any]
@@ -83,14 +83,7 @@ def serve(python: Path, models: Sequence[Asked], *, max_new_tokens: int) -> list
         MtpdError: vLLM failed; the message has its last line.
     """
     request = [
-        {
-            "model": str(asked.model),
-            "prompts": [list(prompt) for prompt in asked.prompts],
-            "max_new_tokens": max_new_tokens,
-            "length": max(map(len, asked.prompts)) + max_new_tokens + 16,
-            "speculative": asked.speculative,
-            "overrides": asked.overrides,
-        }
+        asdict(asked) | {"max_new_tokens": max_new_tokens, "length": max(map(len, asked.prompts)) + max_new_tokens + 16}
         for asked in models
     ]
     with tempfile.TemporaryDirectory(prefix="mtpd-vllm-") as folder:

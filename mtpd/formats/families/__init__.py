@@ -1,43 +1,11 @@
-"""Families of native MTP checkpoints, one small table each. A new family is a file here and a line below."""
+"""Families of native MTP checkpoints, a small table each: the `FAMILY` of every file here is registered."""
 
-from mtpd.formats.families import (
-    deepseek_v3,
-    ernie4_5_moe,
-    evabyte,
-    exaone_moe,
-    fastmtp,
-    glm4_moe,
-    inkling,
-    medusa,
-    mimo_7b,
-    mimo_v2,
-    nemotron_h,
-    qwen3_5,
-    qwen3_next,
-    speculators,
-    step3_5,
-    transformers_native,
-)
-from mtpd.formats.families.table import Family
+from importlib import import_module
+from pkgutil import iter_modules
 
-FAMILIES: dict[str, Family] = {
-    module.FAMILY.name: module.FAMILY
-    for module in (
-        deepseek_v3,
-        glm4_moe,
-        qwen3_next,
-        qwen3_5,
-        mimo_7b,
-        mimo_v2,
-        ernie4_5_moe,
-        step3_5,
-        exaone_moe,
-        nemotron_h,
-        inkling,
-        transformers_native,
-        speculators,
-        fastmtp,
-        medusa,
-        evabyte,
-    )
-}
+from mtpd.formats.family import FAMILIES, register
+
+__all__ = ["FAMILIES"]
+
+for _file in iter_modules(__path__):
+    register(import_module(f"{__name__}.{_file.name}").FAMILY)

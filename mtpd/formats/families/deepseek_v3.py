@@ -1,6 +1,6 @@
 """DeepSeek-V3, V3.1, V3.2 and checkpoints in their form."""
 
-from mtpd.formats.families.table import Family, layered
+from mtpd.formats.family import Family, layered
 
 FAMILY = Family(
     name="deepseek-v3",

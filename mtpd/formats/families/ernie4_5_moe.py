@@ -1,6 +1,6 @@
 """ERNIE-4.5 MoE. There is no norm between a head's layer and the output head."""
 
-from mtpd.formats.families.table import EMBED, HIDDEN, LAYER, PROJECT, Family
+from mtpd.formats.family import EMBED, HIDDEN, LAYER, PROJECT, Family
 
 FAMILY = Family(
     name="ernie4.5-moe",

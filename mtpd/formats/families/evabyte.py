@@ -4,7 +4,7 @@ The logits are read as [heads, tokens], and those of the main head come first: i
 The heads read the same state as the main one, after the final norm.
 """
 
-from mtpd.formats.families.table import Family
+from mtpd.formats.family import Family
 from mtpd.heads.parallel.config import KIND
 
 FAMILY = Family(

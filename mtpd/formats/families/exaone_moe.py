@@ -1,6 +1,6 @@
 """EXAONE-MoE: Qwen's names with plain norms."""
 
-from mtpd.formats.families.table import Family, qwen
+from mtpd.formats.family import Family, qwen
 
 FAMILY = Family(
     name="exaone-moe",

@@ -1,6 +1,6 @@
 """FastMTP: MiMo's names, one head that is used at every depth. Its checkpoints look like MiMo-7B's."""
 
-from mtpd.formats.families.table import Family, mimo
+from mtpd.formats.family import Family, mimo
 
 FAMILY = Family(
     name="fastmtp",

@@ -1,6 +1,6 @@
 """GLM-4.5, 4.6 and 4.7: DeepSeek's names around GLM's layer."""
 
-from mtpd.formats.families.table import Family, layered
+from mtpd.formats.family import Family, layered
 
 FAMILY = Family(
     name="glm4moe",

@@ -1,6 +1,6 @@
 """Inkling: up to 8 heads, one norm after all of them, and embeddings that the base has normed already."""
 
-from mtpd.formats.families.table import EMBED, HIDDEN, LAYER, NORM, PROJECT, Family
+from mtpd.formats.family import EMBED, HIDDEN, LAYER, NORM, PROJECT, Family
 
 FAMILY = Family(
     name="inkling",

@@ -1,6 +1,6 @@
 """Medusa in the layout of the published Vicuna heads: `medusa_lm_head.safetensors` beside a config of its own."""
 
-from mtpd.formats.families.table import Family
+from mtpd.formats.family import Family
 from mtpd.heads.medusa.config import KIND
 
 FAMILY = Family(

@@ -1,6 +1,6 @@
 """MiMo-7B. The base's state comes before its final norm, and before the embedding."""
 
-from mtpd.formats.families.table import Family, mimo
+from mtpd.formats.family import Family, mimo
 
 FAMILY = Family(
     name="mimo",

@@ -1,6 +1,6 @@
 """MiMo-V2. The block is sliding attention with a dense MLP, a kind of layer that the base does not have."""
 
-from mtpd.formats.families.table import EMBED, HIDDEN, LAYER, NORM, PROJECT, Family
+from mtpd.formats.family import EMBED, HIDDEN, LAYER, NORM, PROJECT, Family
 
 FAMILY = Family(
     name="mimo-v2",

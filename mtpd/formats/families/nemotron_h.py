@@ -1,6 +1,6 @@
 """Nemotron-H: a head is several sub-layers, the first of them with the projection, the last with the norm."""
 
-from mtpd.formats.families.table import EMBED, HIDDEN, NORM, PROJECT, Family
+from mtpd.formats.family import EMBED, HIDDEN, NORM, PROJECT, Family
 
 FAMILY = Family(
     name="nemotron-h",

@@ -1,6 +1,6 @@
 """Qwen3.5 and 3.6, dense and mixture of experts. The key is in the text config."""
 
-from mtpd.formats.families.table import Family, qwen
+from mtpd.formats.family import Family, qwen
 
 FAMILY = Family(
     name="qwen3.5",

@@ -1,6 +1,6 @@
 """Qwen3-Next."""
 
-from mtpd.formats.families.table import Family, qwen
+from mtpd.formats.family import Family, qwen
 
 FAMILY = Family(
     name="qwen3-next",

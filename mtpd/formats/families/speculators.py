@@ -1,6 +1,6 @@
 """speculators "mtp": one head in a directory of its own."""
 
-from mtpd.formats.families.table import Family, mimo
+from mtpd.formats.family import Family, mimo
 
 FAMILY = Family(
     name="speculators",

@@ -1,6 +1,6 @@
 """Step-3.5: each head has an output head of its own, and hands its state on before the norm."""
 
-from mtpd.formats.families.table import NORM, UNEMBEDDING, Family, layered
+from mtpd.formats.family import NORM, UNEMBEDDING, Family, layered
 
 FAMILY = Family(
     name="step3.5",

@@ -1,6 +1,6 @@
 """transformers' own: `num_mtp_layers`, and DeepSeek's names around a layer of any architecture."""
 
-from mtpd.formats.families.table import Family, layered
+from mtpd.formats.family import Family, layered
 
 FAMILY = Family(
     name="transformers",
@@ -9,5 +9,6 @@ FAMILY = Family(
     counts=("num_mtp_layers",),
     names=layered("model.layers.{n}"),
     engines=("transformers",),
+    any_base=True,
     reference="transformers modeling_layers.MtpModel",
 )

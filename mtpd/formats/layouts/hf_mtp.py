@@ -7,14 +7,14 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from mtpd.formats.directory import CONFIG, INDEX, link_others, write_beside, write_json
+from mtpd.formats.directory import write_beside
 from mtpd.formats.exported_run import Run, changed_config
-from mtpd.formats.families import FAMILIES
+from mtpd.formats.families.transformers_native import FAMILY
 from mtpd.formats.find_heads import HEAD_LIKE
 from mtpd.formats.importing import exclude_from_quantisation
+from mtpd.formats.layout import Layout
 from mtpd.formats.to_family import as_family
 
-FAMILY = FAMILIES["transformers"]
 BASES = ("llama", "mistral", "qwen2", "qwen3")
 """Bases that the layout is tested with."""
 
@@ -49,8 +49,6 @@ def write(run: Run, folder: Path) -> None:
     tensors = as_family(
         run.heads(run.depth), FAMILY, heads=run.depth, layers=run.base.layers, model_type=run.model_type
     )
-    link_others(run.base.path, folder, without={*run.base.files, INDEX, CONFIG, "README.md"})
-    write_beside(run.base, folder, tensors, name="model-mtp.safetensors")
     changes: dict[str, Any] = {"num_mtp_layers": run.depth}
     settings = AutoConfig.from_pretrained(run.base.path).get_text_config(decoder=True)
     kinds = getattr(settings, "layer_types", None)
@@ -62,6 +60,19 @@ def write(run: Run, folder: Path) -> None:
         changes["mtp_layer_types"] = [kinds[layer] for layer in layers]
     config = changed_config(run.base, **changes)
     exclude_from_quantisation(config, [f"model.layers.{run.base.layers + index}" for index in range(run.depth)])
-    write_json(folder / CONFIG, config)
+    write_beside(run.base, folder, tensors, config)
     (folder / "custom_generate").mkdir()
     (folder / "custom_generate" / "generate.py").write_text(GENERATE, encoding="utf-8")
+
+
+SERVE = 'AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True).generate(**inputs)  # drafts {k} a round'
+
+LAYOUT = Layout(
+    "hf-mtp",
+    "the base with heads as further layers, in transformers' own MTP layout",
+    refused,
+    write,
+    {"transformers": SERVE},
+    rank=10,
+    family=FAMILY,
+)

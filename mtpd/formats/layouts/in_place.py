@@ -9,16 +9,9 @@ from mtpd.errors import MtpdError, UserError
 from mtpd.formats.directory import link_others
 from mtpd.formats.exported_run import Run
 from mtpd.formats.find_heads import Native, find_heads
-from mtpd.formats.tensors import Stored, cast, chunks
+from mtpd.formats.layout import SGLANG, VLLM, Layout
+from mtpd.formats.tensors import Stored, cast, overwrite
 from mtpd.formats.to_family import as_family
-
-
-def native_of(run: Run) -> Native | None:
-    """The heads that the base has, or None."""
-    try:
-        return find_heads(run.base)
-    except UserError:
-        return None
 
 
 def refused(run: Run) -> str | None:
@@ -55,14 +48,8 @@ def write(run: Run, folder: Path) -> None:
     link_others(run.base.path, folder, without=files)
     for file in sorted(files):
         shutil.copyfile(run.base.path / file, folder / file)
-        with (folder / file).open("r+b") as opened:
-            for name, tensor in changed.items():
-                where = native.raw[name].where
-                if run.base.file_of[name] == file:
-                    assert where is not None, "a tensor of a checkpoint lies in a file"
-                    opened.seek(where[1])
-                    for piece in chunks(tensor):
-                        opened.write(piece)
+    for name, tensor in changed.items():
+        overwrite(folder / run.base.file_of[name], native.raw[name], tensor)
 
 
 def fitting(name: str, tensor: Stored, native: Native) -> Stored:
@@ -75,3 +62,18 @@ def fitting(name: str, tensor: Stored, native: Native) -> Stored:
     if old.shape != tensor.shape:
         raise MtpdError(f"{native.checkpoint.shown}: {name} has the shape {old.shape}, and the heads' {tensor.shape}")
     return cast(tensor, old.dtype)
+
+
+LAYOUT = Layout(
+    "in-place",
+    "the base with its own MTP tensors replaced; every other file is the base's, byte for byte",
+    refused,
+    write,
+    {
+        "transformers": 'AutoModelForCausalLM.from_pretrained("{out}").generate(**inputs, use_mtp=True)',
+        "vllm": VLLM,
+        "sglang": SGLANG,
+    },
+    rank=0,
+    replaces=True,
+)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from mtpd.formats.directory import CONFIG, write_json, write_sharded
-from mtpd.formats.exported_run import Run, dtype_name
-from mtpd.formats.families import FAMILIES
-from mtpd.formats.tensors import cast
-from mtpd.formats.to_family import as_family, first_heads
-
-FAMILY = FAMILIES["medusa"]
+from mtpd.formats.exported_run import Run
+from mtpd.formats.families.medusa import FAMILY
+from mtpd.formats.layout import VLLM, Layout
+from mtpd.formats.tensors import dtype_name
+from mtpd.formats.to_family import as_family
+from mtpd.heads.medusa.config import KIND
 
 
 def refused(run: Run) -> str | None:
@@ -23,8 +23,7 @@ def refused(run: Run) -> str | None:
 
 
 def write(run: Run, folder: Path) -> None:
-    heads = first_heads(run.tensors, run.depth)
-    tensors = {name: cast(tensor, run.dtype) for name, tensor in heads.items()}
+    tensors = run.heads(run.depth)
     # vLLM takes the names of the published checkpoints as they are.
     write_sharded(folder, as_family(tensors, FAMILY, heads=run.depth, layers=0))
     vocabulary = tensors["layers.0.unembed.weight"].shape[0]
@@ -42,3 +41,17 @@ def write(run: Run, folder: Path) -> None:
         "dtype": dtype_name(run.dtype),
     }
     write_json(folder / CONFIG, config)
+
+
+LAYOUT = Layout(
+    FAMILY.name,
+    "Medusa heads beside an unchanged base",
+    refused,
+    write,
+    {"vllm": VLLM},
+    rank=60,
+    kind=KIND.name,
+    family=FAMILY,
+    apart=True,
+    method="medusa",
+)

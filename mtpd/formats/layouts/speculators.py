@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from mtpd.formats.directory import CONFIG, write_json, write_sharded
-from mtpd.formats.exported_run import Run, dtype_name
-from mtpd.formats.families import FAMILIES
+from mtpd.formats.exported_run import Run
+from mtpd.formats.families.speculators import FAMILY
+from mtpd.formats.layout import Layout
+from mtpd.formats.tensors import dtype_name
 from mtpd.formats.to_family import as_family
 
-FAMILY = FAMILIES["speculators"]
 BASES = ("qwen3", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 """Bases that speculators has a layer for."""
 
@@ -43,3 +44,14 @@ def write(run: Run, folder: Path) -> None:
         "dtype": dtype_name(run.dtype),
     }
     write_json(folder / CONFIG, config)
+
+
+LAYOUT = Layout(
+    "speculators",
+    'one block as a speculators "mtp" model: for exchange, no engine loads it for these bases',
+    refused,
+    write,
+    {},
+    rank=55,
+    apart=True,
+)

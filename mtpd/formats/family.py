@@ -7,12 +7,14 @@ The left side of `names` is a tensor in the checkpoint, the right side its name 
     {rest}  anything
 
 The first line that fits a tensor counts. A left side without {i}, {n} or {s} is one tensor for all heads.
+
+To add a family, write a file in `families/` with a `FAMILY`. Another package calls `register` itself.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,6 +52,7 @@ class Family:
         whole: the tensors of a head, where it has these and no others if mtpd can compute it; and what it is then.
         stacked: mtpd's name of one output matrix in which the heads lie below the main one, which counts as a head.
         engines: serving engines whose source reads the family: vLLM 0.32, SGLang 0.5.23, transformers 5.23.
+        any_base: whether a key alone declares it, for a base of any type.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Family:
     kind: str = CHAIN.name
     stacked: str | None = None
     whole: tuple[frozenset[str], str] | None = None
+    any_base: bool = False
 
     def per_head(self, config: Mapping[str, Any]) -> int:
         """Sub-layers of a head: 1 but where the family builds a head of several."""
@@ -95,35 +99,29 @@ class Family:
 
     def to_mtpd(self, names: Iterable[str], *, heads: int, layers: int, per_head: int = 1) -> dict[str, str]:
         """mtpd's names of the heads' tensors, each with its name in the checkpoint."""
-        names = list(names)
-        found: dict[str, str] = {}
-        for head in range(heads):
-            rules = self._rules(head, layers, per_head)
-            for name in names:
-                for theirs, ours in rules:
-                    if match := theirs.pattern.fullmatch(name):
-                        values = match.groupdict()
-                        if "s" in values:
-                            values["j"] = str(int(values["s"]) - head * per_head)
-                        found[ours.format(values)] = name
-                        break
-        return found
+        return {ours: theirs for theirs, ours in self._renamed(names, heads, layers, per_head, back=False)}
 
     def to_checkpoint(self, names: Iterable[str], *, heads: int, layers: int, per_head: int = 1) -> dict[str, str]:
         """The checkpoint's names of mtpd's tensors: mtpd's name -> its. Several may have one."""
+        return dict(self._renamed(names, heads, layers, per_head, back=True))
+
+    def _renamed(
+        self, names: Iterable[str], heads: int, layers: int, per_head: int, *, back: bool
+    ) -> Iterator[tuple[str, str]]:
+        """Each name on one side that a line fits, with its name on the other."""
         names = list(names)
-        found: dict[str, str] = {}
         for head in range(heads):
-            rules = self._rules(head, layers, per_head)
+            rules = [rule[::-1] if back else rule for rule in self._rules(head, layers, per_head)]
             for name in names:
-                for theirs, ours in rules:
-                    if match := ours.pattern.fullmatch(name):
+                for here, there in rules:
+                    if match := here.pattern.fullmatch(name):
                         values = match.groupdict()
-                        if "j" in values:
+                        if "s" in values:
+                            values["j"] = str(int(values["s"]) - head * per_head)
+                        elif "j" in values:
                             values["s"] = str(head * per_head + int(values["j"]))
-                        found[name] = theirs.format(values)
+                        yield name, there.format(values)
                         break
-        return found
 
     def heads_in(self, names: Iterable[str], *, layers: int, per_head: int = 1) -> int:
         """How many heads have tensors: the first so many without a gap."""
@@ -144,6 +142,17 @@ class Family:
         }
         own = range(head * per_head, (head + 1) * per_head)
         return [(_Side(theirs, fixed, own), _Side(ours, fixed, own)) for theirs, ours in self.names]
+
+
+FAMILIES: dict[str, Family] = {}
+"""The families by name; `mtpd.formats.families` fills it."""
+
+
+def register(family: Family) -> Family:
+    """Adds a family, and returns it. Its name has to be new."""
+    assert family.name not in FAMILIES, f"a family named {family.name} is registered already"
+    FAMILIES[family.name] = family
+    return family
 
 
 class _Side:

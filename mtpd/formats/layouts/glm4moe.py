@@ -15,15 +15,15 @@ from typing import Any
 import torch
 
 from mtpd.formats.directory import CONFIG, INDEX, link_others, write_json, write_sharded
-from mtpd.formats.exported_run import SIZES, Run, dtype_name
-from mtpd.formats.families import FAMILIES
+from mtpd.formats.exported_run import SIZES, Run
+from mtpd.formats.families.glm4_moe import FAMILY
 from mtpd.formats.find_heads import base_tensor
 from mtpd.formats.layer_names import Tensors
+from mtpd.formats.layout import VLLM, Layout
 from mtpd.formats.norm_folding import same_size, upright
-from mtpd.formats.tensors import Stored, computed, part, stored
+from mtpd.formats.tensors import Stored, computed, dtype_name, part, stored
 from mtpd.formats.to_family import as_family
 
-FAMILY = FAMILIES["glm4moe"]
 BASES = ("llama", "qwen2", "qwen3")
 ROUTED = 2
 
@@ -145,3 +145,22 @@ def _config(run: Run) -> dict[str, Any]:
         "num_nextn_predict_layers": run.written,
         "dtype": dtype_name(run.dtype),
     }
+
+
+# transformers names the MTP layers of the published sizes alone.
+GENERATE = (
+    'model = AutoModelForCausalLM.from_pretrained("{out}")\n'
+    "first = model.config.num_hidden_layers\n"
+    'model._keys_to_ignore_on_load_unexpected = [rf"model\\.layers\\.{{first + i}}\\." for i in range({n})]\n'
+    "model.generate(**inputs, use_mtp=True)  # drafts {n} a round"
+)
+
+LAYOUT = Layout(
+    "glm4moe",
+    "base and heads written exactly as a GLM-4.5 model, which engines know with MTP",
+    refused,
+    write,
+    {"vllm": VLLM, "transformers": GENERATE},
+    rank=50,
+    cut=".mlp.",
+)
