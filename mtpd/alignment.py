@@ -59,7 +59,7 @@ def target_tokens(input_ids_BT: Tensor, depth: int) -> Tensor:
 
 
 def counted(labels_BT: Tensor, position_ids_BT: Tensor, depth: int) -> Tensor:
-    """Where head `depth` has loss: x_{t+1}..x_{t+depth+1} are response tokens of t's document. [B, T] bool"""
+    """Marks where head `depth` has loss: x_{t+1}..x_{t+depth+1} are response tokens of t's document. [B, T] bool"""
     response = labels_BT != IGNORED
     documents = document_ids(position_ids_BT)
     mask = shift(documents, depth + 1, fill=-1) == documents

@@ -51,7 +51,7 @@ def megabytes(count: int) -> str:
 
 
 def free_space(path: str | Path) -> str:
-    """What the disk of a path has left, in words; the path need not be there."""
+    """Says what the disk of a path has left; the path need not be there."""
     place = Path(path).absolute()
     nearest = next(each for each in (place, *place.parents) if each.exists())
     try:

@@ -209,7 +209,7 @@ def slot_attention(
 
 
 def _folded_mask(mask: Any, groups: int, dtype: torch.dtype) -> Tensor:
-    """What to add to scores [N, 1, G * Q, L], of a mask [N, 1, Q, L]; made once a pass, not in every layer."""
+    """Folds a mask [N, 1, Q, L] into what is added to scores [N, 1, G * Q, L]; once a pass, not in every layer."""
     held: tuple[int, Tensor] | None = getattr(mask, "_folded", None)
     if held is None or held[0] != groups:
         rows, _, width, length = mask.shape

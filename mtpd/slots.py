@@ -181,7 +181,7 @@ def attention_masks(
     seen: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor | dict[str, Tensor]:
-    """What each position may attend to, in the form that decoders of transformers take ready masks in.
+    """Makes masks of what each position may attend to, in the form in which decoders of transformers take them.
 
     Without `seen` all places up to its own; with it those before the span, and of the span those that `seen`
     [N, Q, Q] says. `own` [N, Q] are the span's places.

@@ -52,7 +52,7 @@ class Unembedding:
         return Unembedding(self.weight[rows].contiguous(), bias, self.scale, self.softcap)
 
     def finish(self, products: Tensor) -> Tensor:
-        """What follows the matrix product and bias: logit scale, then soft-capping."""
+        """Applies what follows matmul and bias: logit scale, then soft-capping."""
         if self.scale != 1.0:
             products = products * self.scale
         if self.softcap is not None:

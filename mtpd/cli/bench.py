@@ -122,7 +122,7 @@ def bench(
 
 
 def described(model: Any) -> str:
-    """What drafts, in words."""
+    """Says in words what drafts."""
     return f"a chain of {model.depth} in every round" if model.depth else f"drafts of {' and '.join(model.sources)}"
 
 

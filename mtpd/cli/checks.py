@@ -1,4 +1,4 @@
-"""What commands about checkpoints look at before torch is imported, so that a slip is answered at once."""
+"""Checks of commands about checkpoints that run before torch is imported, so that a slip is answered at once."""
 
 from __future__ import annotations
 

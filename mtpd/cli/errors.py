@@ -82,7 +82,7 @@ def report(error: BaseException, words: Sequence[str] = ()) -> int:
 
 
 def _key_of(option: str, words: Sequence[str], context: Any) -> str:
-    """What to write in place of an option that is a key of a recipe, where the command takes keys."""
+    """Names the key to write in place of an option, where the command takes keys of a recipe."""
     if not option or context is None or context.command.name not in TAKING_KEYS:
         return ""
     from mtpd.recipe.recipe import key_meant
@@ -108,5 +108,5 @@ def say(message: str) -> None:
 
 
 def one_line(message: str) -> str:
-    """How a message looks on the terminal."""
+    """Formats a message for the terminal."""
     return f"mtpd: {' '.join(message.split())}"

@@ -106,7 +106,7 @@ def show(piece: str, source: str | None) -> None:
 
 
 def summary(text: Any, seconds: float) -> str:
-    """What one text cost, and what drafted."""
+    """Sums up tokens, passes, accepted drafts and speed of one text."""
     counts = text.counts(0)
     drafted = [f"{sum(each)} from {source}" for source, each in counts.sources.items()]
     return (

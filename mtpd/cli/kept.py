@@ -1,4 +1,4 @@
-"""What is left of a command that was ended: each command that keeps something says it for itself."""
+"""The message of a command that was ended: each command says itself what it keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands share: how `[RECIPE] [KEY=VALUE ...]` is read, and the options that all of them take."""
+"""Options that all commands take, and the reading of `[RECIPE] [KEY=VALUE ...]`."""
 
 from __future__ import annotations
 

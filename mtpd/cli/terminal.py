@@ -1,4 +1,4 @@
-"""What of the libraries' talk reaches the terminal: errors always, the rest with --debug only."""
+"""Filters the messages of libraries: errors reach the terminal always, the rest with --debug only."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What heads are trained on: models, prompts, responses, packed rows and the hidden-state store."""
+"""Training data of heads: models, prompts, responses, packed rows and the hidden-state store."""

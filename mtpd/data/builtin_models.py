@@ -38,7 +38,7 @@ CHATML = (
 
 
 def demo_path(cache: Path = CACHE) -> Path:
-    """Where the converted demo model lies, or will lie: a name of its own for each content."""
+    """Gives the directory of the converted demo model: a name of its own for each content."""
     return cache / f"demo-{short(DEMO_WHEEL_SHA256)}"
 
 
@@ -167,7 +167,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def gguf_options() -> dict[str, Any]:
-    """What `from_pretrained` is given to get ordinary weights out of a GGUF file.
+    """Gives the options with which `from_pretrained` gets ordinary weights out of a GGUF file.
 
     Releases of transformers before GgufConfig always dequantise, and know no such option.
     """

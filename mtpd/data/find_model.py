@@ -18,7 +18,7 @@ _GGUF_NUMBERS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 1
 
 
 def locate(name: str, *, weights: bool = True) -> tuple[str, bool, dict[str, Any]]:
-    """What transformers is given for a name: (place, whether it is local, further options).
+    """Locates a model for transformers: (place, whether it is local, further options).
 
     Args:
         weights: whether a directory has to have weights; a configuration alone is enough to plan a run.

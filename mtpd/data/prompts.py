@@ -127,7 +127,7 @@ class DistinctIds:
         return replace(prompt, id=name)
 
     def words(self) -> str:
-        """What a warning says of them."""
+        """Words for a warning."""
         what = "row has the id" if self.repeated == 1 else "rows have the id"
         return f"{self.repeated} {what} of an earlier one; they are numbered ({self._example})"
 
@@ -336,7 +336,7 @@ def _given_messages(
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str) -> tuple[str, str]:
-    """What the template writes before the last message, and for it.
+    """Splits what the template writes: before the last message, and for it.
 
     A template may begin an answer that it is given otherwise than the one it asks for (with an opened
     block of thoughts, say): the response then starts where the two part. They must not part earlier.
@@ -350,7 +350,7 @@ def _turn(tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str
 
 
 def _end_of(content: str, rendered: str) -> int:
-    """Where a message's words end in what the template wrote; its end if the template changed the words."""
+    """Finds the end of a message's words in rendered text; the end of the text if the template changed the words."""
     at = rendered.rfind(content.strip())
     return len(rendered) if at < 0 else at + len(content.strip())
 

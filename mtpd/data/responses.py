@@ -184,7 +184,7 @@ def _tasks(
 
 
 def _gathered(answers: Iterator[tuple[Task, list[int]]]) -> Iterator[list[tuple[Task, list[int]]]]:
-    """What ends within FLUSH_SECONDS, together."""
+    """Groups responses that end within FLUSH_SECONDS."""
     together: list[tuple[Task, list[int]]] = []
     last = time.monotonic()
     for answer in answers:

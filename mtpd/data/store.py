@@ -50,7 +50,7 @@ MARGIN = 64 * 2**20
 
 
 class HiddenStates(Protocol):
-    """What keeps hidden states by the number of their row."""
+    """Keeps hidden states by the number of their row."""
 
     def __contains__(self, row: object) -> bool: ...
 

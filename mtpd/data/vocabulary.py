@@ -19,7 +19,7 @@ SCHEMA = 1
 
 
 def count_tokens(rows: PackedRows, *, tokens: int) -> Tensor:
-    """How often each token stands in the responses, [tokens]."""
+    """Counts each token in the responses, [tokens]."""
     labels = rows.labels[rows.labels != IGNORED].long()
     return torch.bincount(labels, minlength=tokens)[:tokens]
 
@@ -99,5 +99,5 @@ def _are_ids(ids: Any) -> bool:
 
 
 def draft_size(vocabulary: int | str) -> int:
-    """How many tokens `heads.vocabulary` means, 0 for all."""
+    """Gives the number of tokens that `heads.vocabulary` means, 0 for all."""
     return vocabulary if isinstance(vocabulary, int) else len(load_vocabulary(vocabulary))

@@ -68,7 +68,7 @@ class Candidates:
 
 
 def worth_verifying(rows: Sequence[Sequence[float]], seconds: Callable[[int], float], spent: float = 0.0) -> int:
-    """How many nodes each row of a pass should have, so that expected tokens per time are the most.
+    """Chooses the number of nodes of each row, so that expected tokens per time are the most.
 
     Args:
         rows: of each row, the chances of its likeliest nodes, best first.

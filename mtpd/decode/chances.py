@@ -95,7 +95,7 @@ def lookup_key(match: int, agree: int, place: int) -> str:
 
 
 def _assumed(match: int, place: int) -> float:
-    """What is assumed of a look-up of which nothing was counted: `match + place` tokens agree already."""
+    """Assumes a chance for a look-up of which nothing was counted: `match + place` tokens agree already."""
     known = match + place
     return known / (known + 2.0)
 

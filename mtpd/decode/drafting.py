@@ -1,4 +1,4 @@
-"""What drafts in a round, and how much of it."""
+"""The sources of drafts, and which of them are used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALL_SOURCES = ",".join(SOURCES)
 
 
 class Drafting(BaseModel):
-    """What drafts; by default everything that there is, as much in each round as pays."""
+    """Sources of drafts; by default all that there are, as much in each round as pays."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -41,7 +41,7 @@ class Drafts:
         return cls(tokens, tokens.shape[1])
 
     def rows(self, *beside: Tensor) -> Iterator[list[list[int]]]:
-        """Of each row the tokens, the parents, and what `beside` [N, ...] has; in one transfer from the device."""
+        """Yields tokens, parents and the part of `beside` [N, ...] of each row, in one transfer from the device."""
         parents = self.parents
         if parents is None:
             parents = torch.arange(self.tokens.shape[1], device=self.tokens.device).expand_as(self.tokens)
@@ -51,7 +51,7 @@ class Drafts:
             yield [row[start:end] for start, end in itertools.pairwise(ends)]
 
     def seen(self) -> Tensor:
-        """What each column attends to within the pass: itself and the path that leads to it. [N, Q, Q]"""
+        """Marks what each column attends to within the pass: itself and the path that leads to it. [N, Q, Q]"""
         assert self.parents is not None, "a chain is seen by causal attention"
         rows, count = self.parents.shape
         reach = torch.eye(1 + count, device=self.parents.device).repeat(rows, 1, 1)

@@ -199,7 +199,7 @@ class Engine:
         hidden[index, target] = hidden[index, source]
 
     def _draft(self, newest: list[int]) -> Drafts | None:
-        """What the round verifies."""
+        """Drafts the tokens that the round verifies."""
         if self.planner is not None:
             return self.planner.draft(self.drafter, self.deepest, self.tokens, newest, self.active)
         assert self.drafter is not None

@@ -100,7 +100,7 @@ class Model:
 
     @property
     def acceptance(self) -> Counts:
-        """What the last call of `generate` drafted and accepted, summed over its rows: `tau`, `car`, `ar`, counts.
+        """Counts of the last call of `generate`, summed over its rows: `tau`, `car`, `ar`, accepted drafts by source.
 
         `counts` has the same by row.
 
@@ -277,7 +277,7 @@ class Model:
 
     @property
     def sources(self) -> list[Source]:
-        """What drafts."""
+        """Sources that draft."""
         there = {HEADS: self.heads is not None, LOOKUP: True, CORPUS: self.corpus is not None}
         return [source for source in self.drafting.sources if there[source]]
 
@@ -307,7 +307,7 @@ class Model:
         return self._costs
 
     def _planner(self, choice: Choice | None) -> Planner | None:
-        """What chooses the drafts of a round, unless a chain is wanted; drawn drafts are a chain of heads."""
+        """Makes the planner of the rounds, unless a chain is wanted; drawn drafts are a chain of heads."""
         if self.depth or not self.sources or (choice is not None and not choice.branches):
             return None
         return Planner(self.chances, self.costs, self.sources, corpus=self.corpus)

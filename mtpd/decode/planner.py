@@ -1,4 +1,4 @@
-"""What a round drafts, from which source, and how much of it: heads and look-up in one tree.
+"""Chooses the drafts of a round, by source and number: heads and look-up in one tree.
 
 Each round asks the look-up first, which costs nothing. Heads draft as long as what they may add is worth their time; at
 each depth the likeliest paths go on through the next head (dynamic trees, arXiv 2406.16858, EAGLE-2). Then those nodes

@@ -18,7 +18,7 @@ Show = Callable[[str, Source | None], None]
 
 
 def settings(temperature: float, top_p: float, seed: int) -> tuple[Choice, int]:
-    """How tokens are chosen, and the seed of random choices."""
+    """Makes the choice of tokens, and the seed of random ones."""
     return (Sampling(temperature_and_top_p(temperature, top_p)) if temperature > 0 else Greedy()), seed
 
 

@@ -31,7 +31,7 @@ class Request:
 
 @dataclass
 class Text:
-    """What was written after one prompt."""
+    """A text that is written after one prompt."""
 
     request: Request
     number: int
@@ -74,7 +74,7 @@ class Text:
         return counts
 
     def drafted_by(self) -> list[tuple[Source | None, int]]:
-        """Of each token the source that drafted it and the depth, from 1 on; None and 0 for the main head's own."""
+        """Gives source and depth (from 1 on) of each token; None and 0 for the main head's own."""
         found: list[tuple[Source | None, int]] = [(None, 0)] * len(self.tokens)
         accepted_drafts = iter(self.sources)
         for before, _, accepted in self.rounds:

@@ -36,7 +36,7 @@ Settings = dict[str, str | int | float | bool | None]
 
 
 class DrafterCounts(BaseModel):
-    """What one drafter accepted: heads, look-up, or both together."""
+    """Counts of one drafter: heads, look-up, or both together."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 

@@ -17,7 +17,7 @@ WIDTH = 132
 
 
 def console(*, quiet: bool = False) -> Console:
-    """Where tables go; square brackets in them are what they are."""
+    """Makes the console that tables go to; square brackets in them are no markup."""
     return Console(quiet=quiet, width=None if sys.stdout.isatty() else WIDTH, markup=False)
 
 

@@ -31,7 +31,7 @@ SIMILAR = 0.8
 
 @dataclass(frozen=True)
 class TrainedPrompts:
-    """What is known about the prompts that a run was trained on."""
+    """The prompts that a run was trained on, as fingerprints and signatures."""
 
     fingerprints: frozenset[str]
     """Of normalised prompts."""
@@ -74,7 +74,7 @@ def write_signatures(path: Path, texts: Iterable[str]) -> None:
 
 
 def read_trained(fingerprints: Iterable[str], path: Path) -> TrainedPrompts:
-    """What a run directory says about its training prompts.
+    """Reads what a run directory says about its training prompts.
 
     Args:
         path: the file of `write_signatures`; runs without one are compared by fingerprint alone.

@@ -1,4 +1,4 @@
-"""What heads and look-up accept together, and each of them alone, along texts that are known: nothing is decoded.
+"""Measures heads and look-up together, and each of them alone, along texts that are known: nothing is decoded.
 
 Rounds are those of the engine, with the texts in the place of the main head's choices and with the trunk's states of
 the whole text, computed once. Each round verifies the `NODES` likeliest drafts and asks every head, whatever that
@@ -162,7 +162,7 @@ def drafted_together(
     corpus: Corpus | None = None,
     end_tokens: Collection[int] = (),
 ) -> list[list[tuple[Source | None, int]]]:
-    """Of each token of a few texts, those that have a response, what drafted it and how deep in its round.
+    """Gives source and depth of each token of a few texts, those that have a response.
 
     None and 0 stand for the main head's own. Arguments are those of `measure_drafters`.
     """
@@ -201,7 +201,7 @@ def _to_its_end(response: Sequence[int], end_tokens: Collection[int]) -> list[in
 
 
 def _states(trunk: Trunk, heads: Heads, ids: Sequence[int]) -> Tensor:
-    """What heads read at the positions of a text, [T, D]."""
+    """Computes the states that heads read at the positions of a text, [T, D]."""
     tokens = torch.tensor([ids], device=trunk.device)
     positions = torch.arange(len(ids), device=trunk.device)[None]
     _, read = trunk.states(tokens, position_ids=positions, before_last=heads.shared_layers)

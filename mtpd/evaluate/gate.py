@@ -74,7 +74,7 @@ class Change:
 
     @property
     def direction(self) -> Literal["up", "down", "flat"]:
-        """Which side of no change the 95% interval lies on; flat where it has both, or there is none."""
+        """Side of no change on which the 95% interval lies; flat where it has both, or there is none."""
         if self.change.low is None or self.change.high is None:
             return "flat"
         return "up" if self.change.low > 0 else "down" if self.change.high < 0 else "flat"
@@ -107,7 +107,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says."""
+    """The verdict of the gate."""
 
     outcome: Outcome
     max_drop: float
@@ -262,7 +262,7 @@ def _prompts_wanted(check: Change, prompts: int, max_drop: float) -> float:
 
 
 def label(ratio: str) -> str:
-    """How a ratio is called where people read it: CAR_1, AR_1, tau, Σ min(p,q)_1, speed-up with its baseline."""
+    """Names a ratio as people read it: CAR_1, AR_1, tau, Σ min(p,q)_1, speed-up with its baseline."""
     if ratio in LABELS:
         return LABELS[ratio]
     kind, _, depth = ratio.partition("_")

@@ -123,7 +123,7 @@ def ratios(sums_C: Array, depth: int) -> dict[str, Array]:
 
 
 def draws(name: str, prompts: int, resamples: int, seed: int) -> Array:
-    """How often each prompt of a suite is drawn in each resample [R, N]."""
+    """Draws prompts: how often each one of a suite is in each resample [R, N]."""
     generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
     return generator.multinomial(prompts, np.full(prompts, 1.0 / prompts), size=resamples).astype(np.float64)
 

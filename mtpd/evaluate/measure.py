@@ -33,7 +33,7 @@ GENERATION_BATCH = 64
 
 @dataclass(frozen=True)
 class Model:
-    """What is measured: a trunk with its tokenizer."""
+    """A trunk with its tokenizer, to be measured."""
 
     trunk: Trunk
     tokenizer: Any
@@ -43,7 +43,7 @@ class Model:
 
 @dataclass
 class Trace:
-    """What a measurement was made on, and the seconds that it took."""
+    """Samples of a measurement, and the seconds that it took."""
 
     responses: float = 0.0
     """Seconds for the trunk's greedy responses; near 0 where they were kept."""

@@ -43,7 +43,7 @@ def with_total(acceptance: Acceptance, *, apart: frozenset[str] = frozenset()) -
 
 
 def listed(found: Mapping[str | None, Item]) -> list[tuple[str | None, Item]]:
-    """What a table has a row for: each suite, and None, their sum, where it does not repeat the only one."""
+    """Lists the rows of a table: each suite, and None, their sum, where it does not repeat the only one."""
     return [(name, each) for name, each in found.items() if name is not None or len(found) != 2]
 
 

@@ -1,4 +1,4 @@
-"""What `mtpd eval` and `mtpd compare` print: tables on the terminal."""
+"""Tables that `mtpd eval` and `mtpd compare` print."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def suites_table(acceptance: Acceptance, estimates: Estimates) -> Table:
 
 
 def interval_note(estimates: Estimates) -> str:
-    """What a title may say of intervals: which estimates have one depends on the number of prompts."""
+    """Words a title's note on intervals: which estimates have one depends on the number of prompts."""
     have = [found["tau"].low is not None for found in estimates.values()]
     if not any(have):
         return ""

@@ -51,7 +51,7 @@ class TrunkQuality:
 
 @torch.inference_mode()
 def negative_log_likelihood(trunk: Trunk, samples: Sequence[Sample]) -> tuple[float, int]:
-    """Of all response tokens given what precedes them: the sum in nats, and how many there are."""
+    """Sums the negative log-likelihood of all response tokens, in nats, and counts them."""
     spans = [(len(sample.prompt_ids), len(sample.ids)) for sample in samples]
     unembedding = trunk.unembedding.select(None)
     tile = max(1, TILE_BYTES // (4 * unembedding.weight.shape[0]))
@@ -89,7 +89,7 @@ def at_chance(trunk: Trunk, prompts: Sequence[Sequence[int]]) -> bool:
 
 
 def right_answers(tokenizer: Any, questions: Sequence[Question], samples: Sequence[Sample]) -> tuple[int, int]:
-    """How many responses give the number of the reference, and how many prompts have a reference with one."""
+    """Counts responses that give the number of the reference, and prompts whose reference has one."""
     answers = {question.prompt.id: question.answer for question in questions}
     right = asked = 0
     for sample in samples:

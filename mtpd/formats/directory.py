@@ -111,7 +111,7 @@ class Checkpoint:
 
 
 def _something_else(path: Path) -> str | None:
-    """What a directory without `config.json` holds, and what to give in its place; None where it is not known."""
+    """Says what a directory without `config.json` holds, and what to give in its place; None where it is not known."""
     adapter = path / "adapter_config.json"
     if adapter.is_file():
         base = read_json(adapter, what="an adapter's config").get("base_model_name_or_path") or "its base"

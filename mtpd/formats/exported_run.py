@@ -1,4 +1,4 @@
-"""What is exported: the heads of a run, and the checkpoint of their base."""
+"""A run to export: its heads, and the checkpoint of their base."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def blocks(self) -> int:
-        """How many different blocks the exported depths have, adapters counted in."""
+        """Number of different blocks of the exported depths, adapters counted in."""
         adapters = self.config.adapters or [0] * self.config.depth
         kinds = zip(self.config.block_of, adapters, range(self.config.depth), strict=True)
         return len({(block, depth if rank else -1) for block, rank, depth in list(kinds)[: self.depth]})
@@ -74,7 +74,7 @@ class Run:
 
     @property
     def written(self) -> int:
-        """How many heads a layout gets that has one for each depth, or one for all."""
+        """Number of heads for a layout that has one for each depth, or one for all."""
         return 1 if self.recycles else self.depth
 
     @property

@@ -1,4 +1,4 @@
-"""What a family of native MTP checkpoints is: one small table that is read in two directions.
+"""Families of native MTP checkpoints: each is one small table that is read in two directions.
 
 The left side of `names` is a tensor in the checkpoint, the right side its name in mtpd. Both are templates:
 
@@ -124,7 +124,7 @@ class Family:
                         break
 
     def heads_in(self, names: Iterable[str], *, layers: int, per_head: int = 1) -> int:
-        """How many heads have tensors: the first so many without a gap."""
+        """Counts the heads that have tensors, up to the first gap."""
         names = list(names)
         count = 0
         while True:

@@ -114,7 +114,7 @@ class Native:
         return None
 
     def _odd_stack(self, name: str) -> str | None:
-        """What is wrong with a matrix in which output heads are stacked."""
+        """Says what is wrong with a matrix in which output heads are stacked."""
         rows, size = self.raw[self.names[name]].shape
         tokens = int(self.base.text_config.get("vocab_size", 0))
         if (rows, size) == ((self.count + 1) * tokens, self.hidden_size):

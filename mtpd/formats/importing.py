@@ -92,7 +92,7 @@ def import_heads(
 
 
 def _start(native: Native, family: str | None) -> dict[str, str]:
-    """How a run starts from these heads, where `heads=native` finds them: in the base, and as what its config says."""
+    """Gives the recipe keys with which a run starts from these heads, where `heads=native` finds them in the base."""
     return {} if native.family.separate or family is not None else {"init": "native"}
 
 

@@ -15,7 +15,7 @@ from mtpd.formats.model_card import read_says
 
 
 def inspect(name: str, *, family: str | None = None, base: str | None = None) -> list[str]:
-    """What there is to say about a run directory, an export or a checkpoint, one fact a line.
+    """Describes a run directory, an export or a checkpoint, one fact a line.
 
     Raises:
         UserError: it is none of them, or its heads are not whole.

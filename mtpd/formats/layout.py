@@ -1,4 +1,4 @@
-"""What a layout of exports is, and the register of layouts; without PyTorch, so that a command line is read at once.
+"""Layouts of exports and their register; without PyTorch, so that a command line is read at once.
 
 To add a layout, write a file of its name in `layouts/` with a `LAYOUT`. Another package calls `register` itself.
 """
@@ -64,7 +64,7 @@ class Layout:
         return {"method": self.method, **({"model": out} if self.apart else {}), "num_speculative_tokens": drafts}
 
     def commands(self, *, out: str, base: str, drafts: int, heads: int) -> dict[str, str]:
-        """How each engine serves the directory, by the name that a model card has for it."""
+        """Gives the command of each engine, by the name that a model card has for it."""
         values = {
             "out": out,
             "base": base,

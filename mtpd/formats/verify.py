@@ -38,7 +38,7 @@ CONFIDENCE = 1.96
 
 @dataclass(frozen=True)
 class Verified:
-    """What an engine did, beside what mtpd does with the same heads."""
+    """Texts and counts of an engine, beside those of mtpd with the same heads."""
 
     layout: str
     served: Served

@@ -26,7 +26,7 @@ BLOCK = 64
 def teacher_tile(
     logits_SV: Tensor, head: Unembedding, settings: LossSettings, columns_M: Tensor | None
 ) -> tuple[Teacher | None, Tensor]:
-    """What all depths are compared with (None where CE is the whole loss), and the main head's choice [S].
+    """Computes what all depths are compared with (None where CE is the whole loss), and the main head's choice [S].
 
     Args:
         logits_SV: the main head's product, before `finish`: over the columns in use, or over all tokens.

@@ -38,7 +38,7 @@ LK_ETA = 3.0
 
 
 def top_n(teacher_NM: Tensor, n: int) -> Tensor:
-    """Which columns are among the teacher's n largest; all of them when n is 0 or no fewer than M. [N, M] bool"""
+    """Marks the columns among the teacher's n largest; all of them when n is 0 or no fewer than M. [N, M] bool"""
     if n == 0 or n >= teacher_NM.shape[1]:
         return teacher_NM.new_ones(teacher_NM.shape).bool()
     smallest = teacher_NM.topk(n, dim=1).values[:, -1:]

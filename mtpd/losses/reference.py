@@ -92,7 +92,7 @@ def multi_depth_loss(
     main_head: Unembedding | None = None,
     columns_M: Tensor | None = None,
 ) -> Tensor:
-    """What `fused.multi_depth_loss` computes.
+    """Computes what `fused.multi_depth_loss` does.
 
     Args: as there.
     """

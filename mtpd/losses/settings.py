@@ -1,4 +1,4 @@
-"""What a loss is, the register of losses, and the settings of the one that is trained.
+"""Losses, their register, and the settings of the one that is trained.
 
 Recipes read this file and `kinds.py`: neither imports torch.
 

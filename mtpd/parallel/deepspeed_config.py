@@ -1,4 +1,4 @@
-"""What `train.deepspeed` means: a DeepSpeed configuration, checked before anything starts, and sized from the model.
+"""Reads `train.deepspeed`: a DeepSpeed configuration, checked before anything starts, and sized from the model.
 
 One JSON configures two things. The heads are trained by a DeepSpeed engine of their own, at the stage that it names.
 At stage 3 the trunk's layers are partitioned too (`mtpd.parallel.partition`); offloading parameters is about them.
@@ -61,7 +61,7 @@ class DeepSpeedSettings:
 
     @property
     def offload(self) -> str:
-        """Where the trunk's partitions are kept: "none" (on the device), "cpu" or "nvme"."""
+        """Place of the trunk's partitions: "none" (on the device), "cpu" or "nvme"."""
         return str((self.config["zero_optimization"].get("offload_param") or {}).get("device", "none"))
 
     def for_heads(self, heads: nn.Module, *, hidden_size: int, own_logits: bool) -> dict[str, Any]:
@@ -135,12 +135,12 @@ def load_settings(name: str | None) -> DeepSpeedSettings | None:
 
 
 def preset_folder() -> Path:
-    """Where the presets lie, beside the recipes that come with mtpd."""
+    """Gives the folder of the presets, beside the recipes that come with mtpd."""
     return shipped_folder() / "deepspeed"
 
 
 def _problem(config: Any) -> str | None:
-    """What is wrong with a configuration, if anything is."""
+    """Says what is wrong with a configuration, if anything is."""
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
         given = zero.get("stage") if isinstance(zero, dict) else zero

@@ -111,7 +111,7 @@ def served(trunk: Trunk) -> str | None:
 
 @torch.no_grad()
 def shapes(trunk: Trunk) -> list[tuple[int, int, int, int, str]]:
-    """Of each attention in a short pass: heads, those of keys and values, their sizes, and what comes by head."""
+    """Records each attention in a short pass: heads, those of keys and values, their sizes, and what comes by head."""
     configs = configurations([trunk.decoder])
     inside, seen = ALL_ATTENTION_FUNCTIONS[CORE], []
 
@@ -143,7 +143,7 @@ def configurations(modules: Any) -> list[PretrainedConfig]:
 
 
 def _window(module: Any) -> int | None:
-    """How many tokens a layer looks at, itself included; None for all."""
+    """Gives the window of a layer in tokens, itself included; None for all."""
     kinds = getattr(module.config, "layer_types", None)
     if kinds is not None and kinds[module.layer_idx] != SLIDING:
         return None

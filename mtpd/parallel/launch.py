@@ -59,7 +59,7 @@ def launch(launcher: Launcher, words: Sequence[str], *, processes: int | None, n
 
 
 def torchrun_arguments(words: Sequence[str], *, processes: int) -> list[str]:
-    """What follows `torchrun`."""
+    """Gives the arguments of `torchrun`."""
     return [
         *("--standalone", f"--nproc-per-node={processes}", f"--shutdown-timeout={PATIENCE}"),
         *("--module", MODULE, *words),
@@ -151,7 +151,7 @@ def _run(command: list[str], *, tells_ranks: bool = True) -> int:
 
 
 def _exit_code(code: int) -> int:
-    """Of a process; one that a signal ended has 128 and the signal's number, as in a shell."""
+    """Gives the exit code of a process; one that a signal ended has 128 and the signal's number, as in a shell."""
     return 128 - code if code < 0 else code
 
 

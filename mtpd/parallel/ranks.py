@@ -59,7 +59,7 @@ def rank() -> int:
 
 
 def count() -> int:
-    """How many processes there are."""
+    """Counts the processes."""
     return dist.get_world_size() if _started() else 1
 
 
@@ -74,7 +74,7 @@ def speaks() -> bool:
 
 
 def share(items: Sequence[Item], *, together: int = 1) -> list[Item]:
-    """What falls to this rank of a list that all ranks have: each item to one rank, in turns.
+    """Gives this rank's share of a list that all ranks have: each item to one rank, in turns.
 
     Args:
         together: so many neighbouring ranks get the same items.
@@ -110,7 +110,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def from_main(work: Callable[[], Any]) -> Any:
-    """What `work` gives on the main rank, on all ranks, which wait for it. JSON can hold it."""
+    """Gives on all ranks what `work` gives on the main one, for which they wait. JSON can hold it."""
     return gather(work() if is_main() else None)[0]
 
 
@@ -267,7 +267,7 @@ class _Listener(threading.Thread):
                 dist.send(torch.tensor([cause]), dst=(self._rank - 1) % self._count, group=self.group)
 
     def words(self) -> str:
-        """What the user is told of a rank that has ended without a word; one rank says it, and the others nothing."""
+        """Message about a rank that has ended without a word; one rank says it, and the others nothing."""
         if self.cause >= self._count or self._rank != (1 if self.cause == 0 else 0):
             return ""
         return f"rank {self.cause} was ended, or has failed without a word; all ranks end"

@@ -252,7 +252,7 @@ def estimate_memory(
 
 
 def _of_trunk(recipe: Recipe, sizes: Sizes, trained: int) -> dict[str, int]:
-    """What the trunk's own parameters take while heads are trained."""
+    """Counts the bytes of the trunk's own parameters while heads are trained."""
     weights = sizes.frozen * sizes.item
     if recipe.trunk.train != "full":
         return {"trunk": weights, "adapters of the trunk, float32": 4 * trained}
@@ -267,7 +267,7 @@ def _of_trunk(recipe: Recipe, sizes: Sizes, trained: int) -> dict[str, int]:
 
 
 def hidden_state_bytes(recipe: Recipe, sizes: Sizes, text: TextEstimate) -> int | None:
-    """Of all rows, kept; None where the amount of text is not known."""
+    """Counts the bytes of the hidden states of all rows, kept; None where the amount of text is not known."""
     return None if text.rows is None else text.rows * recipe.data.row_length * sizes.hidden * sizes.item
 
 

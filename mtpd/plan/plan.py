@@ -37,7 +37,7 @@ SHARDED_BY_DEEPSPEED = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will be. Sizes in bytes; None where a data set has to be loaded to know."""
+    """The plan of a run. Sizes in bytes; None where a data set has to be loaded to know."""
 
     recipe: Recipe
     architecture: str
@@ -81,7 +81,7 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Of the phase that takes most."""
+        """Bytes of the phase that takes most."""
         return max(sum(purposes.values()) for purposes in self.memory.values())
 
     def table(self) -> str:
@@ -136,7 +136,7 @@ class Plan:
         return lines + [("assumed" if not index else "", note) for index, note in enumerate(notes)]
 
     def _sharding(self) -> list[tuple[str, str]]:
-        """What a device holds in training by `train.deepspeed`, and the first value that fits."""
+        """Lists what a device holds in training by `train.deepspeed`, and the first value that fits."""
         found = self.shardings
         whose = "as given" if self.given else "of this machine"
         each = f"{size(self.device_memory)} each" if self.devices > 1 else size(self.device_memory)
@@ -158,7 +158,7 @@ class Plan:
         return [*lines, ("", text)]
 
     def _extension(self) -> list[tuple[str, str]]:
-        """What the heads are extended to afterwards."""
+        """Describes what the heads are extended to afterwards."""
         extend = self.recipe.extend
         if extend.to is None and not extend.auto:
             return []
@@ -182,7 +182,7 @@ class Plan:
         return f"{amount(self.text.steps)} optimizer steps of {rows:,} rows{together}"
 
     def _passes(self) -> str:
-        """How often the trunk runs over the training text."""
+        """Counts how often the trunk runs over the training text."""
         data, train = self.recipe.data, self.recipe.train
         passes = []
         if data.responses == "trunk":
@@ -281,7 +281,7 @@ def plan(recipe: Recipe, *, devices: int | None = None, device_memory: float | N
 def training_load(
     recipe: Recipe, trunk: Trunk, heads: Heads, sizes: Sizes, training: Mapping[str, int], *, of_trunk: int = 0
 ) -> Load:
-    """What a rank holds in training.
+    """Counts what a rank holds in training.
 
     Args:
         training: bytes by purpose, as `estimate_memory` gives them.
@@ -311,7 +311,7 @@ def _numbers(module: torch.nn.Module) -> int:
 
 
 def _devices(device: torch.device, count: int | None) -> tuple[int, float]:
-    """How many devices to plan for, and bytes of each on this machine."""
+    """Gives the number of devices to plan for, and bytes of each on this machine."""
     if device.type == "cpu":
         return count or 1, psutil.virtual_memory().total / (count or 1)
     here = torch.accelerator.device_count()
@@ -319,7 +319,7 @@ def _devices(device: torch.device, count: int | None) -> tuple[int, float]:
 
 
 def _value(fit: Fit) -> str:
-    """What the recipe key has to be."""
+    """Reads the value that the recipe key has to be."""
     return "null" if fit.sharding == "none" else fit.sharding
 
 

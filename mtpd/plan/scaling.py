@@ -35,7 +35,7 @@ SPARE = 0.9
 
 @dataclass(frozen=True)
 class Load:
-    """What a rank holds in training, whichever way it is sharded. Parameters are counted, not bytes."""
+    """The load of a rank in training, however it is sharded. Parameters are counted, not bytes."""
 
     trunk: int
     """Parameters of the trunk, its output head included."""

@@ -47,7 +47,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def muon_and_adamw(model: nn.Module, layers: nn.Module, args: TrainingArguments) -> MuonAndAdamW:
-    """Of all trained parameters of a model, whose matrices in `layers` are Muon's; other matrices alone decay too."""
+    """Makes the optimizer of a model: matrices in `layers` are Muon's; of the others, matrices alone decay."""
     trained = [each for each in model.parameters() if each.requires_grad]
     inside = {id(each) for each in layers.parameters()}
     matrices = [each for each in trained if id(each) in inside and each.ndim == 2]

@@ -1,4 +1,4 @@
-"""What the keys of a recipe have to be to each other, and what the losses read of them.
+"""Rules between the keys of a recipe, and which of them the losses read.
 
 Each function gives the problems of one section as lines that name the key, its value and what is accepted.
 """
@@ -338,7 +338,7 @@ def loss_weights(train: TrainRecipe, depth: int, *, after: int = 0) -> tuple[tup
 
 
 def checkpoints_kept(train: TrainRecipe) -> int:
-    """How many checkpoints a run keeps; older ones are deleted, once a new one is whole."""
+    """Gives the number of checkpoints that a run keeps; older ones are deleted, once a new one is whole."""
     return int(train.arguments.get("save_total_limit", 2))
 
 

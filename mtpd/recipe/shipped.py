@@ -9,7 +9,7 @@ from mtpd.errors import UserError
 
 
 def shipped_folder() -> Path:
-    """Where they lie: in the installed package, or `recipes` of the source tree."""
+    """Gives their folder: in the installed package, or `recipes` of the source tree."""
     here = Path(__file__).resolve()
     installed = here.parent / "shipped"
     return installed if installed.is_dir() else here.parents[2] / "recipes"

@@ -196,7 +196,7 @@ def explain(
 
 
 def accepted(part: Schema, schema: Schema) -> str:
-    """What a piece of a JSON schema accepts, in words."""
+    """Says in words what a piece of a JSON schema accepts."""
     part = _resolve(part, schema)
     if "anyOf" in part:
         return ", or ".join(accepted(choice, schema) for choice in part["anyOf"])

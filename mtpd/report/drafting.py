@@ -1,4 +1,4 @@
-"""What heads and look-up are worth, together and each alone: numbers of the report's tables, cards and verdict."""
+"""Numbers of heads and look-up, together and each alone, for the report's tables, cards and verdict."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def token_depths(measured: Measured) -> list[int]:
 
 
 def _pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
-    """What each token adds to the text: a character of several tokens comes with the last of them."""
+    """Gives what each token adds to the text: a character of several tokens comes with the last of them."""
     pieces: list[str] = []
     shown = ""
     for count in range(1, len(tokens) + 1):

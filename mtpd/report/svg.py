@@ -163,7 +163,7 @@ def _dashes(style: int) -> str:
 
 
 def swatch(style: int, *, place: tuple[float, float] | None = None) -> str:
-    """What a legend shows of a style: a piece of its line with its mark."""
+    """Draws a style for a legend: a piece of its line with its mark."""
     where = "" if place is None else f' x="{place[0]:.1f}" y="{place[1]:.1f}" width="32" height="12"'
     line = f'<line class="line"{_dashes(style)} x1="1" x2="31" y1="6" y2="6"/>'
     mark = _mark(style, 16, 6)

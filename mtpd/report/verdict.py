@@ -1,4 +1,4 @@
-"""What a run's measurements come to, in sentences: the first thing that a reader of the report sees."""
+"""Sums up a run's measurements in sentences: the first thing that a reader of the report sees."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _headline(measured: Measured) -> tuple[Tone, str]:
 
 
 def _together(measured: Measured) -> Iterator[tuple[Tone, str]]:
-    """What heads and look-up accept in one tree, what look-up alone does, and what the heads add to it."""
+    """Says what heads and look-up accept in one tree, what look-up alone does, and what the heads add to it."""
     drafters = measured.counts.drafters
     if not drafters or not {"together", "lookup"} <= drafters.keys():
         return
@@ -120,7 +120,7 @@ def _together(measured: Measured) -> Iterator[tuple[Tone, str]]:
 
 
 def _added(measured: Measured) -> tuple[Tone, str]:
-    """What the heads add to look-up, and whether so many prompts can show it."""
+    """Says what the heads add to look-up, and whether so many prompts can show it."""
     added = added_by_heads(measured.acceptance, apart=measured.apart)
     if added is None:
         return "flat", "what the heads add to it was not measured prompt by prompt"

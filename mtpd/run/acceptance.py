@@ -1,4 +1,4 @@
-"""What comes out of a run: acceptance before and after training, offline and decoded, and how it is shown."""
+"""Measures a run and shows the result: acceptance before and after training, offline and decoded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be refused before anything is loaded: paths and names that are wrong are said within a second."""
+"""Checks before anything is loaded: wrong paths and names are said within a second."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def measured(path: Path, folder: Path) -> bool:
 
 
 def write_provenance(run: RunDirectory, *, trunk: str, rows: str, prompts: Sequence[str]) -> None:
-    """Where the heads come from: versions, machine, commit, command, and fingerprints of trunk, data and prompts.
+    """Writes the origin of the heads: versions, machine, commit, command, and fingerprints of trunk, data and prompts.
 
     Args:
         trunk: fingerprint of the trunk.

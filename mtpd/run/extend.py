@@ -49,7 +49,7 @@ DECODED_PROMPTS, DECODED_TOKENS = 4, 64
 
 @dataclass(frozen=True)
 class Material:
-    """What all stages share."""
+    """Shared by all stages: session, samples, rows."""
 
     session: Session
     """Of the run that is extended."""
@@ -186,14 +186,14 @@ def _run_stage(
 
 
 def _stage_recipe(recipe: Recipe, output: Path) -> Recipe:
-    """Where a stage lies, and how long and how fast it trains."""
+    """Makes the recipe of a stage: its directory, steps and learning rate."""
     given = {"max_steps": recipe.extend.steps or None, "learning_rate": recipe.extend.learning_rate}
     changes = {key: value for key, value in given.items() if value is not None}
     return recipe.model_copy(update={"output": output, "train": recipe.train.model_copy(update=changes)})
 
 
 def _measured_depths(material: Material, heads: Heads, run: RunDirectory) -> Depths | None:
-    """Which depth pays, measured once and kept; None where the recipe decodes nothing."""
+    """Measures once which depth pays, and keeps it; None where the recipe decodes nothing."""
     session = material.session
     if not session.recipe.evaluation.decode_prompts:
         return None

@@ -62,7 +62,7 @@ def reopen(path: Path, *, heads: str = "heads", device: str | None = None, untru
 
 
 def trained_prompts(run: RunDirectory) -> TrainedPrompts:
-    """What the run was trained on, as far as its directory says.
+    """Reads what the run was trained on, as far as its directory says.
 
     Raises:
         UserError: the provenance cannot be read.

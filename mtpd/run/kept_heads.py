@@ -48,7 +48,7 @@ DEMO = "for comparison: the demo's model of 135 million parameters gains 16% fro
 
 @dataclass(frozen=True)
 class Gain:
-    """What training changed."""
+    """The change that training made."""
 
     tau: gate.Change
     prompts: int
@@ -64,7 +64,7 @@ class Gain:
 
     @property
     def kept(self) -> Literal["trained", "start"]:
-        """Which heads a run keeps after it."""
+        """Name of the heads that a run keeps after it."""
         return "start" if self.outcome == "worse" else "trained"
 
     def shown(self) -> str:
@@ -72,7 +72,7 @@ class Gain:
         return f"tau {self.tau.before:.3f} → {self.tau.after:.3f} ({self.tau.shown()}) on {self.prompts} prompts"
 
     def noted(self) -> dict[str, Any]:
-        """What the provenance says of it."""
+        """Entry of the provenance."""
         change = self.tau.change
         return {
             "kept": self.kept,
@@ -152,7 +152,7 @@ def verdict(session: Session, rows: PackedRows) -> list[str]:
 
 
 def verdict_line(gain: Gain, run: RunDirectory) -> str:
-    """What training gained, in one line."""
+    """Says in one line what training gained."""
     if gain.outcome == "better":
         return f"training gained: {gain.shown()} held out"
     if gain.outcome == "worse":
@@ -169,7 +169,7 @@ def verdict_line(gain: Gain, run: RunDirectory) -> str:
 
 
 def _wanted(session: Session, rows: PackedRows, gain: Gain) -> str:
-    """What the heads accept on text that they were trained on, and what follows from it."""
+    """Says what the heads accept on text that they were trained on, and what follows from it."""
     run, train = session.run, session.recipe.train
     texts = trained_texts(rows, TRAINED_TEXTS)
     trained = run.heads_trained if gain.kept == "start" else run.heads

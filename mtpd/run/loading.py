@@ -58,7 +58,7 @@ def load(
 
 
 def read_settings(given: str | Drafting | Mapping[str, Any]) -> Drafting:
-    """What drafts, from what a caller gives.
+    """Reads the settings of drafting that a caller gives.
 
     Raises:
         UserError: an unknown field or source.

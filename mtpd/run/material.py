@@ -1,4 +1,4 @@
-"""What a run trains on and is measured on: prompts, responses, packed rows, hidden states, held-out samples."""
+"""Training and measuring material of a run: prompts, responses, packed rows, hidden states, held-out samples."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def respond(
 def hidden_states(
     session: Session, rows: PackedRows, prompts: Sequence[Prompt], *, of_heads: str | None = None
 ) -> HiddenStates | None:
-    """What keeps the states that heads read, if the recipe keeps them; it may have none of them yet.
+    """Opens the store of the states that heads read, if the recipe keeps them; it may have none of them yet.
 
     Args:
         of_heads: the fingerprint of heads whose states these are, for the stages that train more; None: the trunk's.

@@ -1,4 +1,4 @@
-"""What training reads, made ahead of it: `mtpd data store` and `mtpd data vocab`."""
+"""Makes what training reads ahead of it: `mtpd data store` and `mtpd data vocab`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def count_vocabulary(recipe: Recipe, path: Path, *, progress: bool = True) -> tu
 
 @contextmanager
 def _rows(recipe: Recipe, *, progress: bool) -> Iterator[tuple[Session, PackedRows, list[Prompt]]]:
-    """What a recipe trains on: rows, and the prompts that they answer."""
+    """Opens what a recipe trains on: rows, and the prompts that they answer."""
     with (
         ranks.joined(resolve_device(recipe.device)),
         start(recipe, open_together(recipe, fresh=False), progress=progress) as session,

@@ -1,4 +1,4 @@
-"""What `mtpd eval` was asked for, and what of it is refused before anything is loaded: nothing here needs PyTorch."""
+"""Requests to `mtpd eval`, and their checks before anything is loaded: nothing here needs PyTorch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mtpd.heads import read_config
 
 @dataclass(frozen=True)
 class Request:
-    """What `mtpd eval` was asked for; the options of the command say what each means."""
+    """A request to `mtpd eval`; the options of the command say what each field means."""
 
     run: Path
     suites: Sequence[str] | None
@@ -37,7 +37,7 @@ class Request:
     untrusted: bool = False
 
     def baseline(self) -> Acceptance | None:
-        """What the result is compared with."""
+        """Reads the file that the result is compared with."""
         return None if self.against is None else Acceptance.load(self.against)
 
 

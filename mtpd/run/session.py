@@ -1,4 +1,4 @@
-"""What the steps of one call share: recipe, directory, model and tokenizer."""
+"""Shared by the steps of one call: recipe, directory, model and tokenizer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mtpd.trunk import Trunk
 
 @dataclass
 class Session:
-    """What the steps of one call share."""
+    """Shared by the steps of one call."""
 
     recipe: Recipe
     run: RunDirectory
@@ -40,7 +40,7 @@ class Session:
 
     @property
     def console(self) -> Console:
-        """Where tables and lines for people go."""
+        """Console for tables and lines for people."""
         return console(quiet=not self.progress)
 
 

@@ -123,7 +123,7 @@ def train_heads(
 
 
 def processes() -> int:
-    """How many processes train together."""
+    """Counts the processes that train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -25,7 +25,7 @@ STATE = "trainer_state.json"
 
 
 def folder_of(directory: Path, step: int) -> Path:
-    """Where transformers writes the checkpoint of a step."""
+    """Gives the folder in which transformers writes the checkpoint of a step."""
     return directory / f"checkpoint-{step}"
 
 
@@ -46,7 +46,7 @@ def complete(folder: Path, step: int) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint that was whole once, in words that name the file; None if nothing is.
+    """Says what is wrong with a checkpoint that was whole once, and names the file; None if nothing is.
 
     Reads all of it.
     """

@@ -1,4 +1,4 @@
-"""What the trainer trains: heads beside their frozen trunk, and the loss between them."""
+"""The module that is trained: heads beside their frozen trunk, and the loss between them."""
 
 from __future__ import annotations
 

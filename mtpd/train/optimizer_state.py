@@ -136,7 +136,7 @@ def save_state(state: State, path: Path, *, step_rows: int) -> None:
 
 
 def load_state(path: Path, model: nn.Module) -> State:
-    """What `save_state` wrote. Parameters that no loss reached have nothing in it.
+    """Loads what `save_state` wrote. Parameters that no loss reached have nothing in it.
 
     Raises:
         MtpdError: the file is missing or damaged, or belongs to other parameters.

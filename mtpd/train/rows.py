@@ -92,7 +92,7 @@ class RowOrder(Sampler[int]):
 
 
 class PartOfStates:
-    """Of the states of rows that are all kept, the part of this process."""
+    """The chunk of this process of states that are kept for whole rows."""
 
     def __init__(self, whole: HiddenStates, split: SplitRows) -> None:
         self.whole, self.split = whole, split

@@ -77,7 +77,7 @@ class Suite(BaseModel):
 
     @property
     def settings(self) -> Settings:
-        """What two measurements must have in common to be compared."""
+        """Settings that two measurements must share to be compared."""
         source = Path(self.source).name if sources.at_hand(self.source) else self.source
         return {
             "source": source,

@@ -1,4 +1,4 @@
-"""What a run of an engine gives."""
+"""The result of a run of an engine."""
 
 from __future__ import annotations
 

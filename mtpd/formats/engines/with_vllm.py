@@ -63,7 +63,7 @@ def environment(path: Path | None = None) -> Path:
 
 @dataclass(frozen=True)
 class Asked:
-    """What one engine serves.
+    """The request to one engine.
 
     Attributes:
         speculative: vLLM's speculative_config.
@@ -108,7 +108,7 @@ def serve(python: Path, models: Sequence[Asked], *, max_new_tokens: int) -> list
 
 
 def _served(answer: dict[str, Any]) -> Served:
-    """Of one engine: vLLM's counters begin anew with each."""
+    """Reads the counters of one engine: vLLM begins them anew with each."""
     accepted = answer["accepted"]
     return Served(f"vLLM {answer['version']}", answer["texts"], [answer["drafts"]] * len(accepted), accepted)
 
