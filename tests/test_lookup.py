@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import FREE, Learned
 
+from mtpd.data.packing import Sample
 from mtpd.decode.candidates import Candidates, columns, worth_verifying
 from mtpd.decode.chances import REACH, Chances
 from mtpd.decode.choice import Choice, Greedy
@@ -172,6 +173,14 @@ def test_chances_are_counted_where_decoding_drafts(learned: Learned) -> None:
     assert len(table.likeliest) == learned.perfect.depth
     assert sum(drafted for _, drafted in table.lookup.values()) > 0
     assert table.head(1, -0.01) > Chances(heads={"1 0": (0, 50)}).head(1, -0.01)
+
+
+def test_chances_of_texts_shorter_than_a_chain(learned: Learned) -> None:
+    """Fault: a response that ends before the deepest head drafts in it ends the counting."""
+    for length in (1, 2, 3):
+        short = Sample.of("short", learned.sample.prompt_ids, learned.sample.response_ids[:length])
+        table = count_chances(learned.trunk, learned.half, [short], progress=False)
+        assert all(drafted < length for _, drafted in table.likeliest.values())
 
 
 def test_costs_lie_between_those_measured() -> None:

@@ -85,7 +85,7 @@ def _count_heads(trunk: Trunk, heads: Heads, ids: Sequence[int], first: int, cel
     rows = heads.rows()
     for depth in range(1, along.depth + 1):
         # The draft of depth k at position t stands at t + k + 1; the token at t + 1 is the main head's own.
-        places = torch.arange(first - 1, len(ids) - depth - 1, device=trunk.device)
+        places = torch.arange(first - 1, max(first - 1, len(ids) - depth - 1), device=trunk.device)
         for at in places.split(POSITIONS):
             logits = along.logits(depth, at).float().log_softmax(-1)
             best, columns = logits.topk(min(CANDIDATES, logits.shape[-1]), dim=-1)
