@@ -169,7 +169,7 @@ def main() -> None:
 def suite(model: Model, file: Path, options: Any) -> list[list[int]]:
     """Prompts of a suite, spread over it, that leave room for the text."""
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    prompts = [Prompt(str(line["id"]), line["turns"][0]) for line in lines]
+    prompts = [Prompt(str(line["id"]), [{"role": "user", "content": line["turns"][0]}]) for line in lines]
     rendered = [render(model.tokenizer, prompt) for prompt in prompts]
     fitting = [ids for ids in rendered if len(ids) + options.tokens <= min(2048, model.trunk.context)]
     return fitting[:: max(1, len(fitting) // options.prompts)][: options.prompts]

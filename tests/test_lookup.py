@@ -185,6 +185,7 @@ def test_chances_of_texts_shorter_than_a_chain(learned: Learned) -> None:
 
 def test_costs_lie_between_those_measured() -> None:
     """Fault: a pass that was not timed is taken to be free."""
-    costs = Costs({1: 1.0, 3: 2.0, 5: 2.0}, head=0.1)
+    costs = Costs({1: 1.0, 3: 2.0, 5: 2.0}, head=0.1, further_row=0.02)
+    assert [costs.of_head(rows) for rows in (1, 6)] == pytest.approx([0.1, 0.2])
     assert [costs.of_pass(size) for size in (1, 2, 3, 4, 9)] == pytest.approx([1.0, 1.5, 2.0, 2.0, 2.0])
     assert torch.is_inference_mode_enabled() is False

@@ -24,6 +24,8 @@ SIZES = (1, 2, 4, 8, 16, 1 + MOST, 4 * (1 + MOST))
 """Tokens of the passes that are timed."""
 CONTEXT = 128
 """Tokens before them."""
+ROWS = 8
+"""Texts with which the heads are timed, beside one alone."""
 REPEATS = 5
 
 
@@ -48,13 +50,18 @@ def machine_costs(trunk: Trunk, heads: Heads | None, *, anew: bool = False) -> C
     if not anew and file.is_file():
         try:
             found = read_sealed(file, refusal="not a measurement of costs")
-            return Costs({int(size): float(seconds) for size, seconds in found["passes"].items()}, float(found["head"]))
+            passes = {int(size): float(seconds) for size, seconds in found["passes"].items()}
+            return Costs(passes, float(found["head"]), float(found["further_row"]))
         except (UserError, KeyError, TypeError, ValueError, AttributeError):
             # A damaged file is measured over.
             pass
     costs = measure_costs(trunk, heads)
     # Keys as JSON has them: the seal is that of what is read back.
-    content = {"passes": {str(size): seconds for size, seconds in costs.passes.items()}, "head": costs.head}
+    content = {
+        "passes": {str(size): seconds for size, seconds in costs.passes.items()},
+        "head": costs.head,
+        "further_row": costs.further_row,
+    }
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(sealed(content)) + "\n")
@@ -68,12 +75,12 @@ def machine_costs(trunk: Trunk, heads: Heads | None, *, anew: bool = False) -> C
 def measure_costs(trunk: Trunk, heads: Heads | None) -> Costs:
     """Times passes of the trunk with its main head, and of the heads, behind a short text. Takes seconds."""
     capacity = CONTEXT + max(SIZES)
-    engine = Engine(trunk, heads, slots=1, capacity=capacity)
+    engine = Engine(trunk, heads, slots=ROWS, capacity=capacity)
     tokens = torch.arange(capacity, device=trunk.device)[None] % (trunk.tokens or trunk.unembedding.weight.shape[0])
     engine.tokens[:, :capacity] = tokens
-    start = Span([0], CONTEXT, trunk.device)
+    start = Span([0] * ROWS, CONTEXT, trunk.device)
     engine.cache.begin(start)
-    hidden = engine._read_by_heads(engine._pass(tokens[:, :CONTEXT], start, mask=None))
+    hidden = engine._read_by_heads(engine._pass(tokens[:, :CONTEXT].expand(ROWS, -1), start, mask=None))
 
     def one_pass(size: int) -> None:
         span = Span([CONTEXT], size, trunk.device)
@@ -88,11 +95,14 @@ def measure_costs(trunk: Trunk, heads: Heads | None) -> Costs:
     if engine.drafter is None or heads is None:
         return Costs(passes, head=0.0)
     drafter = engine.drafter
-    drafter.begin(start, hidden, engine.tokens, [CONTEXT + 1])
+    drafter.begin(start, hidden, engine.tokens, [CONTEXT + 1] * ROWS)
     depth = heads.depth
-    newest = [CONTEXT]
-    seconds = _seconds(lambda: drafter.draft_tree(engine.tokens, newest, depth, BEAM, lambda *_: True))
-    return Costs(passes, head=seconds / depth)
+
+    def draft(rows: int) -> None:
+        drafter.draft_tree(engine.tokens, [CONTEXT] * rows, depth, BEAM, lambda *_: True)
+
+    one, many = (_seconds(functools.partial(draft, rows)) / depth for rows in (1, ROWS))
+    return Costs(passes, head=one, further_row=max(0.0, many - one) / (ROWS - 1))
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -40,7 +40,9 @@ class Costs:
     passes: dict[int, float]
     """Of a pass of the trunk with its main head, by the tokens in it."""
     head: float
-    """Of one depth of the heads."""
+    """Of one depth of the heads, for one text."""
+    further_row: float = 0.0
+    """What each further text adds to that."""
 
     def of_pass(self, tokens: int) -> float:
         """Seconds of a pass over so many tokens; between those measured a straight line, beyond them the last slope."""
@@ -51,6 +53,10 @@ class Costs:
         low, high = sizes[max(0, upper - 1)], sizes[max(1, upper)]
         slope = (self.passes[high] - self.passes[low]) / (high - low)
         return max(self.passes[sizes[0]], self.passes[low] + slope * (tokens - low))
+
+    def of_head(self, rows: int) -> float:
+        """Seconds of one depth of the heads, for so many texts."""
+        return self.head + (rows - 1) * self.further_row
 
 
 @dataclass
@@ -96,7 +102,7 @@ class Planner:
             count = max(map(len, likeliest))
         else:
             chances = [[c.chances[node] for node in nodes] for c, nodes in zip(rows, likeliest, strict=True)]
-            count = worth_verifying(chances, self._seconds(rows), asked * self.costs.head)
+            count = worth_verifying(chances, self._seconds(rows), asked * self.costs.of_head(len(rows)))
         if not count:
             return None
         chosen = [nodes[:count] for nodes in likeliest]
@@ -193,7 +199,9 @@ class Planner:
         seconds = self._seconds(rows)
         count = worth_verifying(order, seconds)
         rate = (len(rows) + sum(sum(each[:count]) for each in order)) / seconds(count)
-        return gain > rate * self.costs.head
+        # What the heads add has to be verified too.
+        further = seconds(count + 1) - seconds(count)
+        return gain > rate * (self.costs.of_head(len(rows)) + further)
 
     def _seconds(self, rows: Sequence[Candidates]) -> Callable[[int], float]:
         """Seconds of a pass by the drafts of each row."""
