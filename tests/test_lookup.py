@@ -75,9 +75,9 @@ def test_what_repeats_goes_on_repeating() -> None:
 
 def test_a_long_text_of_one_token_stays_linear() -> None:
     """Fault: an index whose memory or whose work a token grows with the text."""
-    index = LookupIndex([7] * 20_000)
+    index = LookupIndex([7] * 100_000)
     assert sum(map(len, index._newest)) == 4
-    assert all(len(places) == 20_000 for places in index._before)
+    assert all(len(places) == 100_000 for places in index._before)
 
 
 def test_equal_beginnings_are_one_node() -> None:
