@@ -115,7 +115,7 @@ def read_corpus(folder: Path, tokenizer: Any) -> Corpus | None:
     try:
         with safe_open(file, framework="np") as opened:
             metadata = opened.metadata() or {}
-            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            arrays = {name: opened.get_tensor(name) for name in opened.offset_keys()}
         if metadata.get("sha256") != _content(arrays) or "tokens" not in arrays:
             raise UserError("its content is not what was written")
         if metadata.get("tokenizer") != _tokenizer(tokenizer):

@@ -43,7 +43,7 @@ class _Along:
         self.texts = texts
 
     def draft(self, logits: Tensor, texts: Sequence[Text], number: int) -> Tensor:
-        raise NotImplementedError("a planner drafts")
+        raise AssertionError("a planner drafts, which asks no choice")
 
     def choose(self, logits: Tensor, texts: Sequence[Text], drafts: Drafts | None) -> list[list[int]]:
         """As `mtpd.decode.choice.Choice.choose`."""

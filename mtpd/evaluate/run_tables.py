@@ -77,7 +77,7 @@ def offline_table(before: Acceptance, after: Acceptance, *, apart: frozenset[str
 def drafters_table(acceptance: Acceptance, *, apart: frozenset[str] = frozenset()) -> Table:
     """Tau of heads and look-up, each alone and together, and where the accepted drafts came from."""
     suites = {name: each for name, each in with_total(acceptance, apart=apart).items() if each.drafters}
-    nodes = next(iter(suites.values())).drafters["together"].nodes  # type: ignore[index]
+    nodes = max((each.nodes or 0 for suite in suites.values() for each in (suite.drafters or {}).values()), default=0)
     title = f"Tau of what drafts, up to {nodes} drafts a round in one tree (no decoding; equal on every machine)"
     table = Table(title=title, title_justify="left")
     say_if_random(table, acceptance)
