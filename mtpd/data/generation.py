@@ -6,15 +6,15 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mtpd.data.prompts import Prompt
 from mtpd.decode.choice import Choice
 from mtpd.decode.engine import Engine
+from mtpd.decode.plain import plain_texts
 from mtpd.decode.text import Request
 from mtpd.files import fingerprint
 from mtpd.parallel import ranks
@@ -134,34 +134,6 @@ def plain_answers(
         yield task, output[0, ids.shape[1] :].tolist()
 
 
-def plain_texts(
-    model: PreTrainedModel,
-    ids: torch.Tensor,
-    *,
-    max_new_tokens: int,
-    ends: Sequence[int] = (),
-    warped: tuple[float, float] | None = None,
-) -> torch.Tensor:
-    """Prompts of one length [B, T] with what transformers' `generate` writes after them, without drafts.
-
-    Args:
-        ends: ids that end a text; none: texts have `max_new_tokens` tokens.
-        warped: temperature and top-p; None is greedy.
-    """
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=warped is not None,
-        temperature=warped[0] if warped else 1.0,
-        top_p=warped[1] if warped else 1.0,
-        top_k=0,
-        eos_token_id=list(ends) or None,
-        pad_token_id=next(iter(ends), 0),
-    )
-    with plain_generation(model), torch.inference_mode():
-        texts: torch.Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    return texts
-
-
 def _of_like_length(tasks: Sequence[Task], max_new_tokens: int) -> Iterator[Sequence[Task]]:
     """Parts of a list that goes from long to short, so that short prompts do not take the room of long ones."""
     start = 0
@@ -171,21 +143,6 @@ def _of_like_length(tasks: Sequence[Task], max_new_tokens: int) -> Iterator[Sequ
             start = place
     if start < len(tasks):
         yield tasks[start:]
-
-
-@contextmanager
-def plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Within it `model.generate` knows no settings but those that it is given.
-
-    Checkpoints bring settings like a repetition penalty; transformers fills them in wherever a call
-    leaves them open, and what comes out is then not the model's own distribution.
-    """
-    before = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = before
 
 
 def _seed(seed: int, prompt: str) -> int:

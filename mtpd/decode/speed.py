@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from mtpd.decode.counts import Counts
 from mtpd.decode.drafting import HEADS, LOOKUP, Drafting
 from mtpd.decode.engine import Engine
 from mtpd.decode.model import Model
+from mtpd.decode.plain import plain_texts
 from mtpd.decode.text import Request
 from mtpd.decode.transformers_mtp import mtp_in_transformers
 from mtpd.errors import UserError
@@ -160,32 +160,18 @@ def generated(
     """Greedy texts of transformers' `generate`, padded on the left, without penalties that a checkpoint asks for.
 
     Args:
-        drafts: settings and arguments of `generate` that say what drafts.
+        drafts: as for `mtpd.decode.plain.plain_texts`.
     """
-    ends = sorted(end_tokens)
     texts: list[list[int]] = []
-    model = {name: drafts.pop(name) for name in ("assistant_model",) if name in drafts}
-    before = trunk.model.generation_config
-    trunk.model.generation_config = GenerationConfig()
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=ends or None,
-        pad_token_id=ends[0] if ends else 0,
-        **drafts,
-    )
-    try:
-        for start in range(0, len(prompts), batch):
-            rows = prompts[start : start + batch]
-            width = max(map(len, rows))
-            ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=trunk.device)
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=trunk.device)
-            output = trunk.model.generate(ids, attention_mask=mask, generation_config=config, **model)
-            for new in output[:, width:].tolist():
-                end = next((place for place, token in enumerate(new, start=1) if token in end_tokens), None)
-                texts.append(new[:end])
-    finally:
-        trunk.model.generation_config = before
+    for start in range(0, len(prompts), batch):
+        rows = prompts[start : start + batch]
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=trunk.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=trunk.device)
+        output = plain_texts(trunk.model, ids, max_new_tokens=max_new_tokens, ends=end_tokens, mask=mask, **drafts)
+        for new in output[:, width:].tolist():
+            end = next((place for place, token in enumerate(new, start=1) if token in end_tokens), None)
+            texts.append(new[:end])
     return texts
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import MtpCache
 
 from mtpd import alignment
-from mtpd.data.generation import plain_texts
+from mtpd.decode.plain import plain_texts
 from mtpd.errors import MtpdError
 from mtpd.formats.directory import Checkpoint
 from mtpd.formats.engines import with_transformers

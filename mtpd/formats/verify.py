@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from mtpd.data.generation import plain_texts
 from mtpd.data.models import load_model
 from mtpd.data.prompts import load_prompts, render
 from mtpd.decode.counts import Counts
 from mtpd.decode.greedy import generate
+from mtpd.decode.plain import plain_texts
 from mtpd.errors import UserError
 from mtpd.evaluate.decoded import parted_at_tie
 from mtpd.formats.directory import Checkpoint
