@@ -11,7 +11,8 @@ from tokenizers.processors import TemplateProcessing
 
 from mtpd.data import sources
 from mtpd.data.builtin_models import tiny_tokenizer
-from mtpd.data.prompts import Prompt, given_sample, load_prompts, normalise, read_row, render, split_held_out
+from mtpd.data.given import given_sample
+from mtpd.data.prompts import Prompt, load_prompts, normalise, read_row, render, split_held_out
 from mtpd.errors import UserError
 
 USER = {"role": "user", "content": "hello"}

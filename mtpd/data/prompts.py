@@ -19,7 +19,7 @@ import logging
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,6 @@ from mtpd.files import fingerprint, short
 if TYPE_CHECKING:  # these bring in torch, and many commands read prompts before they need it
     from transformers import PreTrainedTokenizerBase
 
-    from mtpd.data.packing import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -252,110 +251,11 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
         UserError: messages for a model without chat template, or a template that refuses them.
     """
     if isinstance(prompt.prompt, str):
-        return _plain(tokenizer, prompt.prompt)
-    return _ids(tokenizer, _apply_template(tokenizer, {"prompt": prompt.prompt}, prompt.id)["prompt"])
+        return plain_ids(tokenizer, prompt.prompt)
+    return rendered_ids(tokenizer, apply_template(tokenizer, {"prompt": prompt.prompt}, prompt.id)["prompt"])
 
 
-def given_sample(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, end_tokens: Collection[int]) -> Sample:
-    """A prompt with the response that came with it, tokenised together.
-
-    In a conversation every assistant turn after the prompt is response: its text and the end token that
-    the template writes. What the template writes after the end token is no response, because a model
-    that is asked stops there. Plain text ends with the tokenizer's end token.
-
-    Args:
-        end_tokens: ids that end a turn (`mtpd.data.responses.end_tokens`).
-
-    Raises:
-        UserError: no response in the row, or a template that leaves no response token or renders
-            the same turns differently when others follow.
-    """
-    if isinstance(prompt.prompt, str):
-        assert prompt.response is None or isinstance(prompt.response, str)
-        sample = _given_text(tokenizer, prompt.id, prompt.prompt, prompt.response, prompt.family)
-    elif prompt.response is None:
-        raise UserError(f"prompt {prompt.id}: it has no response, which data.responses=given needs")
-    else:
-        assert not isinstance(prompt.response, str)
-        sample = _given_messages(tokenizer, prompt.id, prompt.prompt, prompt.response, end_tokens, prompt.family)
-    if not any(sample.response_mask):
-        raise UserError(f"prompt {prompt.id}: its response mask is empty: no token of it would be trained on")
-    return sample
-
-
-def _given_text(
-    tokenizer: PreTrainedTokenizerBase, name: str, prompt: str, completion: str | None, family: str
-) -> Sample:
-    from mtpd.data.packing import Sample
-
-    whole = prompt if completion is None else prompt + completion
-    ids = _plain(tokenizer, whole)
-    # Text alone is all response; only what the tokenizer puts before it is not.
-    start = max(0, len(ids) - len(_ids(tokenizer, whole)))
-    if completion is not None:
-        if not completion.strip():
-            raise UserError(f"prompt {name}: its completion is empty")
-        start = max(start, _common_prefix(_plain(tokenizer, prompt), ids)) if prompt else start
-    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-        ids = [*ids, tokenizer.eos_token_id]
-    return Sample(name, ids, [index >= start for index in range(len(ids))], family)
-
-
-def _given_messages(
-    tokenizer: PreTrainedTokenizerBase,
-    name: str,
-    prompt: list[Message],
-    response: list[Message],
-    ends: Collection[int],
-    family: str,
-) -> Sample:
-    from mtpd.data.packing import Sample
-
-    messages = [*prompt, *response]
-    turns = [turn for turn in range(len(prompt), len(messages)) if messages[turn]["role"] == "assistant"]
-    if not any(messages[turn]["content"].strip() for turn in turns):
-        raise UserError(f"prompt {name}: its response is empty")
-    rendered = [_turn(tokenizer, messages[: turn + 1], name) for turn in turns]
-    whole = "".join(rendered[-1])
-    ids = _ids(tokenizer, whole)
-    mask = [False] * len(ids)
-    last = 0
-    for turn, (before, after) in zip(turns, rendered, strict=True):
-        written = before + after[: _end_of(messages[turn]["content"], after)]
-        if not whole.startswith(written):
-            raise UserError(
-                f"prompt {name}: the chat template writes earlier turns differently once others follow, so response "
-                "tokens cannot be told; give conversations of one turn (prompt + completion)"
-            )
-        start = _common_prefix(_ids(tokenizer, before), ids)
-        # Up to the end token; where the template writes none, as far as it wrote the same for this turn.
-        stop = next((i + 1 for i in range(start, len(ids)) if ids[i] in ends), None)
-        last = stop or _common_prefix(_ids(tokenizer, before + after), ids)
-        mask[start:last] = [True] * (last - start)
-    return Sample(name, ids[:last], mask[:last], family)
-
-
-def _turn(tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str) -> tuple[str, str]:
-    """Splits what the template writes: before the last message, and for it.
-
-    A template may begin an answer that it is given otherwise than the one it asks for (with an opened
-    block of thoughts, say): the response then starts where the two part. They must not part earlier.
-    """
-    asked, answer = messages[:-1], messages[-1:]
-    before = _apply_template(tokenizer, {"prompt": asked}, name)["prompt"]
-    parts = _apply_template(tokenizer, {"prompt": asked, "completion": answer}, name)
-    if len(parts["prompt"]) < _end_of(asked[-1]["content"], before):
-        raise UserError(f"prompt {name}: the chat template writes the prompt differently once an answer follows")
-    return parts["prompt"], parts["completion"]
-
-
-def _end_of(content: str, rendered: str) -> int:
-    """Finds the end of a message's words in rendered text; the end of the text if the template changed the words."""
-    at = rendered.rfind(content.strip())
-    return len(rendered) if at < 0 else at + len(content.strip())
-
-
-def _apply_template(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[Message]], name: str) -> dict[str, str]:
+def apply_template(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[Message]], name: str) -> dict[str, str]:
     """TRL's rendering of a prompt, with the generation prompt, and of a completion after it."""
     from trl import apply_chat_template  # takes seconds to import
 
@@ -370,24 +270,21 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[Mess
         raise UserError(f"prompt {name}: the chat template refuses its messages: {error}") from error
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
+def rendered_ids(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
+    """Tokens of text that a template has written."""
     # The template has written the special tokens: a second BOS would put the model where it never was.
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokens of plain text with what the tokenizer puts before it, without what some put after it."""
-    bare = _ids(tokenizer, text)
+    bare = rendered_ids(tokenizer, text)
     ids = list(tokenizer(text)["input_ids"])
     extra = len(ids) - len(bare)
     for before in range(extra, -1, -1):
         if ids[before : before + len(bare)] == bare:
             return ids[: before + len(bare)]
     return ids
-
-
-def _common_prefix(ids: list[int], others: list[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))
 
 
 def _user(text: str) -> Message:

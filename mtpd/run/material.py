@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mtpd.data.given import given_sample
 from mtpd.data.packing import PackedRows, Sample, pack
-from mtpd.data.prompts import Prompt, given_sample, load_prompts, split_held_out
+from mtpd.data.prompts import Prompt, load_prompts, split_held_out
 from mtpd.data.responses import generate_responses
 from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, fill, store_key
 from mtpd.errors import UserError, enough_memory
