@@ -132,7 +132,7 @@ class Planner:
         """Adds what followed when the path to a node last stood in the text, and what follows it in the corpus."""
         drafted = candidates.path(node)
         reach = REACH - len(drafted)
-        if reach <= 0:
+        if reach <= 0 or set(self.sources) <= {HEADS}:
             return
         index = self._index(text)
         if LOOKUP in self.sources:
