@@ -19,8 +19,8 @@ import logging
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,8 @@ if TYPE_CHECKING:  # these bring in torch, and many commands read prompts before
 
 logger = logging.getLogger(__name__)
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""`role` and `content`, and what else a chat template reads."""
 ACCEPTED = "prompt, prompt + completion, messages, text, or turns"
 
 
@@ -52,6 +53,11 @@ class Prompt:
     prompt: str | list[Message]
     response: str | list[Message] | None = None
     family: str = ""
+    later: tuple[list[Message], ...] = ()
+    """What is said in each further round of the conversation, after the trunk's own answer to the one before: a user
+    turn, or the results of tools. Answers that came with the data are in `response` alone."""
+    template: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template: `tools`, and those of its own such as `enable_thinking`."""
 
     @property
     def text(self) -> str:
@@ -151,13 +157,14 @@ def read_row(row: Any, *, place: str, default_id: str, default_family: str = "")
         turns = row["turns"]
         if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
             raise UserError(f"{place}: `turns` must be a list of strings that is not empty")
-        return Prompt(name, [_user(turns[0])], None, family)
+        later = tuple([_user(turn)] for turn in turns[1:] if isinstance(turn, str) and turn.strip())
+        return Prompt(name, [_user(turns[0])], None, family, later)
     if "messages" in row:
         messages = _messages(row["messages"], "messages", place)
         first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
         if first == 0:
             raise UserError(f"{place}: `messages` must not begin with the assistant")
-        return Prompt(name, messages[:first], messages[first:] or None, family)
+        return Prompt(name, messages[:first], messages[first:] or None, family, _rounds(messages[first:]))
     if "prompt" in row:
         prompt, completion = row["prompt"], row.get("completion")
         if isinstance(prompt, str) and completion is None:
@@ -252,10 +259,20 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """
     if isinstance(prompt.prompt, str):
         return plain_ids(tokenizer, prompt.prompt)
-    return rendered_ids(tokenizer, apply_template(tokenizer, {"prompt": prompt.prompt}, prompt.id)["prompt"])
+    return rendered_ids(tokenizer, asked_text(tokenizer, prompt, prompt.prompt))
 
 
-def apply_template(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[Message]], name: str) -> dict[str, str]:
+def asked_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, messages: list[Message]) -> str:
+    """What the template writes for messages of a prompt's conversation, up to where the next answer begins."""
+    return apply_template(tokenizer, {"prompt": messages}, prompt.id, prompt.template)["prompt"]
+
+
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase,
+    row: dict[str, list[Message]],
+    name: str,
+    arguments: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
     """TRL's rendering of a prompt, with the generation prompt, and of a completion after it."""
     from trl import apply_chat_template  # takes seconds to import
 
@@ -265,8 +282,8 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[Messa
             "save a template with its tokenizer (chat_template.jinja), or give data.prompts with `text` rows"
         )
     try:
-        return apply_chat_template(row, tokenizer)
-    except (TemplateError, ValueError) as error:
+        return apply_chat_template(row, tokenizer, **(arguments or {}))
+    except (TemplateError, ValueError, TypeError) as error:
         raise UserError(f"prompt {name}: the chat template refuses its messages: {error}") from error
 
 
@@ -285,6 +302,21 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         if ids[before : before + len(bare)] == bare:
             return ids[: before + len(bare)]
     return ids
+
+
+def _rounds(messages: list[Message]) -> tuple[list[Message], ...]:
+    """What others than the assistant say, in the groups that it answers."""
+    found: list[list[Message]] = []
+    answered = False
+    for message in messages:
+        if message["role"] == "assistant":
+            answered = True
+        elif answered:
+            found.append([message])
+            answered = False
+        elif found:
+            found[-1].append(message)
+    return tuple(found)
 
 
 def _user(text: str) -> Message:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +156,12 @@ def measured_samples(session: Session, held_out: Sequence[Prompt]) -> tuple[list
         UserError: nothing would be left to measure on.
     """
     evaluation = session.recipe.evaluation
-    asked = spread(list(held_out), evaluation.prompts_limit)
+    # Of a conversation the first round is measured: one prompt, one response.
+    asked = [replace(prompt, later=()) for prompt in spread(list(held_out), evaluation.prompts_limit)]
     for source in evaluation.extra:
         name = Path(source).stem
         extra = load_prompts(source, limit=evaluation.prompts_limit, seed=session.recipe.seed)
-        asked += [Prompt(f"{name}:{prompt.id}", prompt.prompt, family=name) for prompt in extra]
+        asked += [replace(prompt, id=f"{name}:{prompt.id}", family=name, later=()) for prompt in extra]
     samples = respond(session, asked, session.run.held_out, max_new_tokens=evaluation.max_new_tokens)
     if not evaluation.steps:
         return samples, []
