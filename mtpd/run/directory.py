@@ -178,13 +178,16 @@ def measured(path: Path, folder: Path) -> bool:
     return not weights.is_file() or found == fingerprint_file(weights)
 
 
-def write_provenance(run: RunDirectory, *, trunk: str, rows: str, prompts: Sequence[str]) -> None:
+def write_provenance(
+    run: RunDirectory, *, trunk: str, rows: str, prompts: Sequence[str], left_out: Mapping[str, Any]
+) -> None:
     """Writes the origin of the heads: versions, machine, commit, command, and fingerprints of trunk, data and prompts.
 
     Args:
         trunk: fingerprint of the trunk.
         rows: fingerprint of the packed rows that were trained on.
         prompts: fingerprints of the prompts trained on, to find suites that meet them.
+        left_out: rows that could not be used, by reason.
     """
     found: dict[str, Any] = {}
     if run.provenance.is_file():
@@ -205,6 +208,7 @@ def write_provenance(run: RunDirectory, *, trunk: str, rows: str, prompts: Seque
         "trunk": trunk,
         "rows": rows,
         "prompts": sorted(prompts),
+        "left_out": dict(left_out),
     }
     write_whole(run.provenance, json.dumps(sealed(content), indent=2) + "\n")
 
