@@ -13,7 +13,6 @@ from mtpd.data.prompts import HeldOutSplit, Prompt, load_prompts, split_held_out
 from mtpd.data.rendering import render_all, warn_of_control_tokens
 from mtpd.data.responses import generate_responses
 from mtpd.data.rows.left_out import LeftOut, Unusable
-from mtpd.data.rows.row_format import RowFormat
 from mtpd.data.sources import built_in
 from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, fill, store_key
 from mtpd.errors import UserError, enough_memory
@@ -47,7 +46,7 @@ def split_prompts(recipe: Recipe, left_out: LeftOut | None = None) -> HeldOutSpl
     if data.held_out is not None or data.prompts == "builtin":
         source = data.held_out or "builtin"
         if built_in(source):
-            form = RowFormat(chat_template_kwargs=data.chat_template_kwargs)
+            form = row_format(data, columns=False)
         held_out = load_prompts(
             "builtin-held-out" if source == "builtin" else source, seed=recipe.seed, form=form, left_out=counted
         )
@@ -117,7 +116,7 @@ def _given(session: Session, prompts: Sequence[Prompt], left_out: LeftOut) -> li
 
 def given_texts(recipe: Recipe) -> list[Prompt]:
     """Further texts to train on, which have their own responses."""
-    form = RowFormat(chat_template_kwargs=recipe.data.chat_template_kwargs)
+    form = row_format(recipe.data, columns=False)
     return [
         text
         for given in recipe.data.given
@@ -230,7 +229,7 @@ def measured_samples(session: Session, held_out: Sequence[Prompt]) -> tuple[list
     evaluation = session.recipe.evaluation
     # Of a conversation the first round is measured: one prompt, one response.
     asked = [replace(prompt, later=()) for prompt in spread(list(held_out), evaluation.prompts_limit)]
-    form = RowFormat(chat_template_kwargs=session.recipe.data.chat_template_kwargs)
+    form = row_format(session.recipe.data, columns=False)
     for source in evaluation.extra:
         name = Path(source).stem
         extra = load_prompts(source, limit=evaluation.prompts_limit, seed=session.recipe.seed, form=form)
