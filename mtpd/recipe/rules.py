@@ -246,6 +246,8 @@ FIELDS = (
     "family",
 )
 """What a column can be taken for."""
+RESERVED = ("messages", "tools", "documents", "tokenize", "add_generation_prompt", "continue_final_message")
+"""Arguments of the rendering that rows and mtpd decide."""
 BUILT_IN = ("builtin", "stdlib")
 """Prompts whose rows have known columns."""
 
@@ -275,6 +277,20 @@ def data_problems(data: DataRecipe) -> list[str]:
             f"data.columns.{asked[0]}: {data.columns[asked[0]]} is not accepted with data.template, which writes the "
             f"user's message; accepted: {', '.join(name for name in FIELDS if name not in ASKING)}"
         )
+    problems += [
+        f"data.chat_template_kwargs.{name}: is not accepted, it has a meaning of its own; accepted: other arguments of "
+        "the chat template"
+        for name in RESERVED
+        if name in data.chat_template_kwargs
+    ]
+    if data.template is not None:
+        # Imported only for recipes that use it.
+        from jinja2 import Environment, TemplateSyntaxError
+
+        try:
+            Environment().parse(data.template)
+        except TemplateSyntaxError as error:
+            problems.append(f"data.template: {data.template} is not accepted ({error}); accepted: a Jinja template")
     if data.prompts in BUILT_IN and (data.columns or data.template is not None):
         key = "columns" if data.columns else "template"
         problems.append(
