@@ -1,35 +1,35 @@
-"""Responses by the trunk itself, many at a time, into a file that an interrupted run continues.
+"""Responses by the trunk itself, many at a time, into a file that an interrupted or changed run continues.
 
-The file is JSON lines. The first holds the settings that the responses depend on; each other one is a
-response: {"id", "prompt_ids", "response_ids"}, appended soon after it ends. Each prompt is sampled with a
-seed of its own, so a run that was interrupted and continued gives the responses of one that was not: in
-float32 to the token, in 16 bits up to what rounds differently next to other prompts.
+An answer is kept by what it depends on: the tokens of its prompt, and the settings (see `mtpd.data.answers.kept`).
+Each prompt is sampled with a seed of its own, so a run that was interrupted and continued gives the responses of one
+that was not: in float32 to the token, in 16 bits up to what rounds differently next to other prompts.
 
-Several ranks write files of their own beside it, `responses.rank-0.jsonl` and so on, of the same form. The main rank
-takes them into the one file when all are done, or when the next call finds them, with however many ranks. They are
-deleted after that file is durable, and ids make a response that is in both places one.
+A conversation of several rounds is answered round by round, each with the trunk's own earlier answers before it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from glob import escape
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mtpd.data.generation import Task, answers, plain_answers
+from mtpd.data.answers.kept import collect, header, line_of, of_rank, read
+from mtpd.data.answers.task import Answered, Answerer, Task, is_cut, until_end
+from mtpd.data.generation import answers, plain_answers
 from mtpd.data.packing import Sample
-from mtpd.data.prompts import Prompt, render
+from mtpd.data.prompts import Prompt
+from mtpd.data.rounds import render_round
 from mtpd.decode.choice import Choice, Greedy
 from mtpd.decode.sampling import Sampling, temperature_and_top_p
 from mtpd.errors import MtpdError, UserError
-from mtpd.files import fingerprint_json, intact, sealed, write_whole, writing
+from mtpd.files import write_whole, writing
 from mtpd.parallel import ranks
 from mtpd.progress import Bar
 from mtpd.trunk import Trunk
@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 1.0
 """What ends within this time is written to the file together."""
+MANY_CUT = 0.2
+"""Share of cut answers above which a warning says so."""
 
 
 def generate_responses(
@@ -53,6 +55,7 @@ def generate_responses(
     batch: int = 64,
     seed: int = 0,
     max_length: int,
+    row_length: int | None = None,
     fresh: bool = False,
     together: bool = False,
     progress: bool = True,
@@ -61,86 +64,58 @@ def generate_responses(
 
     Sampling is from the model's own distribution at this temperature and top-p: penalties and cuts that
     a checkpoint's generation settings ask for are left out. A response ends with the end token if the
-    model wrote one. Prompts with more than `max_length - max_new_tokens` tokens are left out with a warning.
+    model wrote one. Prompts with more than `max_length - max_new_tokens` tokens are left out with a warning, and so
+    are those that leave no room for a response in a row.
 
     Args:
         path: the JSONL file of responses; it is continued if its settings are the same.
         trunk: fingerprint of the model.
         temperature: 0 is greedy.
-        batch: prompts decoded at a time.
+        batch: prompts decoded at a time, at most.
         max_length: the model's context in tokens.
+        row_length: tokens of a row in training; None where the responses are not trained on.
         fresh: starts anew whatever `path` holds.
         together: all ranks call this, and each answers its share of the prompts.
 
     Returns:
-        Samples in the order of the prompts.
+        Samples in the order of the prompts; those of a conversation are one, unless its template writes earlier turns
+        otherwise once others follow.
 
     Raises:
         UserError: `path` was made with other settings, prompts share an id, or all are too long.
         MtpdError: the model ended every response at once, or the disk is full.
     """
-    path = Path(path)
-    tasks = _tasks(tokenizer, prompts, max_new_tokens=max_new_tokens, max_length=max_length)
+    ends = frozenset(end_tokens(model, tokenizer))
+    conversations = _conversations(prompts)
+    limits = _Limits(max_new_tokens, max_length, row_length)
+    slots = _by_slots(model, temperature, top_p, max_new_tokens=max_new_tokens, ends=ends, batch=batch, seed=seed)
     settings: dict[str, Any] = {
         "trunk": trunk,
-        "prompts": fingerprint_json([[task.prompt.id, task.ids] for task in tasks]),
         "temperature": float(temperature),
         "top_p": float(top_p) if temperature > 0 else 1.0,
-        "max_new_tokens": max_new_tokens,
         "seed": seed if temperature > 0 else 0,
     }
-    header = json.dumps({"settings": settings}) + "\n"
-    shared = together and ranks.count() > 1
-    own = _of_rank(path, ranks.rank()) if shared else path
-    if not shared or ranks.is_main():
-        _collect(path, settings, header, fresh=fresh)
-    if shared:
-        ranks.barrier()
-        ranks.wait_for(path)
-    done = _read(path, settings)
-    missing = [task for task in tasks if task.prompt.id not in done]
-    left = len(missing)
-    if shared and missing:
-        # Longest first, so that shares are alike.
-        missing = ranks.share(sorted(missing, key=lambda task: -len(task.ids)))
-        write_whole(own, header)
-
-    ends = end_tokens(model, tokenizer)
-    choice: Choice = Greedy() if temperature == 0 else Sampling(temperature_and_top_p(temperature, top_p))
-    written, started = 0, time.monotonic()
-    share = f"responses (1 of {ranks.count()} shares)" if shared else "responses"
-    total, known = (len(missing), 0) if shared else (len(tasks), len(done))
-    with Bar(total=total, initial=known, desc=share, unit="prompt", disable=not progress) as bar:
-        frozen = Trunk(model)
-        if frozen.recurrent and frozen.partitioned:
-            raise UserError(
-                f"train.deepspeed: stage 3 is not accepted for {frozen.name}, whose responses come from transformers, "
-                "which does not keep ranks in step; accepted: null, zero1, zero2"
-            )
-        if frozen.recurrent:
-            # Their states have no slots: one prompt at a time, by transformers.
-            warped = (temperature, top_p) if temperature > 0 else None
-            found = plain_answers(model, missing, warped, max_new_tokens=max_new_tokens, ends=ends, seed=seed)
-        else:
-            found = answers(frozen, missing, choice, max_new_tokens=max_new_tokens, ends=ends, slots=batch, seed=seed)
-        for together_ended in _gathered(found):
-            lines = []
-            for task, response in together_ended:
-                done[task.prompt.id] = response
-                line = {"id": task.prompt.id, "prompt_ids": task.ids, "response_ids": response}
-                lines.append(json.dumps(sealed(line)) + "\n")
-                written += len(response)
-            _append(own, "".join(lines))
-            bar.update(len(together_ended))
-            bar.set_postfix_str(f"{written / (time.monotonic() - started):.0f} tokens/s")
-    if shared and left:
-        ranks.barrier()
-        if ranks.is_main():
-            _collect(path, settings, header)
-        ranks.barrier()
-        done = _read(path, settings)
-    samples = [Sample.of(task.prompt.id, task.ids, done[task.prompt.id], task.prompt.family) for task in tasks]
-    if all(not set(sample.response_ids) - set(ends) for sample in samples):
+    file: _File | None = None
+    turn = 1
+    while asked := [each for each in conversations if each.next_turn == turn]:
+        tasks = []
+        for each in asked:
+            ids = render_round(tokenizer, each.prompt, each.answers, ends=ends)
+            if limits.hold(ids, turn):
+                each.tasks.append(Task(each.prompt, ids, turn))
+                tasks.append(each.tasks[-1])
+        if file is None:
+            # Prompts that cannot be rendered leave nothing behind.
+            limits.report(len(prompts))
+            file = _File(Path(path), settings, limits, ends, fresh=fresh, together=together, progress=progress)
+        found = file.answer(tasks, slots)
+        for each in asked:
+            if each.tasks[turn - 1 :] and (response := found.get(each.tasks[-1].key)) is not None:
+                each.answers.append(response)
+        turn += 1
+    _warn_of_cut(conversations, ends, max_new_tokens)
+    samples = [sample for each in conversations for sample in each.samples()]
+    if all(not set(sample.response_ids) - ends for sample in samples):
         raise MtpdError(f"{path}: every response is empty: the model ends each answer at once; check its chat template")
     return samples
 
@@ -155,37 +130,232 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return ids
 
 
-def _tasks(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, max_new_tokens: int, max_length: int
-) -> list[Task]:
-    tasks: list[Task] = []
-    longest = 0
+def cut_responses(samples: Sequence[Sample], ends: Collection[int]) -> tuple[int, int]:
+    """Counts responses that stop where nothing ended them, and all; those of a conversation one by one."""
+    cut = total = 0
+    known = frozenset(ends)
+    for sample in samples:
+        following = [*sample.response_mask[1:], False]
+        last = [
+            token
+            for token, response, further in zip(sample.ids, sample.response_mask, following, strict=True)
+            if response and not further
+        ]
+        total += len(last)
+        cut += sum(is_cut([token], known) for token in last)
+    return cut, total
+
+
+@dataclass
+class _Conversation:
+    """A prompt, and how far it is answered."""
+
+    prompt: Prompt
+    tasks: list[Task] = field(default_factory=list)
+    answers: list[list[int]] = field(default_factory=list)
+
+    @property
+    def next_turn(self) -> int:
+        """The turn that is answered next; 0 where none is."""
+        whole = len(self.answers) == len(self.tasks) <= len(self.prompt.later)
+        return len(self.answers) + 1 if whole else 0
+
+    def samples(self) -> Iterator[Sample]:
+        """Gives documents with all answers in them."""
+        ids: list[int] = []
+        mask: list[bool] = []
+        parts = 0
+        for task, answer in zip(self.tasks, self.answers, strict=False):
+            if task.ids[: len(ids)] != ids:
+                yield Sample(self._name(parts), ids, mask, self.prompt.family)
+                ids, mask, parts = [], [], parts + 1
+            further = task.ids[len(ids) :]
+            ids = [*ids, *further, *answer]
+            mask = [*mask, *[False] * len(further), *[True] * len(answer)]
+        if self.answers:
+            yield Sample(self._name(parts), ids, mask, self.prompt.family)
+
+    def _name(self, part: int) -> str:
+        return f"{self.prompt.id}/{part + 1}" if part else self.prompt.id
+
+
+def _conversations(prompts: Sequence[Prompt]) -> list[_Conversation]:
     ids: set[str] = set()
     for prompt in prompts:
         if prompt.id in ids:
             raise UserError(f"data.prompts: two prompts have the id {prompt.id}")
         ids.add(prompt.id)
-        tokens = render(tokenizer, prompt)
-        longest = max(longest, len(tokens))
-        if tokens and len(tokens) + max_new_tokens <= max_length:
-            tasks.append(Task(prompt, tokens))
-    too_long = len(prompts) - len(tasks)
     if not prompts:
         raise UserError("data.prompts: there are no prompts to answer")
-    if too_long:
-        reason = (
-            f"{too_long} of {len(prompts)} prompts are longer than the context: up to {longest} tokens and "
-            f"data.max_new_tokens={max_new_tokens} do not fit into {max_length}"
+    return [_Conversation(prompt) for prompt in prompts]
+
+
+@dataclass
+class _Limits:
+    """Which prompts have room for an answer, and what was left out for want of it."""
+
+    max_new_tokens: int
+    max_length: int
+    row_length: int | None
+    longest: int = 0
+    too_long: int = 0
+    no_room: int = 0
+
+    def hold(self, ids: Sequence[int], turn: int) -> bool:
+        """Whether an answer fits after these tokens; counts the prompts where it does not."""
+        too_long = not ids or len(ids) + self.max_new_tokens > self.max_length
+        no_room = not too_long and self.row_length is not None and len(ids) >= self.row_length
+        if turn == 1:
+            self.longest = max(self.longest, len(ids))
+            self.too_long += too_long
+            self.no_room += no_room
+        return not too_long and not no_room
+
+    def report(self, prompts: int) -> None:
+        """Warns of prompts that are left out.
+
+        Raises:
+            UserError: none is left.
+        """
+        reasons = []
+        if self.too_long:
+            reasons.append(
+                f"{self.too_long} of {prompts} prompts are longer than the context: up to {self.longest} tokens and "
+                f"data.max_new_tokens={self.max_new_tokens} do not fit into {self.max_length}"
+            )
+        if self.no_room:
+            reasons.append(
+                f"{self.no_room} of {prompts} prompts leave no room for a response in a row of "
+                f"data.row_length={self.row_length}"
+            )
+        if self.too_long + self.no_room == prompts:
+            raise UserError(f"data.prompts: {'; '.join(reasons)}")
+        for reason in reasons:
+            logger.warning("%s; they are left out", reason)
+
+
+class _File:
+    """The file of responses in this call."""
+
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        limits: _Limits,
+        ends: frozenset[int],
+        *,
+        fresh: bool,
+        together: bool,
+        progress: bool,
+    ) -> None:
+        self.path, self.settings, self.ends, self.progress = path, settings, ends, progress
+        self.max_new_tokens = limits.max_new_tokens
+        self.shared = together and ranks.count() > 1
+        self.own = of_rank(path, ranks.rank()) if self.shared else path
+        if not self.shared or ranks.is_main():
+            collect(path, settings, fresh=fresh)
+        if self.shared:
+            ranks.barrier()
+            ranks.wait_for(path)
+        self.done = read(path, settings)
+
+    def answer(self, tasks: Sequence[Task], answerer: Answerer) -> dict[str, list[int]]:
+        """Answers of tasks by their names: those that are known, and those that `answerer` gives now."""
+        distinct = list({task.key: task for task in tasks}.values())
+        missing = [task for task in distinct if not self._knows(task)]
+        known, left = len(distinct) - len(missing), len(missing)
+        if self.progress and known:
+            Bar.write(f"{known:,} of {len(distinct):,} prompts were answered before", file=sys.stderr)
+        if self.shared and missing:
+            # Longest first, so that shares are alike.
+            missing = ranks.share(sorted(missing, key=lambda task: -len(task.ids)))
+            write_whole(self.own, header(self.settings))
+        # A rank without a share still has to keep step with the others.
+        if left:
+            turn = f", turn {tasks[0].turn}" if tasks[0].turn > 1 else ""
+            share = f"responses (1 of {ranks.count()} shares)" if self.shared else "responses"
+            total, begun = (len(missing), 0) if self.shared else (len(distinct), known)
+            with Bar(total=total, initial=begun, desc=share + turn, unit="prompt", disable=not self.progress) as bar:
+                self._write(answerer(missing), bar)
+        if self.shared and left:
+            ranks.barrier()
+            if ranks.is_main():
+                collect(self.path, self.settings)
+            ranks.barrier()
+            self.done = read(self.path, self.settings)
+        found = {task.key: self.done[task.key] for task in distinct if task.key in self.done}
+        return {key: until_end(response, self.ends)[: self.max_new_tokens] for key, response in found.items()}
+
+    def _write(self, found: Iterator[Answered], bar: Any) -> None:
+        tokens = answered = cut = 0
+        started = time.monotonic()
+        for ended in _gathered(found):
+            for task, response in ended:
+                self.done[task.key] = response
+                tokens += len(response)
+                cut += is_cut(response, self.ends)
+            answered += len(ended)
+            _append(
+                self.own,
+                "".join(line_of(task.prompt.id, task.turn, task.ids, response) for task, response in ended),
+            )
+            bar.update(len(ended))
+            bar.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s, {cut / answered:.0%} cut")
+
+    def _knows(self, task: Task) -> bool:
+        """Whether there is an answer from before that is whole, or as long as it may be."""
+        found = until_end(self.done.get(task.key, []), self.ends)
+        return len(found) >= self.max_new_tokens or not is_cut(found, self.ends)
+
+
+def _by_slots(
+    model: PreTrainedModel,
+    temperature: float,
+    top_p: float,
+    *,
+    max_new_tokens: int,
+    ends: frozenset[int],
+    batch: int,
+    seed: int,
+) -> Answerer:
+    """Answers by the model in this process."""
+    frozen = Trunk(model)
+    if frozen.recurrent and frozen.partitioned:
+        raise UserError(
+            f"train.deepspeed: stage 3 is not accepted for {frozen.name}, whose responses come from transformers, "
+            "which does not keep ranks in step; accepted: null, zero1, zero2"
         )
-        if not tasks:
-            raise UserError(f"data.prompts: {reason}")
-        logger.warning("%s; they are left out", reason)
-    return tasks
+
+    def answer(tasks: Sequence[Task]) -> Iterator[Answered]:
+        if frozen.recurrent:
+            # Their states have no slots: one prompt at a time, by transformers.
+            warped = (temperature, top_p) if temperature > 0 else None
+            return plain_answers(model, tasks, warped, max_new_tokens=max_new_tokens, ends=sorted(ends), seed=seed)
+        choice: Choice = Greedy() if temperature == 0 else Sampling(temperature_and_top_p(temperature, top_p))
+        return answers(frozen, tasks, choice, max_new_tokens=max_new_tokens, ends=sorted(ends), slots=batch, seed=seed)
+
+    return answer
 
 
-def _gathered(answers: Iterator[tuple[Task, list[int]]]) -> Iterator[list[tuple[Task, list[int]]]]:
+def _warn_of_cut(conversations: Sequence[_Conversation], ends: frozenset[int], max_new_tokens: int) -> None:
+    """Warns where many answers were cut. Plain text that is continued has no end of its own."""
+    responses = [
+        response for each in conversations if not isinstance(each.prompt.prompt, str) for response in each.answers
+    ]
+    cut = sum(is_cut(response, ends) for response in responses)
+    if cut > MANY_CUT * len(responses):
+        logger.warning(
+            "%d of %d responses (%.0f%%) reached %d tokens without an end; raise data.max_new_tokens",
+            cut,
+            len(responses),
+            100 * cut / len(responses),
+            max_new_tokens,
+        )
+
+
+def _gathered(answers: Iterator[Answered]) -> Iterator[list[Answered]]:
     """Groups responses that end within FLUSH_SECONDS."""
-    together: list[tuple[Task, list[int]]] = []
+    together: list[Answered] = []
     last = time.monotonic()
     for answer in answers:
         together.append(answer)
@@ -201,78 +371,3 @@ def _append(path: Path, lines: str) -> None:
         file.write(lines)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _of_rank(path: Path, rank: int | str) -> Path:
-    """The file of one rank; "*" for a pattern of all."""
-    return path.with_name(f"{path.stem}.rank-{rank}{path.suffix}")
-
-
-def _collect(path: Path, settings: dict[str, Any], header: str, *, fresh: bool = False) -> None:
-    """Takes what ranks have written into the one file, which is there afterwards.
-
-    Raises:
-        UserError: as `_read`, of any of the files.
-    """
-    parts = sorted(path.parent.glob(_of_rank(Path(escape(path.name)), "*").name))
-    found = [] if fresh else [_lines(part, settings) for part in (path, *parts)]
-    # A file without lines may lack the one with the settings as well.
-    if fresh or any(found[1:]) or not found[0]:
-        lines = {id: line for part in found for id, line in part.items()}
-        write_whole(path, header + "".join(json.dumps(line) + "\n" for line in lines.values()))
-    for part in parts:
-        part.unlink()
-
-
-def _read(path: Path, settings: dict[str, Any]) -> dict[str, list[int]]:
-    """Response tokens by prompt id. Lines that a kill tore, or that are damaged, are dropped from the file.
-
-    Raises:
-        UserError: the file is none of ours, or its settings are other ones.
-    """
-    return {id: line["response_ids"] for id, line in _lines(path, settings).items()}
-
-
-def _lines(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The lines of a file by prompt id, without what a kill tore, or what is damaged."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    first, *lines = whole.split(b"\n")[:-1] or [json.dumps({"settings": settings}).encode()]
-    try:
-        head = json.loads(first)
-        found = dict(head["settings"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a file of responses; move it away, or choose another output directory") from error
-    for key in settings:
-        if found.get(key) != settings[key]:
-            raise UserError(
-                f"{path}: it was made with another {key} ({_brief(found.get(key))}, now {_brief(settings[key])}); "
-                "delete it to generate anew, or choose another output directory"
-            )
-    done: dict[str, dict[str, Any]] = {}
-    kept = [first]
-    for number, line in enumerate(lines, start=2):
-        response = _response(line)
-        if response is None:
-            logger.warning("%s:%d: damaged; that prompt is answered again", path, number)
-        elif response["id"] not in done:
-            done[response["id"]] = response
-            kept.append(line)
-    if len(kept) <= len(lines) or len(whole) < len(content):
-        write_whole(path, b"".join(line + b"\n" for line in kept))
-    return done
-
-
-def _response(line: bytes) -> dict[str, Any] | None:
-    """A line with its prompt id and tokens, or None if it is damaged."""
-    try:
-        found: dict[str, Any] = json.loads(line)
-        return found if intact(found) and isinstance(found["id"], str) and found["response_ids"] is not None else None
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def _brief(value: Any) -> str:
-    return str(value)[:12]

@@ -10,7 +10,7 @@ from typing import Any
 from mtpd.data.given import given_sample
 from mtpd.data.packing import PackedRows, Sample, pack
 from mtpd.data.prompts import Prompt, load_prompts, split_held_out
-from mtpd.data.responses import generate_responses
+from mtpd.data.responses import cut_responses, generate_responses
 from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, fill, store_key
 from mtpd.errors import UserError, enough_memory
 from mtpd.parallel.sequence import shared_trunk
@@ -43,7 +43,10 @@ def training_rows(session: Session, prompts: Sequence[Prompt]) -> PackedRows:
             temperature=data.temperature,
             top_p=data.top_p,
             max_new_tokens=data.max_new_tokens,
+            row_length=data.row_length,
         )
+        cut, count = cut_responses(samples, session.ends)
+        session.responses = {"count": count, "cut": cut}
     else:
         samples = [given_sample(session.tokenizer, prompt, end_tokens=session.ends) for prompt in prompts]
     samples += [given_sample(session.tokenizer, text, end_tokens=session.ends) for text in given_texts(session.recipe)]
@@ -69,6 +72,7 @@ def respond(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    row_length: int | None = None,
 ) -> list[Sample]:
     """Answers of the trunk; greedy unless a temperature says otherwise."""
     batch = session.recipe.data.generation_batch
@@ -85,6 +89,7 @@ def respond(
             batch=batch,
             seed=session.recipe.seed,
             max_length=session.trunk.context,
+            row_length=row_length,
             together=True,
             progress=session.progress,
         )
