@@ -14,12 +14,15 @@ import os
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mtpd.data.answers.check import FIRST, check_answers
+from mtpd.data.answers.conversation import Conversation, Limits, conversations
 from mtpd.data.answers.kept import collect, header, line_of, of_rank, read
 from mtpd.data.answers.task import Answered, Answerer, Task, is_cut, until_end
 from mtpd.data.generation import answers, plain_answers
@@ -59,6 +62,7 @@ def generate_responses(
     fresh: bool = False,
     together: bool = False,
     progress: bool = True,
+    others: Others | None = None,
 ) -> list[Sample]:
     """Answers prompts with the model, or reads the answers that `path` already holds.
 
@@ -76,19 +80,23 @@ def generate_responses(
         row_length: tokens of a row in training; None where the responses are not trained on.
         fresh: starts anew whatever `path` holds.
         together: all ranks call this, and each answers its share of the prompts.
+        others: another program that writes the answers; they are checked against the model.
 
     Returns:
         Samples in the order of the prompts; those of a conversation are one, unless its template writes earlier turns
         otherwise once others follow.
 
     Raises:
-        UserError: `path` was made with other settings, prompts share an id, or all are too long.
+        UserError: `path` was made with other settings, prompts share an id, all are too long, or answers of others are
+            not the model's.
         MtpdError: the model ended every response at once, or the disk is full.
     """
     ends = frozenset(end_tokens(model, tokenizer))
-    conversations = _conversations(prompts)
-    limits = _Limits(max_new_tokens, max_length, row_length)
-    slots = _by_slots(model, temperature, top_p, max_new_tokens=max_new_tokens, ends=ends, batch=batch, seed=seed)
+    talks = conversations(prompts)
+    limits = Limits(max_new_tokens, max_length, row_length)
+    answerer = _by_slots(model, temperature, top_p, max_new_tokens=max_new_tokens, ends=ends, batch=batch, seed=seed)
+    if others is not None:
+        answerer = _by_others(Trunk(model), others, answerer, temperature, top_p)
     settings: dict[str, Any] = {
         "trunk": trunk,
         "temperature": float(temperature),
@@ -97,7 +105,7 @@ def generate_responses(
     }
     file: _File | None = None
     turn = 1
-    while asked := [each for each in conversations if each.next_turn == turn]:
+    while asked := [each for each in talks if each.next_turn == turn]:
         tasks = []
         for each in asked:
             ids = render_round(tokenizer, each.prompt, each.answers, ends=ends)
@@ -108,13 +116,18 @@ def generate_responses(
             # Prompts that cannot be rendered leave nothing behind.
             limits.report(len(prompts))
             file = _File(Path(path), settings, limits, ends, fresh=fresh, together=together, progress=progress)
-        found = file.answer(tasks, slots)
+        found = file.answer(tasks, answerer)
         for each in asked:
             if each.tasks[turn - 1 :] and (response := found.get(each.tasks[-1].key)) is not None:
                 each.answers.append(response)
+        if turn == 1:
+            _report_unanswered(talks, others)
         turn += 1
-    _warn_of_cut(conversations, ends, max_new_tokens)
-    samples = [sample for each in conversations for sample in each.samples()]
+    if others is not None:
+        answered = [pair for each in talks for pair in zip(each.tasks, each.answers, strict=False)]
+        check_answers(Trunk(model), answered, temperature=temperature, top_p=top_p, source=others.source)
+    _warn_of_cut(talks, ends, max_new_tokens)
+    samples = [sample for each in talks for sample in each.samples()]
     if all(not set(sample.response_ids) - ends for sample in samples):
         raise MtpdError(f"{path}: every response is empty: the model ends each answer at once; check its chat template")
     return samples
@@ -146,92 +159,18 @@ def cut_responses(samples: Sequence[Sample], ends: Collection[int]) -> tuple[int
     return cut, total
 
 
-@dataclass
-class _Conversation:
-    """A prompt, and how far it is answered."""
+@dataclass(frozen=True)
+class Others:
+    """Another program that writes the model's answers.
 
-    prompt: Prompt
-    tasks: list[Task] = field(default_factory=list)
-    answers: list[list[int]] = field(default_factory=list)
+    Attributes:
+        source: where they come from, for messages.
+        rest: whether the model answers in this process what the program does not.
+    """
 
-    @property
-    def next_turn(self) -> int:
-        """The turn that is answered next; 0 where none is."""
-        whole = len(self.answers) == len(self.tasks) <= len(self.prompt.later)
-        return len(self.answers) + 1 if whole else 0
-
-    def samples(self) -> Iterator[Sample]:
-        """Gives documents with all answers in them."""
-        ids: list[int] = []
-        mask: list[bool] = []
-        parts = 0
-        for task, answer in zip(self.tasks, self.answers, strict=False):
-            if task.ids[: len(ids)] != ids:
-                yield Sample(self._name(parts), ids, mask, self.prompt.family)
-                ids, mask, parts = [], [], parts + 1
-            further = task.ids[len(ids) :]
-            ids = [*ids, *further, *answer]
-            mask = [*mask, *[False] * len(further), *[True] * len(answer)]
-        if self.answers:
-            yield Sample(self._name(parts), ids, mask, self.prompt.family)
-
-    def _name(self, part: int) -> str:
-        return f"{self.prompt.id}/{part + 1}" if part else self.prompt.id
-
-
-def _conversations(prompts: Sequence[Prompt]) -> list[_Conversation]:
-    ids: set[str] = set()
-    for prompt in prompts:
-        if prompt.id in ids:
-            raise UserError(f"data.prompts: two prompts have the id {prompt.id}")
-        ids.add(prompt.id)
-    if not prompts:
-        raise UserError("data.prompts: there are no prompts to answer")
-    return [_Conversation(prompt) for prompt in prompts]
-
-
-@dataclass
-class _Limits:
-    """Which prompts have room for an answer, and what was left out for want of it."""
-
-    max_new_tokens: int
-    max_length: int
-    row_length: int | None
-    longest: int = 0
-    too_long: int = 0
-    no_room: int = 0
-
-    def hold(self, ids: Sequence[int], turn: int) -> bool:
-        """Whether an answer fits after these tokens; counts the prompts where it does not."""
-        too_long = not ids or len(ids) + self.max_new_tokens > self.max_length
-        no_room = not too_long and self.row_length is not None and len(ids) >= self.row_length
-        if turn == 1:
-            self.longest = max(self.longest, len(ids))
-            self.too_long += too_long
-            self.no_room += no_room
-        return not too_long and not no_room
-
-    def report(self, prompts: int) -> None:
-        """Warns of prompts that are left out.
-
-        Raises:
-            UserError: none is left.
-        """
-        reasons = []
-        if self.too_long:
-            reasons.append(
-                f"{self.too_long} of {prompts} prompts are longer than the context: up to {self.longest} tokens and "
-                f"data.max_new_tokens={self.max_new_tokens} do not fit into {self.max_length}"
-            )
-        if self.no_room:
-            reasons.append(
-                f"{self.no_room} of {prompts} prompts leave no room for a response in a row of "
-                f"data.row_length={self.row_length}"
-            )
-        if self.too_long + self.no_room == prompts:
-            raise UserError(f"data.prompts: {'; '.join(reasons)}")
-        for reason in reasons:
-            logger.warning("%s; they are left out", reason)
+    answerer: Answerer
+    source: str
+    rest: bool = False
 
 
 class _File:
@@ -241,7 +180,7 @@ class _File:
         self,
         path: Path,
         settings: Mapping[str, Any],
-        limits: _Limits,
+        limits: Limits,
         ends: frozenset[int],
         *,
         fresh: bool,
@@ -337,11 +276,46 @@ def _by_slots(
     return answer
 
 
-def _warn_of_cut(conversations: Sequence[_Conversation], ends: frozenset[int], max_new_tokens: int) -> None:
+def _by_others(trunk: Trunk, others: Others, slots: Answerer, temperature: float, top_p: float) -> Answerer:
+    """Answers of another program, of which the first are checked before any is kept; then, where asked for, the rest.
+
+    A trunk whose layers are shared out over ranks has to run on all of them: there the check comes at the end alone.
+    """
+
+    def answer(tasks: Sequence[Task]) -> Iterator[Answered]:
+        found = iter(others.answerer(tasks))
+        first = list(islice(found, FIRST))
+        if first and not trunk.partitioned:
+            check_answers(trunk, first, temperature=temperature, top_p=top_p, source=others.source)
+        left = {task.key: task for task in tasks}
+        for task, response in chain(first, found):
+            left.pop(task.key, None)
+            yield task, response
+        if others.rest:
+            yield from slots(list(left.values()))
+
+    return answer
+
+
+def _report_unanswered(talks: Sequence[Conversation], others: Others | None) -> None:
+    """Warns of prompts that another program has not answered, which are left out.
+
+    Raises:
+        UserError: it has answered none.
+    """
+    asked = sum(bool(each.tasks) for each in talks)
+    missing = asked - sum(bool(each.answers) for each in talks)
+    if others is None or not missing:
+        return
+    told = f"data.responses: {others.source}: {missing} of {asked} prompts have no response in it"
+    if missing == asked:
+        raise UserError(f"{told}; accepted: responses with the ids, or prompt_ids, that `mtpd data prompts` writes")
+    logger.warning("%s; they are left out", told)
+
+
+def _warn_of_cut(talks: Sequence[Conversation], ends: frozenset[int], max_new_tokens: int) -> None:
     """Warns where many answers were cut. Plain text that is continued has no end of its own."""
-    responses = [
-        response for each in conversations if not isinstance(each.prompt.prompt, str) for response in each.answers
-    ]
+    responses = [response for each in talks if not isinstance(each.prompt.prompt, str) for response in each.answers]
     cut = sum(is_cut(response, ends) for response in responses)
     if cut > MANY_CUT * len(responses):
         logger.warning(
@@ -357,11 +331,16 @@ def _gathered(answers: Iterator[Answered]) -> Iterator[list[Answered]]:
     """Groups responses that end within FLUSH_SECONDS."""
     together: list[Answered] = []
     last = time.monotonic()
-    for answer in answers:
-        together.append(answer)
-        if time.monotonic() - last >= FLUSH_SECONDS:
+    try:
+        for answer in answers:
+            together.append(answer)
+            if time.monotonic() - last >= FLUSH_SECONDS:
+                yield together
+                together, last = [], time.monotonic()
+    except (Exception, KeyboardInterrupt):
+        if together:
             yield together
-            together, last = [], time.monotonic()
+        raise
     if together:
         yield together
 

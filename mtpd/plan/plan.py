@@ -170,7 +170,7 @@ class Plan:
     def _prompts(self) -> str:
         data, text = self.recipe.data, self.text
         line = f"{amount(text.prompts)} to train on, {amount(text.held_out)} held out"
-        if data.responses == "trunk":
+        if data.responses != "given":
             line += f"; responses of at most {data.max_new_tokens:,} tokens"
         return line + (f"; {amount(text.given)} given texts" if data.given else "")
 
@@ -185,7 +185,7 @@ class Plan:
         """Counts how often the trunk runs over the training text."""
         data, train = self.recipe.data, self.recipe.train
         passes = []
-        if data.responses == "trunk":
+        if data.responses != "given":
             passes.append(f"generation, {data.generation_batch} prompts at a time")
         if data.hidden_states != "recompute":
             passes.append("1 in training, or none if all states are stored")

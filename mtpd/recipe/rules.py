@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from mtpd.heads.kinds import KINDS
 from mtpd.losses.settings import LOSSES
@@ -237,7 +238,7 @@ def data_problems(data: DataRecipe) -> list[str]:
         problems.append(
             f"data.top_p: {data.top_p} does nothing while data.temperature is 0; accepted: 1, or a temperature above 0"
         )
-    if data.responses == "trunk" and data.max_new_tokens >= data.row_length:
+    if data.responses != "given" and data.max_new_tokens >= data.row_length:
         problems.append(
             f"data.max_new_tokens: {data.max_new_tokens} does not fit into a row; "
             f"accepted: less than data.row_length, which is {data.row_length}"
@@ -246,6 +247,14 @@ def data_problems(data: DataRecipe) -> list[str]:
         problems.append(
             "data.responses: given is not accepted with data.prompts: builtin, which has prompts only; accepted: trunk"
         )
+    if data.server is not None:
+        address = urlsplit(data.server)
+        if not address.hostname or "@" in address.netloc or address.query or address.fragment:
+            # Not shown: it may hold a key.
+            problems.append(
+                "data.responses: this address is not accepted; accepted: http://HOST:PORT, with a key in the "
+                "environment variable MTPD_API_KEY, which no file keeps"
+            )
     sources = [("data", data.prompts, data.subset)]
     sources += [(f"data.given.{number}", text.prompts, text.subset) for number, text in enumerate(data.given)]
     for key, prompts, subset in sources:

@@ -89,8 +89,14 @@ class DataRecipe(Section):
     a datasets id. null: the built-in held-out set if `prompts` is builtin, else `held_out_count` of the prompts."""
     held_out_count: Count = 80
     """Prompts kept out of training when `held_out` is null and `prompts` is not builtin."""
-    responses: Literal["trunk", "given"] = "trunk"
-    """trunk: the model answers the prompts itself (self-distillation). given: the data has the responses."""
+    responses: str = Field(
+        default="trunk",
+        pattern=r"^(trunk|given)$|^https?://|\.jsonl$",
+        examples=["trunk", "given", "http://localhost:8000", "responses.jsonl"],
+    )
+    """trunk: the model answers the prompts itself (self-distillation). given: the data has the responses. The address
+    of a server with OpenAI's interface, such as vLLM, that serves the model; or a .jsonl file of responses that it
+    wrote. Both are checked against the model. A server's key is read from the environment (MTPD_API_KEY)."""
     temperature: float = Field(default=0.0, ge=0)
     """Sampling temperature of generated responses; 0 is greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -112,6 +118,16 @@ class DataRecipe(Section):
     """disk: the trunk runs in the first epoch alone, and its hidden states are kept in files of the run directory (2 *
     hidden size bytes a token in bf16). memory: they are kept in memory. recompute: the trunk runs in each epoch, and
     nothing is kept. A path with a /: a directory for the files, such as one that `mtpd data store` filled."""
+
+    @property
+    def server(self) -> str | None:
+        """The address of the server that writes the responses; None where none does."""
+        return self.responses if self.responses.startswith(("http://", "https://")) else None
+
+    @property
+    def responses_file(self) -> str | None:
+        """The file that holds the responses; None where none does."""
+        return None if self.responses in ("trunk", "given") or self.server else self.responses
 
     @property
     def store(self) -> str | None:

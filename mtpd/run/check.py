@@ -36,6 +36,11 @@ def check_recipe(recipe: Recipe, *, weights: bool = True) -> None:
     _check_device(recipe.device)
     data = recipe.data
     _check_prompts(data.prompts, key="data.prompts")
+    if data.responses_file is not None and not Path(data.responses_file).expanduser().is_file():
+        raise UserError(
+            f"data.responses: {data.responses_file}: no such file; accepted: trunk, given, the address of a server, or "
+            "a .jsonl file of responses"
+        )
     if data.held_out is not None:
         _check_prompts(data.held_out, key="data.held_out")
     for number, text in enumerate(data.given):

@@ -15,6 +15,7 @@ from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, fill, store_ke
 from mtpd.errors import UserError, enough_memory
 from mtpd.parallel.sequence import shared_trunk
 from mtpd.recipe import Recipe
+from mtpd.run.other_answers import other_answers
 from mtpd.run.session import Session
 
 CHOOSING_PROMPTS = 28
@@ -35,7 +36,7 @@ def split_prompts(recipe: Recipe) -> Any:
 def training_rows(session: Session, prompts: Sequence[Prompt]) -> PackedRows:
     """Responses of the trunk (or of the data) to all prompts, and given text, packed into rows."""
     data = session.recipe.data
-    if data.responses == "trunk":
+    if data.responses != "given":
         samples = respond(
             session,
             prompts,
@@ -76,7 +77,16 @@ def respond(
 ) -> list[Sample]:
     """Answers of the trunk; greedy unless a temperature says otherwise."""
     batch = session.recipe.data.generation_batch
-    with enough_memory("generating responses", f"lower data.generation_batch ({batch} now)"):
+    with (
+        enough_memory("generating responses", f"lower data.generation_batch ({batch} now)"),
+        other_answers(
+            session,
+            training=row_length is not None,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+        ) as others,
+    ):
         return generate_responses(
             session.trunk.model,
             session.tokenizer,
@@ -92,6 +102,7 @@ def respond(
             row_length=row_length,
             together=True,
             progress=session.progress,
+            others=others,
         )
 
 
@@ -150,6 +161,18 @@ def other_families(recipe: Recipe) -> frozenset[str]:
     return frozenset(Path(source).stem for source in recipe.evaluation.extra)
 
 
+def measured_prompts(recipe: Recipe, held_out: Sequence[Prompt]) -> list[Prompt]:
+    """Held-out prompts that are measured on, and those of further suites."""
+    evaluation = recipe.evaluation
+    # Of a conversation the first round is measured: one prompt, one response.
+    asked = [replace(prompt, later=()) for prompt in spread(list(held_out), evaluation.prompts_limit)]
+    for source in evaluation.extra:
+        name = Path(source).stem
+        extra = load_prompts(source, limit=evaluation.prompts_limit, seed=recipe.seed)
+        asked += [replace(prompt, id=f"{name}:{prompt.id}", family=name, later=()) for prompt in extra]
+    return asked
+
+
 def measured_samples(session: Session, held_out: Sequence[Prompt]) -> tuple[list[Sample], list[Sample]]:
     """Greedy answers to the held-out prompts, and to those of further suites.
 
@@ -161,12 +184,7 @@ def measured_samples(session: Session, held_out: Sequence[Prompt]) -> tuple[list
         UserError: nothing would be left to measure on.
     """
     evaluation = session.recipe.evaluation
-    # Of a conversation the first round is measured: one prompt, one response.
-    asked = [replace(prompt, later=()) for prompt in spread(list(held_out), evaluation.prompts_limit)]
-    for source in evaluation.extra:
-        name = Path(source).stem
-        extra = load_prompts(source, limit=evaluation.prompts_limit, seed=session.recipe.seed)
-        asked += [replace(prompt, id=f"{name}:{prompt.id}", family=name, later=()) for prompt in extra]
+    asked = measured_prompts(session.recipe, held_out)
     samples = respond(session, asked, session.run.held_out, max_new_tokens=evaluation.max_new_tokens)
     if not evaluation.steps:
         return samples, []
