@@ -97,7 +97,7 @@ def test_ids_alone_and_what_is_missing(recipe: list[str], tmp_path: Path, capsys
             {"id": "talks-0", "response_ids": [5], "prompt_ids": [1, 2]},
             ":1: its prompt_ids are not those of the prompt",
         ),
-        ({"id": "talks-0"}, ":1: has neither response_ids nor response; accepted: lines with id and response_ids"),
+        ({"id": "talks-0"}, ":1: has neither response_ids nor text; accepted: lines with id and response_ids"),
         ({"response_ids": [5]}, ":1: has no id, or is damaged; accepted: lines with id"),
         ({"id": "elsewhere", "response_ids": [5]}, "9 of 9 prompts have no response in it; accepted: responses with"),
         ({"id": "talks-0", "response_ids": [7, 7, 7, 7, 7, 7]}, "these are not the responses of this model"),

@@ -1,6 +1,6 @@
 """Answers that another program wrote into a file of JSON lines.
 
-A line is {"id", "response_ids"} with the tokens, or {"id", "response"} with the text, which is tokenised here and may
+A line is {"id", "response_ids"} with the tokens, or {"id", "text"}, which is tokenised here and may
 then have other tokens than the model wrote. `prompt_ids`, if there, have to be those of the prompt. `mtpd data prompts`
 writes the prompts with their ids; the `responses.jsonl` of a run is read as well.
 """
@@ -23,7 +23,7 @@ from mtpd.files import intact
 
 logger = logging.getLogger(__name__)
 
-ACCEPTED = "lines with id and response_ids (or response, a text), and prompt_ids if you have them"
+ACCEPTED = "lines with id and response_ids (or text), and prompt_ids if you have them"
 
 
 class FileAnswers:
@@ -107,12 +107,12 @@ class FileAnswers:
                     f"{place}: response_ids is no list of token ids of this model; accepted: 0 to {self._tokens - 1}"
                 )
             return list(ids)
-        if isinstance(found.get("response"), str):
+        if isinstance(found.get("text"), str):
             self.texts += 1
             return ids_of_text(
-                self._tokenizer, found["response"], self._ends, ended=found.get("finish_reason") != "length"
+                self._tokenizer, found["text"], self._ends, ended=found.get("finish_reason") != "length"
             )
-        raise UserError(f"{place}: has neither response_ids nor response; accepted: {ACCEPTED}")
+        raise UserError(f"{place}: has neither response_ids nor text; accepted: {ACCEPTED}")
 
 
 def ids_of_text(tokenizer: PreTrainedTokenizerBase, text: str, ends: Sequence[int], *, ended: bool) -> list[int]:
