@@ -27,7 +27,8 @@ from mtpd.data.answers.server import Server
 from mtpd.data.answers.task import Answerer, Task
 from mtpd.data.generation import answers
 from mtpd.data.models import load_model
-from mtpd.data.prompts import load_prompts, render
+from mtpd.data.prompts import load_prompts
+from mtpd.data.rendering import render
 from mtpd.data.responses import end_tokens
 from mtpd.decode.choice import Greedy
 from mtpd.errors import MtpdError

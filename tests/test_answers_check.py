@@ -10,7 +10,7 @@ from mtpd.data.answers.check import check_answers
 from mtpd.data.answers.task import Answered, Task
 from mtpd.data.generation import answers
 from mtpd.data.models import load_model
-from mtpd.data.prompts import Prompt
+from mtpd.data.rows.prompt import Prompt
 from mtpd.decode.choice import Choice, Greedy
 from mtpd.decode.sampling import Sampling, temperature_and_top_p
 from mtpd.errors import UserError

@@ -17,8 +17,8 @@ from mtpd.data.answers.server import Server
 from mtpd.data.answers.task import Task
 from mtpd.data.models import load_model
 from mtpd.data.packing import Sample
-from mtpd.data.prompts import Prompt
 from mtpd.data.responses import Others, end_tokens, generate_responses
+from mtpd.data.rows.prompt import Prompt
 from mtpd.errors import MtpdError, UserError
 
 PROMPTS = [Prompt(f"p{n}", "abcdefghijklmnop"[: 3 + 2 * (n % 5)] + str(n)) for n in range(24)]

@@ -11,7 +11,7 @@ from mtpd.data import generation
 from mtpd.data.answers.task import Task
 from mtpd.data.generation import answers, bytes_of_a_token, groups
 from mtpd.data.models import load_model
-from mtpd.data.prompts import Prompt
+from mtpd.data.rows.prompt import Prompt
 from mtpd.decode.choice import Greedy
 from mtpd.slots import SlotCache
 from mtpd.trunk import Trunk

@@ -11,8 +11,9 @@ from tokenizers.processors import TemplateProcessing
 
 from mtpd.data import sources
 from mtpd.data.builtin_models import tiny_tokenizer
-from mtpd.data.given import given_sample
-from mtpd.data.prompts import Prompt, load_prompts, normalise, read_row, render, split_held_out
+from mtpd.data.given import given_samples
+from mtpd.data.prompts import Prompt, load_prompts, read_row, render, split_held_out
+from mtpd.data.rows.prompt import normalise
 from mtpd.errors import UserError
 
 USER = {"role": "user", "content": "hello"}
@@ -72,12 +73,13 @@ def test_each_accepted_format(row: dict[str, Any], prompt: Any, response: Any) -
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "hello"}, "turns"),
+        ({"subject": "hello"}, "turns"),
         (["hello"], "expected an object"),
         ({"prompt": "a", "completion": [ASSISTANT]}, "both be strings"),
         ({"prompt": []}, "not empty"),
         ({"messages": [ASSISTANT]}, "must not begin"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "both strings"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "part of type image"),
+        ({"messages": [{"role": "user", "content": 3}]}, "both strings"),
         ({"turns": []}, "list of strings"),
         ({"text": 3}, "string"),
     ],
@@ -100,7 +102,7 @@ def test_bad_files_are_named_with_the_line(tmp_path: Path) -> None:
         load_prompts(str(tmp_path / "missing.jsonl"))
     with pytest.raises(UserError, match="holds no prompts"):
         load_prompts(write(tmp_path / "blank.jsonl", [{"prompt": " "}]))
-    with pytest.raises(UserError, match=r"must be \.jsonl"):
+    with pytest.raises(UserError, match="no file of rows"):
         load_prompts(write(tmp_path / "rows.txt", []))
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe{}")
     with pytest.raises(UserError, match="UTF-8"):
@@ -175,7 +177,7 @@ def test_conversations_need_a_template(tokenizer: Any) -> None:
     """Without it transformers raises from deep inside, or a default template is used that the model never saw."""
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
-        render(tokenizer, asked("hello"))
+        render(tokenizer, Prompt("1", [USER, ASSISTANT, USER]))
     assert render(tokenizer, Prompt("1", "hello"))
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(UserError, match="roles must alternate"):
@@ -183,7 +185,7 @@ def test_conversations_need_a_template(tokenizer: Any) -> None:
 
 
 def marked(tokenizer: Any, row: dict[str, Any]) -> tuple[str, str]:
-    sample = given_sample(tokenizer, read_row(row, place="here", default_id="1"), end_tokens=[257])
+    (sample,) = given_samples(tokenizer, read_row(row, place="here", default_id="1"), end_tokens=[257])
     return tokenizer.decode(sample.ids), tokenizer.decode(sample.response_ids)
 
 
@@ -222,12 +224,6 @@ def test_templates_that_rewrite_the_prompt_are_refused(tokenizer: Any) -> None:
     )
     with pytest.raises(UserError, match="differently once"):
         marked(tokenizer, {"prompt": [USER], "completion": [ASSISTANT]})
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}:{% if m['role'] == 'assistant' and not loop.last %}cut{% else %}"
-        "{{ m['content'] }}{% endif %}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-    )
-    with pytest.raises(UserError, match="earlier turns"):
-        marked(tokenizer, {"messages": [USER, ASSISTANT, USER, ASSISTANT]})
 
 
 def test_empty_responses_are_an_error(tokenizer: Any) -> None:

@@ -12,8 +12,9 @@ import torch
 from mtpd.data import responses
 from mtpd.data.models import load_model
 from mtpd.data.packing import Sample
-from mtpd.data.prompts import Prompt, render
+from mtpd.data.rendering import render
 from mtpd.data.responses import end_tokens, generate_responses
+from mtpd.data.rows.prompt import Prompt
 from mtpd.errors import MtpdError, UserError
 
 PROMPTS = [Prompt(f"p{n}", "abcdefghijklmnop"[: 3 + 2 * (n % 5)] + str(n)) for n in range(7)]

@@ -120,10 +120,6 @@ def test_gguf_files_of_an_unknown_architecture_name_the_known_ones(tmp_path: Pat
         load_model(str(gguf(tmp_path / "m.gguf", "starship")))
 
 
-def saved_to_disk(folder: Path) -> str:
-    return model_folder(folder / "d", dataset_info__json="{}", state__json="{}")
-
-
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -132,7 +128,7 @@ def saved_to_disk(folder: Path) -> str:
             lambda folder: model_folder(folder / "d"),
             "is a folder without data files; accepted:",
         ),
-        ("data.prompts", saved_to_disk, "is what save_to_disk of datasets wrote, which is not read"),
+        ("data.prompts", lambda folder: str(folder / "rows.txt"), "rows.txt: no such file; accepted: builtin"),
         ("data.prompts", lambda folder: "prompts.csv", "prompts.csv: no such file; accepted: builtin"),
         ("data.held_out", lambda folder: "nope.jsonl", "data.held_out: nope.jsonl: no such file"),
         ("evaluation.extra", lambda folder: "[nope.jsonl]", "evaluation.extra.0: nope.jsonl: no such file"),
@@ -165,9 +161,9 @@ def test_what_a_recipe_names_is_looked_at_first(
     ("text", "message"),
     [
         ("", "holds no prompts"),
-        ('[{"prompt": "a"}]', "expected one JSON object a line (.jsonl), got a JSON list"),
+        ('["a"]', "expected an object with messages"),
         ('{"prompt": 3}', "`prompt` must be a string"),
-        ('{"question": "a"}', "no known field in ['question']; accepted are prompt"),
+        ('{"subject": "a"}', "no known field in ['subject']; accepted are messages"),
         ('{"prompt": "a"', "not a JSON object on one line"),
     ],
 )

@@ -11,6 +11,8 @@ from mtpd.cli.generate import Depth, Dtype, Run, Seed, Sources, Temperature, Tok
 from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.decode.drafting import ALL_SOURCES
+from mtpd.finished_run import RECIPE
+from mtpd.recipe import load_recipe
 from mtpd.run.check import check_finished
 
 
@@ -42,7 +44,8 @@ def chat(
         from mtpd.run.loading import load
 
         model = load(run, dtype=dtype, drafting=drafting, untrusted=untrusted)
-        session = Session(model, settings(temperature, top_p, seed))
+        template = load_recipe(run / RECIPE).data.chat_template_kwargs
+        session = Session(model, settings(temperature, top_p, seed), template=template)
         messages = [{"role": "system", "content": system}] if system else []
         session.warm_up()
         while line := _ask():

@@ -13,6 +13,8 @@ from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.decode.drafting import ALL_SOURCES, SOURCES
 from mtpd.errors import UserError
+from mtpd.finished_run import RECIPE
+from mtpd.recipe import load_recipe
 from mtpd.run.check import check_finished
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory that `mtpd distill` has finished.")]
@@ -90,7 +92,8 @@ def generate(
         from mtpd.run.loading import load
 
         model = load(run, dtype=dtype, drafting=drafting, untrusted=untrusted)
-        session = Session(model, settings(temperature, top_p, seed))
+        template = load_recipe(run / RECIPE).data.chat_template_kwargs
+        session = Session(model, settings(temperature, top_p, seed), template=template)
         ids = session.prompt(text, raw=raw)
         session.warm_up()
         began = time.perf_counter()

@@ -27,8 +27,9 @@ from mtpd.data.answers.kept import collect, header, line_of, of_rank, read
 from mtpd.data.answers.task import Answered, Answerer, Task, is_cut, until_end
 from mtpd.data.generation import answers, plain_answers
 from mtpd.data.packing import Sample
-from mtpd.data.prompts import Prompt
 from mtpd.data.rounds import render_round
+from mtpd.data.rows.left_out import Unusable
+from mtpd.data.rows.prompt import Prompt
 from mtpd.decode.choice import Choice, Greedy
 from mtpd.decode.sampling import Sampling, temperature_and_top_p
 from mtpd.errors import MtpdError, UserError
@@ -104,11 +105,18 @@ def generate_responses(
         "seed": seed if temperature > 0 else 0,
     }
     file: _File | None = None
+    refused: list[str] = []
     turn = 1
     while asked := [each for each in talks if each.next_turn == turn]:
         tasks = []
         for each in asked:
-            ids = render_round(tokenizer, each.prompt, each.answers, ends=ends)
+            try:
+                ids = render_round(tokenizer, each.prompt, each.answers, ends=ends)
+            except Unusable as error:
+                if turn == 1:
+                    raise
+                refused.append(str(error))
+                continue
             if limits.hold(ids, turn):
                 each.tasks.append(Task(each.prompt, ids, turn))
                 tasks.append(each.tasks[-1])
@@ -123,6 +131,8 @@ def generate_responses(
         if turn == 1:
             _report_unanswered(talks, others)
         turn += 1
+    if refused:
+        logger.warning("%d conversations end before their last turn: %s", len(refused), refused[0])
     if others is not None:
         answered = [pair for each in talks for pair in zip(each.tasks, each.answers, strict=False)]
         check_answers(Trunk(model), answered, temperature=temperature, top_p=top_p, source=others.source)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from mtpd.data.prompts import Prompt, asked_text, render, rendered_ids
+from mtpd.data.rendering import asked_text, render, rendered_ids
+from mtpd.data.rows.prompt import Prompt
 
 if TYPE_CHECKING:  # brings in torch
     from transformers import PreTrainedTokenizerBase

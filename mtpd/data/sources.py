@@ -1,4 +1,4 @@
-"""Rows of prompts as they are stored: the built-in set, a JSONL file, or a `datasets` data set.
+"""Rows of prompts as they are stored: the built-in set, a file, a folder of files, or a `datasets` data set.
 
 The hub's clients try each file five times over half a minute before they give up. `hub_access` asks
 once and briefly first: a missing network becomes one clear line, and a cached copy is used at once.
@@ -6,22 +6,18 @@ once and briefly first: a missing network becomes one clear line, and a cached c
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants
 
 from mtpd.data import stdlib
+from mtpd.data.rows.files import COMPRESSED, READ, Rows, file_rows, kind_of
 from mtpd.errors import UserError
-
-Rows = Iterator[tuple[str, Any]]
-"""Pairs of a place that messages name (file:line) and a row."""
 
 BUILTIN = Path(__file__).parent / "builtin"
 HELD_OUT = "heldout-"
@@ -34,7 +30,7 @@ def read(source: str, *, split: str, subset: str | None) -> Rows:
     """The rows of a source, as `mtpd.data.prompts.load_prompts` takes it.
 
     Raises:
-        UserError: a missing file or data set, a line that is not JSON.
+        UserError: a missing file or data set, or one that cannot be read.
     """
     if source in BUILTIN_SETS:
         return _builtin_rows(source)
@@ -42,9 +38,9 @@ def read(source: str, *, split: str, subset: str | None) -> Rows:
         return stdlib.pieces(source)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _dataset_rows(str(path), split, subset, local=True)
+        return _folder_rows(path, split, subset)
     if at_hand(source):
-        return _file_rows(path)
+        return file_rows(path, split=split)
     return _dataset_rows(source, split, subset, local=False)
 
 
@@ -76,16 +72,23 @@ def hub_access(*, needed: bool = True) -> Iterator[bool]:
         constants.HF_HUB_OFFLINE = before
 
 
+def built_in(source: str) -> bool:
+    """Whether a source comes with mtpd or with Python."""
+    return source in (*BUILTIN_SETS, stdlib.SOURCE, stdlib.HELD_OUT)
+
+
 def at_hand(source: str) -> bool:
     """Whether a source is built in or a file (which may be missing), and so needs no `datasets` library."""
     path = Path(source).expanduser()
-    looks_so = path.is_file() or path.suffix in (".jsonl", ".json") or source.startswith((".", "/", "~"))
-    return source in (*BUILTIN_SETS, stdlib.SOURCE, stdlib.HELD_OUT) or (looks_so and not path.is_dir())
+    looks_so = path.is_file() or kind_of(path) != "" or source.startswith((".", "/", "~"))
+    return built_in(source) or (looks_so and not path.is_dir())
 
 
+SAVED = ("dataset_info.json", "dataset_dict.json")
+"""Files of a folder that `save_to_disk` of datasets wrote."""
 DATA = ("*.jsonl", "*.json", "*.csv", "*.tsv", "*.parquet", "*.arrow", "*.txt", "*.zip", "*.gz", "*.zst", "*.py")
 """Files that make a folder one that `datasets` reads."""
-ACCEPTED = "accepted: builtin, a .jsonl file, a folder of data files, or a datasets id"
+ACCEPTED = f"accepted: builtin, a file ({', '.join(READ)}), a folder of data files, or a datasets id"
 TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".txt", ".zip", ".gz")
 
 
@@ -100,19 +103,17 @@ def check_source(source: str, *, key: str, accepted: str = ACCEPTED) -> None:
         UserError: a missing file, a file of another kind, or a folder without data.
     """
     path = Path(source).expanduser()
-    if source in (*BUILTIN_SETS, stdlib.SOURCE, stdlib.HELD_OUT):
+    if built_in(source):
         return
     if path.is_dir():
-        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            raise UserError(
-                f"{key}: {source} is what save_to_disk of datasets wrote, which is not read; write it with to_json as "
-                "a .jsonl file"
-            )
         if not any(True for pattern in DATA for _ in path.rglob(pattern)):
             raise UserError(f"{key}: {source} is a folder without data files; {accepted}")
     elif path.is_file():
-        if path.suffix not in (".jsonl", ".json"):
-            raise UserError(f"{key}: {source}: a file of prompts must be .jsonl, one JSON object a line")
+        if not kind_of(path):
+            raise UserError(
+                f"{key}: {source}: is no file of rows; accepted: {', '.join(READ)}, and those of text with "
+                f"{' or '.join(COMPRESSED)}"
+            )
         if not os.access(path, os.R_OK):
             raise UserError(f"{key}: {source}: cannot be read (no permission)")
     elif at_hand(source) or path.suffix in TABLES or source.count("/") > 1:
@@ -122,7 +123,7 @@ def check_source(source: str, *, key: str, accepted: str = ACCEPTED) -> None:
 def _builtin_rows(source: str) -> Rows:
     for path in sorted(BUILTIN.glob("*.jsonl")):
         if _set_of(path) == source:
-            yield from _file_rows(path)
+            yield from file_rows(path)
 
 
 def _set_of(path: Path) -> str:
@@ -131,24 +132,45 @@ def _set_of(path: Path) -> str:
     return "builtin-other" if path.stem == OTHER else "builtin"
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file:line, value) of each line that is not blank."""
-    if path.suffix not in (".jsonl", ".json"):
-        raise UserError(f"data.prompts: {path}: a file of prompts must be .jsonl, one JSON object a line")
-    number = 0
+def _folder_rows(path: Path, split: str, subset: str | None) -> Rows:
+    """The rows of a folder: what `save_to_disk` wrote, shards that are read here, or what `datasets` makes of it."""
+    import datasets  # takes seconds to import
+
+    place = f"data.prompts: {path}"
+    if any((path / name).is_file() for name in SAVED):
+        try:
+            found = datasets.load_from_disk(str(path))
+        except Exception as error:
+            raise UserError(f"{place}: {_reason(error)}") from error
+        if isinstance(found, datasets.DatasetDict):
+            if split not in found:
+                raise UserError(f"{place}, split {split}: is not there; accepted: {', '.join(found)}")
+            found = found[split]
+        for index, row in enumerate(found):
+            yield f"{path} row {index}", row
+        return
+    shards = _shards(path, split) if subset is None else None
+    if shards is None:
+        yield from _dataset_rows(str(path), split, subset, local=True)
+        return
+    for shard in shards:
+        yield from file_rows(shard, split=split)
+
+
+def _shards(path: Path, split: str) -> list[Path] | None:
+    """Files of one split of a folder, if all of them are of kinds that are read here."""
+    from datasets.data_files import DataFilesDict, get_data_patterns  # takes seconds to import
+
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", json.loads(line)
-    except FileNotFoundError as error:
-        raise UserError(f"data.prompts: {path}: no such file") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{number}: not a JSON object on one line ({error.msg})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not text in UTF-8 (after line {number})") from error
-    except OSError as error:
-        raise UserError(f"data.prompts: {path}: cannot read: {error.strerror}") from error
+        files = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
+    except Exception:  # what it refuses is said by `load_dataset`
+        return None
+    shards = [Path(file) for file in files.get(split, [])]
+    return shards if shards and all(map(kind_of, shards)) else None
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _dataset_rows(source: str, split: str, subset: str | None, *, local: bool) -> Rows:
@@ -164,7 +186,6 @@ def _dataset_rows(source: str, split: str, subset: str | None, *, local: bool) -
                     f"{place}: the hub cannot be reached and no copy is cached; without network these work: "
                     "builtin, a .jsonl file, or a local folder of data"
                 ) from error
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"{place}, split {split}: {reason[0]}") from error
+            raise UserError(f"{place}, split {split}: {_reason(error)}") from error
     for index, row in enumerate(rows):
         yield f"{source}[{split}] row {index}", row

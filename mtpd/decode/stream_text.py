@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from jinja2.exceptions import TemplateError
 
 from mtpd.decode.choice import Choice, Greedy
 from mtpd.decode.drafting import Source
@@ -25,8 +27,10 @@ def settings(temperature: float, top_p: float, seed: int) -> tuple[Choice, int]:
 class Session:
     """A model, and how it chooses."""
 
-    def __init__(self, model: Model, chosen: tuple[Choice, int]) -> None:
+    def __init__(self, model: Model, chosen: tuple[Choice, int], *, template: Mapping[str, Any] | None = None) -> None:
         self.model = model
+        self.template = dict(template or {})
+        """Arguments of the chat template."""
         self.choice, self.seed = chosen
         self.ends = _ends(model)
 
@@ -41,12 +45,18 @@ class Session:
         """Token ids of a conversation up to where the model answers.
 
         Raises:
-            UserError: the model has no chat template.
+            UserError: the model has no chat template, or it refuses the messages.
         """
         tokenizer = self.model.tokenizer
         if not tokenizer.chat_template:
             raise UserError("chat: the model has no chat template; use `mtpd generate`")
-        return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
+        try:
+            ids = tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, return_dict=False, **self.template
+            )
+        except (TemplateError, ValueError, TypeError, LookupError) as error:
+            raise UserError(f"chat: the model's chat template refuses the messages: {error}") from error
+        return list(ids)
 
     def warm_up(self) -> None:
         """Does once what only the first text has to wait for."""

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mtpd.data.prompts import normalise, prompt_fingerprint
+from mtpd.data.rows.prompt import normalise, prompt_fingerprint
 from mtpd.errors import UserError
 from mtpd.files import SEAL, fingerprint, write_whole
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mtpd.data.packing import Sample
-from mtpd.data.prompts import render
+from mtpd.data.prompts import Prompt, render
 from mtpd.data.responses import generate_responses
 from mtpd.decode.chances import Chances
 from mtpd.decode.corpus import Corpus
@@ -128,7 +128,7 @@ def respond(
 ) -> list[Sample]:
     """Greedy responses of the trunk to a suite, generated once and kept under a name that says what they depend on."""
     key = fingerprint_json(
-        [model.fingerprint, suite.max_new_tokens, [[q.prompt.id, q.prompt.prompt] for q in questions]]
+        [model.fingerprint, suite.max_new_tokens, [_depended_on(question.prompt) for question in questions]]
     )
     return generate_responses(
         model.trunk.model,
@@ -141,6 +141,11 @@ def respond(
         max_length=model.trunk.context,
         progress=progress,
     )
+
+
+def _depended_on(prompt: Prompt) -> list[Any]:
+    """What the response to a prompt depends on, and its id."""
+    return [prompt.id, prompt.prompt, *([dict(prompt.template)] if prompt.template else [])]
 
 
 def prompts_alone(model: Model, name: str, suite: Suite, questions: Sequence[Question]) -> list[Sample]:

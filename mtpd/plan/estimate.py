@@ -14,7 +14,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from mtpd.data.prompts import Prompt, load_prompts, render
+from mtpd.data.prompts import Prompt, load_prompts
+from mtpd.data.rendering import render_all
+from mtpd.data.rows.left_out import LeftOut
 from mtpd.data.sources import at_hand
 from mtpd.losses.fused import block_size
 from mtpd.recipe import Recipe, checkpoints_kept
@@ -65,9 +67,12 @@ def estimate_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, *, 
     lengths: list[int] = []
     prompts, held_out = data.limit, None
     if at_hand(data.prompts) and at_hand(data.held_out or "builtin"):
-        split = split_prompts(recipe)
+        left_out = LeftOut(data.max_unusable)
+        split = split_prompts(recipe, left_out)
         prompts, held_out = len(split.train), len(split.held_out)
-        lengths = _prompt_lengths(split.train, tokenizer, notes)
+        lengths = _prompt_lengths(split.train, tokenizer, left_out, notes)
+        if left_out.total:
+            notes.append(f"rows that cannot be used, left out: {left_out.words()}")
     else:
         notes.append("data sets of the hub are not loaded for a plan: data.limit stands for their size")
         if prompts is not None and data.held_out is None:
@@ -108,11 +113,15 @@ def estimate_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, *, 
 
 
 def _prompt_lengths(
-    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase | None, notes: list[str]
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase | None, left_out: LeftOut, notes: list[str]
 ) -> list[int]:
     chosen = prompts[:: math.ceil(len(prompts) / COUNTED)]
     if tokenizer is not None:
-        return [len(render(tokenizer, prompt)) for prompt in chosen]
+        refused = LeftOut(left_out.most)
+        lengths = [len(ids) for _, ids in render_all(tokenizer, chosen, refused)]
+        refused.check(len(chosen), source="data.prompts")
+        left_out.take(refused)
+        return lengths
     notes.append(f"there is no tokenizer: {CHARACTERS_PER_TOKEN} characters of a prompt are taken for a token")
     return [TEMPLATE_TOKENS + len(prompt.text) // CHARACTERS_PER_TOKEN for prompt in chosen]
 

@@ -232,6 +232,25 @@ def split_problems(train: TrainRecipe, heads: HeadsRecipe, data: DataRecipe, ext
     return problems
 
 
+ASKING = ("prompt", "messages", "conversations", "turns", "instruction", "input", "question", "query", "text", "chosen")
+"""What a column can be taken for that says what is asked."""
+FIELDS = (
+    *ASKING,
+    "completion",
+    "output",
+    "answer",
+    "response",
+    "system",
+    "tools",
+    "chat_template_kwargs",
+    "id",
+    "family",
+)
+"""What a column can be taken for."""
+BUILT_IN = ("builtin", "stdlib")
+"""Prompts whose rows have known columns."""
+
+
 def data_problems(data: DataRecipe) -> list[str]:
     problems = []
     if data.temperature == 0 and data.top_p < 1:
@@ -255,14 +274,29 @@ def data_problems(data: DataRecipe) -> list[str]:
                 "data.responses: this address is not accepted; accepted: http://HOST:PORT, with a key in the "
                 "environment variable MTPD_API_KEY, which no file keeps"
             )
+    problems += [
+        f"data.columns.{name}: {column} is not accepted; accepted: {', '.join(FIELDS)}"
+        for name, column in data.columns.items()
+        if name not in FIELDS
+    ]
+    if data.template is not None and (asked := sorted(set(data.columns) & set(ASKING))):
+        problems.append(
+            f"data.columns.{asked[0]}: {data.columns[asked[0]]} is not accepted with data.template, which writes the "
+            f"user's message; accepted: {', '.join(name for name in FIELDS if name not in ASKING)}"
+        )
+    if data.prompts in BUILT_IN and (data.columns or data.template is not None):
+        key = "columns" if data.columns else "template"
+        problems.append(
+            f"data.{key}: does nothing with prompts: {data.prompts}; accepted: {'{}' if data.columns else 'null'}"
+        )
     sources = [("data", data.prompts, data.subset)]
     sources += [(f"data.given.{number}", text.prompts, text.subset) for number, text in enumerate(data.given)]
     for key, prompts, subset in sources:
-        if subset is not None and (prompts == "builtin" or prompts.endswith(".jsonl")):
+        if subset is not None and (prompts == "builtin" or prompts.endswith((".jsonl", ".json", ".csv", ".parquet"))):
             problems.append(f"{key}.subset: {subset} does nothing with prompts: {prompts}; accepted: null")
     problems += [
-        f"data.given.{number}.prompts: builtin is not accepted, it has prompts only; accepted: a .jsonl file or "
-        "a datasets id"
+        f"data.given.{number}.prompts: builtin is not accepted, it has prompts only; accepted: a file or "
+        "folder of rows, or a datasets id"
         for number, text in enumerate(data.given)
         if text.prompts == "builtin"
     ]

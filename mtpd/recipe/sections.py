@@ -63,7 +63,7 @@ class GivenText(Section):
     """Text that is trained on as it is, with the responses that it has: one trunk pass, no generation."""
 
     prompts: str = Field(min_length=1, examples=["texts.jsonl", "org/dataset"])
-    """Path of a .jsonl file, or a datasets id."""
+    """Path of a file or folder of rows, or a datasets id."""
     subset: Text | None = None
     """Configuration name of the datasets id."""
     split: Text = "train"
@@ -77,15 +77,24 @@ class DataRecipe(Section):
 
     prompts: str = Field(default="builtin", min_length=1, examples=["builtin", "prompts.jsonl", "org/dataset"])
     """`builtin` (the prompts that come with mtpd), `stdlib` (pieces of the source of Python's standard library, with
-    what follows them), the path of a .jsonl file, or a datasets id."""
+    what follows them), the path of a file or folder of rows, or a datasets id."""
     subset: Text | None = None
     """Configuration name of the datasets id."""
     split: Text = "train"
     """Split of the datasets id."""
     limit: Count | None = None
     """Prompts at most, drawn by the seed; null for all."""
+    columns: dict[str, Text] = Field(default={})
+    """Columns of the rows, by what they are taken for (prompt, completion, messages, text and others that rows have);
+    for prompts and held-out prompts. Empty: rows are read by the columns that they have."""
+    template: Text | None = Field(default=None, examples=["{{ title }}: {{ body }}"])
+    """Jinja template of the user's message over the columns of a row; for prompts and held-out prompts."""
+    chat_template_kwargs: dict[str, Any] = Field(default={})
+    """Arguments of the model's chat template, such as `enable_thinking: false`; those that a row has go before them."""
+    max_unusable: Share = 0.1
+    """Share of the rows that may be unusable: such rows are left out and counted, and more of them end the run."""
     held_out: Text | None = None
-    """Prompts that are measured on and never trained on: `builtin`, `stdlib-held-out`, the path of a .jsonl file, or
+    """Prompts that are measured on and never trained on: `builtin`, `stdlib-held-out`, the path of a file or folder, or
     a datasets id. null: the built-in held-out set if `prompts` is builtin, else `held_out_count` of the prompts."""
     held_out_count: Count = 80
     """Prompts kept out of training when `held_out` is null and `prompts` is not builtin."""
@@ -254,4 +263,4 @@ class EvaluationRecipe(Section):
     patience: int = Field(default=0, ge=0, le=LARGEST)
     """Such measurements without a higher tau after which training stops; 0 never stops early."""
     extra: list[Text] = Field(default=[])
-    """Further prompts (.jsonl files, datasets ids, or `builtin-other`), each measured as a suite of its own."""
+    """Further prompts (files, datasets ids, or `builtin-other`), each measured as a suite of its own."""

@@ -203,7 +203,7 @@ def accepted(part: Schema, schema: Schema) -> str:
     if "enum" in part or "const" in part:
         return ", ".join(part.get("enum", [part.get("const")]))
     if "examples" in part:
-        return "text such as " + ", ".join(part["examples"])
+        return "text such as " + ", ".join(map(str, part["examples"]))
     match part.get("type"):
         case "integer" | "number" as kind:
             return f"{'an integer' if kind == 'integer' else 'a number'}{_range(part)}"

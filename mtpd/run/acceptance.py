@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -149,13 +150,17 @@ def acceptance_of(
     Args:
         chance: the trunk predicts their text no better than chance.
     """
-    evaluation = session.recipe.evaluation
+    evaluation, arguments = session.recipe.evaluation, session.recipe.data.chat_template_kwargs
     limit = evaluation.prompts_limit if mode == "offline" else evaluation.decode_prompts
     for suite in suites.values():
         suite.settings = {"limit": limit, "max_new_tokens": evaluation.max_new_tokens, "seed": session.recipe.seed}
     return Acceptance(
         mode=mode,
-        settings={"dtype": str(trunk.dtype).removeprefix("torch."), "drafts": heads.depth},
+        settings={
+            "dtype": str(trunk.dtype).removeprefix("torch."),
+            "drafts": heads.depth,
+            **({"chat_template_kwargs": json.dumps(arguments, sort_keys=True)} if arguments else {}),
+        },
         trunk=session.fingerprint,
         heads=fingerprint_file(folder / WEIGHTS),
         random_trunk=chance,

@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mtpd.data.find_model import check_model
-from mtpd.data.prompts import read_row
+from mtpd.data.rows.left_out import Unusable
+from mtpd.data.rows.row_format import RowFormat
 from mtpd.data.sources import check_source, read
 from mtpd.errors import UserError
 from mtpd.finished_run import HEADS_FILE, RECIPE
 from mtpd.finished_run import check_finished as check_finished
 from mtpd.recipe import DEEPSPEED_PRESETS, PretrainRecipe, Recipe, load_recipe, parse_recipe
+from mtpd.recipe.sections import DataRecipe
 from mtpd.recipe.trackers import check_trackers
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu", "hpu", "npu", "mlu", "musa", "sdaa", "xla")
 """Kinds of devices that PyTorch has names for; whether one is there is seen when it is used."""
+LOOKED_AT = 10
+"""Rows of a file of which one has to be usable."""
 STAGE = "stage.json"
 """In a stage of an extension."""
 
@@ -35,18 +40,19 @@ def check_recipe(recipe: Recipe, *, weights: bool = True) -> None:
     check_model(recipe.model, weights=weights)
     _check_device(recipe.device)
     data = recipe.data
-    _check_prompts(data.prompts, key="data.prompts")
     if data.responses_file is not None and not Path(data.responses_file).expanduser().is_file():
         raise UserError(
             f"data.responses: {data.responses_file}: no such file; accepted: trunk, given, the address of a server, or "
             "a .jsonl file of responses"
         )
+    form = row_format(data)
+    _check_prompts(data.prompts, form, key="data.prompts", split=data.split)
     if data.held_out is not None:
-        _check_prompts(data.held_out, key="data.held_out")
+        _check_prompts(data.held_out, form, key="data.held_out")
     for number, text in enumerate(data.given):
-        _check_prompts(text.prompts, key=f"data.given.{number}.prompts")
+        _check_prompts(text.prompts, RowFormat(), key=f"data.given.{number}.prompts")
     for number, source in enumerate(recipe.evaluation.extra):
-        _check_prompts(source, key=f"evaluation.extra.{number}")
+        _check_prompts(source, RowFormat(), key=f"evaluation.extra.{number}")
     if recipe.heads.source is not None and not (Path(recipe.heads.source) / HEADS_FILE).is_file():
         raise UserError(
             f"heads.source: {recipe.heads.source}: holds no heads; accepted: a directory of them, like runs/demo/heads"
@@ -68,22 +74,28 @@ def check_recipe(recipe: Recipe, *, weights: bool = True) -> None:
         check_folder(Path(data.store), key="data.hidden_states")
 
 
+def row_format(data: DataRecipe) -> RowFormat:
+    """How a recipe says that rows of prompts are read."""
+    return RowFormat(data.columns, data.template, data.chat_template_kwargs)
+
+
 def _check_device(name: str) -> None:
     if name.partition(":")[0] not in DEVICES:
         raise UserError(f"device: {name} is not accepted; accepted: {', '.join(DEVICES)}")
 
 
-def _check_prompts(source: str, *, key: str) -> None:
-    """`check_source`, and the first row of a file: most files that are wrong are wrong in all rows."""
+def _check_prompts(source: str, form: RowFormat, *, key: str, split: str = "train") -> None:
+    """`check_source`, and the first rows of a file: most files that are wrong are wrong in all rows."""
     check_source(source, key=key)
     if Path(source).expanduser().is_file():
-        place, row = next(read(source, split="", subset=None), (source, None))
-        if row is None:
-            raise UserError(f"{key}: {source} holds no prompts")
-        if isinstance(row, list):
-            raise UserError(f"{key}: {place}: expected one JSON object a line (.jsonl), got a JSON list")
-        if not (isinstance(row, dict) and "conversations" in row):  # read by a library that takes seconds to import
-            read_row(row, place=f"{key}: {place}", default_id="")
+        refused: Unusable | None = None
+        for place, row in islice(read(source, split=split, subset=None), LOOKED_AT):
+            try:
+                form.read(row, place=f"{key}: {place}", default_id="")
+                return
+            except Unusable as error:
+                refused = refused or error
+        raise refused or UserError(f"{key}: {source} holds no prompts")
 
 
 def check_pretrain_recipe(recipe: PretrainRecipe) -> None:

@@ -184,7 +184,13 @@ def measured(path: Path, folder: Path) -> bool:
 
 
 def write_provenance(
-    run: RunDirectory, *, trunk: str, rows: str, prompts: Sequence[str], responses: Mapping[str, Any]
+    run: RunDirectory,
+    *,
+    trunk: str,
+    rows: str,
+    prompts: Sequence[str],
+    left_out: Mapping[str, Any],
+    responses: Mapping[str, Any],
 ) -> None:
     """Writes the origin of the heads: versions, machine, commit, command, and fingerprints of trunk, data and prompts.
 
@@ -193,6 +199,7 @@ def write_provenance(
         rows: fingerprint of the packed rows that were trained on.
         prompts: fingerprints of the prompts trained on, to find suites that meet them.
         responses: how many responses the trunk wrote to them, and how many were cut; empty where it wrote none.
+        left_out: rows that could not be used, by reason.
     """
     found: dict[str, Any] = {}
     if run.provenance.is_file():
@@ -214,6 +221,7 @@ def write_provenance(
         "rows": rows,
         "prompts": sorted(prompts),
         "responses": dict(responses),
+        "left_out": dict(left_out),
     }
     write_whole(run.provenance, json.dumps(sealed(content), indent=2) + "\n")
 

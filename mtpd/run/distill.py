@@ -15,6 +15,7 @@ from pathlib import Path
 from mtpd.data.models import resolve_device
 from mtpd.data.packing import PackedRows, Sample
 from mtpd.data.prompts import Prompt
+from mtpd.data.rows.left_out import LeftOut
 from mtpd.evaluate.contamination import write_signatures
 from mtpd.heads import load_heads, save_heads
 from mtpd.parallel import ranks
@@ -69,13 +70,14 @@ def distill(recipe: Recipe, *, fresh: bool = False, resume: str = "auto", progre
 def _take_steps(session: Session) -> Path:
     recipe, run = session.recipe, session.run
     frozen = recipe.trunk.train == "frozen"
-    prompts = split_prompts(recipe)
+    left_out = LeftOut(recipe.data.max_unusable)
+    prompts = split_prompts(recipe, left_out)
     session.console.print(
         f"{recipe.model}: {session.trunk.name}, {session.trunk.depth} layers, {session.trunk.dtype}; "
         f"{len(prompts.train)} prompts to train on, {len(prompts.held_out)} held out"
     )
-    rows = training_rows(session, prompts.train)
-    ranks.from_main(lambda: _note_texts(session, rows, [*prompts.train, *given_texts(recipe)]))
+    rows = training_rows(session, prompts.train, left_out)
+    ranks.from_main(lambda: _note_texts(session, rows, [*prompts.train, *given_texts(recipe)], left_out))
     store = hidden_states(session, rows, prompts.train)
     samples, chosen_by = measured_samples(session, prompts.held_out)
     if wants_heads(run):
@@ -108,11 +110,16 @@ def _take_steps(session: Session) -> Path:
     return extend_heads(material, heads.as_chain(what="extend.to"))
 
 
-def _note_texts(session: Session, rows: PackedRows, texts: Sequence[Prompt]) -> None:
+def _note_texts(session: Session, rows: PackedRows, texts: Sequence[Prompt], left_out: LeftOut) -> None:
     """Writes what the heads come from, and the signatures of all texts to train on."""
     run, prompts = session.run, [prompt.fingerprint for prompt in texts]
     write_provenance(
-        run, trunk=session.fingerprint, rows=rows.fingerprint, prompts=prompts, responses=session.responses
+        run,
+        trunk=session.fingerprint,
+        rows=rows.fingerprint,
+        prompts=prompts,
+        left_out=left_out.noted(),
+        responses=session.responses,
     )
     if not run.trained_prompts.is_file():
         write_signatures(run.trained_prompts, [prompt.text for prompt in texts])

@@ -14,7 +14,7 @@ from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.compare import console, show_comparison
 from mtpd.evaluate.intervals import intervals
 from mtpd.evaluate.measure import Model, Trace, measure_suites, respond
-from mtpd.evaluate.suites import Question, Suite, questions
+from mtpd.evaluate.suites import Question, Suite, questions, usable
 from mtpd.evaluate.trunk_quality import TrunkQuality, trunk_quality
 from mtpd.files import fingerprint_file, write_whole
 from mtpd.finished_run import open_finished
@@ -53,6 +53,7 @@ def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: 
     mode = request.mode or ("offline" if baseline is None else baseline.mode)
     suites = {name: (suite, questions(name, suite)) for name, suite in check_request(request, baseline).items()}
     finished = reopen(request.run, heads=request.heads)
+    suites = {name: (suite, usable(finished.tokenizer, name, asked)) for name, (suite, asked) in suites.items()}
     if baseline is not None:
         gate.check_trunk(baseline, finished.fingerprint, f"{request.against} and {request.run}")
     if mode == "decoded":

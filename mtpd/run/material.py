@@ -7,14 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mtpd.data.given import given_sample
+from mtpd.data.given import given_samples
 from mtpd.data.packing import PackedRows, Sample, pack
-from mtpd.data.prompts import Prompt, load_prompts, split_held_out
+from mtpd.data.prompts import HeldOutSplit, Prompt, load_prompts, split_held_out
+from mtpd.data.rendering import render_all, warn_of_control_tokens
 from mtpd.data.responses import cut_responses, generate_responses
+from mtpd.data.rows.left_out import LeftOut, Unusable
+from mtpd.data.rows.row_format import RowFormat
+from mtpd.data.sources import built_in
 from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, fill, store_key
 from mtpd.errors import UserError, enough_memory
 from mtpd.parallel.sequence import shared_trunk
 from mtpd.recipe import Recipe
+from mtpd.run.check import row_format
 from mtpd.run.other_answers import other_answers
 from mtpd.run.session import Session
 
@@ -22,24 +27,47 @@ CHOOSING_PROMPTS = 28
 """Held-out prompts at most that choose among checkpoints."""
 
 
-def split_prompts(recipe: Recipe) -> Any:
-    """Prompts to train on and held-out prompts, with nothing in both."""
-    data = recipe.data
-    prompts = load_prompts(data.prompts, split=data.split, subset=data.subset, limit=data.limit, seed=recipe.seed)
+def split_prompts(recipe: Recipe, left_out: LeftOut | None = None) -> HeldOutSplit:
+    """Prompts to train on and held-out prompts, with nothing in both.
+
+    Args:
+        left_out: counts the rows that cannot be used.
+    """
+    data, form = recipe.data, row_format(recipe.data)
+    counted = LeftOut(data.max_unusable) if left_out is None else left_out
+    prompts = load_prompts(
+        data.prompts,
+        split=data.split,
+        subset=data.subset,
+        limit=data.limit,
+        seed=recipe.seed,
+        form=form,
+        left_out=counted,
+    )
     held_out: list[Prompt] | None = None
     if data.held_out is not None or data.prompts == "builtin":
         source = data.held_out or "builtin"
-        held_out = load_prompts("builtin-held-out" if source == "builtin" else source, seed=recipe.seed)
+        if built_in(source):
+            form = RowFormat(chat_template_kwargs=data.chat_template_kwargs)
+        held_out = load_prompts(
+            "builtin-held-out" if source == "builtin" else source, seed=recipe.seed, form=form, left_out=counted
+        )
     return split_held_out(prompts, held_out, count=data.held_out_count, seed=recipe.seed)
 
 
-def training_rows(session: Session, prompts: Sequence[Prompt]) -> PackedRows:
-    """Responses of the trunk (or of the data) to all prompts, and given text, packed into rows."""
+def training_rows(session: Session, prompts: Sequence[Prompt], left_out: LeftOut | None = None) -> PackedRows:
+    """Responses of the trunk (or of the data) to all prompts, and given text, packed into rows.
+
+    Args:
+        left_out: counts the prompts that cannot be used, beside the rows that could not be read.
+    """
     data = session.recipe.data
+    found = LeftOut(data.max_unusable)
+    warn_of_control_tokens(session.tokenizer, prompts)
     if data.responses != "given":
         samples = respond(
             session,
-            prompts,
+            usable(session, prompts, found),
             session.run.responses,
             temperature=data.temperature,
             top_p=data.top_p,
@@ -49,18 +77,62 @@ def training_rows(session: Session, prompts: Sequence[Prompt]) -> PackedRows:
         cut, count = cut_responses(samples, session.ends)
         session.responses = {"count": count, "cut": cut}
     else:
-        samples = [given_sample(session.tokenizer, prompt, end_tokens=session.ends) for prompt in prompts]
-    samples += [given_sample(session.tokenizer, text, end_tokens=session.ends) for text in given_texts(session.recipe)]
+        samples = _given(session, prompts, found)
+    found.check(len(prompts), source="data.prompts")
+    of_texts = LeftOut(data.max_unusable)
+    if texts := given_texts(session.recipe):
+        samples += _given(session, texts, of_texts)
+        of_texts.check(len(texts), source="data.given")
+    if left_out is not None:
+        left_out.take(found)
+        left_out.take(of_texts)
     return pack(samples, row_length=data.row_length, alone=session.trunk.recurrent)
+
+
+def usable(session: Session, prompts: Sequence[Prompt], left_out: LeftOut) -> list[Prompt]:
+    """Prompts that can be answered: the template takes them, and they leave room in the context."""
+    data, context = session.recipe.data, session.trunk.context
+    kept = []
+    for prompt, ids in render_all(session.tokenizer, prompts, left_out):
+        if len(ids) + data.max_new_tokens > context:
+            left_out.add(
+                Unusable(
+                    "longer than the context",
+                    f"{prompt.name}: its {len(ids)} tokens and data.max_new_tokens={data.max_new_tokens} do not fit "
+                    f"into the context of {context}",
+                )
+            )
+        else:
+            # Without a chat template there are no rounds.
+            kept.append(prompt if session.tokenizer.chat_template else replace(prompt, later=()))
+    return kept
+
+
+def _given(session: Session, prompts: Sequence[Prompt], left_out: LeftOut) -> list[Sample]:
+    """Documents of rows that have their own responses."""
+    samples: list[Sample] = []
+    for prompt in prompts:
+        try:
+            samples += given_samples(session.tokenizer, prompt, end_tokens=session.ends)
+        except Unusable as error:
+            left_out.add(error)
+    return samples
 
 
 def given_texts(recipe: Recipe) -> list[Prompt]:
     """Further texts to train on, which have their own responses."""
+    form = RowFormat(chat_template_kwargs=recipe.data.chat_template_kwargs)
     return [
         text
         for given in recipe.data.given
         for text in load_prompts(
-            given.prompts, split=given.split, subset=given.subset, limit=given.limit, seed=recipe.seed
+            given.prompts,
+            split=given.split,
+            subset=given.subset,
+            limit=given.limit,
+            seed=recipe.seed,
+            form=form,
+            left_out=LeftOut(recipe.data.max_unusable),
         )
     ]
 
@@ -166,9 +238,10 @@ def measured_prompts(recipe: Recipe, held_out: Sequence[Prompt]) -> list[Prompt]
     evaluation = recipe.evaluation
     # Of a conversation the first round is measured: one prompt, one response.
     asked = [replace(prompt, later=()) for prompt in spread(list(held_out), evaluation.prompts_limit)]
+    form = RowFormat(chat_template_kwargs=recipe.data.chat_template_kwargs)
     for source in evaluation.extra:
         name = Path(source).stem
-        extra = load_prompts(source, limit=evaluation.prompts_limit, seed=recipe.seed)
+        extra = load_prompts(source, limit=evaluation.prompts_limit, seed=recipe.seed, form=form)
         asked += [replace(prompt, id=f"{name}:{prompt.id}", family=name, later=()) for prompt in extra]
     return asked
 
@@ -185,6 +258,9 @@ def measured_samples(session: Session, held_out: Sequence[Prompt]) -> tuple[list
     """
     evaluation = session.recipe.evaluation
     asked = measured_prompts(session.recipe, held_out)
+    left_out = LeftOut(session.recipe.data.max_unusable)
+    asked = [prompt for prompt, _ in render_all(session.tokenizer, asked, left_out)]
+    left_out.check(len(asked) + left_out.total, source="data.held_out")
     samples = respond(session, asked, session.run.held_out, max_new_tokens=evaluation.max_new_tokens)
     if not evaluation.steps:
         return samples, []

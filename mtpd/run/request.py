@@ -10,7 +10,9 @@ from typing import Literal
 from mtpd.evaluate import gate
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.suites import Suite, load_suite
+from mtpd.finished_run import RECIPE
 from mtpd.heads import read_config
+from mtpd.recipe import load_recipe
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,15 @@ def check_request(request: Request, baseline: Acceptance | None) -> dict[str, Su
     heads = read_config(request.run / request.heads)
     drafts = request.drafts or heads.depth
     heads.check_depth(drafts, key="--drafts")
+    recipe = request.run / RECIPE
+    arguments = load_recipe(recipe).data.chat_template_kwargs if recipe.is_file() else {}
     suites = {
         name: load_suite(
             name,
             request.suite_dir,
             limit=request.limit or _setting(baseline, name, "limit"),
             max_new_tokens=request.max_new_tokens or _setting(baseline, name, "max_new_tokens"),
+            chat_template_kwargs=arguments,
             untrusted=request.untrusted,
         )
         for name in request.suites or (["demo"] if baseline is None else baseline.suites)

@@ -15,9 +15,11 @@ from mtpd.data.answers.file import FileAnswers
 from mtpd.data.answers.task import Task
 from mtpd.data.find_model import locate
 from mtpd.data.models import load_model, real_tokens
-from mtpd.data.prompts import Prompt
+from mtpd.data.rendering import render_all
 from mtpd.data.responses import end_tokens
 from mtpd.data.rounds import render_round
+from mtpd.data.rows.left_out import LeftOut, Unusable
+from mtpd.data.rows.prompt import Prompt
 from mtpd.errors import UserError
 from mtpd.files import write_whole
 from mtpd.recipe import Recipe
@@ -65,8 +67,11 @@ def write_prompts(recipe: Recipe, path: Path) -> dict[str, int]:
         ("measuring", measured, greedy, None),
     ):
         limits = Limits(int(settings["max_new_tokens"]), context, row_length)
-        tasks = list(_asked(tokenizer, prompts, limits, known, ends=ends))
-        limits.report(len(prompts))
+        left_out = LeftOut(data.max_unusable)
+        rendered = [prompt for prompt, _ in render_all(tokenizer, prompts, left_out)]
+        left_out.check(len(prompts), source="data.prompts" if purpose == "training" else "data.held_out")
+        tasks = list(_asked(tokenizer, rendered, limits, known, ends=ends))
+        limits.report(len(rendered))
         counts[purpose] = len(tasks)
         for task in tasks:
             line: dict[str, Any] = {"id": task.prompt.id, "turn": task.turn, "for": purpose, "prompt_ids": task.ids}
@@ -94,7 +99,13 @@ def _next_task(tokenizer: Any, each: Conversation, limits: Limits, ends: Sequenc
     turn = each.next_turn
     if not turn:
         return None
-    ids = render_round(tokenizer, each.prompt, each.answers, ends=ends)
+    # Without a chat template there are no rounds.
+    if turn > 1 and not tokenizer.chat_template:
+        return None
+    try:
+        ids = render_round(tokenizer, each.prompt, each.answers, ends=ends)
+    except Unusable:
+        return None
     if not limits.hold(ids, turn):
         return None
     each.tasks.append(Task(each.prompt, ids, turn))

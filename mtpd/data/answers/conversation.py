@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from mtpd.data.answers.task import Task
 from mtpd.data.packing import Sample
-from mtpd.data.prompts import Prompt
+from mtpd.data.rows.prompt import Prompt
 from mtpd.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -109,9 +109,7 @@ class FileAnswers:
             return list(ids)
         if isinstance(found.get("text"), str):
             self.texts += 1
-            return ids_of_text(
-                self._tokenizer, found["text"], self._ends, ended=found.get("finish_reason") != "length"
-            )
+            return ids_of_text(self._tokenizer, found["text"], self._ends, ended=found.get("finish_reason") != "length")
         raise UserError(f"{place}: has neither response_ids nor text; accepted: {ACCEPTED}")
 
 

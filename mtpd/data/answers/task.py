@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from mtpd.data.prompts import Prompt
+from mtpd.data.rows.prompt import Prompt
 from mtpd.files import fingerprint
 
 

@@ -19,6 +19,7 @@ suite of that name that comes with mtpd, or of the one that names it under `file
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,12 +27,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import StrictUndefined, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mtpd.data import sources
-from mtpd.data.prompts import DistinctIds, Prompt, read_row
+from mtpd.data.prompts import DistinctIds, Prompt
+from mtpd.data.rendering import render_all
+from mtpd.data.rows.left_out import LeftOut, Unusable
+from mtpd.data.rows.row_format import RowFormat, fill
 from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance, Settings
 from mtpd.files import escapes
@@ -40,7 +43,6 @@ from mtpd.recipe.text import explain, read_mapping
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-TEMPLATES = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
 
 
 class Suite(BaseModel):
@@ -68,6 +70,8 @@ class Suite(BaseModel):
     """Jinja template of the reference; null: the field reference."""
     match: Literal["number"] | None = None
     """How an answer is compared with the reference. number: the last number in it; null: not at all."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Arguments of the model's chat template, over those of the run; those that a row has go before them."""
     limit: int = Field(default=80, ge=1)
     """Prompts at most, drawn by the seed."""
     seed: int = Field(default=0, ge=0)
@@ -79,7 +83,10 @@ class Suite(BaseModel):
     def settings(self) -> Settings:
         """Settings that two measurements must share to be compared."""
         source = Path(self.source).name if sources.at_hand(self.source) else self.source
+        # Only where there are any: files of earlier versions know no such key.
+        arguments = {"chat_template_kwargs": json.dumps(self.chat_template_kwargs, sort_keys=True)}
         return {
+            **(arguments if self.chat_template_kwargs else {}),
             "source": source,
             "subsets": ", ".join(self.subsets) or None,
             "split": None if sources.at_hand(self.source) else self.split,
@@ -150,6 +157,7 @@ def load_suite(
     *,
     limit: int | None = None,
     max_new_tokens: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     untrusted: bool = False,
 ) -> Suite:
     """The suite of that name.
@@ -157,6 +165,7 @@ def load_suite(
     Args:
         folder: where suites are looked for first (`--suite-dir`).
         limit, max_new_tokens: in place of the suite's own.
+        chat_template_kwargs: arguments of the chat template where the suite says nothing else: those of the run.
         untrusted: whether the folder is somebody else's; paths in it must not lead out of it.
 
     Raises:
@@ -167,7 +176,8 @@ def load_suite(
     if untrusted and folder is not None:
         _refuse_escape(name, folder)
     suite = _find(name, folder)
-    changes = {"limit": limit, "max_new_tokens": max_new_tokens}
+    arguments = {**(chat_template_kwargs or {}), **suite.chat_template_kwargs}
+    changes = {"limit": limit, "max_new_tokens": max_new_tokens, "chat_template_kwargs": arguments}
     return suite.model_copy(update={key: value for key, value in changes.items() if value is not None})
 
 
@@ -228,20 +238,33 @@ def questions(name: str, suite: Suite) -> list[Question]:
         UserError: the source is missing or empty, a field that a template reads is missing.
     """
     found: list[Question] = []
-    ids = DistinctIds()
+    ids, left_out, number = DistinctIds(), LeftOut(), -1
     for number, (place, row) in enumerate(_rows(name, suite)):
-        question = _question(name, suite, number, place, row)
-        if not question.prompt.text.strip():
+        try:
+            question = _question(name, suite, number, place, row)
+        except Unusable as error:
+            left_out.add(error)
             continue
         found.append(replace(question, prompt=ids.number(question.prompt)))
     if ids.repeated:
         logger.warning("suite %s: %s", name, ids.words())
-    if not found:
-        raise UserError(f"suite {name}: {suite.source} holds no prompts")
+    left_out.check(number + 1, source=f"suite {name}: {suite.source}")
     if len(found) > suite.limit:
         chosen = sorted(random.Random(suite.seed).sample(range(len(found)), suite.limit))
         found = [found[index] for index in chosen]
     return found
+
+
+def usable(tokenizer: Any, name: str, asked: Sequence[Question]) -> list[Question]:
+    """The questions that the model's chat template takes; the others are counted in a warning.
+
+    Raises:
+        UserError: none is left, or too many are refused.
+    """
+    left_out = LeftOut()
+    kept = {prompt.id for prompt, _ in render_all(tokenizer, [question.prompt for question in asked], left_out)}
+    left_out.check(len(asked), source=f"suite {name}")
+    return [question for question in asked if question.prompt.id in kept]
 
 
 def _rows(name: str, suite: Suite) -> Iterator[tuple[str, Any]]:
@@ -255,18 +278,28 @@ def _rows(name: str, suite: Suite) -> Iterator[tuple[str, Any]]:
 
 def _question(name: str, suite: Suite, number: int, place: str, row: Any) -> Question:
     default_id = f"{name}-{number}"
-    if suite.prompt is None:
-        prompt = read_row(row, place=place, default_id=default_id)
+    if isinstance(row, Unusable):
+        raise row
+    form = RowFormat(chat_template_kwargs=suite.chat_template_kwargs)
+    if suite.prompt is not None:
+        said = _fill(suite.prompt, row, name, "prompt", place)
+        prompt = form.read({"prompt": said}, place=place, default_id=default_id)
     else:
-        prompt = Prompt(default_id, [{"role": "user", "content": _fill(suite.prompt, row, name, "prompt", place)}])
+        prompt = form.read(row, place=place, default_id=default_id)
+    if not prompt.text.strip():
+        raise Unusable("empty", f"{place}: it has no text")
     own_id = _fill(suite.id, row, name, "id", place) if suite.id is not None else prompt.id
     answer = row.get("reference") if suite.answer is None else _fill(suite.answer, row, name, "answer", place)
-    return Question(Prompt(own_id, prompt.prompt, None, name), answer if isinstance(answer, str) else None)
+    # Of a conversation the first round is measured.
+    asked = replace(prompt, id=own_id, response=None, family=name, later=())
+    return Question(asked, answer if isinstance(answer, str) else None)
 
 
 def _fill(template: str, row: Mapping[str, Any], name: str, key: str, place: str) -> str:
     try:
-        return TEMPLATES.from_string(template).render(row)
-    except (TemplateError, TypeError) as error:
-        fields = ", ".join(sorted(row)) if isinstance(row, Mapping) else type(row).__name__
-        raise UserError(f"suite {name}: {key}: {error} ({place}); its rows have {fields}") from error
+        return fill(template, row)
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        fields = ", ".join(sorted(map(str, row))) if isinstance(row, Mapping) else type(row).__name__
+        raise Unusable(
+            f"refused by the template of {key}", f"suite {name}: {key}: {error} ({place}); its rows have {fields}"
+        ) from error
