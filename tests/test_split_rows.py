@@ -251,10 +251,10 @@ def test_parts_of_rows() -> None:
 def test_steps_of_split_rows_keep_their_rows(tmp_path: Path) -> None:
     """Fault: processes that share rows are counted as if each had rows of its own."""
     recipe = recipe_with(2, train={"micro_batch_rows": 2, "gradient_accumulation": 3})
-    assert accumulation(recipe, tmp_path, 4) == 3
+    assert accumulation(recipe.train, tmp_path, 4, parts=2) == 3
     checkpoint = tmp_path / "checkpoint-4"
     checkpoint.mkdir()
     save_file({"step": torch.zeros(1)}, checkpoint / OPTIMIZER, metadata={STEP_ROWS: "8"})
-    assert [accumulation(recipe, tmp_path, count) for count in (2, 4, 8)] == [4, 2, 1]
+    assert [accumulation(recipe.train, tmp_path, count, parts=2) for count in (2, 4, 8)] == [4, 2, 1]
     with pytest.raises(UserError, match="8 rows, and 6 processes have 6 .* accepted numbers of processes: 2, 4, 8$"):
-        accumulation(recipe, tmp_path, 6)
+        accumulation(recipe.train, tmp_path, 6, parts=2)

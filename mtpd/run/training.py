@@ -19,7 +19,8 @@ from mtpd.heads import Heads
 from mtpd.parallel.deepspeed_config import load_settings
 from mtpd.parallel.partition import deepspeed_running, partitioned
 from mtpd.parallel.sequence import SplitRows
-from mtpd.recipe import Recipe
+from mtpd.recipe.pretrain import PretrainTraining
+from mtpd.recipe.sections import TrainRecipe
 from mtpd.run.session import Session
 from mtpd.train.arguments import loss_settings, training_arguments
 from mtpd.train.finished_depths import FinishedDepths
@@ -56,7 +57,9 @@ def train_heads(
     after = 0 if below is None else below.depth
     with ExitStack() as running:
         parts = recipe.train.sequence_parallel
-        options: dict[str, Any] = {"accumulation": accumulation(recipe, session.run.path, processes())}
+        options: dict[str, Any] = {
+            "accumulation": accumulation(recipe.train, session.run.path, processes(), parts=parts)
+        }
         if settings is not None:
             if settings.stage == 3 and (joint is not None or heads.shared_layers):
                 key = "heads.shared_layers" if joint is None else "trunk.train"
@@ -127,18 +130,18 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def accumulation(recipe: Recipe, directory: Path, processes: int) -> int:
+def accumulation(train: TrainRecipe | PretrainTraining, directory: Path, processes: int, *, parts: int = 1) -> int:
     """Micro batches of an optimizer step in each process, or in those that share rows.
 
     A run that goes on with another number of processes keeps the rows of its steps: they decide what a step is.
 
     Args:
         directory: of the run; its checkpoints say how many rows their steps have.
+        parts: processes that share each row.
 
     Raises:
         UserError: these processes cannot have as many rows in a step.
     """
-    train, parts = recipe.train, recipe.train.sequence_parallel
     at_once = train.micro_batch_rows * (processes // parts)
     found = (read_step_rows(checkpoint) for checkpoint in sorted(directory.glob("checkpoint-*")))
     before = next((rows for rows in found if rows), None)
