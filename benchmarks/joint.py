@@ -34,7 +34,7 @@ from lab import machine
 from torch import Tensor
 
 from mtpd import alignment
-from mtpd.data.models import load_model, trunk_fingerprint
+from mtpd.data.models import load_model
 from mtpd.data.packing import Sample
 from mtpd.decode.choice import Greedy
 from mtpd.decode.engine import Engine
@@ -165,7 +165,7 @@ class Measured:
             "model": downstream(self.trunk, self.held_out, self.tokenizer),
         }
         if (run / "heads").is_dir():
-            heads = load_heads(run / "heads", self.trunk, fingerprint=trunk_fingerprint(model)).eval()
+            heads = load_heads(run / "heads", self.trunk).eval()
             self.texts = {"greedy": self.write(0.0), "drawn": self.write(1.0)}
             self.measure("heads", heads)
             if heads.config.kind == "chain":
@@ -277,12 +277,12 @@ def downstream(trunk: Trunk, rows: Tensor, tokenizer: Any) -> dict[str, float]:
             first, end = of_place.get(match.start()), of_place.get(match.end())
             if match.group() in seen and first and end:
                 asked["identifier"] += 1
-                right["identifier"] += all(chosen[at - 1] == ids[0, at] for at in range(first, end))
+                right["identifier"] += all(chosen[at - 1] == int(ids[0, at]) for at in range(first, end))
             seen.add(match.group())
         for number, piece in enumerate(pieces):
             if number and piece.strip() and piece.strip()[0] in CLOSE:
                 asked["bracket"] += 1
-                right["bracket"] += chosen[number - 1] == ids[0, number]
+                right["bracket"] += chosen[number - 1] == int(ids[0, number])
     return {name: right[name] / max(1, asked[name]) for name in right} | {f"{k}s": float(v) for k, v in asked.items()}
 
 
