@@ -52,7 +52,7 @@ from mtpd.train.model import DistillModel
 from mtpd.train.trainer import HeadTrainer
 from mtpd.trunk import Trunk
 
-CE = ["train.loss=ce", "train.weights=[0.3, 0.3, 0.3, 0.3]"]
+CE = ["train.loss=ce", "train.top_n=null", "train.weights=[0.3, 0.3, 0.3, 0.3]"]
 ARMS: dict[str, list[str]] = {
     "ce": CE,
     "mtp_d": [],
@@ -63,7 +63,7 @@ ARMS: dict[str, list[str]] = {
     "not-detached": [],
     "no-trunk-gradient": ["heads.trunk_gradient=false"],
     "trunk-gradient-of-1": [],
-    "one-ce": ["heads.depth=1", "train.loss=ce", "train.weights=[0.3]"],
+    "one-ce": ["heads.depth=1", "train.loss=ce", "train.top_n=null", "train.weights=[0.3]"],
     "one-mtp_d": ["heads.depth=1"],
     "alone": ["heads.depth=0"],
     **{f"heads-{depth}": [f"heads.depth={depth}"] for depth in (1, 3, 7)},

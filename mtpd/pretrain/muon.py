@@ -57,6 +57,11 @@ def muon_and_adamw(model: nn.Module, layers: Iterable[nn.Module], args: Training
     return MuonAndAdamW(matrices, others, lr=args.learning_rate, weight_decay=args.weight_decay, betas=betas)
 
 
+def with_decoder_layer(heads: nn.Module) -> list[nn.Module]:
+    """Lists the heads that have a decoder layer, whose matrices lie between hidden states."""
+    return [each for each in heads.modules() if isinstance(getattr(each, "block", None), nn.Module)]
+
+
 def adamw(model: nn.Module, args: TrainingArguments) -> torch.optim.AdamW:
     """Makes AdamW for all that is trained; matrices alone decay."""
     groups = _groups([each for each in model.parameters() if each.requires_grad], args)

@@ -32,6 +32,7 @@ from mtpd.parallel import ranks
 from mtpd.parallel.deepspeed_config import load_settings
 from mtpd.parallel.partition import deepspeed_running
 from mtpd.pretrain.model import heads_of, model_of
+from mtpd.pretrain.muon import with_decoder_layer
 from mtpd.pretrain.text import as_packed, stream_rows, texts_of
 from mtpd.pretrain.trainer import MAIN, Diverged, PretrainTrainer, held_out_metrics
 from mtpd.recipe import PretrainRecipe, compared_tokens, dump, load_pretrain_recipe, loss_weights
@@ -120,7 +121,7 @@ def _pretrain(recipe: PretrainRecipe, *, progress: bool) -> Path:
             autocast=dtype if settings is not None and dtype != torch.float32 else None,
         )
         if recipe.train.compile:
-            for layer in (*trunk.decoder.layers, *(each.block for each in heads.layers if hasattr(each, "block"))):
+            for layer in (*trunk.decoder.layers, *with_decoder_layer(heads)):
                 layer.compile()
         trainer = PretrainTrainer(
             model,

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from mtpd.errors import MtpdError
 from mtpd.losses.settings import LossSums
-from mtpd.pretrain.muon import adamw, muon_and_adamw
+from mtpd.pretrain.muon import adamw, muon_and_adamw, with_decoder_layer
 from mtpd.train.model import DistillModel
 from mtpd.train.trainer import HeadTrainer
 
@@ -54,7 +54,7 @@ class PretrainTrainer(HeadTrainer):
         optimizer: Any = self.optimizer  # type: ignore[has-type]
         if optimizer is None:
             model = self.distill_model
-            layers = [model.trunk.decoder.layers, *(each for each in model.heads.layers if hasattr(each, "block"))]
+            layers = [model.trunk.decoder.layers, *with_decoder_layer(model.heads)]
             self.optimizer = muon_and_adamw(model, layers, self.args) if self.muon else adamw(model, self.args)
         return self.optimizer
 
