@@ -120,7 +120,7 @@ def recipe_of(options: Any, arm: str, seed: int) -> PretrainRecipe:
     changes = [f"output={options.work / f'{Path(options.recipe).stem}-{arm}-{seed}'}", f"seed={seed}"]
     for change in ARMS[arm]:
         key, _, value = change.partition("=")
-        if key == "train.top_n" and 0 < float(value) < 1:
+        if key == "train.top_n" and value.startswith("0."):
             vocabulary = int(str(load_pretrain_recipe(options.recipe).tokenizer).rpartition(":")[2])
             change = f"{key}={round(float(value) * vocabulary)}"
         changes.append(change)

@@ -59,7 +59,7 @@ class PretrainData(Section):
     """Split of the datasets id of `texts`."""
     held_out_split: Text = "test"
     """Split of the datasets id of `held_out`."""
-    tokens: Count | None = None
+    tokens: int | None = Field(default=None, ge=1)
     """Tokens of `texts` at most, from their beginning; null for all."""
     row_length: int = Field(default=512, ge=16, le=LARGEST)
     """Tokens of a row. The texts are one stream, with an end token behind each, cut into rows."""
@@ -115,7 +115,7 @@ class PretrainRecipe(Section):
     special tokens are the tokenizer's. Or a checkpoint to train on: a directory, or a hub id."""
     tokenizer: Text | None = None
     """`bytes` (ByT5's: one token a byte, no files needed), `bpe:N` (a byte-level BPE of N tokens, trained on the
-    text, at most its first 200 million characters), or what a hub id or directory has. null: bytes, or the checkpoint's."""
+    text's first 200 million characters), or what a hub id or directory has. null: bytes, or the checkpoint's."""
     output: Annotated[Path, Field(strict=False)] = Path("runs/pretrain")
     """The run directory. A recipe file that does not set it gets runs/<name of the file>."""
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -147,9 +147,7 @@ def _problems(recipe: PretrainRecipe) -> list[str]:
             f"{data.row_length - 2}, or a longer data.row_length"
         )
     if heads.source is not None and not isinstance(recipe.model, str):
-        problems.append(
-            f"heads.source: {heads.source} needs the checkpoint that it belongs to as model; accepted: null"
-        )
+        problems.append(f"heads.source: {heads.source} needs the checkpoint of these heads as model; accepted: null")
     if train.optimizer == "muon" and train.deepspeed is not None:
         problems.append(
             f"train.optimizer: muon is not accepted with train.deepspeed: {train.deepspeed}, which cuts matrices into "
@@ -161,9 +159,7 @@ def _problems(recipe: PretrainRecipe) -> list[str]:
     if tokenizer.startswith(BPE):
         size = tokenizer.removeprefix(BPE)
         if not size.isdecimal() or int(size) < LEAST_TOKENS:
-            problems.append(
-                f"tokenizer: {tokenizer} is not accepted; accepted: bpe:N with N of at least {LEAST_TOKENS}"
-            )
+            problems.append(f"tokenizer: {tokenizer} is not accepted; accepted: bpe:N, N at least {LEAST_TOKENS}")
         elif isinstance(recipe.model, str):
             problems.append(f"tokenizer: {tokenizer} is not accepted for a checkpoint, which has one; accepted: null")
     return problems
