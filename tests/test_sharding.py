@@ -16,8 +16,8 @@ from mtpd.errors import UserError
 from mtpd.parallel import document_attention
 from mtpd.parallel.deepspeed_config import DeepSpeedSettings, bucket_elements, load_settings
 from mtpd.recipe import DEEPSPEED_PRESETS, parse_recipe
-from mtpd.run.training import accumulation
 from mtpd.train.rows import RowOrder, TrainingRows
+from mtpd.train.step_rows import accumulation
 
 ALONE = {
     "one": Case(None, accumulation=2),

@@ -19,9 +19,9 @@ from mtpd.errors import UserError
 from mtpd.parallel.document_attention import LONG, RowAttention, by_documents
 from mtpd.parallel.sequence import SharedTrunk, SplitRows, check_split
 from mtpd.recipe import parse_recipe
-from mtpd.run.training import accumulation
 from mtpd.train.optimizer_state import OPTIMIZER, STEP_ROWS
 from mtpd.train.rows import RowOrder, TrainingRows
+from mtpd.train.step_rows import accumulation
 from mtpd.trunk import Trunk
 
 DOCUMENTS = ((37, 8, 19), (64,), (5, 30, 29))

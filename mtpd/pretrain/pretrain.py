@@ -36,11 +36,11 @@ from mtpd.pretrain.muon import with_decoder_layer
 from mtpd.pretrain.text import as_packed, stream_rows, texts_of
 from mtpd.pretrain.trainer import MAIN, Diverged, PretrainTrainer, held_out_metrics
 from mtpd.recipe import PretrainRecipe, compared_tokens, dump, load_pretrain_recipe, loss_weights
-from mtpd.run.training import accumulation, processes
 from mtpd.train import checkpoints
 from mtpd.train.joint_trunk import FullTrunk
 from mtpd.train.model import DistillModel
 from mtpd.train.rows import TrainingRows
+from mtpd.train.step_rows import accumulation, processes
 from mtpd.train.trainer import Metrics, train
 
 FITTED_ROWS = 256
