@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mtpd.data.models import load_model, real_tokens, trunk_fingerprint
 from mtpd.errors import UserError
 from mtpd.heads import Heads, build_heads, configure_heads, load_heads, start_heads
+from mtpd.heads.config import read_config
 from mtpd.pretrain.no_heads import NoHeads
 from mtpd.pretrain.tokenizer import load_tokenizer, tokenizer_of
 from mtpd.recipe import PretrainRecipe
@@ -92,6 +93,10 @@ def heads_of(recipe: PretrainRecipe, trunk: Trunk, batches: Callable[[], Iterabl
     heads = build_heads(trunk, config)
     source = None
     if section.source is not None:
-        source = load_heads(section.source, trunk, fingerprint=trunk_fingerprint(trunk.model))
+        # The trunk is here in float32, whatever its checkpoint is in.
+        formats = (torch.float32, torch.bfloat16, torch.float16)
+        known = {trunk_fingerprint(trunk.model, dtype) for dtype in formats}
+        of_heads = read_config(section.source).trunk
+        source = load_heads(section.source, trunk, fingerprint=of_heads if of_heads in known else min(known))
     start_heads(heads, trunk, start, batches, seed=recipe.seed, source=source)
     return heads
