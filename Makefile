@@ -58,12 +58,13 @@ format: $(INSTALLED)  ## Format the code and apply safe fixes
 # Needs a finished run. vLLM gets a virtual environment of its own in ~/.cache/mtpd.
 RUN ?= runs/demo
 EXPORTS ?= build/exports
-verify-vllm: $(INSTALLED)  ## Export the heads of RUN and serve them with vLLM on this machine
+verify-vllm: $(INSTALLED)  ## Serve exported heads of RUN with vLLM on this machine, and let it answer prompts
 	rm -rf $(EXPORTS)
 	$(BIN)/mtpd export $(RUN) --to mimo-draft --depth 1 -o $(EXPORTS)/mimo-draft
 	$(BIN)/mtpd verify $(EXPORTS)/mimo-draft --engine vllm --limit 4
 	$(BIN)/mtpd export $(RUN) --to glm4moe --depth 1 -o $(EXPORTS)/glm4moe
 	$(BIN)/mtpd verify $(EXPORTS)/glm4moe --engine vllm --limit 4
+	$(BIN)/python benchmarks/responses.py --ways slots,vllm --prompts 24
 
 clean:  ## Delete .venv and caches; runs/ stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist

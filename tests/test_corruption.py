@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from mtpd.data import responses, store
+from mtpd.data import store
+from mtpd.data.answers import kept
 from mtpd.decode.chances import CHANCES, Chances, read_chances
 from mtpd.errors import MtpdError
 from mtpd.evaluate.acceptance import Acceptance
@@ -55,8 +56,8 @@ def prompts(file: Path) -> Any:
 
 def answers(file: Path) -> Any:
     settings = json.loads((file.parent / "whole.jsonl").read_text().split("\n")[0])["settings"]
-    whole = responses._read(file.parent / "whole.jsonl", settings)
-    found = responses._read(file, settings)
+    whole = kept.read(file.parent / "whole.jsonl", settings)
+    found = kept.read(file, settings)
     # What is damaged is answered again; what is left is as it was.
     assert found.items() <= whole.items()
     assert len(whole) - len(found) <= 2

@@ -1,4 +1,4 @@
-"""`mtpd data`: what training reads beside its recipe, made ahead of it."""
+"""`mtpd data`: what training reads beside its recipe, made ahead of it; prompts for others to answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mtpd.run.check import check_file, check_recipe
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Prepare a training: compute its hidden states, or its draft vocabulary.\n\n"
+    help="Prepare a training: write its prompts, compute its hidden states, or its draft vocabulary.\n\n"
     "Example:\n\n    mtpd data store demo",
 )
 
@@ -92,3 +92,32 @@ def vocab(
             count, share = count_vocabulary(recipe, out)
         if ranks.speaks():
             typer.echo(f"done: {out}, {count:,} tokens that are {share:.2%} of those in the training responses")
+
+
+@app.command()
+def prompts(
+    context: typer.Context,
+    arguments: RecipeArguments = None,
+    out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("prompts.jsonl"),
+    untrusted: Untrusted = False,
+    debug: Debug = False,
+) -> None:
+    """Write all prompts of a recipe with their token ids and sampling settings, for another program to answer.
+
+    One JSON object a line, of those that are trained on and those that are measured on. The model's weights are not
+    needed. The program adds response_ids to each line, and data.responses takes the file. With a file there already,
+    the prompts that it lacks are written, later turns of conversations among them.
+
+    Example:
+
+        mtpd data prompts demo --out prompts.jsonl
+    """
+    path, overrides = split_arguments(arguments)
+    recipe = load_recipe(path, overrides, untrusted=untrusted)
+    check_recipe(recipe, weights=False)
+    check_file(out, key="--out")
+    with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
+        from mtpd.run.write_prompts import write_prompts  # brings in torch
+
+        counts = write_prompts(recipe, out)
+        typer.echo(f"done: {out}, {counts['training']:,} prompts to train on and {counts['measuring']:,} to measure on")

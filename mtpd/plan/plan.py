@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,14 +86,7 @@ class Plan:
 
     def table(self) -> str:
         """The plan as a reader sees it, lines of at most 100 characters."""
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="bold")
-        grid.add_column()
-        for title, line in self._lines():
-            grid.add_row(title, line)
-        buffer = io.StringIO()
-        Console(file=buffer, width=WIDTH, no_color=True, highlight=False, markup=False).print(grid)
-        return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+        return lines_of(self._lines())
 
     def _lines(self) -> list[tuple[str, str]]:
         recipe, text = self.recipe, self.text
@@ -170,7 +163,7 @@ class Plan:
     def _prompts(self) -> str:
         data, text = self.recipe.data, self.text
         line = f"{amount(text.prompts)} to train on, {amount(text.held_out)} held out"
-        if data.responses == "trunk":
+        if data.responses != "given":
             line += f"; responses of at most {data.max_new_tokens:,} tokens"
         return line + (f"; {amount(text.given)} given texts" if data.given else "")
 
@@ -185,7 +178,7 @@ class Plan:
         """Counts how often the trunk runs over the training text."""
         data, train = self.recipe.data, self.recipe.train
         passes = []
-        if data.responses == "trunk":
+        if data.responses != "given":
             passes.append(f"generation, {data.generation_batch} prompts at a time")
         if data.hidden_states != "recompute":
             passes.append("1 in training, or none if all states are stored")
@@ -321,6 +314,18 @@ def _devices(device: torch.device, count: int | None) -> tuple[int, float]:
 def _value(fit: Fit) -> str:
     """Reads the value that the recipe key has to be."""
     return "null" if fit.sharding == "none" else fit.sharding
+
+
+def lines_of(rows: Sequence[tuple[str, str]]) -> str:
+    """Prints titles with what is said of them, in lines of at most 100 characters."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    grid.add_column()
+    for title, line in rows:
+        grid.add_row(title, line)
+    buffer = io.StringIO()
+    Console(file=buffer, width=WIDTH, no_color=True, highlight=False, markup=False).print(grid)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
 
 def amount(count: int | None) -> str:

@@ -11,7 +11,15 @@ from typing import Any
 
 from mtpd.heads.kinds import KINDS
 from mtpd.losses.settings import LOSSES
-from mtpd.recipe.sections import DataRecipe, EvaluationRecipe, ExtendRecipe, HeadsRecipe, TrainRecipe, TrunkRecipe
+from mtpd.recipe.sections import (
+    DataRecipe,
+    EvaluationRecipe,
+    ExtendRecipe,
+    HeadsRecipe,
+    LossRecipe,
+    TrainRecipe,
+    TrunkRecipe,
+)
 
 OWNED_ARGUMENTS = {
     "output_dir": "output",
@@ -131,11 +139,6 @@ def trunk_problems(
             f"data.hidden_states: {data.hidden_states} does nothing with trunk.teacher: detached, whose states change; "
             "accepted: recompute"
         )
-    if not KINDS[heads.kind].trains_trunk:
-        accepted = ", ".join(kind.name for kind in KINDS.values() if kind.trains_trunk)
-        problems.append(
-            f"trunk.train: {trunk.train} is not accepted with heads.kind: {heads.kind}; accepted: {accepted}"
-        )
     if heads.shared_layers:
         problems.append(
             f"heads.shared_layers: {heads.shared_layers} is not accepted with trunk.train: {trunk.train}, which "
@@ -231,91 +234,19 @@ def split_problems(train: TrainRecipe, heads: HeadsRecipe, data: DataRecipe, ext
     return problems
 
 
-ASKING = ("prompt", "messages", "conversations", "turns", "instruction", "input", "question", "query", "text", "chosen")
-"""What a column can be taken for that says what is asked."""
-FIELDS = (
-    *ASKING,
-    "completion",
-    "output",
-    "answer",
-    "response",
-    "system",
-    "tools",
-    "chat_template_kwargs",
-    "id",
-    "family",
-)
-"""What a column can be taken for."""
-RESERVED = ("messages", "tools", "documents", "tokenize", "add_generation_prompt", "continue_final_message")
-"""Arguments of the rendering that rows and mtpd decide."""
-BUILT_IN = ("builtin", "stdlib")
-"""Prompts whose rows have known columns."""
-
-
-def data_problems(data: DataRecipe) -> list[str]:
-    problems = []
-    if data.temperature == 0 and data.top_p < 1:
-        problems.append(
-            f"data.top_p: {data.top_p} does nothing while data.temperature is 0; accepted: 1, or a temperature above 0"
-        )
-    if data.responses == "trunk" and data.max_new_tokens >= data.row_length:
-        problems.append(
-            f"data.max_new_tokens: {data.max_new_tokens} does not fit into a row; "
-            f"accepted: less than data.row_length, which is {data.row_length}"
-        )
-    if data.responses == "given" and data.prompts == "builtin":
-        problems.append(
-            "data.responses: given is not accepted with data.prompts: builtin, which has prompts only; accepted: trunk"
-        )
-    problems += [
-        f"data.columns.{name}: {column} is not accepted; accepted: {', '.join(FIELDS)}"
-        for name, column in data.columns.items()
-        if name not in FIELDS
-    ]
-    if data.template is not None and (asked := sorted(set(data.columns) & set(ASKING))):
-        problems.append(
-            f"data.columns.{asked[0]}: {data.columns[asked[0]]} is not accepted with data.template, which writes the "
-            f"user's message; accepted: {', '.join(name for name in FIELDS if name not in ASKING)}"
-        )
-    problems += [
-        f"data.chat_template_kwargs.{name}: is not accepted, it has a meaning of its own; accepted: other arguments of "
-        "the chat template"
-        for name in RESERVED
-        if name in data.chat_template_kwargs
-    ]
-    if data.template is not None:
-        # Imported only for recipes that use it.
-        from jinja2 import Environment, TemplateSyntaxError
-
-        try:
-            Environment().parse(data.template)
-        except TemplateSyntaxError as error:
-            problems.append(f"data.template: {data.template} is not accepted ({error}); accepted: a Jinja template")
-    if data.prompts in BUILT_IN and (data.columns or data.template is not None):
-        key = "columns" if data.columns else "template"
-        problems.append(
-            f"data.{key}: does nothing with prompts: {data.prompts}; accepted: {'{}' if data.columns else 'null'}"
-        )
-    sources = [("data", data.prompts, data.subset)]
-    sources += [(f"data.given.{number}", text.prompts, text.subset) for number, text in enumerate(data.given)]
-    for key, prompts, subset in sources:
-        if subset is not None and (prompts == "builtin" or prompts.endswith((".jsonl", ".json", ".csv", ".parquet"))):
-            problems.append(f"{key}.subset: {subset} does nothing with prompts: {prompts}; accepted: null")
-    problems += [
-        f"data.given.{number}.prompts: builtin is not accepted, it has prompts only; accepted: a file or "
-        "folder of rows, or a datasets id"
-        for number, text in enumerate(data.given)
-        if text.prompts == "builtin"
-    ]
-    return problems
-
-
 TOP_N = 10_000
 
 
 def train_problems(train: TrainRecipe, depth: int) -> list[str]:
+    problems = loss_problems(train, depth)
+    if train.max_steps == 0:
+        problems.append("train.max_steps: 0 is not accepted; accepted: -1 for whole epochs, or at least 1")
+    return problems + _argument_problems(train.arguments)
+
+
+def loss_problems(train: LossRecipe, depth: int) -> list[str]:
     problems = []
-    for key, field in TrainRecipe.model_fields.items():
+    for key, field in LossRecipe.model_fields.items():
         losses = [loss.name for loss in LOSSES.values() if key in loss.reads]
         value, default = getattr(train, key), field.default
         if losses and train.loss not in losses and value != default:
@@ -334,9 +265,7 @@ def train_problems(train: TrainRecipe, depth: int) -> list[str]:
             )
         elif not any(train.weights):
             problems.append("train.weights: all weights of the loss are 0; accepted: at least one of them above 0")
-    if train.max_steps == 0:
-        problems.append("train.max_steps: 0 is not accepted; accepted: -1 for whole epochs, or at least 1")
-    return problems + _argument_problems(train.arguments)
+    return problems
 
 
 def _argument_problems(arguments: Mapping[str, Any]) -> list[str]:
@@ -373,7 +302,7 @@ def _argument_problems(arguments: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def loss_weights(train: TrainRecipe, depth: int, *, after: int = 0) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def loss_weights(train: LossRecipe, depth: int, *, after: int = 0) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The weights of cross-entropy and divergence that `train.loss` means, for depths after+1..depth.
 
     A list for fewer depths is looped, as heads are.
@@ -384,6 +313,8 @@ def loss_weights(train: TrainRecipe, depth: int, *, after: int = 0) -> tuple[tup
     else:
         weights = [train.weights[k % len(train.weights)] for k in depths]
     alpha, beta = LOSSES[train.loss].terms(depth)
+    if train.beta is not None:
+        beta = train.beta
     return tuple(alpha * weight for weight in weights), tuple(beta * weight for weight in weights)
 
 
@@ -392,7 +323,7 @@ def checkpoints_kept(train: TrainRecipe) -> int:
     return int(train.arguments.get("save_total_limit", 2))
 
 
-def compared_tokens(train: TrainRecipe) -> int:
+def compared_tokens(train: LossRecipe) -> int:
     """The n of the top n that `train` means, 0 for all tokens."""
     if "top_n" not in LOSSES[train.loss].reads:
         return 0

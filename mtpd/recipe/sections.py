@@ -52,8 +52,8 @@ class HeadsRecipe(Section):
     own MTP layers, `depth` of them (all if it is not set), which `heads=native` says for short. null: regression, or
     identity for heads that have nothing to fit."""
     source: Text | None = None
-    """Directory of heads to start from instead, such as `heads` of `mtpd pretrain`: for parallel heads those of the
-    same block, for circuits those of block linear."""
+    """Directory of heads to start from instead, such as `heads` of `mtpd pretrain`: for chain heads a chain, for
+    parallel heads those of the same block, for circuits those of block linear."""
     vocabulary: Annotated[int, Field(ge=0, le=LARGEST)] | Text = 0
     """Draft vocabulary: how many of the tokens most frequent in the training responses can be drafted, special tokens
     among them; 0 for all tokens. Or a file that `mtpd data vocab` wrote."""
@@ -101,8 +101,14 @@ class DataRecipe(Section):
     a datasets id. null: the built-in held-out set if `prompts` is builtin, else `held_out_count` of the prompts."""
     held_out_count: Count = 80
     """Prompts kept out of training when `held_out` is null and `prompts` is not builtin."""
-    responses: Literal["trunk", "given"] = "trunk"
-    """trunk: the model answers the prompts itself (self-distillation). given: the data has the responses."""
+    responses: str = Field(
+        default="trunk",
+        pattern=r"^(trunk|given)$|^https?://|\.jsonl$",
+        examples=["trunk", "given", "http://localhost:8000", "responses.jsonl"],
+    )
+    """trunk: the model answers the prompts itself (self-distillation). given: the data has the responses. The address
+    of a server with OpenAI's interface, such as vLLM, that serves the model; or a .jsonl file of responses that it
+    wrote. Both are checked against the model. A server's key is read from the environment (MTPD_API_KEY)."""
     temperature: float = Field(default=0.0, ge=0)
     """Sampling temperature of generated responses; 0 is greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -126,6 +132,16 @@ class DataRecipe(Section):
     nothing is kept. A path with a /: a directory for the files, such as one that `mtpd data store` filled."""
 
     @property
+    def server(self) -> str | None:
+        """The address of the server that writes the responses; None where none does."""
+        return self.responses if self.responses.startswith(("http://", "https://")) else None
+
+    @property
+    def responses_file(self) -> str | None:
+        """The file that holds the responses; None where none does."""
+        return None if self.responses in ("trunk", "given") or self.server else self.responses
+
+    @property
     def store(self) -> str | None:
         """The directory that `hidden_states` names; None for one of the words."""
         return self.hidden_states if "/" in self.hidden_states else None
@@ -136,14 +152,16 @@ class DataRecipe(Section):
         return self.hidden_states not in ("memory", "recompute")
 
 
-class TrainRecipe(Section):
-    """The loss and its optimisation."""
+class LossRecipe(Section):
+    """What heads are trained on."""
 
     loss: Annotated[str, Registered(LOSSES)] = Field(
         default=next(iter(LOSSES)),
         description="What is trained on, summed over depths. "
         + " ".join(f"{loss.name}: {loss.about}." for loss in LOSSES.values()),
     )
+    beta: Weight | None = None
+    """Weight of the KL in mtp_d, beside 0.3 for the cross-entropy; null: 0.5, and 1 for a single head."""
     weights: list[Weight] | None = None
     """Weight of the loss of each depth; null: 1 for all."""
     decay: float = Field(default=1.0, gt=0, le=1)
@@ -153,6 +171,11 @@ class TrainRecipe(Section):
     vocabulary. null: 10,000."""
     teacher_temperature: float = Field(default=1.0, gt=0)
     """Temperature of the teacher's distribution in the divergence."""
+
+
+class TrainRecipe(LossRecipe):
+    """The loss and its optimisation."""
+
     compile: bool = False
     """Compile the loss with torch.compile: faster steps after a start of about half a minute. Needs a compiler."""
     checkpoint_blocks: bool = False

@@ -24,6 +24,7 @@ PATHS = (
     "data.prompts",
     "data.held_out",
     "data.hidden_states",
+    "data.responses",
     "data.texts",
     "data.given.*.prompts",
     "evaluation.extra.*",
@@ -62,6 +63,8 @@ def refuse_untrusted(values: Mapping[str, Any], *, source: str) -> None:
             name = key.removeprefix("train.arguments.")
             if name not in PLAIN_ARGUMENTS or not isinstance(value, bool | int | float):
                 raise _refused(key, value, f"numbers for {', '.join(PLAIN_ARGUMENTS)}", source)
+        if key == "data.responses" and str(value).startswith("http"):
+            raise _refused(key, value, "trunk, given, or a file in this folder", source)
         path = isinstance(value, str) and any(_matches(key, pattern) for pattern in PATHS)
         if path and escapes(value, Path.cwd()):
             raise _refused(key, value, "a name, or a path in this folder without links that lead out of it", source)

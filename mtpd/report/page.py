@@ -117,6 +117,9 @@ def _facts(contents: ReportContents, first: Mapping[str, Any]) -> list[tuple[str
         facts.append(("number format", str(settings["dtype"])))
     if provenance.get("machine"):
         facts.append(("hardware", str(provenance["machine"])))
+    if (answered := provenance.get("responses")) and answered.get("count"):
+        share = f"{answered['cut'] / answered['count']:.0%} cut at {contents.recipe['data']['max_new_tokens']} tokens"
+        facts.append(("responses", f"{answered['count']:,}, {share}"))
     began, ended = (_time(provenance.get(key)) for key in ("started", "finished"))
     if began and ended:
         facts.append(("run", f"{began:%Y-%m-%d %H:%M} to {ended:%Y-%m-%d %H:%M} UTC"))

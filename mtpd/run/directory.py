@@ -25,8 +25,10 @@ from mtpd.train.checkpoints import named_checkpoint
 
 logger = logging.getLogger(__name__)
 
-LATER = ("heads.", "train.", "evaluation.")
-"""Keys that decide nothing before there are heads."""
+LATER = ("heads.", "train.", "evaluation.", "data.")
+"""Keys that decide nothing before there are heads: answers are kept by what they depend on."""
+DECIDING = ("data.temperature", "data.top_p")
+"""Those of them that all answers depend on."""
 AFTERWARDS = ("extend.", "train.deepspeed")
 """Keys that decide nothing about the run itself: each stage of an extension has a directory of its own, and a run can
 go on sharded in another way."""
@@ -97,9 +99,12 @@ def open_run(recipe: Recipe, *, fresh: bool, resume: str = "auto") -> RunDirecto
         changed = any(key.startswith(AFTERWARDS) for key in differing)
         differing = [key for key in differing if not key.startswith(AFTERWARDS)]
         if not run.heads_before.exists():
-            # Responses and hidden states alone know nothing of the heads that will learn from them.
-            changed = changed or any(key.startswith(LATER) for key in differing)
-            differing = [key for key in differing if not key.startswith(LATER)]
+            later = [key for key in differing if key.startswith(LATER) and key not in DECIDING]
+            changed = changed or bool(later)
+            differing = [key for key in differing if key not in later]
+            if not differing and any(key.startswith("data.") for key in later):
+                # Of other rows; quick to compute again beside the answers.
+                shutil.rmtree(run.hidden_states, ignore_errors=True)
         if differing:
             raise UserError(
                 f"output: {run.path} holds a run of another recipe (differs in {', '.join(differing[:4])}); "
@@ -179,7 +184,13 @@ def measured(path: Path, folder: Path) -> bool:
 
 
 def write_provenance(
-    run: RunDirectory, *, trunk: str, rows: str, prompts: Sequence[str], left_out: Mapping[str, Any]
+    run: RunDirectory,
+    *,
+    trunk: str,
+    rows: str,
+    prompts: Sequence[str],
+    left_out: Mapping[str, Any],
+    responses: Mapping[str, Any],
 ) -> None:
     """Writes the origin of the heads: versions, machine, commit, command, and fingerprints of trunk, data and prompts.
 
@@ -187,6 +198,7 @@ def write_provenance(
         trunk: fingerprint of the trunk.
         rows: fingerprint of the packed rows that were trained on.
         prompts: fingerprints of the prompts trained on, to find suites that meet them.
+        responses: how many responses the trunk wrote to them, and how many were cut; empty where it wrote none.
         left_out: rows that could not be used, by reason.
     """
     found: dict[str, Any] = {}
@@ -208,6 +220,7 @@ def write_provenance(
         "trunk": trunk,
         "rows": rows,
         "prompts": sorted(prompts),
+        "responses": dict(responses),
         "left_out": dict(left_out),
     }
     write_whole(run.provenance, json.dumps(sealed(content), indent=2) + "\n")

@@ -113,7 +113,14 @@ def _take_steps(session: Session) -> Path:
 def _note_texts(session: Session, rows: PackedRows, texts: Sequence[Prompt], left_out: LeftOut) -> None:
     """Writes what the heads come from, and the signatures of all texts to train on."""
     run, prompts = session.run, [prompt.fingerprint for prompt in texts]
-    write_provenance(run, trunk=session.fingerprint, rows=rows.fingerprint, prompts=prompts, left_out=left_out.noted())
+    write_provenance(
+        run,
+        trunk=session.fingerprint,
+        rows=rows.fingerprint,
+        prompts=prompts,
+        left_out=left_out.noted(),
+        responses=session.responses,
+    )
     if not run.trained_prompts.is_file():
         write_signatures(run.trained_prompts, [prompt.text for prompt in texts])
 

@@ -11,7 +11,7 @@ from mtpd.data.given import given_samples
 from mtpd.data.packing import PackedRows, Sample, pack
 from mtpd.data.prompts import HeldOutSplit, Prompt, load_prompts, split_held_out
 from mtpd.data.rendering import render_all, warn_of_control_tokens
-from mtpd.data.responses import generate_responses
+from mtpd.data.responses import cut_responses, generate_responses
 from mtpd.data.rows.left_out import LeftOut, Unusable
 from mtpd.data.sources import built_in
 from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, fill, store_key
@@ -19,6 +19,7 @@ from mtpd.errors import UserError, enough_memory
 from mtpd.parallel.sequence import shared_trunk
 from mtpd.recipe import Recipe
 from mtpd.run.check import row_format
+from mtpd.run.other_answers import other_answers
 from mtpd.run.session import Session
 
 CHOOSING_PROMPTS = 28
@@ -62,18 +63,24 @@ def training_rows(session: Session, prompts: Sequence[Prompt], left_out: LeftOut
     data = session.recipe.data
     found = LeftOut(data.max_unusable)
     warn_of_control_tokens(session.tokenizer, prompts)
-    if data.responses == "trunk":
+    if data.responses != "given":
+        asked = usable(session, prompts, found)
+        # Before hours of answering.
+        found.check(len(prompts), source="data.prompts")
         samples = respond(
             session,
-            usable(session, prompts, found),
+            asked,
             session.run.responses,
             temperature=data.temperature,
             top_p=data.top_p,
             max_new_tokens=data.max_new_tokens,
+            row_length=data.row_length,
         )
+        cut, count = cut_responses(samples, session.ends)
+        session.responses = {"count": count, "cut": cut}
     else:
         samples = _given(session, prompts, found)
-    found.check(len(prompts), source="data.prompts")
+        found.check(len(prompts), source="data.prompts")
     of_texts = LeftOut(data.max_unusable)
     if texts := given_texts(session.recipe):
         samples += _given(session, texts, of_texts)
@@ -140,10 +147,20 @@ def respond(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    row_length: int | None = None,
 ) -> list[Sample]:
     """Answers of the trunk; greedy unless a temperature says otherwise."""
     batch = session.recipe.data.generation_batch
-    with enough_memory("generating responses", f"lower data.generation_batch ({batch} now)"):
+    with (
+        enough_memory("generating responses", f"lower data.generation_batch ({batch} now)"),
+        other_answers(
+            session,
+            training=row_length is not None,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+        ) as others,
+    ):
         return generate_responses(
             session.trunk.model,
             session.tokenizer,
@@ -156,8 +173,10 @@ def respond(
             batch=batch,
             seed=session.recipe.seed,
             max_length=session.trunk.context,
+            row_length=row_length,
             together=True,
             progress=session.progress,
+            others=others,
         )
 
 
@@ -216,6 +235,19 @@ def other_families(recipe: Recipe) -> frozenset[str]:
     return frozenset(Path(source).stem for source in recipe.evaluation.extra)
 
 
+def measured_prompts(recipe: Recipe, held_out: Sequence[Prompt]) -> list[Prompt]:
+    """Held-out prompts that are measured on, and those of further suites."""
+    evaluation = recipe.evaluation
+    # Of a conversation the first round is measured: one prompt, one response.
+    asked = [replace(prompt, later=()) for prompt in spread(list(held_out), evaluation.prompts_limit)]
+    form = row_format(recipe.data, columns=False)
+    for source in evaluation.extra:
+        name = Path(source).stem
+        extra = load_prompts(source, limit=evaluation.prompts_limit, seed=recipe.seed, form=form)
+        asked += [replace(prompt, id=f"{name}:{prompt.id}", family=name, later=()) for prompt in extra]
+    return asked
+
+
 def measured_samples(session: Session, held_out: Sequence[Prompt]) -> tuple[list[Sample], list[Sample]]:
     """Greedy answers to the held-out prompts, and to those of further suites.
 
@@ -227,13 +259,7 @@ def measured_samples(session: Session, held_out: Sequence[Prompt]) -> tuple[list
         UserError: nothing would be left to measure on.
     """
     evaluation = session.recipe.evaluation
-    # Of a conversation the first round is measured: one prompt, one response.
-    asked = [replace(prompt, later=()) for prompt in spread(list(held_out), evaluation.prompts_limit)]
-    form = row_format(session.recipe.data, columns=False)
-    for source in evaluation.extra:
-        name = Path(source).stem
-        extra = load_prompts(source, limit=evaluation.prompts_limit, seed=session.recipe.seed, form=form)
-        asked += [replace(prompt, id=f"{name}:{prompt.id}", family=name, later=()) for prompt in extra]
+    asked = measured_prompts(session.recipe, held_out)
     left_out = LeftOut(session.recipe.data.max_unusable)
     asked = [prompt for prompt, _ in render_all(session.tokenizer, asked, left_out)]
     left_out.check(len(asked) + left_out.total, source="data.held_out")

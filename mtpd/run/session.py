@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -37,6 +37,8 @@ class Session:
     progress: bool
     resume: str = "auto"
     """What training goes on from: `auto` for the newest whole checkpoint, or one of the run by name."""
+    responses: dict[str, int] = field(default_factory=dict)
+    """How many responses the trunk wrote to the training prompts, and how many of them were cut; empty before."""
 
     @property
     def console(self) -> Console:

@@ -1,0 +1,1 @@
+"""Where answers to prompts come from, and the file that keeps them by what they depend on."""

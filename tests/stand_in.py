@@ -1,0 +1,124 @@
+"""An HTTP server in a thread, in the place of a serving engine, for what goes wrong between the two."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Ids = tuple[int, ...] | str
+
+
+class StandIn:
+    """Answers prompts from a table, after the faults that it is told.
+
+    Attributes:
+        faults: what happens to the next requests, by name; then all goes well.
+        asked: prompts of all requests, but for those of one token that see what the server takes.
+        served: prompts that were answered.
+    """
+
+    def __init__(self, answers: Mapping[Ids, Sequence[int]], *, port: int = 0, ids: bool = True) -> None:
+        self.answers, self.ids = answers, ids
+        self.faults: list[str] = []
+        self.refuses: set[str] = set()
+        self.refuses_ids = False
+        self.key: str | None = None
+        self.texts: Any = None
+        self.asked: list[Ids] = []
+        self.served: list[Ids] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.dies_after: int | None = None
+        self._lock = threading.Lock()
+        stand_in = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                stand_in.models(self)
+
+            def do_POST(self) -> None:
+                stand_in.complete(self)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        class Quiet(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *args: Any) -> None:
+                pass
+
+        self.server = Quiet(("127.0.0.1", port), Handler)
+        self.port = self.server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def models(self, handler: BaseHTTPRequestHandler) -> None:
+        if self.key is not None and handler.headers.get("Authorization") != f"Bearer {self.key}":
+            send(handler, 401, b"{}")
+            return
+        send(handler, 200, json.dumps({"data": [{"id": "other"}, {"id": "mine"}]}).encode())
+
+    def complete(self, handler: BaseHTTPRequestHandler) -> None:
+        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        with self._lock:
+            self.bodies.append(body)
+            if unknown := self.refuses & body.keys():
+                send(handler, 400, json.dumps({"message": f"unknown field {sorted(unknown)}"}).encode())
+                return
+            if self.refuses_ids and not isinstance(body["prompt"], str):
+                send(handler, 422, b'{"message": "prompt: a string is expected"}')
+                return
+            if body["max_tokens"] == 1:
+                send(handler, 200, json.dumps({"choices": [{"text": "a", "finish_reason": "length"}]}).encode())
+                return
+            prompt = body["prompt"] if self.refuses_ids else tuple(body["prompt"])
+            self.asked.append(prompt)
+            fault = self.faults.pop(0) if self.faults else None
+            if self.dies_after is not None and len(self.served) >= self.dies_after:
+                fault = "half"
+        if fault in ("429", "500", "503"):
+            send(handler, int(fault), b"busy", {"Retry-After": "0"})
+            return
+        if fault == "timeout":
+            time.sleep(1.0)
+        content = json.dumps(self.answer(prompt, fault, body)).encode()
+        if fault == "no json":
+            content = b"<html>"
+        if fault == "half":
+            send(handler, 200, content[: len(content) // 2], {"Content-Length": str(len(content))})
+            handler.close_connection = True
+            return
+        with self._lock:
+            self.served.append(prompt)
+        send(handler, 200, content)
+
+    def answer(self, prompt: Ids, fault: str | None, body: dict[str, Any]) -> dict[str, Any]:
+        ids = list(self.answers[prompt])[: body["max_tokens"]]
+        choice: dict[str, Any] = {"text": "", "finish_reason": "length" if len(ids) == body["max_tokens"] else "stop"}
+        if self.texts is not None:
+            choice["text"] = self.texts(ids)
+        if self.ids and body.get("return_token_ids"):
+            choice |= {"token_ids": ids, "prompt_token_ids": list(prompt)}
+        if fault == "wrong prompt":
+            choice["prompt_token_ids"] = [1, 2, 3]
+        if fault == "wrong ids":
+            choice["token_ids"] = [10**6]
+        return {} if fault == "no choice" else {"choices": [choice]}
+
+
+def send(
+    handler: BaseHTTPRequestHandler, status: int, content: bytes, headers: Mapping[str, str] | None = None
+) -> None:
+    handler.send_response(status)
+    for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+        handler.send_header(name, value)
+    handler.end_headers()
+    handler.wfile.write(content)
