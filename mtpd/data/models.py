@@ -1,7 +1,9 @@
-"""Models by name: a hub id, a local directory, a `.gguf` file, or the built-in `demo` and `tiny`."""
+"""Models by name: a hub id, a directory of a model or an adapter, a `.gguf` file, or the built-in `demo` and `tiny`."""
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
@@ -15,10 +17,13 @@ from transformers import (
 )
 
 from mtpd.data import builtin_models
-from mtpd.data.find_model import locate
+from mtpd.data.find_model import BUILT_IN, convert_command, find_adapter, locate, refused_base
+from mtpd.data.merge_adapter import merge_adapter, resize_for
 from mtpd.data.sources import hub_access
 from mtpd.errors import MtpdError, UserError
 from mtpd.files import fingerprint_json
+
+logger = logging.getLogger(__name__)
 
 WITHOUT_NETWORK = (
     "without network these work: a local directory, a .gguf file, `tiny`, "
@@ -35,6 +40,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    base: str | None = None,
     config_only: Literal[False] = False,
     empty: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]: ...
@@ -45,6 +51,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    base: str | None = None,
     config_only: Literal[True],
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]: ...
 def load_model(
@@ -53,6 +60,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    base: str | None = None,
     config_only: bool = False,
     empty: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -61,10 +69,12 @@ def load_model(
     Attention is PyTorch's scaled dot product wherever the architecture allows it (transformers' default).
 
     Args:
-        name: hub id, local directory, .gguf file, "demo" (SmolLM2-135M-Instruct) or "tiny" (random weights).
+        name: hub id, local directory, .gguf file, "demo" (SmolLM2-135M-Instruct) or "tiny" (random weights). The
+            directory of a PEFT adapter means the adapter merged into its base, and a line says so.
         dtype: "auto", "float32", "bfloat16" or "float16"; auto is bfloat16 where the device has it.
         device: "auto" or a torch device.
         trust_remote_code: whether code that comes with the model may run.
+        base: the model that an adapter is for, in place of what the adapter says.
         config_only: builds the model on the meta device, without weights; the tokenizer is then
             None where there is none (a config alone is enough to plan a run).
         empty: leaves the weights as the memory was; another process has them.
@@ -73,6 +83,25 @@ def load_model(
         UserError: the model is missing, cannot be read, is no causal LM, lacks weights, needs remote
             code, or does not fit its tokenizer.
     """
+    adapter = find_adapter(name, base, weights=not config_only and not empty)
+    if adapter is not None:
+        further: dict[str, Any] = {"config_only": True} if config_only else {"empty": empty}
+        try:
+            model, tokenizer = load_model(
+                adapter.base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, **further
+            )
+        except UserError as error:
+            raise refused_base(name, adapter, error) from error
+        if any(adapter.path.glob("tokenizer*")):
+            tokenizer = _tokenizer(
+                str(adapter.path), {"trust_remote_code": trust_remote_code}, name, needed=not config_only
+            )
+        resize_for(model, adapter.path)
+        if not config_only and not empty:
+            model = merge_adapter(model, adapter, name)
+            logger.warning("model %s: is an adapter for %s; the two are merged in memory", name, adapter.base)
+        refuse_unknown_tokens(model, tokenizer, name=name)
+        return model.eval(), tokenizer
     where = resolve_device(device)
     number = resolve_dtype(dtype, where)
     if name == "tiny":
@@ -105,8 +134,30 @@ def load_model(
             raise MtpdError(f"model {shown}: not enough memory on {where} for its weights") from error
         except Exception as error:
             raise _explain(error, shown, local=local, reachable=reachable) from error
-    check_vocabulary(model, tokenizer, name=shown)
+    check_output_head(model, name=shown)
+    refuse_unknown_tokens(model, tokenizer, name=shown)
     return model.eval(), tokenizer
+
+
+def context_of(name: str, *, trust_remote_code: bool = False, base: str | None = None) -> int | None:
+    """The longest sequence, in tokens, that a model was made for, from its configuration alone; None if it says none.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    adapter = find_adapter(name, base, weights=False)
+    if adapter is not None:
+        return context_of(adapter.base, trust_remote_code=trust_remote_code)
+    if name in BUILT_IN:
+        config: Any = builtin_models.demo_config() if name == "demo" else builtin_models.tiny()[0].config
+    else:
+        place, local, options = locate(name, weights=False)
+        with hub_access(needed=not local) as reachable:
+            try:
+                config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **options)
+            except Exception as error:
+                raise _explain(error, name, local=local, reachable=reachable) from error
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -145,16 +196,41 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, name: str) -> None:
-    """Raises UserError if the tokenizer has tokens that the model has no embedding for, or no output head exists."""
+def check_output_head(model: PreTrainedModel, *, name: str) -> None:
+    """Raises UserError for a model without an output head."""
     if model.get_output_embeddings() is None:
         raise UserError(f"model {name}: {type(model).__name__} has no output head, so it has nothing to teach heads")
+
+
+def refuse_unknown_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, name: str) -> None:
+    """Makes a tokenizer that has more tokens than the model embeds refuse text with one of those.
+
+    Text models that were cut out of larger ones have such tokenizers: their text has none of these tokens.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
-    if tokenizer is not None and len(tokenizer) > rows:
-        raise UserError(
-            f"model {name}: its tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}; "
-            "they do not belong together"
-        )
+    if tokenizer is not None and max(tokenizer.get_vocab().values(), default=0) >= rows:
+        tokenizer._encode_plus = _KnownTokens(tokenizer, rows, name)
+
+
+class _KnownTokens:
+    """The encoding of a tokenizer, which all text passes, up to a number of tokens."""
+
+    def __init__(self, tokenizer: Any, rows: int, name: str) -> None:
+        self.tokenizer, self.rows, self.name = tokenizer, rows, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = type(self.tokenizer)._encode_plus(self.tokenizer, *args, **kwargs)
+        ids = found["input_ids"]
+        ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+        for text in ids if ids and isinstance(ids[0], list) else [ids]:
+            unknown = next((token for token in text if token >= self.rows), None)
+            if unknown is not None:
+                raise UserError(
+                    f"model {self.name}: text has token {unknown} ({self.tokenizer.convert_ids_to_tokens(unknown)!r}), "
+                    f"which its tokenizer knows and the model does not: it embeds {self.rows:,} tokens; accepted: text "
+                    "without it, or the tokenizer that the model was trained with"
+                )
+        return found
 
 
 def trunk_fingerprint(model: PreTrainedModel) -> str:
@@ -235,6 +311,9 @@ def _explain(error: Exception, name: str, *, local: bool, reachable: bool) -> Us
 
         known = ", ".join(sorted(GGUF_CONFIG_MAPPING))
         return UserError(f"model {name}: transformers reads no GGUF files of its architecture; accepted: {known}")
+    if not local and "cannot be loaded with `safetensors`" in text:
+        command = convert_command(name, Path(name.rpartition("/")[2]))
+        return UserError(f"model {name}: has pickled weights alone, which are not read; convert them: {command}")
     if not local and not reachable:
         return UserError(f"model {name}: the hub cannot be reached and no copy is cached; {WITHOUT_NETWORK}")
     if "Unrecognized configuration class" in text:

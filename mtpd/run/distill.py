@@ -34,7 +34,7 @@ from mtpd.run.material import (
     training_rows,
 )
 from mtpd.run.new_heads import new_heads
-from mtpd.run.session import Session, start, with_native_depth
+from mtpd.run.session import Session, fitted_to_context, start, with_native_depth
 from mtpd.run.training import train_heads
 
 
@@ -55,7 +55,7 @@ def distill(recipe: Recipe, *, fresh: bool = False, resume: str = "auto", progre
         UserError, MtpdError: with one line that names the cause.
     """
     with ranks.joined(resolve_device(recipe.device)):
-        recipe = with_native_depth(recipe)
+        recipe = with_native_depth(fitted_to_context(recipe))
         run = open_together(recipe, fresh=fresh, resume=resume)
         finished = ranks.from_main(lambda: is_finished(run))
         with start(recipe, run, progress=progress, resume=resume) as session:

@@ -83,5 +83,6 @@ def vocabulary_of(session: Session, rows: PackedRows) -> torch.Tensor | None:
     tokens = trunk.tokens or trunk.unembedding.weight.shape[0]
     if isinstance(wanted, str):
         return load_vocabulary(wanted, tokens=tokens)
-    always = {*session.ends, *session.tokenizer.all_special_ids}
+    # A tokenizer may have special tokens that the model does not embed.
+    always = {token for token in (*session.ends, *session.tokenizer.all_special_ids) if token < tokens}
     return draft_vocabulary(rows, wanted, tokens=tokens, always=always)

@@ -17,7 +17,7 @@ from mtpd.recipe import Recipe
 from mtpd.run.directory import open_together
 from mtpd.run.material import fill_store, hidden_states, split_prompts, training_rows
 from mtpd.run.new_heads import vocabulary_of
-from mtpd.run.session import Session, start
+from mtpd.run.session import Session, fitted_to_context, start
 
 
 def store_hidden_states(recipe: Recipe, *, progress: bool = True) -> Path:
@@ -66,7 +66,7 @@ def _rows(recipe: Recipe, *, progress: bool) -> Iterator[tuple[Session, PackedRo
     """Opens what a recipe trains on: rows, and the prompts that they answer."""
     with (
         ranks.joined(resolve_device(recipe.device)),
-        start(recipe, open_together(recipe, fresh=False), progress=progress) as session,
+        start(fitted := fitted_to_context(recipe), open_together(fitted, fresh=False), progress=progress) as session,
     ):
-        prompts = split_prompts(recipe).train
+        prompts = split_prompts(fitted).train
         yield session, training_rows(session, prompts), prompts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,14 @@ from typing import Any
 from rich.console import Console
 
 from mtpd.data import builtin_models
-from mtpd.data.models import load_model, real_tokens, resolve_device, resolve_dtype, trunk_fingerprint
+from mtpd.data.models import (
+    context_of,
+    load_model,
+    real_tokens,
+    resolve_device,
+    resolve_dtype,
+    trunk_fingerprint,
+)
 from mtpd.data.responses import end_tokens
 from mtpd.errors import UserError
 from mtpd.evaluate.compare import console
@@ -22,6 +30,11 @@ from mtpd.parallel.sequence import check_split
 from mtpd.recipe import Recipe, parse_recipe
 from mtpd.run.directory import RunDirectory
 from mtpd.trunk import Trunk
+
+logger = logging.getLogger(__name__)
+
+SHORTEST_ROW = 32
+"""Tokens of a row that a recipe accepts."""
 
 
 @dataclass
@@ -63,6 +76,33 @@ def with_native_depth(recipe: Recipe) -> Recipe:
         del form["depth"]
     values["heads"] |= form
     return parse_recipe(values)
+
+
+def fitted_to_context(recipe: Recipe) -> Recipe:
+    """The recipe with rows as long as the model's context, where that is shorter than the default and it sets none.
+
+    Lengths of responses that it does not set become half of that at most.
+
+    Raises:
+        UserError: as `load_model`, and for keys that do not go with such rows.
+    """
+    data, evaluation = recipe.data, recipe.evaluation
+    if "row_length" in data.model_fields_set:
+        return recipe
+    context = context_of(recipe.model, trust_remote_code=recipe.trust_remote_code, base=recipe.model_base)
+    if not context or not SHORTEST_ROW <= context < data.row_length:
+        return recipe
+    changed: dict[str, Any] = {"data": {"row_length": context}, "evaluation": {}}
+    for name, section in (("data", data), ("evaluation", evaluation)):
+        if "max_new_tokens" not in section.model_fields_set and section.max_new_tokens > context // 2:
+            changed[name]["max_new_tokens"] = context // 2
+    told = ", ".join(f"{name}.{key}={value}" for name, part in changed.items() for key, value in part.items())
+    logger.warning("%s has a context of %d tokens: %s", recipe.model, context, told)
+    fitted = recipe.model_copy(
+        update={name: getattr(recipe, name).model_copy(update=part) for name, part in changed.items()}
+    )
+    parse_recipe(fitted.model_dump(mode="json"))
+    return fitted
 
 
 @contextmanager
@@ -108,6 +148,7 @@ def load_trunk(
         dtype=dtype or recipe.dtype,
         device=device or recipe.device,
         trust_remote_code=recipe.trust_remote_code,
+        base=recipe.model_base if name in (None, recipe.model) else None,
         empty=empty,
     )
     return Trunk(model, tokens=real_tokens(model, tokenizer)), tokenizer
