@@ -21,7 +21,7 @@ from mtpd.data.prompts import Prompt, render
 from mtpd.errors import UserError
 from mtpd.recipe import parse_recipe
 from mtpd.run.check import check_recipe
-from mtpd.run.session import check_row_length, fitted_to_context
+from mtpd.run.session import check_row_length, with_fitting_defaults
 from mtpd.trunk import Trunk
 
 TEXT = torch.arange(40).view(2, 20)
@@ -187,20 +187,20 @@ def short(saved: Path, context: int) -> Path:
 def test_rows_are_as_long_as_a_short_context(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Fault: a default that the model cannot have is refused as if the user had chosen it, or a choice is changed."""
     short(saved, 128)
-    fitted = fitted_to_context(parse_recipe({"model": str(saved)}))
+    fitted = with_fitting_defaults(parse_recipe({"model": str(saved)}))
     assert (fitted.data.row_length, fitted.data.max_new_tokens, fitted.evaluation.max_new_tokens) == (128, 64, 64)
     assert "has a context of 128 tokens: data.row_length=128, data.max_new_tokens=64" in caplog.text
-    assert fitted_to_context(fitted) == fitted, "a resumed run has another recipe"
+    assert with_fitting_defaults(fitted) == fitted, "a resumed run has another recipe"
     own = parse_recipe({"model": str(saved), "data": {"max_new_tokens": 100}})
-    assert fitted_to_context(own).data.max_new_tokens == 100
+    assert with_fitting_defaults(own).data.max_new_tokens == 100
     trunk = Trunk(load(saved)[0])
     chosen = parse_recipe({"model": str(saved), "data": {"row_length": 512}})
-    assert fitted_to_context(chosen) is chosen
+    assert with_fitting_defaults(chosen) is chosen
     with pytest.raises(UserError, match="data.row_length: 512 is longer than the context"):
         check_row_length(chosen, trunk)
     short(saved, 4096)
     long = parse_recipe({"model": str(saved)})
-    assert fitted_to_context(long) is long
+    assert with_fitting_defaults(long) is long
 
 
 def test_a_run_with_an_adapter_of_a_short_context(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -29,6 +30,10 @@ WITHOUT_NETWORK = (
     "without network these work: a local directory, a .gguf file, `tiny`, "
     "and `demo` where PyPI can be reached or it is cached"
 )
+NVIDIA = Path("/dev/nvidia0")
+"""Is there where Linux has the driver of a GPU, whether PyTorch can use it or not."""
+LARGE = 3_000_000_000
+"""Parameters of a model that runs on a CPU only where the user says so."""
 SAMPLED = 1024
 """Elements of each tensor that a fingerprint reads."""
 
@@ -103,6 +108,9 @@ def load_model(
         refuse_unknown_tokens(model, tokenizer, name=name)
         return model.eval(), tokenizer
     where = resolve_device(device)
+    if where.type == "cuda" and where.index is not None:
+        # Kernels of libraries run on the current device, whatever their tensors say.
+        torch.cuda.set_device(where)
     number = resolve_dtype(dtype, where)
     if name == "tiny":
         model, tokenizer = builtin_models.tiny()
@@ -120,6 +128,8 @@ def load_model(
     options["trust_remote_code"] = trust_remote_code
     with hub_access(needed=not local) as reachable:
         try:
+            if device == "auto" and where.type == "cpu" and not config_only and unusable_gpu() is not None:
+                _refuse_large(AutoConfig.from_pretrained(place, **options), shown, trust_remote_code)
             if config_only:
                 config = AutoConfig.from_pretrained(place, **options)
                 model = _on_meta(config, number, trust_remote_code)
@@ -168,15 +178,59 @@ def resolve_device(device: str) -> torch.device:
     """
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if accelerator is None:
+            _warn_of_unusable_gpu()
         return accelerator or torch.device("cpu")
     try:
         where = torch.device(device)
-        torch.empty(1, device=where)
+        if where.type == "cuda":
+            # A tensor there would take half a gigabyte on the first GPU for each process that has another one.
+            if (where.index or 0) >= torch.cuda.device_count():
+                raise RuntimeError(unusable_gpu() or f"PyTorch sees {torch.cuda.device_count()} of them")
+        else:
+            torch.empty(1, device=where)
     except (RuntimeError, AssertionError) as error:
+        why = f" ({_first_line(error)})" if device.startswith("cuda") else ""
         raise UserError(
-            f"device: {device} is not usable here; accepted are auto, cpu, and what PyTorch sees"
+            f"device: {device} is not usable here{why}; accepted are auto, cpu, and what PyTorch sees"
         ) from error
     return where
+
+
+def describe_device(device: torch.device) -> str:
+    """Names a device for people, with what it is where it is a GPU."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def unusable_gpu() -> str | None:
+    """Why PyTorch does not use the NVIDIA GPU that this machine has; None if it has none, or PyTorch does use it."""
+    if not NVIDIA.exists() or torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return _first_line(error)
+    return "PyTorch sees none"
+
+
+@cache
+def _warn_of_unusable_gpu() -> None:
+    why = unusable_gpu()
+    if why is not None:
+        logger.warning("this machine has an NVIDIA GPU that cannot be used (%s): everything runs on the CPU", why)
+
+
+def _refuse_large(config: PretrainedConfig, name: str, trust_remote_code: bool) -> None:
+    """Raises UserError for a model that would run for days on a CPU that the user does not know of."""
+    model = _on_meta(config, torch.float32, trust_remote_code)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if count > LARGE:
+        raise UserError(
+            f"device: auto is the CPU, since the GPU of this machine cannot be used ({unusable_gpu()}), and model "
+            f"{name} has {count / 1e9:.1f}G parameters; accepted: a PyTorch that sees the GPU, or device=cpu"
+        )
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -258,6 +312,9 @@ def _with_weights(
     place: str, options: dict[str, Any], name: str, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     further: dict[str, Any] = builtin_models.gguf_options() if "gguf_file" in options else {"use_safetensors": True}
+    if device.type != "cpu" and "gguf_file" not in options:
+        # Straight to the device: no process has the whole model in main memory.
+        further["device_map"] = {"": device}
     model, report = AutoModelForCausalLM.from_pretrained(
         place, dtype=dtype, output_loading_info=True, **options, **further
     )

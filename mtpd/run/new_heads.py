@@ -73,8 +73,11 @@ def fitting_batches(
         collate([training[index] for index in chosen[first : first + size]]) for first in range(0, len(chosen), size)
     ]
     before_last = session.recipe.heads.shared_layers
+    device = session.trunk.device
     with shared_trunk(session.recipe, session.trunk) as trunk:
-        return [with_hidden(batch, trunk, store, before_last=before_last) for batch in batches]
+        found = [with_hidden(batch, trunk, store, before_last=before_last) for batch in batches]
+    # Rows come from the host; what is fitted, and layers that run again, are where the trunk is.
+    return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in found]
 
 
 def vocabulary_of(session: Session, rows: PackedRows) -> torch.Tensor | None:

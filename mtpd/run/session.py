@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from mtpd.data import builtin_models
@@ -78,31 +79,40 @@ def with_native_depth(recipe: Recipe) -> Recipe:
     return parse_recipe(values)
 
 
-def fitted_to_context(recipe: Recipe) -> Recipe:
-    """The recipe with rows as long as the model's context, where that is shorter than the default and it sets none.
+def with_fitting_defaults(recipe: Recipe) -> Recipe:
+    """The recipe with other defaults where those there are do not fit the model or the device; what it sets stays.
 
-    Lengths of responses that it does not set become half of that at most.
+    Rows are as long as the context, where that is shorter, and responses half of it at most. A GPU with a model in 16
+    bits decodes it as it is: in float32 it would be there twice, three times as large.
 
     Raises:
-        UserError: as `load_model`, and for keys that do not go with such rows.
+        UserError: as `load_model`, and for keys that do not go with such defaults.
     """
     data, evaluation = recipe.data, recipe.evaluation
-    if "row_length" in data.model_fields_set:
+    changed: dict[str, dict[str, Any]] = {"data": {}, "evaluation": {}}
+    if "row_length" not in data.model_fields_set:
+        context = context_of(recipe.model, trust_remote_code=recipe.trust_remote_code, base=recipe.model_base)
+        if context and SHORTEST_ROW <= context < data.row_length:
+            changed["data"]["row_length"] = context
+            for name, section in (("data", data), ("evaluation", evaluation)):
+                if "max_new_tokens" not in section.model_fields_set and section.max_new_tokens > context // 2:
+                    changed[name]["max_new_tokens"] = context // 2
+            logger.warning("%s has a context of %d tokens: %s", recipe.model, context, _told(changed))
+    device = resolve_device(recipe.device)
+    small = device.type == "cuda" and resolve_dtype(recipe.dtype, device) != torch.float32
+    if small and "dtype" not in evaluation.model_fields_set:
+        changed["evaluation"]["dtype"] = "trunk"
+    if not any(changed.values()):
         return recipe
-    context = context_of(recipe.model, trust_remote_code=recipe.trust_remote_code, base=recipe.model_base)
-    if not context or not SHORTEST_ROW <= context < data.row_length:
-        return recipe
-    changed: dict[str, Any] = {"data": {"row_length": context}, "evaluation": {}}
-    for name, section in (("data", data), ("evaluation", evaluation)):
-        if "max_new_tokens" not in section.model_fields_set and section.max_new_tokens > context // 2:
-            changed[name]["max_new_tokens"] = context // 2
-    told = ", ".join(f"{name}.{key}={value}" for name, part in changed.items() for key, value in part.items())
-    logger.warning("%s has a context of %d tokens: %s", recipe.model, context, told)
     fitted = recipe.model_copy(
         update={name: getattr(recipe, name).model_copy(update=part) for name, part in changed.items()}
     )
     parse_recipe(fitted.model_dump(mode="json"))
     return fitted
+
+
+def _told(changed: dict[str, dict[str, Any]]) -> str:
+    return ", ".join(f"{name}.{key}={value}" for name, part in changed.items() for key, value in part.items())
 
 
 @contextmanager
