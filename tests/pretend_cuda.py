@@ -186,7 +186,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(given[0][0].float(), *given[0][1:], **given[1]).to(given[0][0].dtype)
     else:
         result = func(*given[0], **given[1])
-    if _waits(name, args, device):
+    if _waits(name, args, kwargs, device):
         _counts.wait(name)
     if name not in VIEWS | EMPTY | {"_local_scalar_dense"}:
         _counts.launch(name)
@@ -212,10 +212,12 @@ def _check_devices(func: Any, name: str, args: tuple[Any, ...], tensors: list[Te
         )
 
 
-def _waits(name: str, args: tuple[Any, ...], device: torch.device | None) -> bool:
+def _waits(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device | None) -> bool:
     """Whether the host waits for the device here."""
     if name == "_to_copy":
-        return device is not None and _on_device(args[0]) != (device.type == "cuda")
+        crosses = device is not None and _on_device(args[0]) != (device.type == "cuda")
+        # What goes there may be on its way while the host goes on; what comes from there has to have come.
+        return crosses and (_on_device(args[0]) or not kwargs.get("non_blocking"))
     if name == "copy_":
         return _on_device(args[0]) != _on_device(args[1])
     if name == "index" or name in PUTTING:
