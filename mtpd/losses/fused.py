@@ -14,7 +14,8 @@ between them are over tiles of few rows, which stay in cache. Gradients take the
 
 Losses may need something of other rows. The λ of a mixture (LK) is taken from a few rows before the pass. A loss that
 joins the depths of a position (end-to-end TV) multiplies what lies in different teacher rows; but that only scales the
-gradient of whole rows, so it is done after the pass.
+gradient of whole rows, so it is done after the pass. Where W is trained too, dL/dW is a sum over rows, each of which
+needs its scale before it is added: then a first pass takes the values alone, and a second one the gradients.
 
 Legend: P flat positions, D hidden size, R rows of a block, S rows of a tile, M columns in use, V tokens.
 """
@@ -102,7 +103,6 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, walk: _Walk, weight: Tensor, bias: Tensor | None, *students_PD: Tensor) -> tuple[Tensor, ...]:
         _, of_weight, of_bias, *_ = ctx.needs_input_grad
-        assert not of_weight or walk.settings.entry.join is None, "its slopes come after the pass"
         walk.of_weight = torch.zeros_like(weight, dtype=walk.exact) if of_weight else None
         walk.of_bias = torch.zeros_like(bias, dtype=walk.exact) if bias is not None and of_bias else None
         loss, sums, grads = walk.run(students_PD, needs_grad=any(ctx.needs_input_grad))
@@ -120,7 +120,7 @@ class _FusedLoss(torch.autograd.Function):
 
 
 class _Walk:
-    """One pass over all teacher rows that are compared with something."""
+    """Passes over all teacher rows that are compared with something: one, or two (see above)."""
 
     def __init__(
         self,
@@ -151,9 +151,30 @@ class _Walk:
 
     def run(self, students_PD: Sequence[Tensor], *, needs_grad: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The loss, the sums [4, K] and the gradient of each depth."""
-        settings, device = self.settings, self.trunk_PD.device
-        if device.type == "cpu":
+        if self.trunk_PD.device.type == "cpu":
             _keep_freed_memory()
+        self.mixtures = self._mixtures(students_PD)
+        joins = self.settings.entry.join is not None
+        twice = needs_grad and joins and (self.of_weight is not None or self.of_bias is not None)
+        *found, grads = self._pass(students_PD, needs_grad=needs_grad and not twice)
+        loss, sums, slope_KP = self._finish(*found)
+        if twice:
+            *_, grads = self._pass(students_PD, needs_grad=True, slope_KP=slope_KP)
+        elif slope_KP is not None:
+            # dL/dTV of each row; the pass gave dTV/dh.
+            for grad, slope_P in zip(grads, slope_KP, strict=True):
+                grad.mul_(slope_P[:, None].to(grad.dtype))
+        return loss, sums, grads
+
+    def _pass(
+        self, students_PD: Sequence[Tensor], *, needs_grad: bool, slope_KP: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Computes CE and D of each row [2, K, P], choices of heads [K, P] and of teacher rows, and gradients.
+
+        Args:
+            slope_KP: scales the gradient of each row, where it is known.
+        """
+        settings, device = self.settings, self.trunk_PD.device
         depths, positions = len(students_PD), len(self.trunk_PD)
         deepest = self.depths[-1]
         columns = self.unembedding.weight.shape[0]
@@ -164,8 +185,6 @@ class _Walk:
         # No choice of a student equals that of a teacher row which was not computed.
         drafted_KP = torch.full((depths, positions), -2, dtype=torch.long, device=device)
         chosen = torch.full((positions + deepest,), -1, dtype=torch.long, device=device)
-        weights = self._mixtures(students_PD)
-
         rows, kept_KR = self._order()
         kept_on_host = kept_KR.cpu()
         size, _ = block_size(columns, self.teacher_head.weight.shape[0], weight.dtype.itemsize)
@@ -202,7 +221,7 @@ class _Walk:
                         None if teacher is None else teacher.rows(len(part)),
                         wanted,
                         label_weight,
-                        weights[k - 1],
+                        self.mixtures[k - 1],
                         self.unembedding,
                         settings,
                         diverges=depth.diverges,
@@ -211,7 +230,9 @@ class _Walk:
                     for part, teacher, wanted in zip(y.split(step), teachers, target.split(step), strict=False)
                 ]
                 ce, value, choice = (torch.cat(parts) for parts in zip(*results, strict=True))
-                if self.of_weight is not None or self.of_bias is not None:
+                if slope_KP is not None:
+                    y.mul_(slope_KP[k - 1, at][:, None].to(y.dtype))
+                if needs_grad and (self.of_weight is not None or self.of_bias is not None):
                     self._add_own(y if all_kept else y * keep[:, None], state, depth.factor)
                 found = (y @ weight).mul_(depth.factor) if needs_grad else None
                 if not all_kept:
@@ -221,7 +242,7 @@ class _Walk:
                 drafted_KP[k - 1, at] = choice
                 if found is not None:
                     grads[k - 1][at] = found.to(grads[k - 1].dtype)
-        return self._finish(values_KP, drafted_KP, chosen, grads)
+        return values_KP, drafted_KP, chosen, grads
 
     def _add_own(self, grad_RM: Tensor, state_RD: Tensor, factor: float) -> None:
         """The unembedding's own gradient, of rows whose gradient in the product is known."""
@@ -273,10 +294,8 @@ class _Walk:
                 weights[place] = mixture(torch.cat(accepted))
         return weights
 
-    def _finish(
-        self, values_KP: Tensor, drafted_KP: Tensor, chosen: Tensor, grads: list[Tensor]
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Sums over rows, and what the end-to-end loss does with the rows of a position."""
+    def _finish(self, values_KP: Tensor, drafted_KP: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The loss, sums over rows [4, K], and the slope dL/dD of each row [K, P] where depths are joined."""
         settings = self.settings
         positions = drafted_KP.shape[1]
         counted_KP = torch.stack(list(self.masks_P))
@@ -293,15 +312,12 @@ class _Walk:
         alpha = sums.new_tensor(settings.alpha)
         join = settings.entry.join
         if join is None:
-            return alpha @ sums[1] + sums.new_tensor(settings.beta) @ sums[2], sums, grads
+            return alpha @ sums[1] + sums.new_tensor(settings.beta) @ sums[2], sums, None
         accepted_KP = torch.where(counted_KP, 1.0 - value_KP, 1.0).requires_grad_()
         with torch.enable_grad():
             loss = join(accepted_KP, counted_KP, settings.depth_weights).sum()
             (slope_KP,) = torch.autograd.grad(loss, accepted_KP)
-        # dL/dTV of each row; the pass gave dTV/dh.
-        for grad, slope_P in zip(grads, slope_KP, strict=True):
-            grad.mul_(-slope_P[:, None].to(grad.dtype))
-        return loss.detach(), sums, grads
+        return loss.detach(), sums, -slope_KP
 
 
 def _product(states_RD: Tensor, head: Unembedding, out: Tensor | None = None) -> Tensor:
