@@ -41,7 +41,7 @@ from mtpd.heads.circuit.config import CircuitConfig
 from mtpd.heads.circuit.heads import CircuitHeads
 from mtpd.heads.shared_layers.heads import SharedLayerHeads
 from mtpd.losses.settings import LossSettings
-from mtpd.pretrain.pretrain import stream_rows
+from mtpd.pretrain.text import stream_rows
 from mtpd.recipe.sections import HeadsRecipe
 from mtpd.trunk import Trunk
 

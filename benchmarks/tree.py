@@ -25,7 +25,7 @@ from mtpd.decode.planner import Planner
 from mtpd.decode.sampling import Sampling
 from mtpd.decode.text import Request
 from mtpd.heads import load_heads
-from mtpd.pretrain.pretrain import stream_rows
+from mtpd.pretrain.text import stream_rows
 from mtpd.trunk import Trunk
 
 

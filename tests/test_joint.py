@@ -261,9 +261,5 @@ def test_what_training_all_parameters_takes(tmp_path: Path, capsys: pytest.Captu
     assert "trunk as it was, a second model (trunk.teacher: original)" in planned
     assert main([*full, "trunk.teacher=detached", "data.hidden_states=recompute"]) == 0
     assert "second model" not in capsys.readouterr().out
-    for further, said in {
-        "trunk.rank=8": "trunk.rank: 8 does nothing with trunk.train: full; accepted: 16",
-        "heads.kind=medusa": "trunk.train: full is not accepted with heads.kind: medusa",
-    }.items():
-        assert main([*full, further]) == 2
-        assert said in capsys.readouterr().err
+    assert main([*full, "trunk.rank=8"]) == 2
+    assert "trunk.rank: 8 does nothing with trunk.train: full; accepted: 16" in capsys.readouterr().err

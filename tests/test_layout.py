@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "run": BELOW
     | {"recipe", "parallel", "train", "report", "formats", "evaluate", "decode", "data", "heads", "losses", "trunk"}
     | {"alignment", "finished_run"},
-    "plan": BELOW | {"recipe", "run", "train", "parallel", "data", "heads", "losses", "trunk"},
+    "plan": BELOW | {"recipe", "run", "pretrain", "train", "parallel", "data", "heads", "losses", "trunk"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 MAY_IMPORT["__main__"] = {"cli", "interrupts"}

@@ -1,34 +1,37 @@
-"""Pretraining: heads beside the trunk, memory that does not grow with them, byte tokens, and resuming."""
+"""Pretraining: gradients of model and heads together, byte tokens, and resuming."""
 
 from __future__ import annotations
 
 import io
 import json
 import re
-import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from architectures import random_tokens, tiny_model
+from architectures import TOKENS, random_tokens, tiny_model
 from kinds import settings
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, TrainingArguments
 
+from mtpd import alignment
 from mtpd.cli import main
 from mtpd.data import stdlib
 from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.heads import build_heads, configure_heads, load_heads, start_heads
+from mtpd.heads.circuit.heads import CircuitHeads
+from mtpd.heads.logit_heads import LogitHeads
+from mtpd.losses.settings import LossSettings
 from mtpd.pretrain.muon import muon_and_adamw
-from mtpd.pretrain.pretrain import PretrainModel
-from mtpd.recipe import load_pretrain_recipe
+from mtpd.pretrain.trainer import held_out_metrics
+from mtpd.recipe import HeadsRecipe, load_pretrain_recipe
+from mtpd.train.joint_trunk import FullTrunk
+from mtpd.train.model import DistillModel
 from mtpd.trunk import Trunk
 
 ROOT = Path(__file__).parents[1]
@@ -41,90 +44,105 @@ SMALL = [
 ]
 
 
-def joint(depth: int, block: str = "linear") -> PretrainModel:
-    trunk = Trunk(tiny_model("llama"))
-    given = {**settings("linear", depth=max(1, depth)), "parallel": {"block": block}}
-    heads: Any = None
-    if depth:
-        heads = build_heads(trunk, configure_heads(given, trunk, vocabulary=0, fingerprint=""))
-        start_heads(heads, trunk, "random", lambda: ())
-    return PretrainModel(trunk, heads)
+def joint(form: str, *, depth: int = 2, loss: LossSettings | None = None, **options: Any) -> DistillModel:
+    """A tiny model with heads beside it, all of which is trained."""
+    trunk = Trunk(tiny_model("llama"), tokens=TOKENS)
+    given = {"kind": "chain", "depth": depth} if form == "chain" else {**settings(form, depth=depth)}
+    section = HeadsRecipe.model_validate({key: value for key, value in given.items() if value not in ({}, None)})
+    heads = build_heads(trunk, configure_heads(section.model_dump(), trunk, vocabulary=0, fingerprint=""))
+    start_heads(heads, trunk, "identity", lambda: (), seed=1)
+    with torch.no_grad():
+        for each in heads.parameters():
+            each.add_(torch.randn(each.shape, generator=torch.Generator().manual_seed(each.numel())) * 0.05)
+    loss = loss or LossSettings((0.3,) * depth, (0.5,) * depth)
+    return DistillModel(trunk, heads.train(), loss, joint=FullTrunk(trunk, original_teacher=False), **options)
 
 
-class Wide(TorchDispatchMode):
-    """The most tensors with one element for each position and token that live at a time."""
-
-    def __init__(self, elements: int) -> None:
-        super().__init__()
-        self.elements, self.live, self.peak = elements, 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage().data_ptr() for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)}
-        for leaf in tree_iter(output):
-            if isinstance(leaf, Tensor) and leaf.numel() >= self.elements:
-                if leaf.untyped_storage().data_ptr() in given:
-                    continue
-                self.live += 1
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(leaf.untyped_storage(), self._gone)
-        return output
-
-    def _gone(self) -> None:
-        self.live -= 1
+def rows(length: int = 20) -> dict[str, Any]:
+    ids = random_tokens(2, length)
+    positions = torch.arange(length).expand_as(ids)
+    return {"input_ids": ids, "labels": ids, "position_ids": positions, "num_items_in_batch": 1}
 
 
-@pytest.mark.parametrize("block", ["linear", "decoder"])
-def test_memory_of_logits_does_not_grow_with_heads(block: str) -> None:
-    """Fault: logits of one head that are still held while those of the next are made."""
-    ids = random_tokens(2, 100)
-    peaks = {}
-    for depth in (1, 6):
-        model = joint(depth, block)
-        # One element for each position that has a target, even of the deepest head.
-        with Wide(2 * 90 * 128) as wide:
-            model(ids)["loss"].backward()
-        peaks[depth] = wide.peak
-    assert 0 < peaks[6] == peaks[1]
+def by_hand(model: DistillModel, *, reach: bool = True) -> Tensor:
+    """The whole loss from all logits at once, the teacher's without gradient."""
+    ids, positions = rows()["input_ids"], rows()["position_ids"]
+    trunk, heads, main = model.trunk, model.heads, model.trunk.unembedding.select(None)
+    states = trunk.decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    read, length = states if reach else states.detach(), ids.shape[1]
+    total = torch.nn.functional.cross_entropy(main(states)[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    columns = torch.stack([alignment.target_tokens(ids, k).flatten() for k in range(heads.depth + 1)], dim=1)
+    if isinstance(heads, LogitHeads):
+        if isinstance(heads, CircuitHeads):
+            heads._main = main
+        # Behind the end of a row nothing is known of a window.
+        for k in range(heads.depth + 1):
+            columns.view(*ids.shape, -1)[:, length - k - 1 :, k] = 0
+        window = heads.encode_window(read.flatten(0, 1), columns)
+        drafts = [
+            heads.depth_logits(k, read.flatten(0, 1), columns, window).unflatten(0, ids.shape)
+            for k in range(1, heads.depth + 1)
+        ]
+    else:
+        drafts = [main(state) for state in heads(trunk, read, ids, position_ids_BT=positions)]
+    for depth, draft in enumerate(drafts, start=1):
+        y, places = draft[:, : length - depth - 1].flatten(0, 1), slice(depth, length - 1)
+        q = main(states.detach())[:, places].flatten(0, 1).detach().log_softmax(-1)
+        ce = torch.nn.functional.cross_entropy(y, ids[:, depth + 1 :].flatten(), reduction="sum")
+        kl = (q.exp() * (q - y.log_softmax(-1))).sum()
+        total = total + model.settings.alpha[depth - 1] * ce + model.settings.beta[depth - 1] * kl
+    return total
 
 
-@pytest.mark.parametrize("block", ["linear", "decoder", "unembedding"])
-def test_gradients_are_those_of_the_whole_sum(block: str) -> None:
-    """Fault: a head whose gradient does not reach the trunk, or is counted twice; a target moved by one."""
-    model = joint(3, block)
-    ids = random_tokens(2, 20)
-    model(ids)["loss"].mul(2.0).backward()
+@pytest.mark.parametrize("reach", [True, False])
+@pytest.mark.parametrize("form", ["chain", "linear", "decoder", "unembedding", "medusa", "cp-shared", "hmm-tilted"])
+def test_gradients_are_those_of_the_whole_sum(form: str, reach: bool) -> None:
+    """Fault: a kind of heads whose gradient does not reach the trunk or the unembedding, or does where it must not."""
+    model = joint(form, trunk_gradient=reach)
+    model(**rows())["loss"].backward()
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad()
-    hidden = model.model.model(input_ids=ids).last_hidden_state
-    positions = torch.arange(20).expand(2, -1)
-    assert model.heads is not None
-    if block == "unembedding":
-        every = [model.model.lm_head(hidden), *(head(hidden) for head in model.heads.layers)]
-    else:
-        states = [hidden, *model.heads(model._trunk[0], hidden, ids, position_ids_BT=positions)]
-        every = [model.model.lm_head(state) for state in states]
-    total = torch.zeros(())
-    for k, logits in enumerate(every):
-        logits = logits[:, : 19 - k]
-        total = total + torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, k + 1 :].flatten())
-    (2.0 * total).backward()
+    by_hand(model, reach=reach).backward()
     names = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert names == set(found)
+    assert names <= set(found)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-3)
+            torch.testing.assert_close(
+                found[name], parameter.grad, atol=2e-3, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        elif name in found:
+            assert not found[name].any(), name
+
+
+def test_the_main_head_is_logged_beside_the_heads(tmp_path: Path) -> None:
+    """Fault: held-out losses of the wrong head, or shares of accepted drafts of rows that have none."""
+    model = joint("chain").eval()
+    found = held_out_metrics(model, rows()["input_ids"], dtype=torch.float32)
+    ids, trunk = rows()["input_ids"], model.trunk
+    main = trunk.unembedding.select(None)
+    states = trunk.hidden(ids)
+    logits = [
+        main(state) for state in [states, *model.heads(trunk, states, ids, position_ids_BT=rows()["position_ids"])]
+    ]
+    agree = torch.ones(2, 18, dtype=torch.bool)
+    for k, each in enumerate(logits):
+        loss = torch.nn.functional.cross_entropy(each[:, : 19 - k].flatten(0, 1), ids[:, k + 1 :].flatten())
+        assert found[f"ce_{k}"] == pytest.approx(loss.item(), rel=1e-4)
+        if k:
+            agree = agree[:, : 19 - k] & (each[:, : 19 - k].argmax(-1) == logits[0][:, k:19].argmax(-1))
+            assert found[f"car_{k}"] == pytest.approx(agree.sum().item() / 36)
 
 
 @pytest.mark.parametrize("schedule", [1.0, 0.5])
 def test_muon_steps_on_layers_and_adamw_on_the_rest(schedule: float) -> None:
     """Fault: a parameter that neither optimizer steps on, or both; a norm that decays; a rate that one alone gets."""
-    model, other = joint(2), joint(2)
+    model, other = joint("chain"), joint("chain")
     other.load_state_dict(model.state_dict())
     args = TrainingArguments("unused", learning_rate=1e-2, weight_decay=0.1, adam_beta2=0.95, use_cpu=True)
-    optimizer = muon_and_adamw(model, model._trunk[0].decoder.layers, args)
-    matrices = [each for name, each in other.named_parameters() if re.search(r"model\.layers\..*_proj", name)]
-    assert len(matrices) == 7 * len(model._trunk[0].decoder.layers)
+    optimizer = muon_and_adamw(model, [model.trunk.decoder.layers, *model.heads.layers], args)
+    layers = [*other.trunk.decoder.layers, *other.heads.layers]
+    matrices = [each for layer in layers for each in layer.parameters() if each.ndim == 2]
+    assert len(matrices) == 7 * len(model.trunk.decoder.layers) + 2 * (7 + 1)
     rest = [each for each in other.parameters() if all(each is not matrix for matrix in matrices)]
     rate = {"lr": 1e-2 * schedule}
     adamw: dict[str, Any] = {"fused": True, "betas": (0.9, 0.95), **rate}
@@ -135,11 +153,10 @@ def test_muon_steps_on_layers_and_adamw_on_the_rest(schedule: float) -> None:
     ]
     for group in optimizer.param_groups:
         group["lr"] *= schedule
-    ids = random_tokens(2, 20)
     for _ in range(2):
         for whole, steppers in ((model, [optimizer]), (other, plain)):
             whole.zero_grad()
-            whole(ids)["loss"].backward()
+            whole(**rows())["loss"].backward()
             for each in steppers:
                 each.step()
     for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
@@ -150,6 +167,7 @@ def test_muon_steps_on_layers_and_adamw_on_the_rest(schedule: float) -> None:
 def test_run_resumes_and_is_a_trunk(optimizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fault: a resumed run that differs from one without a break; a checkpoint or heads that nothing can load."""
     common = ["pretrain", *SMALL, "heads.depth=2", "dtype=float32", "train.save_steps=2", "train.max_steps=4"]
+    common += ["heads.kind=parallel", "heads.parallel.block=linear", "train.loss=ce", "evaluation.steps=2"]
     common += [f"train.optimizer={optimizer}"]
     texts = tmp_path / "texts.jsonl"
     texts.write_text("\n".join(json.dumps({"text": f"line {i} " * 9}) for i in range(40)))

@@ -16,8 +16,8 @@ from mtpd.errors import UserError
 from mtpd.parallel import document_attention
 from mtpd.parallel.deepspeed_config import DeepSpeedSettings, bucket_elements, load_settings
 from mtpd.recipe import DEEPSPEED_PRESETS, parse_recipe
-from mtpd.run.training import accumulation
 from mtpd.train.rows import RowOrder, TrainingRows
+from mtpd.train.step_rows import accumulation
 
 ALONE = {
     "one": Case(None, accumulation=2),
@@ -194,10 +194,10 @@ def test_steps_keep_their_rows(runs: Path) -> None:
     """Fault: with another number of processes a run goes on with steps of other rows than it began with."""
     one = runs / "one"
     recipe = parse_recipe({"model": "tiny", "train": {"micro_batch_rows": 2, "gradient_accumulation": 3}})
-    assert [accumulation(recipe, runs / "none", 4), accumulation(recipe, one, 1)] == [3, 2]
-    assert accumulation(recipe, one, 2) == 1
+    assert [accumulation(recipe.train, runs / "none", 4), accumulation(recipe.train, one, 1)] == [3, 2]
+    assert accumulation(recipe.train, one, 2) == 1
     with pytest.raises(UserError, match="4 rows, and 4 processes have 8 .* accepted numbers of processes: 1, 2$"):
-        accumulation(recipe, one, 4)
+        accumulation(recipe.train, one, 4)
 
 
 @pytest.mark.parametrize("name", DEEPSPEED_PRESETS)

@@ -19,9 +19,9 @@ from mtpd.errors import UserError
 from mtpd.parallel.document_attention import LONG, RowAttention, by_documents
 from mtpd.parallel.sequence import SharedTrunk, SplitRows, check_split
 from mtpd.recipe import parse_recipe
-from mtpd.run.training import accumulation
 from mtpd.train.optimizer_state import OPTIMIZER, STEP_ROWS
 from mtpd.train.rows import RowOrder, TrainingRows
+from mtpd.train.step_rows import accumulation
 from mtpd.trunk import Trunk
 
 DOCUMENTS = ((37, 8, 19), (64,), (5, 30, 29))
@@ -251,10 +251,10 @@ def test_parts_of_rows() -> None:
 def test_steps_of_split_rows_keep_their_rows(tmp_path: Path) -> None:
     """Fault: processes that share rows are counted as if each had rows of its own."""
     recipe = recipe_with(2, train={"micro_batch_rows": 2, "gradient_accumulation": 3})
-    assert accumulation(recipe, tmp_path, 4) == 3
+    assert accumulation(recipe.train, tmp_path, 4, parts=2) == 3
     checkpoint = tmp_path / "checkpoint-4"
     checkpoint.mkdir()
     save_file({"step": torch.zeros(1)}, checkpoint / OPTIMIZER, metadata={STEP_ROWS: "8"})
-    assert [accumulation(recipe, tmp_path, count) for count in (2, 4, 8)] == [4, 2, 1]
+    assert [accumulation(recipe.train, tmp_path, count, parts=2) for count in (2, 4, 8)] == [4, 2, 1]
     with pytest.raises(UserError, match="8 rows, and 6 processes have 6 .* accepted numbers of processes: 2, 4, 8$"):
-        accumulation(recipe, tmp_path, 6)
+        accumulation(recipe.train, tmp_path, 6, parts=2)

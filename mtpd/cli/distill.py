@@ -18,6 +18,7 @@ from mtpd.cli.options import (
     Processes,
     RecipeArguments,
     Untrusted,
+    check_launch_options,
     given_words,
     split_arguments,
 )
@@ -120,11 +121,8 @@ def _check_options(
     dry_run: bool,
 ) -> None:
     """Raises UserError for an option that nothing would read."""
-    launching: dict[str, object] = {"--processes": processes, "--nodes": nodes}
+    check_launch_options(launcher, processes, nodes)
     planning: dict[str, object] = {"--devices": devices, "--device-memory": device_memory}
-    for name, value in launching.items():
-        if value is not None and launcher is None:
-            raise UserError(f"{name}: {value} needs --launcher; accepted: deepspeed, torchrun")
     for name, value in planning.items():
         if value is not None and not dry_run:
             raise UserError(f"{name}: {value} is only for a plan; accepted: with --dry-run")

@@ -69,6 +69,13 @@ DRY_RUN_OPTIONS = frozenset({"dry_run", "devices", "device_memory"})
 """Names of parameters, as a command has them."""
 
 
+def check_launch_options(launcher: str | None, processes: int | None, nodes: Path | None) -> None:
+    """Raises UserError for an option of a launcher that is not asked for."""
+    for name, value in {"--processes": processes, "--nodes": nodes}.items():
+        if value is not None and launcher is None:
+            raise UserError(f"{name}: {value} needs --launcher; accepted: deepspeed, torchrun")
+
+
 def given_words(context: typer.Context, *, without: Collection[str]) -> list[str]:
     """The words of a command as it was called, for another process: its name, arguments and options.
 

@@ -52,7 +52,7 @@ def copy(
     """
     if name not in shipped_names():
         raise UserError(f"recipe {name}: is none of mtpd's; accepted: {', '.join(shipped_names())}")
-    file = output or Path(f"{name}.yaml")
+    file = output or Path(f"{Path(name).name}.yaml")
     if file.exists():
         raise UserError(f"{file}: exists, and is not overwritten; choose another name with --output")
     check_file(file, key="--output")

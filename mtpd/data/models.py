@@ -157,12 +157,15 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
         )
 
 
-def trunk_fingerprint(model: PreTrainedModel) -> str:
+def trunk_fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
     """SHA-256 that tells trunks apart: configuration, and names, shapes, number formats and a sample of the weights.
 
     Of each tensor up to 1,024 elements at equal distances are read, so that it takes no time. Models that
     were trained differently differ in it; a change of single weights between the sampled ones is not seen.
     Where the model was loaded from makes no difference.
+
+    Args:
+        dtype: takes the weights as they are in this number format.
     """
     volatile = ("transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
     settings = {
@@ -172,9 +175,9 @@ def trunk_fingerprint(model: PreTrainedModel) -> str:
     for name, parameter in model.named_parameters():
         values = parameter.detach().flatten()
         step = max(1, values.numel() // SAMPLED)
-        sample = values[::step][:SAMPLED]
+        sample = values[::step][:SAMPLED].to(dtype or values.dtype)
         read = "" if sample.is_meta else sample.cpu().contiguous().view(torch.uint8).numpy().tobytes().hex()
-        tensors.append([name, list(parameter.shape), str(parameter.dtype), read])
+        tensors.append([name, list(parameter.shape), str(sample.dtype), read])
     return fingerprint_json([type(model).__name__, settings, tensors])
 
 

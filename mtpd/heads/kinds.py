@@ -44,8 +44,6 @@ class Kind:
     """Counts the decoder blocks of a `HeadsConfig`. Raises ValueError for options that contradict each other."""
     loops: bool = False
     """Whether a head reads the state of the one before, so that `extend` can loop the last ones."""
-    trains_trunk: bool = False
-    """Whether heads can be trained together with the trunk."""
     native: Mapping[str, Any] | None = None
     """Further keys of `heads` in a recipe that starts from a checkpoint's own heads; None if none has such heads."""
 

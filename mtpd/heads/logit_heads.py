@@ -105,7 +105,9 @@ class LogitHeads(Heads):
                 return self._cross_entropy(hidden, columns, masks, settings)
             return self._distilled(hidden, columns, masks, rows, batch.teacher_PD, readout, settings)
 
-        loss, sums = in_chunks(chunk, len(chunks), hidden_PD, list(self.parameters()))
+        main = (readout.draft.weight, readout.draft.bias)
+        trained = [each for each in main if each is not None and each.requires_grad]
+        loss, sums = in_chunks(chunk, len(chunks), hidden_PD, [*self.parameters(), *trained])
         ce, divergence = sums.sum(0)
         counted = masks_PK.sum(0).double()
         few = at[:: max(1, -(-len(at) // LOGGED_ROWS))]

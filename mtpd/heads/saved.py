@@ -52,7 +52,9 @@ def _trained_with(directory: Path) -> str:
     """Reads which model the recipe beside heads names."""
     try:
         recipe = yaml.safe_load((directory.parent / "recipe.yaml").read_text(encoding="utf-8"))
-        return str(recipe["model"])
+        model = recipe["model"]
+        # A model that was made beside them is described there, and has no name.
+        return model if isinstance(model, str) else str(directory.parent / "model")
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
         return "that is not named beside them"
 

@@ -207,6 +207,7 @@ register(
         KL,
         name="mtp_d",
         about="0.3 CE + 0.5 KL, and 0.3 CE + KL for one head (MTP-D, arXiv 2603.23911)",
+        reads=KL.reads | {"beta"},
         terms=lambda depth: (MTP_D_ALPHA, 1.0 if depth == 1 else MTP_D_BETA),
         logged=KL.name,
     )

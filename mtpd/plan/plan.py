@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,14 +86,7 @@ class Plan:
 
     def table(self) -> str:
         """The plan as a reader sees it, lines of at most 100 characters."""
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="bold")
-        grid.add_column()
-        for title, line in self._lines():
-            grid.add_row(title, line)
-        buffer = io.StringIO()
-        Console(file=buffer, width=WIDTH, no_color=True, highlight=False, markup=False).print(grid)
-        return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+        return lines_of(self._lines())
 
     def _lines(self) -> list[tuple[str, str]]:
         recipe, text = self.recipe, self.text
@@ -321,6 +314,18 @@ def _devices(device: torch.device, count: int | None) -> tuple[int, float]:
 def _value(fit: Fit) -> str:
     """Reads the value that the recipe key has to be."""
     return "null" if fit.sharding == "none" else fit.sharding
+
+
+def lines_of(rows: Sequence[tuple[str, str]]) -> str:
+    """Prints titles with what is said of them, in lines of at most 100 characters."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    grid.add_column()
+    for title, line in rows:
+        grid.add_row(title, line)
+    buffer = io.StringIO()
+    Console(file=buffer, width=WIDTH, no_color=True, highlight=False, markup=False).print(grid)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
 
 def amount(count: int | None) -> str:

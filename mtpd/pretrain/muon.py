@@ -46,16 +46,31 @@ class MuonAndAdamW(torch.optim.Optimizer):
         return loss
 
 
-def muon_and_adamw(model: nn.Module, layers: nn.Module, args: TrainingArguments) -> MuonAndAdamW:
+def muon_and_adamw(model: nn.Module, layers: Iterable[nn.Module], args: TrainingArguments) -> MuonAndAdamW:
     """Makes the optimizer of a model: matrices in `layers` are Muon's; of the others, matrices alone decay."""
     trained = [each for each in model.parameters() if each.requires_grad]
-    inside = {id(each) for each in layers.parameters()}
+    inside = {id(each) for layer in layers for each in layer.parameters()}
     matrices = [each for each in trained if id(each) in inside and each.ndim == 2]
     own = {id(each) for each in matrices}
-    rest = [each for each in trained if id(each) not in own]
-    others = [
-        {"params": [each for each in rest if each.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [each for each in rest if each.ndim < 2], "weight_decay": 0.0},
-    ]
+    others = _groups([each for each in trained if id(each) not in own], args)
     betas = (args.adam_beta1, args.adam_beta2)
     return MuonAndAdamW(matrices, others, lr=args.learning_rate, weight_decay=args.weight_decay, betas=betas)
+
+
+def with_decoder_layer(heads: nn.Module) -> list[nn.Module]:
+    """Lists the heads that have a decoder layer, whose matrices lie between hidden states."""
+    return [each for each in heads.modules() if isinstance(getattr(each, "block", None), nn.Module)]
+
+
+def adamw(model: nn.Module, args: TrainingArguments) -> torch.optim.AdamW:
+    """Makes AdamW for all that is trained; matrices alone decay."""
+    groups = _groups([each for each in model.parameters() if each.requires_grad], args)
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), fused=True)
+
+
+def _groups(parameters: Iterable[Tensor], args: TrainingArguments) -> list[dict[str, Any]]:
+    parameters = list(parameters)
+    return [
+        {"params": [each for each in parameters if each.ndim > 1], "weight_decay": args.weight_decay},
+        {"params": [each for each in parameters if each.ndim < 2], "weight_decay": 0.0},
+    ]

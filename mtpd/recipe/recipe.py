@@ -209,11 +209,22 @@ def _check_kind(kind: type[Section], values: Mapping[str, Any], *, source: str) 
         raise UserError(
             f"model: is a mapping, so this is a recipe of mtpd pretrain ({source}); accepted: the name of one"
         )
-    if isinstance(values.get("model"), str) and kind is PretrainRecipe:
+    if _has(values, "data.texts") and kind is Recipe:
         raise UserError(
-            f"model: {values['model']} is a name, so this is a recipe of mtpd distill ({source}); accepted: the "
-            "configuration of a model, as in the recipe bytes-code"
+            f"data.texts: is there, so this is a recipe of mtpd pretrain ({source}); accepted: data.prompts"
         )
+    distills = [key for key in ("data.prompts", "trunk", "extend") if _has(values, key)]
+    if distills and kind is PretrainRecipe:
+        raise UserError(
+            f"{distills[0]}: is there, so this is a recipe of mtpd distill ({source}); accepted: one with data.texts, "
+            "as the recipe bytes-code"
+        )
+
+
+def _has(values: Mapping[str, Any], key: str) -> bool:
+    section, _, name = key.rpartition(".")
+    inside = values.get(section, {}) if section else values
+    return isinstance(inside, Mapping) and name in inside
 
 
 def dump(recipe: Section) -> str:

@@ -11,7 +11,15 @@ from typing import Any
 
 from mtpd.heads.kinds import KINDS
 from mtpd.losses.settings import LOSSES
-from mtpd.recipe.sections import DataRecipe, EvaluationRecipe, ExtendRecipe, HeadsRecipe, TrainRecipe, TrunkRecipe
+from mtpd.recipe.sections import (
+    DataRecipe,
+    EvaluationRecipe,
+    ExtendRecipe,
+    HeadsRecipe,
+    LossRecipe,
+    TrainRecipe,
+    TrunkRecipe,
+)
 
 OWNED_ARGUMENTS = {
     "output_dir": "output",
@@ -130,11 +138,6 @@ def trunk_problems(
         problems.append(
             f"data.hidden_states: {data.hidden_states} does nothing with trunk.teacher: detached, whose states change; "
             "accepted: recompute"
-        )
-    if not KINDS[heads.kind].trains_trunk:
-        accepted = ", ".join(kind.name for kind in KINDS.values() if kind.trains_trunk)
-        problems.append(
-            f"trunk.train: {trunk.train} is not accepted with heads.kind: {heads.kind}; accepted: {accepted}"
         )
     if heads.shared_layers:
         problems.append(
@@ -260,8 +263,15 @@ TOP_N = 10_000
 
 
 def train_problems(train: TrainRecipe, depth: int) -> list[str]:
+    problems = loss_problems(train, depth)
+    if train.max_steps == 0:
+        problems.append("train.max_steps: 0 is not accepted; accepted: -1 for whole epochs, or at least 1")
+    return problems + _argument_problems(train.arguments)
+
+
+def loss_problems(train: LossRecipe, depth: int) -> list[str]:
     problems = []
-    for key, field in TrainRecipe.model_fields.items():
+    for key, field in LossRecipe.model_fields.items():
         losses = [loss.name for loss in LOSSES.values() if key in loss.reads]
         value, default = getattr(train, key), field.default
         if losses and train.loss not in losses and value != default:
@@ -280,9 +290,7 @@ def train_problems(train: TrainRecipe, depth: int) -> list[str]:
             )
         elif not any(train.weights):
             problems.append("train.weights: all weights of the loss are 0; accepted: at least one of them above 0")
-    if train.max_steps == 0:
-        problems.append("train.max_steps: 0 is not accepted; accepted: -1 for whole epochs, or at least 1")
-    return problems + _argument_problems(train.arguments)
+    return problems
 
 
 def _argument_problems(arguments: Mapping[str, Any]) -> list[str]:
@@ -319,7 +327,7 @@ def _argument_problems(arguments: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def loss_weights(train: TrainRecipe, depth: int, *, after: int = 0) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def loss_weights(train: LossRecipe, depth: int, *, after: int = 0) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The weights of cross-entropy and divergence that `train.loss` means, for depths after+1..depth.
 
     A list for fewer depths is looped, as heads are.
@@ -330,6 +338,8 @@ def loss_weights(train: TrainRecipe, depth: int, *, after: int = 0) -> tuple[tup
     else:
         weights = [train.weights[k % len(train.weights)] for k in depths]
     alpha, beta = LOSSES[train.loss].terms(depth)
+    if train.beta is not None:
+        beta = train.beta
     return tuple(alpha * weight for weight in weights), tuple(beta * weight for weight in weights)
 
 
@@ -338,7 +348,7 @@ def checkpoints_kept(train: TrainRecipe) -> int:
     return int(train.arguments.get("save_total_limit", 2))
 
 
-def compared_tokens(train: TrainRecipe) -> int:
+def compared_tokens(train: LossRecipe) -> int:
     """The n of the top n that `train` means, 0 for all tokens."""
     if "top_n" not in LOSSES[train.loss].reads:
         return 0

@@ -52,8 +52,8 @@ class HeadsRecipe(Section):
     own MTP layers, `depth` of them (all if it is not set), which `heads=native` says for short. null: regression, or
     identity for heads that have nothing to fit."""
     source: Text | None = None
-    """Directory of heads to start from instead, such as `heads` of `mtpd pretrain`: for parallel heads those of the
-    same block, for circuits those of block linear."""
+    """Directory of heads to start from instead, such as `heads` of `mtpd pretrain`: for chain heads a chain, for
+    parallel heads those of the same block, for circuits those of block linear."""
     vocabulary: Annotated[int, Field(ge=0, le=LARGEST)] | Text = 0
     """Draft vocabulary: how many of the tokens most frequent in the training responses can be drafted, special tokens
     among them; 0 for all tokens. Or a file that `mtpd data vocab` wrote."""
@@ -124,14 +124,16 @@ class DataRecipe(Section):
         return self.hidden_states not in ("memory", "recompute")
 
 
-class TrainRecipe(Section):
-    """The loss and its optimisation."""
+class LossRecipe(Section):
+    """What heads are trained on."""
 
     loss: Annotated[str, Registered(LOSSES)] = Field(
         default=next(iter(LOSSES)),
         description="What is trained on, summed over depths. "
         + " ".join(f"{loss.name}: {loss.about}." for loss in LOSSES.values()),
     )
+    beta: Weight | None = None
+    """Weight of the KL in mtp_d, beside 0.3 for the cross-entropy; null: 0.5, and 1 for a single head."""
     weights: list[Weight] | None = None
     """Weight of the loss of each depth; null: 1 for all."""
     decay: float = Field(default=1.0, gt=0, le=1)
@@ -141,6 +143,11 @@ class TrainRecipe(Section):
     vocabulary. null: 10,000."""
     teacher_temperature: float = Field(default=1.0, gt=0)
     """Temperature of the teacher's distribution in the divergence."""
+
+
+class TrainRecipe(LossRecipe):
+    """The loss and its optimisation."""
+
     compile: bool = False
     """Compile the loss with torch.compile: faster steps after a start of about half a minute. Needs a compiler."""
     checkpoint_blocks: bool = False

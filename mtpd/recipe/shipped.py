@@ -16,8 +16,14 @@ def shipped_folder() -> Path:
 
 
 def shipped_names() -> list[str]:
-    """Names of the recipes, sorted."""
-    return sorted(path.stem for path in shipped_folder().glob("*.yaml"))
+    """Names of the recipes, sorted; those in a folder behind it."""
+    folder = shipped_folder()
+    found = [*folder.glob("*.yaml"), *folder.glob("papers/*.yaml")]
+    return sorted((path.relative_to(folder).with_suffix("").as_posix() for path in found), key=_in_folder)
+
+
+def _in_folder(name: str) -> tuple[bool, str]:
+    return "/" in name, name
 
 
 def find_recipe(given: Path | str) -> Path:

@@ -42,10 +42,8 @@ def check_recipe(recipe: Recipe, *, weights: bool = True) -> None:
         _check_prompts(text.prompts, key=f"data.given.{number}.prompts")
     for number, source in enumerate(recipe.evaluation.extra):
         _check_prompts(source, key=f"evaluation.extra.{number}")
-    if recipe.heads.source is not None and not (Path(recipe.heads.source) / HEADS_FILE).is_file():
-        raise UserError(
-            f"heads.source: {recipe.heads.source}: holds no heads; accepted: a directory of them, like runs/demo/heads"
-        )
+    if recipe.heads.source is not None:
+        _check_heads(recipe.heads.source)
     if isinstance(recipe.heads.vocabulary, str) and not Path(recipe.heads.vocabulary).is_file():
         raise UserError(
             f"heads.vocabulary: {recipe.heads.vocabulary}: no such file; accepted: a number of tokens, or a file that "
@@ -61,6 +59,11 @@ def check_recipe(recipe: Recipe, *, weights: bool = True) -> None:
     check_folder(recipe.output, key="output")
     if data.store is not None:
         check_folder(Path(data.store), key="data.hidden_states")
+
+
+def _check_heads(source: str) -> None:
+    if not (Path(source) / HEADS_FILE).is_file():
+        raise UserError(f"heads.source: {source}: holds no heads; accepted: a directory of them, like runs/demo/heads")
 
 
 def _check_device(name: str) -> None:
@@ -84,13 +87,18 @@ def _check_prompts(source: str, *, key: str) -> None:
 def check_pretrain_recipe(recipe: PretrainRecipe) -> None:
     """`check_recipe`, for `mtpd pretrain`."""
     _check_device(recipe.device)
+    if isinstance(recipe.model, str):
+        check_model(recipe.model, weights=True)
+    accepted = "accepted: stdlib, stdlib-held-out, a .jsonl file of `text` rows, or a datasets id"
     for key, source in (("data.texts", recipe.data.texts), ("data.held_out", recipe.data.held_out)):
-        check_source(source, key=key, accepted="accepted: stdlib, stdlib-held-out, or a .jsonl file of `text` rows")
-    tokenizer = recipe.tokenizer
+        check_source(source, key=key, accepted=accepted)
+    if recipe.heads.source is not None:
+        _check_heads(recipe.heads.source)
+    tokenizer = recipe.tokenizer or "bytes"
     if (tokenizer.startswith((".", "/", "~")) or tokenizer.count("/") > 1) and not Path(
         tokenizer
     ).expanduser().is_dir():
-        raise UserError(f"tokenizer: {tokenizer}: no such directory; accepted: bytes, a directory, or a hub id")
+        raise UserError(f"tokenizer: {tokenizer}: no such directory; accepted: bytes, bpe:N, a directory, or a hub id")
     check_folder(recipe.output, key="output")
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +17,13 @@ from mtpd.heads import Heads
 from mtpd.parallel.deepspeed_config import load_settings
 from mtpd.parallel.partition import deepspeed_running, partitioned
 from mtpd.parallel.sequence import SplitRows
-from mtpd.recipe import Recipe
 from mtpd.run.session import Session
 from mtpd.train.arguments import loss_settings, training_arguments
 from mtpd.train.finished_depths import FinishedDepths
 from mtpd.train.joint_trunk import JointTrunk
 from mtpd.train.measuring_trainer import MeasuringTrainer, stopping
 from mtpd.train.model import DistillModel
-from mtpd.train.optimizer_state import read_step_rows
+from mtpd.train.step_rows import accumulation, processes
 from mtpd.train.trainer import Metrics, train
 
 logger = logging.getLogger(__name__)
@@ -56,7 +53,9 @@ def train_heads(
     after = 0 if below is None else below.depth
     with ExitStack() as running:
         parts = recipe.train.sequence_parallel
-        options: dict[str, Any] = {"accumulation": accumulation(recipe, session.run.path, processes())}
+        options: dict[str, Any] = {
+            "accumulation": accumulation(recipe.train, session.run.path, processes(), parts=parts)
+        }
         if settings is not None:
             if settings.stage == 3 and (joint is not None or heads.shared_layers):
                 key = "heads.shared_layers" if joint is None else "trunk.train"
@@ -120,39 +119,3 @@ def train_heads(
         )
         with enough_memory("training", advice):
             train(trainer, session.resume)
-
-
-def processes() -> int:
-    """Counts the processes that train together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def accumulation(recipe: Recipe, directory: Path, processes: int) -> int:
-    """Micro batches of an optimizer step in each process, or in those that share rows.
-
-    A run that goes on with another number of processes keeps the rows of its steps: they decide what a step is.
-
-    Args:
-        directory: of the run; its checkpoints say how many rows their steps have.
-
-    Raises:
-        UserError: these processes cannot have as many rows in a step.
-    """
-    train, parts = recipe.train, recipe.train.sequence_parallel
-    at_once = train.micro_batch_rows * (processes // parts)
-    found = (read_step_rows(checkpoint) for checkpoint in sorted(directory.glob("checkpoint-*")))
-    before = next((rows for rows in found if rows), None)
-    if before is None or before == at_once * train.gradient_accumulation:
-        return train.gradient_accumulation
-    if before % at_once:
-        most = before // train.micro_batch_rows
-        counts = [parts * n for n in range(1, most + 1) if most % n == 0]
-        raise UserError(
-            f"{directory}: its steps have {before} rows, and {processes} processes have {at_once} at a time "
-            f"(train.micro_batch_rows: {train.micro_batch_rows}); accepted numbers of processes: "
-            + ", ".join(map(str, counts))
-        )
-    logger.warning(
-        "%s: steps of %d rows go on as %d micro batches in each process", directory, before, before // at_once
-    )
-    return before // at_once

@@ -45,16 +45,24 @@ class JointTrunk:
     Args:
         original_teacher: whether the teacher is the trunk as it was.
         learning_rate: of the trunk's parameters, where it is not that of the heads.
+        dtype: number format of products; None for that of the trunk as it comes.
     """
 
     name: str
     parameters: dict[str, nn.Parameter]
     """What is trained, in float32."""
 
-    def __init__(self, trunk: Trunk, *, original_teacher: bool, learning_rate: float | None = None) -> None:
+    def __init__(
+        self,
+        trunk: Trunk,
+        *,
+        original_teacher: bool,
+        learning_rate: float | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.trunk, self.original_teacher = trunk, original_teacher
         self.learning_rate = learning_rate
-        self.dtype = trunk.dtype
+        self.dtype = dtype or trunk.dtype
 
     @property
     def trunks(self) -> list[Trunk]:

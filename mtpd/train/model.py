@@ -31,6 +31,7 @@ class DistillModel(nn.Module):
         checkpoint_blocks: computes what is inside of each head a second time in the backward pass.
         after: depths up to this one are finished: they are given as states, and have no loss.
         joint: trains the trunk too.
+        trunk_gradient: whether the heads' gradient reaches the layers of a trunk that is trained.
         autocast: number format in which the heads are computed, where the trainer does not see to it.
         split: this process has parts of rows.
     """
@@ -47,6 +48,7 @@ class DistillModel(nn.Module):
         checkpoint_blocks: bool = False,
         after: int = 0,
         joint: JointTrunk | None = None,
+        trunk_gradient: bool = True,
         autocast: torch.dtype | None = None,
         split: SplitRows | None = None,
     ) -> None:
@@ -55,7 +57,7 @@ class DistillModel(nn.Module):
         self.split = split
         self.compiled = compiled
         self.after = after
-        self.joint = joint
+        self.joint, self.trunk_gradient = joint, trunk_gradient
         if checkpoint_blocks:
             blocks = list(heads.blocks())
             if not blocks:
@@ -70,6 +72,8 @@ class DistillModel(nn.Module):
         self.of_trunk = nn.ParameterList([] if joint is None else joint.parameters.values())
         self.settings = settings
         self.sums: LossSums | None = None
+        self.main_sums: LossSums | None = None
+        """Of the main head, where the trunk is trained."""
         self.readout = Readout.of(trunk, heads.rows())
 
     @property
@@ -118,7 +122,7 @@ class DistillModel(nn.Module):
             readout = self.joint.readout(readout)
             states = self.joint.states(input_ids, position_ids)
             teacher = states.detach() if hidden is None else hidden
-            hidden = states
+            hidden = states if self.trunk_gradient else states.detach()
         elif hidden is None:
             before_last = self.heads.shared_layers
             hidden = self.trunk.hidden(input_ids, position_ids=position_ids, before_last=before_last)
@@ -131,14 +135,14 @@ class DistillModel(nn.Module):
                 for own, next_ in zip((input_ids, labels, position_ids), ahead.unbind(1), strict=True)
             )
         batch = Batch(input_ids, labels, position_ids, hidden, teacher=teacher, below=below, after=self.after)
-        main = None if self.joint is None else self._main_head_loss(readout, batch)
+        main = None if self.joint is None else self._main_head_loss(readout, batch, states)
         total, self.sums = self.heads.loss(self.trunk, batch, readout, self.settings, compiled=self.compiled)
         return total if main is None else total + main
 
-    def _main_head_loss(self, readout: Readout, batch: Batch) -> Tensor:
+    def _main_head_loss(self, readout: Readout, batch: Batch, states_BTD: Tensor) -> Tensor:
         """The main head's cross-entropy on the tokens of responses: that of depth 0."""
-        states_PD = batch.flat(batch.hidden)
-        loss, _ = multi_depth_loss(
+        states_PD = batch.flat(states_BTD)
+        loss, self.main_sums = multi_depth_loss(
             [states_PD],
             states_PD,
             readout.main,

@@ -97,8 +97,10 @@ class HeadTrainer(SafeTrainer):
         result = super().compute_loss(model, inputs, *args, **kwargs)
         sums = self.distill_model.sums
         assert sums is not None
-        step = torch.stack([sums.rows, sums.cross_entropy, sums.divergence, sums.accepted]).detach()
-        step = torch.cat([step, tokens.to(step).expand(1, step.shape[1])])
+        by_depth = torch.stack([sums.rows, sums.cross_entropy, sums.divergence, sums.accepted]).detach()
+        main = self.distill_model.main_sums
+        of_main = by_depth.new_zeros(2) if main is None else torch.cat([main.rows, main.cross_entropy]).to(by_depth)
+        step = torch.cat([by_depth.flatten(), of_main, tokens.to(by_depth).view(1)])
         self._totals = step if self._totals is None else self._totals + step
         return result
 
@@ -162,10 +164,14 @@ class HeadTrainer(SafeTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._totals is not None and "loss" in logs:
-            rows, cross_entropy, divergence, accepted, tokens = self.accelerator.reduce(self._totals).cpu()
+            totals = self.accelerator.reduce(self._totals).cpu()
+            rows, cross_entropy, divergence, accepted = totals[:-3].view(4, len(totals[:-3]) // 4)
+            main_rows, main_cross_entropy, tokens = totals[-3:].tolist()
             now = time.monotonic()
             settings = self.distill_model.settings
             after = self.distill_model.after
+            if main_rows:
+                logs["ce_0"] = main_cross_entropy / main_rows
             for k, depth in enumerate(range(after + 1, after + 1 + len(rows))):
                 count = max(1.0, rows[k].item())
                 logs[f"ce_{depth}"] = cross_entropy[k].item() / count
@@ -176,7 +182,7 @@ class HeadTrainer(SafeTrainer):
                 # nothing says whether its drafts would have been accepted.
                 if not after:
                     logs[f"train_car_{depth}"] = accepted[k].item() / max(1.0, rows[0].item())
-            logs["tokens_per_second"] = tokens[0].item() / max(1e-9, now - self._began)
+            logs["tokens_per_second"] = tokens / max(1e-9, now - self._began)
             self._totals, self._began = None, now
         super().log(logs, start_time)
 

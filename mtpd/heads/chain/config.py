@@ -12,6 +12,5 @@ KIND = Kind(
     keys=frozenset({"shared"}),
     blocks=lambda config: max(config.block_of) + 1,
     loops=True,
-    trains_trunk=True,
     native={},
 )

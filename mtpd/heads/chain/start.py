@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from mtpd import alignment
+from mtpd.errors import UserError
+from mtpd.heads.base import Heads
 from mtpd.heads.chain.heads import ChainHead, ChainHeads
 from mtpd.heads.first_weights import RIDGE, inverse_gain, silence, source_layers
 from mtpd.heads.norms import gain, set_gain
@@ -101,6 +103,27 @@ def fit(heads: ChainHeads, trunk: Trunk, batches: Iterable[dict[str, Tensor]]) -
             outputs += (read.T @ wanted).double()
         inputs += RIDGE * inputs.diagonal().mean() * torch.eye(2 * size, dtype=torch.float64, device=device)
         head.project.weight.copy_(torch.linalg.solve(inputs, outputs).T)
+
+
+@torch.no_grad()
+def adopt(heads: ChainHeads, trunk: Trunk, source: Heads, *, seed: int = 0) -> None:
+    """Starts as the first heads of another chain.
+
+    Raises:
+        UserError: those are no chain, too few, or of another form.
+    """
+    if not isinstance(source, ChainHeads) or source.depth < heads.depth:
+        raise UserError(
+            f"heads.source: holds {source.depth} of kind {source.config.kind}; accepted: at least {heads.depth} chain "
+            "heads"
+        )
+    found = source.first(heads.depth)
+    own = heads.state_dict()
+    # What can be drafted is the new heads' own choice.
+    given = {name: each for name, each in found.state_dict().items() if name != "vocabulary"}
+    if {name: each.shape for name, each in given.items()} != {n: v.shape for n, v in own.items() if n != "vocabulary"}:
+        raise UserError("heads.source: holds chain heads of another form; accepted: with the same heads.shared")
+    heads.load_state_dict({**own, **given})
 
 
 def configure(settings: Mapping[str, Any], trunk: Trunk) -> dict[str, Any]:

@@ -31,6 +31,5 @@ KIND = Kind(
     start="mtpd.heads.parallel.start",
     section=ParallelConfig,
     blocks=_blocks,
-    trains_trunk=True,
     native={"parallel": {"block": "unembedding"}},
 )
