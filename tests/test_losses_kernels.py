@@ -22,6 +22,7 @@ from mtpd.losses.settings import LOSSES as REGISTERED
 from mtpd.trunk import Unembedding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WORKS = on_gpu.triton_works
 FEW = 9
 """Positions: the interpreter takes milliseconds for each row."""
 
@@ -37,6 +38,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         inside(kernel, *args, **numbers)
 
     monkeypatch.setattr(on_gpu, "KERNEL_DEVICES", frozenset({DEVICE}))
+    monkeypatch.setattr(on_gpu, "triton_works", lambda: True)
     monkeypatch.setattr(fused, "BLOCK_ROWS", 11)
     monkeypatch.setattr(fused, "GPU_BLOCK_ROWS", 11)
     monkeypatch.setattr(fused_kernels, "COLUMNS", 128)
@@ -227,3 +229,24 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda patch: patch.setattr("importlib.util.find_spec", lambda name: None), "Triton is not installed; pip"),
+        (lambda patch: patch.setattr("shutil.which", lambda name: None), "Triton finds no C compiler; install gcc"),
+        (lambda patch: patch.setattr("torch.cuda.is_available", lambda: False), "Triton finds no GPU"),
+    ],
+)
+def test_without_what_triton_needs(
+    change: Any, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fault: a run that ends in an error of Triton's, or that is slow without a word."""
+    with monkeypatch.context() as there:
+        there.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+        there.setattr("torch.cuda.is_available", lambda: True)
+        assert WORKS.__wrapped__()
+        change(there)
+        assert not WORKS.__wrapped__()
+    assert said in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -140,6 +141,15 @@ def test_what_waits_is_seen(waiting: Any) -> None:
     """Fault: a check that cannot fail."""
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), Work(), Copies():
         waiting(torch.empty(3, device="meta"))
+
+
+def test_what_computes_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Fault: nobody can say which of three ways computed a loss; or a line for each step."""
+    on_gpu.say.cache_clear()
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            Case().fused(LOSSES["kl"])
+    assert [record.message.rsplit(" by ")[1] for record in caplog.records] == ["PyTorch's operators"]
 
 
 def test_blocks_by_device() -> None:

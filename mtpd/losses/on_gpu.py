@@ -45,11 +45,13 @@ def kernels(
 
 @functools.cache
 def triton_works() -> bool:
-    """Whether Triton is there, and a C compiler, which it needs for what launches its kernels."""
+    """Whether Triton is there, a GPU for it, and a C compiler, which it needs for what launches its kernels."""
     if importlib.util.find_spec("triton") is None:
         missing, way = "Triton is not installed", "pip install triton"
     elif not any(map(shutil.which, (os.environ.get("CC") or "gcc", "gcc", "clang"))):
         missing, way = "Triton finds no C compiler", "install gcc, or name one in the environment variable CC"
+    elif not torch.cuda.is_available():
+        missing, way = "Triton finds no GPU", "run where torch.cuda.is_available()"
     else:
         return True
     logger.warning("the loss runs without its kernels, which takes about twice as long: %s; %s", missing, way)
