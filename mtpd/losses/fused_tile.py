@@ -11,6 +11,7 @@ Legend: S rows of the tile, M columns in use, V tokens.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +54,7 @@ class Sweeps:
             self._teacher_tile(part, self.teacher_head, self.settings, self.columns_M)
             for part in logits_RV.split(self.rows)
         ]
-        return [teacher for teacher, _ in tiles], torch.cat([choice for _, choice in tiles])
+        return [teacher for teacher, _ in tiles], _joined([choice for _, choice in tiles])
 
     def compare(
         self,
@@ -84,8 +85,13 @@ class Sweeps:
                 logits_RM.split(self.rows), teacher, target_R.split(self.rows), strict=False
             )
         ]
-        ce, value, choice = (torch.cat(parts) for parts in zip(*results, strict=True))
+        ce, value, choice = (_joined(parts) for parts in zip(*results, strict=True))
         return ce, value, choice
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all tiles; without a copy where there is one, as on a GPU."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 @functools.cache
