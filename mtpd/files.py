@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -114,9 +115,11 @@ def tensors_written(path: str | Path, tensors: Mapping[str, Any], metadata: dict
         try:
             save_file(dict(tensors), beside, metadata=metadata)
         except SafetensorError as error:
-            if os.strerror(errno.ENOSPC) in str(error):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-            raise
+            # What the operating system refused is known from the words alone.
+            found = re.search(r"os error (\d+)", str(error))
+            if found is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
         yield beside
 
 
