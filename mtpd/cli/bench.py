@@ -12,7 +12,9 @@ from mtpd.cli.terminal import quiet_libraries
 from mtpd.data.sources import check_source
 from mtpd.decode.drafting import ALL_SOURCES
 from mtpd.errors import UserError
-from mtpd.run.check import check_finished
+from mtpd.finished_run import RECIPE
+from mtpd.recipe import load_recipe
+from mtpd.run.check import check_finished, row_format
 
 WAYS = ("plain", "engine", "lookup", "own-lookup", "chain", "heads", "assistant", "transformers")
 
@@ -69,8 +71,10 @@ def bench(
         check_source(suite, key="--suite")
     with quiet_libraries(debug=debug):
         from mtpd.data.models import load_model
-        from mtpd.data.prompts import load_prompts, render  # these bring in torch
+        from mtpd.data.prompts import load_prompts  # these bring in torch
+        from mtpd.data.rendering import render_all
         from mtpd.data.responses import end_tokens
+        from mtpd.data.rows.left_out import LeftOut
         from mtpd.decode.speed import PARTS, breakdown, compare
         from mtpd.evaluate.acceptance import RANDOM
         from mtpd.evaluate.compare import console
@@ -83,11 +87,14 @@ def bench(
         ways = [*dict.fromkeys([*ways, "engine"])]
         model = load(run, dtype=dtype, drafting=drafting, untrusted=untrusted)
         ends = end_tokens(model.trunk.model, model.tokenizer)
-        chosen = load_prompts("builtin-held-out" if suite == "demo" else suite)
+        form = row_format(load_recipe(run / RECIPE).data, columns=False)
+        chosen = load_prompts("builtin-held-out" if suite == "demo" else suite, form=form)
         # Every so many: neighbours are often of one kind.
         chosen = chosen[:: max(1, len(chosen) // prompts)][:prompts]
         room = model.trunk.context - max_new_tokens
-        texts = [ids for prompt in chosen if 0 < len(ids := render(model.tokenizer, prompt)) <= room]
+        left_out = LeftOut()
+        texts = [ids for _, ids in render_all(model.tokenizer, chosen, left_out) if 0 < len(ids) <= room]
+        left_out.check(len(chosen), source=f"--suite: {suite}")
         costs = model.measure_costs() if tune else model.costs
         smaller = None
         if assistant is not None:

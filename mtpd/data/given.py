@@ -10,7 +10,7 @@ from functools import cache
 from transformers import PreTrainedTokenizerBase
 
 from mtpd.data.packing import Sample
-from mtpd.data.rendering import apply_template, asked_text, plain_ids, rendered_ids
+from mtpd.data.rendering import MARK, apply_template, asked_text, plain_ids, rendered_ids
 from mtpd.data.rows.left_out import Unusable
 from mtpd.data.rows.prompt import Message, Prompt
 
@@ -50,13 +50,14 @@ def given_samples(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, end_tok
 
 def _given_text(tokenizer: PreTrainedTokenizerBase, row: Prompt, prompt: str, completion: str | None) -> Sample:
     whole = prompt if completion is None else prompt + completion
-    ids = plain_ids(tokenizer, whole)
+    ids = plain_ids(tokenizer, whole, escape=row.escape)
     # Text alone is all response; only what the tokenizer puts before it is not.
-    start = max(0, len(ids) - len(rendered_ids(tokenizer, whole)))
+    bare = tokenizer(whole, add_special_tokens=False, split_special_tokens=row.escape)["input_ids"]
+    start = max(0, len(ids) - len(bare))
     if completion is not None:
         if not completion.strip():
             raise Unusable("without response", f"{row.name}: its completion is empty")
-        start = max(start, _common_prefix(plain_ids(tokenizer, prompt), ids)) if prompt else start
+        start = max(start, _common_prefix(plain_ids(tokenizer, prompt, escape=row.escape), ids)) if prompt else start
     if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
     return Sample(row.id, ids, [index >= start for index in range(len(ids))], row.family)
@@ -159,7 +160,7 @@ def _say_no_thoughts(model: str) -> None:
 
 def _end_of(message: Message, rendered: str) -> int:
     """Finds the end of a message's words in rendered text; the end of the text if the template changed the words."""
-    words = message["content"].strip()
+    words, rendered = message["content"].strip(), rendered.replace(MARK, "")
     at = rendered.rfind(words) if words and not message.get("tool_calls") else -1
     # What tools say is often written as JSON, and then not found.
     return at + len(words) if at >= 0 else 0 if message["role"] == "tool" else len(rendered)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
@@ -30,7 +30,7 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """
     words = plain_words(tokenizer, prompt)
     if words is not None:
-        return plain_ids(tokenizer, words)
+        return plain_ids(tokenizer, words, escape=prompt.escape)
     assert not isinstance(prompt.prompt, str)
     return rendered_ids(tokenizer, asked_text(tokenizer, prompt, prompt.prompt))
 
@@ -45,10 +45,14 @@ def render_all(
         try:
             words = plain_words(tokenizer, prompt)
             if words is not None:
-                ids[number] = plain_ids(tokenizer, words)
+                ids[number] = plain_ids(tokenizer, words, escape=prompt.escape)
             else:
                 assert not isinstance(prompt.prompt, str)
-                conversations.append((number, asked_text(tokenizer, prompt, prompt.prompt)))
+                text = asked_text(tokenizer, prompt, prompt.prompt)
+                if MARK in text:
+                    ids[number] = rendered_ids(tokenizer, text)
+                else:
+                    conversations.append((number, text))
         except Unusable as error:
             left_out.add(error)
     for start in range(0, len(conversations), BATCH):
@@ -102,6 +106,8 @@ def apply_template(
             f"{prompt.name} is a conversation and the model has no chat template: choose an instruction-tuned model, "
             "save a template with its tokenizer (chat_template.jinja), or give data.prompts with `text` rows",
         )
+    if prompt.escape:
+        row = {key: [_marked(tokenizer, message) for message in messages] for key, messages in row.items()}
     try:
         return apply_chat_template(dict(row), tokenizer, **prompt.template)
     except (TemplateError, ValueError, TypeError, LookupError) as error:
@@ -111,15 +117,25 @@ def apply_template(
 
 
 def rendered_ids(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
-    """Tokens of text that a template has written."""
+    """Tokens of text that a template has written.
+
+    Raises:
+        Unusable: its control tokens that are to be characters cannot be read so by this tokenizer.
+    """
+    if MARK in rendered:
+        return _escaped_ids(tokenizer, rendered)
     # The template has written the special tokens: a second BOS would put the model where it never was.
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
-def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of plain text with what the tokenizer puts before it, without what some put after it."""
-    bare = rendered_ids(tokenizer, text)
-    ids = list(tokenizer(text)["input_ids"])
+def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, escape: bool = False) -> list[int]:
+    """Tokens of plain text with what the tokenizer puts before it, without what some put after it.
+
+    Args:
+        escape: reads control tokens as the characters that they are.
+    """
+    bare = list(tokenizer(text, add_special_tokens=False, split_special_tokens=escape)["input_ids"])
+    ids = list(tokenizer(text, split_special_tokens=escape)["input_ids"])
     extra = len(ids) - len(bare)
     for before in range(extra, -1, -1):
         if ids[before : before + len(bare)] == bare:
@@ -127,6 +143,56 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
+MARK = "\ue001"
+"""A character of private use. Behind the first character of a control token it keeps it from being one."""
+
+
+def _marked(tokenizer: PreTrainedTokenizerBase, message: Message) -> Message:
+    """The message with its control tokens marked."""
+    pattern = control_tokens(tokenizer)
+    if pattern is None:
+        return message
+    texts = {key: message[key] for key in ("content", "reasoning_content") if key in message}
+    return message | {
+        key: pattern.sub(lambda found: found[0][:1] + MARK + found[0][1:], text) for key, text in texts.items()
+    }
+
+
+def _escaped_ids(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
+    """Tokens of text in which marked control tokens are characters, and the others control tokens.
+
+    Tokenizers read what stands between two control tokens by itself, so that it can be read here alone.
+    """
+    pattern = control_tokens(tokenizer)
+    assert pattern is not None
+    runs, end = [""], 0
+    for found in [*pattern.finditer(rendered), None]:
+        between = rendered[end : found.start() if found else len(rendered)]
+        control = found[0] if found else ""
+        end = found.end() if found else end
+        # What is marked is a run of its own; all others go on with the one before.
+        runs[-1:] = [runs[-1], between, control] if MARK in between else [runs[-1] + between + control]
+    ids: list[int] = []
+    checked: list[int] = []
+    for run in runs:
+        same = list(tokenizer(run, add_special_tokens=False)["input_ids"])
+        checked += same
+        marked = MARK in run
+        ids += list(
+            tokenizer(run.replace(MARK, ""), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            if marked
+            else same
+        )
+    if checked != list(tokenizer(rendered, add_special_tokens=False)["input_ids"]):
+        raise Unusable(
+            "with control tokens that cannot be escaped",
+            "data.special_tokens_in_text: escape is not accepted for this tokenizer, which reads pieces of a text "
+            "otherwise than the whole; accepted: keep",
+        )
+    return ids
+
+
+@lru_cache(maxsize=8)
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
     """A pattern of the tokens that are control tokens wherever they stand; None where there are none."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -150,9 +216,12 @@ def warn_of_control_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence
             example = example or f"{found} in {prompt.name}"
     if count:
         logger.warning(
-            "%d of %d prompts have control tokens of the model in their text, which are read as such (first: %s)",
+            "%d of %d prompts have control tokens of the model in their text, read as %s (first: %s)",
             count,
             len(prompts),
+            "the characters that they are"
+            if prompts[0].escape
+            else "control tokens; data.special_tokens_in_text: escape reads them as characters",
             example,
         )
     return count

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 
 from mtpd.data.models import load_model
-from mtpd.data.prompts import load_prompts, render
+from mtpd.data.prompts import load_prompts
+from mtpd.data.rendering import render_all
+from mtpd.data.rows.left_out import LeftOut
 from mtpd.decode.counts import Counts
 from mtpd.decode.greedy import generate
 from mtpd.decode.plain import plain_texts
@@ -136,7 +138,9 @@ def verify(
     heads.shorten(depth)
     chosen = load_prompts(prompts)
     chosen = chosen[:: max(1, len(chosen) // limit)][:limit]
-    texts = [render(tokenizer, prompt) for prompt in chosen]
+    left_out = LeftOut()
+    texts = [ids for _, ids in render_all(tokenizer, chosen, left_out)]
+    left_out.check(len(chosen), source=f"--suite: {prompts}")
     plain, counts = [], Counts(heads.depth)
     native = find_heads(Checkpoint(folder), family=layout.family, base=Checkpoint(folder))
     spoiled = texts[:PERTURBED] if perturb else []

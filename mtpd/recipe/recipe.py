@@ -16,11 +16,11 @@ from pydantic import Field, ValidationError, model_validator
 
 from mtpd.errors import UserError
 from mtpd.heads.kinds import KINDS
+from mtpd.recipe.data_rules import data_problems
 from mtpd.recipe.old_keys import REFUSALS, is_of_run, rename_old_keys
 from mtpd.recipe.pretrain import PretrainRecipe
 from mtpd.recipe.rules import (
     OWNED_ARGUMENTS,
-    data_problems,
     evaluation_problems,
     extend_problems,
     sharding_problems,

@@ -91,6 +91,9 @@ class DataRecipe(Section):
     """Jinja template of the user's message over the columns of a row; for prompts and held-out prompts."""
     chat_template_kwargs: dict[str, Any] = Field(default={})
     """Arguments of the model's chat template, such as `enable_thinking: false`; those that a row has go before them."""
+    special_tokens_in_text: Literal["keep", "escape"] = "keep"
+    """Control tokens of the model inside of a text. keep: they are control tokens, as transformers reads them. escape:
+    they are read as the characters that they are."""
     max_unusable: Share = 0.1
     """Share of the rows that may be unusable: such rows are left out and counted, and more of them end the run."""
     held_out: Text | None = None

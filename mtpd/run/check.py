@@ -77,9 +77,15 @@ def _check_heads(source: str) -> None:
         raise UserError(f"heads.source: {source}: holds no heads; accepted: a directory of them, like runs/demo/heads")
 
 
-def row_format(data: DataRecipe) -> RowFormat:
-    """How a recipe says that rows of prompts are read."""
-    return RowFormat(data.columns, data.template, data.chat_template_kwargs)
+def row_format(data: DataRecipe, *, columns: bool = True) -> RowFormat:
+    """How a recipe says that rows are read.
+
+    Args:
+        columns: False for sources of known columns, or for further ones.
+    """
+    named: dict[str, Any] = {"columns": data.columns, "template": data.template} if columns else {}
+    escape = data.special_tokens_in_text == "escape"
+    return RowFormat(**named, chat_template_kwargs=data.chat_template_kwargs, escape=escape)
 
 
 def _check_device(name: str) -> None:

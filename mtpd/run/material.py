@@ -13,7 +13,6 @@ from mtpd.data.prompts import HeldOutSplit, Prompt, load_prompts, split_held_out
 from mtpd.data.rendering import render_all, warn_of_control_tokens
 from mtpd.data.responses import cut_responses, generate_responses
 from mtpd.data.rows.left_out import LeftOut, Unusable
-from mtpd.data.rows.row_format import RowFormat
 from mtpd.data.sources import built_in
 from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, fill, store_key
 from mtpd.errors import UserError, enough_memory
@@ -48,7 +47,7 @@ def split_prompts(recipe: Recipe, left_out: LeftOut | None = None) -> HeldOutSpl
     if data.held_out is not None or data.prompts == "builtin":
         source = data.held_out or "builtin"
         if built_in(source):
-            form = RowFormat(chat_template_kwargs=data.chat_template_kwargs)
+            form = row_format(data, columns=False)
         held_out = load_prompts(
             "builtin-held-out" if source == "builtin" else source, seed=recipe.seed, form=form, left_out=counted
         )
@@ -65,9 +64,12 @@ def training_rows(session: Session, prompts: Sequence[Prompt], left_out: LeftOut
     found = LeftOut(data.max_unusable)
     warn_of_control_tokens(session.tokenizer, prompts)
     if data.responses != "given":
+        asked = usable(session, prompts, found)
+        # Before hours of answering.
+        found.check(len(prompts), source="data.prompts")
         samples = respond(
             session,
-            usable(session, prompts, found),
+            asked,
             session.run.responses,
             temperature=data.temperature,
             top_p=data.top_p,
@@ -78,7 +80,7 @@ def training_rows(session: Session, prompts: Sequence[Prompt], left_out: LeftOut
         session.responses = {"count": count, "cut": cut}
     else:
         samples = _given(session, prompts, found)
-    found.check(len(prompts), source="data.prompts")
+        found.check(len(prompts), source="data.prompts")
     of_texts = LeftOut(data.max_unusable)
     if texts := given_texts(session.recipe):
         samples += _given(session, texts, of_texts)
@@ -121,7 +123,7 @@ def _given(session: Session, prompts: Sequence[Prompt], left_out: LeftOut) -> li
 
 def given_texts(recipe: Recipe) -> list[Prompt]:
     """Further texts to train on, which have their own responses."""
-    form = RowFormat(chat_template_kwargs=recipe.data.chat_template_kwargs)
+    form = row_format(recipe.data, columns=False)
     return [
         text
         for given in recipe.data.given
@@ -238,7 +240,7 @@ def measured_prompts(recipe: Recipe, held_out: Sequence[Prompt]) -> list[Prompt]
     evaluation = recipe.evaluation
     # Of a conversation the first round is measured: one prompt, one response.
     asked = [replace(prompt, later=()) for prompt in spread(list(held_out), evaluation.prompts_limit)]
-    form = RowFormat(chat_template_kwargs=recipe.data.chat_template_kwargs)
+    form = row_format(recipe.data, columns=False)
     for source in evaluation.extra:
         name = Path(source).stem
         extra = load_prompts(source, limit=evaluation.prompts_limit, seed=recipe.seed, form=form)

@@ -31,6 +31,8 @@ class Prompt:
     turn, or the results of tools. Answers that came with the data are in `response` alone."""
     template: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the chat template: `tools`, and those of its own such as `enable_thinking`."""
+    escape: bool = False
+    """Whether control tokens of the model inside of its text are read as the characters that they are."""
     place: str = field(default="", compare=False)
     """Where the row stands, for messages: file:line."""
 

@@ -77,7 +77,7 @@ def read_row(
         str(row.get("family", row.get("category", default_family))),
         later,
         arguments,
-        place,
+        place=place,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateError
@@ -20,7 +20,7 @@ KEPT = ("id", "family", "category", "system", "tools", "chat_template_kwargs")
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How rows are read: `data.columns`, `data.template` and `data.chat_template_kwargs` of a recipe."""
+    """How rows are read, as keys of a recipe's `data` section say."""
 
     columns: Mapping[str, str] = field(default_factory=dict)
     """By what a row has, such as `prompt`, the column that is taken for it."""
@@ -28,6 +28,8 @@ class RowFormat:
     """Jinja template of the user's message over the columns of a row."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the chat template; those of a row go before them."""
+    escape: bool = False
+    """Whether control tokens inside of a text are read as characters."""
 
     def read(self, row: Any, *, place: str, default_id: str, default_family: str = "") -> Prompt:
         """One row as a Prompt.
@@ -42,9 +44,10 @@ class RowFormat:
             raise row
         if isinstance(row, dict) and (self.columns or self.template is not None):
             row = self._renamed(row, place)
-        return read_row(
+        prompt = read_row(
             row, place=place, default_id=default_id, default_family=default_family, template=self.chat_template_kwargs
         )
+        return replace(prompt, escape=True) if self.escape else prompt
 
     def _renamed(self, row: Mapping[str, Any], place: str) -> dict[str, Any]:
         found = {key: row[key] for key in KEPT if key in row}
