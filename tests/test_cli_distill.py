@@ -228,7 +228,7 @@ def test_mistakes_in_the_recipe(
     ("texts", "message"),
     [
         ([], "holds no prompts"),
-        (["word " * 80] * 16 + ["letter " * 60] * 5, "prompts are longer than the context"),
+        (["word " * 80] * 16 + ["letter " * 60] * 5, "1 longer than the context (first: "),
     ],
 )
 def test_prompts_that_cannot_be_used(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from mtpd.cli import main
 from mtpd.data.builtin_models import tiny_tokenizer
@@ -14,6 +15,7 @@ from mtpd.errors import UserError
 from mtpd.evaluate.suites import load_suite, questions, usable
 from mtpd.files import read_sealed
 from mtpd.recipe import parse_recipe
+from mtpd.recipe.text import read_mapping
 
 SMALL = [
     "heads.depth=1",
@@ -104,6 +106,32 @@ def test_keys_that_cannot_be(data: dict[str, Any], message: str, tmp_path: Path)
     with pytest.raises(UserError) as caught:
         parse_recipe({"model": "tiny", "output": str(tmp_path), "data": data})
     assert message in str(caught.value)
+
+
+def test_generate_and_chat_ask_as_the_run_was_trained(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fault: heads trained without thoughts are asked with them, or a template that refuses ends in a traceback."""
+    recipe = finished_run / "recipe.yaml"
+    values = read_mapping(recipe, what="recipe", example="recipe.yaml")
+    values["data"]["chat_template_kwargs"] = {"enable_thinking": False}
+    recipe.write_text(json.dumps(values))
+    asked: list[dict[str, Any]] = []
+    plain = PreTrainedTokenizerFast.apply_chat_template
+
+    def recorded(self: Any, messages: Any, **arguments: Any) -> Any:
+        asked.append(arguments)
+        return plain(self, messages, **arguments)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "apply_chat_template", recorded)
+    assert main(["generate", str(finished_run), "--prompt", "hello", "--max-new-tokens", "2"]) == 0
+    lines = iter(["hello", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert main(["chat", str(finished_run), "--max-new-tokens", "2"]) == 0
+    assert [arguments["enable_thinking"] for arguments in asked] == [False, False]
+    monkeypatch.setattr("mtpd.data.builtin_models.CHATML", "{{ raise_exception('roles must alternate') }}")
+    assert main(["generate", str(finished_run), "--prompt", "hello"]) == 2
+    assert "the model's chat template refuses the messages: roles must alternate" in capsys.readouterr().err
 
 
 def suite_of(folder: Path, rows: list[Any], text: str = "") -> list[Any]:
