@@ -66,23 +66,58 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
     Raises:
         MtpdError: the disk is full, or the folder cannot be written to.
     """
-    path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    with writing(path, needed=len(data)):
+    with written_whole(path, needed=len(data)) as beside:
+        beside.write_bytes(data)
+
+
+@contextmanager
+def written_whole(path: str | Path, *, needed: int | None = None) -> Iterator[Path]:
+    """A place to write a file in, which then takes the place of what `path` was: whole, or not at all.
+
+    Args:
+        needed: bytes, for the message where they have no room.
+
+    Raises:
+        MtpdError: the disk is full, or the folder cannot be written to.
+    """
+    path = Path(path)
+    with writing(path, needed=needed):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+        os.close(handle)
+        beside = Path(name)
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
+            yield beside
+            with open(beside, "rb+") as file:
                 os.fsync(file.fileno())
             # mkstemp makes files that only their owner can read; these are ordinary ones.
             os.chmod(beside, 0o666 & ~_umask())
             os.replace(beside, path)
         except BaseException:
-            Path(beside).unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
             raise
         sync(path.parent)
+
+
+@contextmanager
+def tensors_written(path: str | Path, tensors: Mapping[str, Any], metadata: dict[str, str]) -> Iterator[Path]:
+    """`written_whole` of a safetensors file, without a copy of the tensors in memory; within it, it is written already.
+
+    Args:
+        tensors: on the CPU, by name.
+    """
+    from safetensors import SafetensorError  # brings in torch
+    from safetensors.torch import save_file
+
+    with written_whole(path, needed=sum(tensor.nbytes for tensor in tensors.values())) as beside:
+        try:
+            save_file(dict(tensors), beside, metadata=metadata)
+        except SafetensorError as error:
+            if os.strerror(errno.ENOSPC) in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
+        yield beside
 
 
 @contextmanager

@@ -24,22 +24,56 @@ ROUND = 64
 """Attention reads positions up to a multiple of this many: enough room for fast kernels, little that is empty."""
 
 
+def on_device(values: Any, device: torch.device) -> Tensor:
+    """Copies lists of numbers to a device, without waiting for what it has still to do."""
+    return torch.tensor(values).to(device, non_blocking=True)
+
+
+class Newest(list[int]):
+    """Position of the newest token of each row, on the host and on the device: one copy for all spans of a round."""
+
+    def __init__(self, positions: Sequence[int], device: torch.device, copied: Tensor | None = None) -> None:
+        super().__init__(positions)
+        self.on_device = on_device(self, device) if copied is None else copied
+
+    @classmethod
+    def of(cls, positions: Sequence[int], device: torch.device) -> Newest:
+        """The positions as they are, or copied to the device."""
+        return positions if isinstance(positions, Newest) else cls(positions, device)
+
+    def span(self, width: int, offset: int = 0) -> Span:
+        """So many positions of each row, from the newest one moved by `offset` on."""
+        first = self.on_device + offset if offset else self.on_device
+        return Span([end + offset for end in self], width, first.device, first=first)
+
+
 class Span:
     """Positions that a pass reads and writes: `width` of them in each of N rows, from `starts` on.
 
     A text may be shorter than the span. What is then written for positions before 0 goes to the last
     place of each buffer, which belongs to no text.
+
+    Args:
+        first: `starts` on the device, where they are there already.
     """
 
-    def __init__(self, starts: Sequence[int], width: int, device: torch.device, *, first_row: int = 0) -> None:
+    def __init__(
+        self,
+        starts: Sequence[int],
+        width: int,
+        device: torch.device,
+        *,
+        first_row: int = 0,
+        first: Tensor | None = None,
+    ) -> None:
         self.width = width
         self.rows = slice(first_row, first_row + len(starts))
         self.end = max(starts) + width
         lowest = min(starts)
         self._before = lowest < 0
         self._same = lowest if not self._before and lowest == max(starts) else None
-        self._columns = torch.arange(first_row, first_row + len(starts), device=device)[:, None]
-        self._places = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
+        first = on_device(starts, device) if first is None else first
+        self._places = first[:, None] + torch.arange(width, device=device) if width > 1 else first[:, None]
 
     @property
     def positions(self) -> Tensor:
@@ -51,7 +85,8 @@ class Span:
         if self._same is not None:
             return self.rows, slice(self._same + steps, self._same + steps + self.width)
         places = self._places + steps if steps else self._places
-        return self._columns, places.where(self._places >= 0, capacity - 1) if self._before else places
+        columns = torch.arange(self.rows.start, self.rows.stop, device=places.device)[:, None]
+        return columns, places.where(self._places >= 0, capacity - 1) if self._before else places
 
     def read(self, buffer: Tensor, steps: int = 0) -> Tensor:
         """[N, Q, ...] of a buffer [S, C, ...], at the positions moved by `steps`."""

@@ -19,9 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from mtpd.errors import UnsupportedModel
 
+GROUPED = "grouped_mm_in_autocast"
+"""Name under which transformers has `experts_in_autocast`."""
 ATTENDING = ("full_attention", "sliding_attention", "chunked_attention")
 """Kinds of layers that look back at single tokens."""
 
@@ -253,6 +256,8 @@ class Trunk(nn.Module):
         if hasattr(config, "embedding_multiplier"):
             config.embedding_multiplier = 1.0
         config._attn_implementation = self.config._attn_implementation
+        if config._experts_implementation == "grouped_mm":
+            config._experts_implementation = GROUPED
         return config
 
     @torch.no_grad()
@@ -307,6 +312,25 @@ class Trunk(nn.Module):
                     f"{self.name}: cannot build heads for it: its {piece} cannot be repeated outside the model "
                     f"(relative difference {error:.1e})"
                 )
+
+
+def experts_in_autocast(experts: nn.Module, hidden_states: Tensor, *routing: Tensor) -> Tensor:
+    """Computes experts with transformers' grouped products, in the format of autocast where that is enabled.
+
+    Autocast does not know these products: they would run in the format of the weights, which is float32 in training.
+    """
+    kind = hidden_states.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        cast = copy.copy(experts)
+        cast.__dict__["_parameters"] = {
+            name: None if each is None else each.to(dtype) for name, each in experts._parameters.items()
+        }
+        experts, hidden_states = cast, hidden_states.to(dtype)
+    return grouped_mm_experts_forward(experts, hidden_states, *routing)
+
+
+ALL_EXPERTS_FUNCTIONS.register(GROUPED, experts_in_autocast)
 
 
 def _layers_of(config: PretrainedConfig, first: int, end: int, *, depth: int) -> PretrainedConfig:

@@ -250,3 +250,35 @@ def test_the_main_head_before_and_after(run: Path, capsys: pytest.CaptureFixture
     before, after = map(float, re.findall(r"([\d.]+) → ([\d.]+)", line)[0])
     assert before == pytest.approx(float(first[1]), abs=1e-3)
     assert after > 1.5 * before
+
+
+def test_other_models_under_the_same_heads(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: a fine-tuned model is refused, taken for the run's own, or not to be told from it in what is written."""
+    model, tokenizer = load_model("tiny", dtype="float32", device="cpu")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(1.2)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "tuned")
+    assert measure(run, *SHORT, "--limit", "4") == 0
+    own = Acceptance.load(run / "evaluation.json")
+    samples = (run / "samples.json").read_bytes()
+    words = ["--model", str(tmp_path / "tuned"), "--against", str(run)]
+    assert measure(run, *words) == 4, "4 prompts never decide"
+    shown = capsys.readouterr()
+    found = Acceptance.load(run / "evaluation-tuned.json")
+    assert Acceptance.load(run / "evaluation.json") == own
+    assert (run / "samples.json").read_bytes() == samples
+    assert (own.heads_trunk, found.heads_trunk, found.heads) == (None, own.trunk, own.heads)
+    assert found.trunk != own.trunk
+    assert f"is another trunk ({found.trunk[:12]}) than the heads were trained for ({own.trunk[:12]})" in shown.err
+    assert "heads under another trunk than their own" in " ".join(shown.out.split())
+    # The other way round the heads do not belong to what they are compared with.
+    assert main(["compare", str(run / "evaluation-tuned.json"), str(run / "evaluation.json")]) == 2
+    assert "measured with different trunks" in capsys.readouterr().err
+    assert measure(run, *SHORT, "--limit", "4", "--model", "tiny", "-o", str(tmp_path / "same.json")) == 0
+    assert Acceptance.load(tmp_path / "same.json").heads_trunk is None
+    code, line = error_of(run, capsys, *SHORT, "--model", str(tmp_path / "none"))
+    assert (code, "no such directory" in line) == (2, True)
+    code, line = error_of(run, capsys, *SHORT, "--model", "tiny", "--heads", "none")
+    assert code == 2

@@ -11,7 +11,6 @@ from architectures import TOKENS, WINDOW, new_heads, random_heads, random_tokens
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-import mtpd.heads.saved
 from mtpd.alignment import IGNORED
 from mtpd.errors import UserError
 from mtpd.heads import CONFIG, WEIGHTS, Heads, load_heads, save_heads
@@ -197,7 +196,7 @@ def test_shared_heads_hold_one_block(llama: Trunk, tmp_path: Path) -> None:
 def test_weights_are_written_last(llama: Trunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault: a save that was interrupted passes for whole heads, since weights without config are there."""
     written: list[str] = []
-    monkeypatch.setattr(mtpd.heads.saved, "write_whole", lambda path, content: written.append(path.name))
+    monkeypatch.setattr("os.replace", lambda source, target: written.append(Path(target).name))
     save_heads(random_heads(llama), tmp_path)
     assert written == [CONFIG, WEIGHTS]
 

@@ -109,7 +109,6 @@ def test_directories_that_cannot_be_used(saved: Path, tmp_path: Path) -> None:
     assert "cannot be loaded" in refused(saved)
     (saved / "model.safetensors").unlink()
     torch.save(weights, saved / "pytorch_model.bin")
-    assert "has pickled weights alone (pytorch_model.bin)" in refused(saved), "nothing is unpickled"
     save_file(weights, saved / "model.safetensors", {"format": "pt"})
 
     (saved / "config.json").write_text(config[:40])
@@ -125,16 +124,6 @@ def test_directories_that_cannot_be_used(saved: Path, tmp_path: Path) -> None:
     for file in saved.glob("tokenizer*"):
         file.unlink()
     assert "tokenizer" in refused(saved)
-
-
-def test_vocabularies_must_agree(tiny: Any, saved: Path) -> None:
-    """Token ids past the embedding crash in the middle of the run."""
-    tokenizer = builtin_models.tiny_tokenizer()
-    tokenizer.add_tokens([f"<{n}>" for n in range(5)])
-    tokenizer.save_pretrained(saved)
-    message = refused(saved)
-    assert "264 tokens" in message
-    assert "259" in message
 
 
 def test_devices_and_formats() -> None:
@@ -187,4 +176,4 @@ def test_a_model_needs_an_output_head(tiny: Any) -> None:
     from transformers import GPT2Model
 
     with pytest.raises(UserError, match="GPT2Model has no output head"):
-        models.check_vocabulary(GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=300)), None, name="x")
+        models.check_output_head(GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=300)), name="x")

@@ -359,7 +359,7 @@ def test_keys_are_few_and_the_common_ones_come_first() -> None:
     often, rest = tiers["what people change"], tiers["what they rarely change"]
     known = set(keys_of(recipe_schema()))
     assert {*often, *rest} == {key for key in known if not any(other.startswith(f"{key}.") for other in known)}
-    assert len(often) + len(rest) <= 81
+    assert len(often) + len(rest) <= 82
     for file in RECIPES.glob("*.yaml"):
         if file.stem != "bytes-code":
             parts = file.read_text().split("# What they rarely change")

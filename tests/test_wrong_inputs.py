@@ -58,7 +58,7 @@ def model_folder(folder: Path, **files: str) -> str:
 MODELS: dict[str, tuple[Callable[[Path], str], str]] = {
     "adapter": (
         lambda folder: model_folder(folder / "a", adapter_config__json='{"base_model_name_or_path": "org/base"}'),
-        "is an adapter for org/base and no model; merge it",
+        "is an adapter without weights",
     ),
     "tokenizer": (
         lambda folder: model_folder(folder / "a", tokenizer_config__json="{}", tokenizer__json="{}"),

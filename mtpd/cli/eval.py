@@ -58,7 +58,12 @@ def evaluate(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="The file to write. Default: evaluation.json in the run directory."),
+        typer.Option(
+            "-o",
+            "--output",
+            help="The file to write. Default: evaluation.json in the run directory, or evaluation-NAME.json for "
+            "another --model.",
+        ),
     ] = None,
     heads: Annotated[
         str, typer.Option(help="Which heads of the run to measure, by their folder, such as heads-before.")
@@ -97,6 +102,14 @@ def evaluate(
     ] = False,
     markdown: MarkdownFile = None,
     junit: JunitFile = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Another model under the same heads, such as a fine-tuned one or the directory of an adapter: what is "
+            "lost by it is what training heads for it could win. Default: the run's own.",
+            show_default=False,
+        ),
+    ] = None,
     untrusted: Annotated[
         bool,
         typer.Option(
@@ -118,6 +131,8 @@ def evaluate(
         mtpd eval runs/demo --suite gsm8k,humaneval --suite-dir suites --write-baseline baselines/main.json
 
         mtpd eval runs/demo --against baselines/main.json --max-drop 0.01
+
+        mtpd eval runs/demo --model ./fine-tuned --against runs/demo
     """
     from mtpd.evaluate.suites import check_names  # these take a moment that --help has no need of
     from mtpd.run.request import Request, check_request
@@ -149,6 +164,7 @@ def evaluate(
         markdown=markdown,
         junit=junit,
         untrusted=untrusted,
+        model=model,
     )
     check_request(request, request.baseline())
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,8 +15,46 @@ from mtpd.errors import UserError
 BUILT_IN = ("demo", "tiny")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PICKLED = ("pytorch_model*.bin", "*.pth", "*.pt")
+ADAPTER = "adapter_config.json"
 _GGUF_NUMBERS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of the values in a GGUF header, by the number of their type; 8 is text, 9 a list."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A directory that PEFT wrote: a difference to another model, which is its base."""
+
+    path: Path
+    base: str
+
+
+def find_adapter(name: str, base: str | None = None, *, weights: bool = True) -> Adapter | None:
+    """Finds the adapter that a name means, and its base; None where it means a model.
+
+    Args:
+        base: where its base lies, in place of what the adapter says.
+        weights: whether it has to have weights.
+
+    Raises:
+        UserError: a base for what is no adapter, or an adapter that says no base, or has no weights.
+    """
+    path = Path(name).expanduser()
+    whole = (path / "config.json").is_file() and _has_weights(path, WEIGHTS)
+    if not (path / ADAPTER).is_file() or whole:
+        if base is not None:
+            raise UserError(f"model_base: {base} is not accepted, since model {name} is no adapter; accepted: null")
+        return None
+    if weights and not any(path.glob("adapter_model*.safetensors")):
+        if (path / "adapter_model.bin").is_file():
+            raise UserError(
+                f"model {name}: is an adapter with pickled weights alone (adapter_model.bin), which are not read; "
+                f"convert them: {_convert_adapter(path)}"
+            )
+        raise UserError(f"model {name}: is an adapter without weights; is adapter_model.safetensors still to come?")
+    base = base or _base_of(path, name)
+    if not base:
+        raise UserError(f"model {name}: is an adapter that does not say for which model; accepted: that as model_base")
+    return Adapter(path, base)
 
 
 def locate(name: str, *, weights: bool = True) -> tuple[str, bool, dict[str, Any]]:
@@ -43,10 +83,26 @@ def locate(name: str, *, weights: bool = True) -> tuple[str, bool, dict[str, Any
     return name, False, {}
 
 
-def check_model(name: str, *, weights: bool = True) -> None:
-    """Raises UserError for a model that `locate` refuses; a hub id is not looked up."""
-    if name not in BUILT_IN:
-        locate(name, weights=weights)
+def check_model(name: str, *, base: str | None = None, weights: bool = True) -> None:
+    """Raises UserError for a model that `locate` or `find_adapter` refuses; a hub id is not looked up.
+
+    Args:
+        base: of an adapter, in place of what it says.
+    """
+    adapter = find_adapter(name, base, weights=weights)
+    if adapter is None:
+        if name not in BUILT_IN:
+            locate(name, weights=weights)
+        return
+    try:
+        check_model(adapter.base, weights=weights)
+    except UserError as error:
+        raise refused_base(name, adapter, error) from error
+
+
+def refused_base(name: str, adapter: Adapter, error: Exception) -> UserError:
+    """An adapter whose base cannot be used."""
+    return UserError(f"model {name}: is an adapter for {adapter.base} (model_base names another place of it): {error}")
 
 
 def check_checkpoint(name: str) -> None:
@@ -64,11 +120,6 @@ def _check_directory(path: Path, name: str, *, weights: bool) -> None:
     if (path / "recipe.yaml").is_file() and not (path / "config.json").is_file():
         raise UserError(f"model {name}: is a run directory; accepted: the model that its recipe.yaml names")
     if not (path / "config.json").is_file():
-        if (path / "adapter_config.json").is_file():
-            raise UserError(
-                f"model {name}: is an adapter for {_base_of(path)} and no model; merge it, and give the directory that "
-                "the merged model is saved in (peft: merge_and_unload, then save_pretrained)"
-            )
         gguf = sorted(path.glob("*.gguf"))
         if gguf:
             raise UserError(f"model {name}: is a folder of .gguf files; accepted: one of them, such as {gguf[0]}")
@@ -83,12 +134,12 @@ def _check_directory(path: Path, name: str, *, weights: bool) -> None:
             f"model {name}: its config.json names no model_type, so it is no model of transformers"
             + (" (heads of mtpd belong to a run directory)" if path.name == "heads" else "")
         )
-    if weights and not any(any(path.glob(pattern)) for pattern in WEIGHTS):
+    if weights and not _has_weights(path, WEIGHTS):
         pickled = next((file.name for pattern in PICKLED for file in path.glob(pattern)), None)
         if pickled is not None:
             raise UserError(
-                f"model {name}: has pickled weights alone ({pickled}), which are not read; convert them "
-                "(AutoModelForCausalLM.from_pretrained, then save_pretrained, writes safetensors)"
+                f"model {name}: has pickled weights alone ({pickled}), which are not read; convert them: "
+                f"{convert_command(name, path)}"
             )
         raise UserError(f"model {name}: has config.json and no weights; are the .safetensors files still to come?")
 
@@ -103,12 +154,37 @@ def _read_config(path: Path, name: str) -> dict[str, Any]:
     return config
 
 
-def _base_of(path: Path) -> str:
+def _has_weights(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(not file.name.startswith("adapter_") for pattern in patterns for file in path.glob(pattern))
+
+
+def convert_command(name: str, path: Path) -> str:
+    """A command that writes a model with pickled weights again, with safetensors, into a directory beside it."""
+    target = f"{str(path).rstrip('/')}-safetensors"
+    code = (
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f"[part.from_pretrained({name!r}).save_pretrained({target!r}) for part in (M, T)]"
+    )
+    return f"python -c {shlex.quote(code)}"
+
+
+def _convert_adapter(path: Path) -> str:
+    source, target = str(path / "adapter_model.bin"), str(path / "adapter_model.safetensors")
+    code = (
+        "import torch, safetensors.torch as s; "
+        f"s.save_file({{k: v.clone() for k, v in torch.load({source!r}, weights_only=True).items()}}, {target!r})"
+    )
+    return f"python -c {shlex.quote(code)}"
+
+
+def _base_of(path: Path, name: str) -> str:
+    """The model that an adapter says it is for; nothing where it says none."""
     try:
-        found = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another model"
-    return str(found)
+        config = json.loads((path / ADAPTER).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {name}: its {ADAPTER} cannot be read ({error})") from error
+    found = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    return str(found or "")
 
 
 def check_gguf(path: Path, name: str) -> None:

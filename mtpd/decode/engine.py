@@ -30,7 +30,7 @@ from mtpd.decode.text import Request, Text
 from mtpd.errors import UserError
 from mtpd.heads import Heads
 from mtpd.packed_modules import faster, faster_logits
-from mtpd.slots import SlotCache, Span
+from mtpd.slots import Newest, SlotCache, Span, on_device
 from mtpd.trunk import Tap, Trunk
 
 PREFILL_TOKENS = 2048
@@ -98,12 +98,14 @@ class Engine:
         # Heads read prompts to the deepest of them, however few draft.
         self.tokens = torch.zeros(slots, room + deepest + 2, dtype=torch.long, device=trunk.device)
         self.active: list[Text] = []
+        # How many tokens of each text the round before has written, that `tokens` does not have yet.
+        self.unwritten = 0
 
     @torch.inference_mode()
     def run(self, requests: Iterable[Request]) -> Iterator[Text]:
         """Texts in the order in which they end."""
         waiting = deque(Text(request, number) for number, request in enumerate(requests))
-        self.active = []
+        self.active, self.unwritten = [], 0
         while waiting or self.active:
             yield from self._begin(waiting)
             if self.active:
@@ -135,16 +137,16 @@ class Engine:
             assert length + text.request.max_new_tokens <= self.capacity, "a text longer than its slot"
         padded = [[*text.request.prompt, *[0] * (width - len(text.request.prompt))] for text in group]
         span = Span([0] * len(group), width, device, first_row=first)
-        prompts = torch.tensor(padded, device=device)
+        prompts = on_device(padded, device)
         span.write(self.tokens, prompts)
         self.cache.begin(span)
         hidden = self._pass(prompts, span, mask=None)
-        last = torch.tensor(lengths, device=device) - 1
+        last = on_device(lengths, device) - 1
         rows = torch.arange(len(group), device=device)
         logits = self.unembedding(hidden[rows, last][:, None])
         self.active += group
         new = self.choice.choose(logits, group, None)
-        self.tokens[rows + first, last + 1] = torch.tensor([tokens[0] for tokens in new], device=device)
+        self.tokens[rows + first, last + 1] = on_device([tokens[0] for tokens in new], device)
         for text, tokens in zip(group, new, strict=True):
             self._write(text, tokens)
         if self.drafter is not None:
@@ -152,13 +154,12 @@ class Engine:
 
     def _round(self) -> None:
         """Drafts, verifies, and writes the accepted tokens of all active rows."""
-        device = self.device
-        newest = [text.newest for text in self.active]
+        newest = self._newest()
         drafts = None if self.drafter is None and self.planner is None else self._draft(newest)
-        read = Span(newest, 1, device).read(self.tokens)
+        read = newest.span(1).read(self.tokens)
         if drafts is not None:
             read = torch.cat([read, drafts.tokens], dim=1)
-        span = Span(newest, read.shape[1], device)
+        span = newest.span(read.shape[1])
         if drafts is None or drafts.depths is None:
             hidden = self._pass(read, span, self.cache.go_on(span))
         else:
@@ -172,17 +173,28 @@ class Engine:
             self._compact(newest, drafts.paths, hidden)
         if self.drafter is not None:
             longest = 1 if drafts is None else 1 + min(depth, drafts.tokens.shape[1])
-            self.drafter.read(Span(newest, longest, device), hidden[:, :longest])
-        # The drafts in `tokens` that were not accepted give way.
-        width = max(map(len, new))
-        known = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in new], device=device)
-        Span(newest, width, device).write(self.tokens, known, steps=1)
+            self.drafter.read(newest.span(longest), hidden[:, :longest])
+        self.unwritten = max(map(len, new))
         for row, (text, tokens) in enumerate(zip(self.active, new, strict=True)):
             if drafts is not None:
                 of = None if drafts.sources is None else drafts.sources[row]
                 text.sources += [HEADS if of is None else of[column - 1] for column in drafts.paths[row]]
             text.rounds.append((len(text.tokens), depth, len(tokens) - 1))
             self._write(text, tokens)
+
+    def _newest(self) -> Newest:
+        """Positions of the newest tokens; on the device, those of the round before take the place of its drafts."""
+        count = self.unwritten
+        positions = [text.newest for text in self.active]
+        # All that a round needs of the host comes in one copy.
+        lists = on_device(
+            [[end, *text.last(count)] for end, text in zip(positions, self.active, strict=True)], self.device
+        )
+        newest = Newest(positions, self.device, lists[:, 0])
+        if count:
+            newest.span(count, 1 - count).write(self.tokens, lists[:, 1:])
+        self.unwritten = 0
+        return newest
 
     def _compact(self, newest: list[int], paths: list[list[int]], hidden: Tensor) -> None:
         """Puts what was computed for accepted drafts where a chain has it: behind the newest token, without gaps."""
@@ -194,11 +206,11 @@ class Engine:
         ]
         if not moves:
             return
-        index, start, source, target = torch.tensor(moves, device=self.device).unbind(1)
+        index, start, source, target = on_device(moves, self.device).unbind(1)
         self.cache.move(index, start + source, start + target)
         hidden[index, target] = hidden[index, source]
 
-    def _draft(self, newest: list[int]) -> Drafts | None:
+    def _draft(self, newest: Newest) -> Drafts | None:
         """Drafts the tokens that the round verifies."""
         if self.planner is not None:
             return self.planner.draft(self.drafter, self.deepest, self.tokens, newest, self.active)
@@ -208,7 +220,7 @@ class Engine:
             return self.choice.draft(logits, self.active, number)
 
         depth = self.drafter.draft(self.tokens, newest, self.depth, choose)
-        return Drafts.chain(Span(newest, depth, self.device).read(self.tokens, steps=1).clone())
+        return Drafts.chain(newest.span(depth).read(self.tokens, steps=1).clone())
 
     def _pass(
         self,

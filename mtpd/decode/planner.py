@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mtpd.decode.candidates import Candidates, columns, worth_verifying
@@ -24,6 +23,7 @@ from mtpd.decode.drafting import CORPUS, HEADS, LOOKUP, SOURCES, Source
 from mtpd.decode.drafts import Drafts
 from mtpd.decode.lookup import LONGEST, LookupIndex, Match
 from mtpd.heads.drafting import Drafter
+from mtpd.slots import on_device
 
 MOST = 32
 """Nodes of a row at most."""
@@ -108,7 +108,7 @@ class Planner:
         chosen = [nodes[:count] for nodes in likeliest]
         width = max(map(len, chosen))
         trees = [columns(c, nodes, width) for c, nodes in zip(rows, chosen, strict=True)]
-        of_tokens, parents, depths = torch.tensor(trees, device=tokens.device).unbind(1)
+        of_tokens, parents, depths = on_device(trees, tokens.device).unbind(1)
         return Drafts(
             of_tokens,
             max(c.depths[node] for c, nodes in zip(rows, chosen, strict=True) for node in nodes),

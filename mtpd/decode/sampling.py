@@ -128,7 +128,7 @@ def uniform_draws(
     """The random numbers [N, Q] of the next `width` places of each text, from the `first` of them on."""
     seeds = [text.request.seed for text in texts]
     places = [len(text.tokens) + first for text in texts]
-    return torch.from_numpy(uniform(seeds, places, width, stream=stream)).to(device)
+    return torch.from_numpy(uniform(seeds, places, width, stream=stream)).to(device, non_blocking=True)
 
 
 def temperature_and_top_p(temperature: float, top_p: float = 1.0) -> list[Warper]:

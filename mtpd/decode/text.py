@@ -56,6 +56,13 @@ class Text:
         """Position of the newest token."""
         return len(self.request.prompt) + len(self.tokens) - 1
 
+    def last(self, count: int) -> list[int]:
+        """The newest tokens, of the prompt too; zeros stand before a text that is shorter."""
+        found = self.tokens[-count:] if count else []
+        if len(found) < count:
+            found = [*self.request.prompt[len(found) - count :], *found]
+        return [*[0] * (count - len(found)), *found]
+
     def counts(self, depth: int) -> Counts:
         """Sums over the rounds.
 

@@ -268,6 +268,8 @@ class Acceptance(BaseModel):
     """Number format, tokens drafted a round, and what else all suites share; null in files of schema 1."""
     trunk: str
     heads: str
+    heads_trunk: str | None = None
+    """Fingerprint of the trunk that the heads were trained for, where they were measured under another one."""
     random_trunk: bool = False
     """The trunk predicts prompts no better than chance: its weights are random, and the counts mean nothing."""
     versions: dict[str, str] = Field(default_factory=library_versions)

@@ -162,9 +162,16 @@ def compare(
     notes = [RANDOM] if baseline.random_trunk or candidate.random_trunk else []
     if left_out:
         notes.append(f"{left_out} prompts are left out of the comparison: a run was trained on them, or nearly")
+    other = baseline.trunk != candidate.trunk
+    if other:
+        notes.append(
+            f"heads under another trunk than their own ({candidate.trunk[:12]} in place of {baseline.trunk[:12]}): the "
+            "change is what it costs"
+        )
     if texts:
         total = sum(map(len, before.values()))
-        notes.append(f"{texts} of {total} texts differ between the two (rounding of another machine or batch)")
+        why = "each model writes its own" if other else "rounding of another machine or batch"
+        notes.append(f"{texts} of {total} texts differ between the two ({why})")
     # As many nodes in both, or the taus of drafters do not compare.
     apart = set() if _nodes(baseline) == _nodes(candidate) else {f"tau_{name}" for name in DRAFTERS}
     sizes: dict[str | None, int] = {name: len(rows) for name, rows in before.items()}
@@ -274,7 +281,7 @@ def check_comparable(baseline: Acceptance, candidate: Acceptance, *, names: Sequ
     for name, each in zip(names, (baseline, candidate), strict=True):
         check_rows(each, name)
     between = f"{names[0]} and {names[1]}"
-    check_trunk(baseline, candidate.trunk, between)
+    check_trunk(baseline, candidate.trunk, between, heads_trunk=candidate.heads_trunk)
     check_mode(baseline, candidate.mode, between)
     if baseline.sampling != candidate.sampling:
         raise UserError(f"{between}: decoded with different sampling ({baseline.sampling}, {candidate.sampling})")
@@ -298,9 +305,13 @@ def check_rows(acceptance: Acceptance, name: str) -> None:
         )
 
 
-def check_trunk(baseline: Acceptance, trunk: str, between: str) -> None:
-    """Raises UserError if the baseline was measured with another trunk."""
-    if baseline.trunk != trunk:
+def check_trunk(baseline: Acceptance, trunk: str, between: str, *, heads_trunk: str | None = None) -> None:
+    """Raises UserError if the baseline was measured with another trunk, unless that is what is compared.
+
+    Args:
+        heads_trunk: the trunk that the heads were trained for, where they are measured under another on purpose.
+    """
+    if baseline.trunk not in (trunk, heads_trunk):
         raise UserError(
             f"{between}: measured with different trunks ({baseline.trunk[:12]}, {trunk[:12]}); "
             "acceptance is comparable on one trunk only"

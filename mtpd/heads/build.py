@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
 import torch
+from torch import nn
 
 from mtpd.errors import UserError
 from mtpd.heads.base import Heads
@@ -24,15 +26,29 @@ def class_of(kind: str) -> type[Heads]:
     return found
 
 
-def build_heads(trunk: Trunk, config: HeadsConfig) -> Heads:
+def build_heads(trunk: Trunk, config: HeadsConfig, *, device: torch.device | None = None) -> Heads:
     """Builds heads of the kind that `config` names, with weights yet to be set.
 
     They get real weights whatever is around: a sharding or meta-device context of the caller would
     leave them without elements.
+
+    Args:
+        device: None is where the trunk is.
     """
-    with torch.device(trunk.device):
+    with torch.device(trunk.device if device is None else device):
         heads = class_of(config.kind).build(trunk, config)
         return SharedLayerHeads(trunk, config, heads) if config.shared_layers else heads
+
+
+def copy_heads(heads: Heads, dtype: torch.dtype) -> Heads:
+    """Copies heads in another number format, one tensor at a time: they are never there twice in their own."""
+    tensors = [*heads.parameters(), *heads.buffers()]
+    cast = {
+        id(each): each.detach().to(dtype if each.is_floating_point() else each.dtype, copy=True) for each in tensors
+    }
+    for parameter in heads.parameters():
+        cast[id(parameter)] = nn.Parameter(cast[id(parameter)], requires_grad=parameter.requires_grad)
+    return copy.deepcopy(heads, cast)
 
 
 def configure_heads(settings: Mapping[str, Any], trunk: Trunk, *, vocabulary: int, fingerprint: str) -> HeadsConfig:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtpd.slots import Span
+from mtpd.slots import Newest, Span
 from mtpd.trunk import Trunk
 
 Pick = Callable[[Tensor, int], Tensor]
@@ -88,10 +88,10 @@ class Drafter(ABC):
         Returns:
             How many drafts each row has.
         """
+        newest = Newest.of(newest, tokens.device)
         rows = torch.arange(len(newest), device=tokens.device)
-        ends = torch.tensor(newest, device=tokens.device)
         for drafted, (logits, columns) in enumerate(self.drafts(tokens, newest, depth, pick), start=1):
-            tokens[rows, ends + drafted] = self.ids(columns)
+            tokens[rows, newest.on_device + drafted] = self.ids(columns)
             if go_on is not None and drafted < depth and not go_on(logits, columns):
                 return drafted
         return depth
@@ -162,5 +162,4 @@ class NewestStates(Drafter):
 
     def newest_states(self, newest: Sequence[int]) -> Tensor:
         """h_{N-1} [N, D], for the position N of the newest token of each row."""
-        span = Span([end - 1 for end in newest], 1, self.states.device)
-        return span.read(self.states)[:, 0]
+        return Newest.of(newest, self.states.device).span(1, -1).read(self.states)[:, 0]

@@ -22,7 +22,7 @@ from mtpd.heads.drafting import Drafter, NewestStates, Pick
 from mtpd.losses import reference
 from mtpd.losses.chunked import in_chunks
 from mtpd.losses.settings import LossSettings, LossSums
-from mtpd.slots import Span
+from mtpd.slots import Newest
 from mtpd.trunk import Trunk
 
 CHUNK = 512
@@ -210,7 +210,7 @@ class LogitDrafter(NewestStates):
 
     def drafts(self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick) -> Iterator[tuple[Tensor, Tensor]]:
         hidden = self.newest_states(newest)
-        known = self.columns[Span(newest, 1, tokens.device).read(tokens)]
+        known = self.columns[Newest.of(newest, tokens.device).span(1).read(tokens)]
         step = self.heads.stepwise(hidden, known)
         columns = known[:, 0]
         for index in range(depth):

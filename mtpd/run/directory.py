@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,13 @@ class RunDirectory:
         self.offload = path / "offload"
         self.stage = path / STAGE
         self.extended = path / "extended"
+
+    def evaluation_with(self, model: str | None, *, mode: str) -> Path:
+        """Where `mtpd eval` writes what it measured, by default: a file for each model that the heads were under."""
+        path = self.evaluation if mode == "offline" else self.evaluation_decoded
+        if model is None:
+            return path
+        return path.with_name(f"{path.stem}-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(model).name)}.json")
 
 
 def open_run(recipe: Recipe, *, fresh: bool, resume: str = "auto") -> RunDirectory:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtpd.data.models import resolve_device
+from mtpd.data.models import describe_device, resolve_device
 from mtpd.data.packing import PackedRows, Sample
 from mtpd.data.prompts import Prompt
 from mtpd.data.rows.left_out import LeftOut
@@ -35,7 +35,7 @@ from mtpd.run.material import (
     training_rows,
 )
 from mtpd.run.new_heads import new_heads
-from mtpd.run.session import Session, start, with_native_depth
+from mtpd.run.session import Session, start, with_fitting_defaults, with_native_depth
 from mtpd.run.training import train_heads
 
 
@@ -56,7 +56,7 @@ def distill(recipe: Recipe, *, fresh: bool = False, resume: str = "auto", progre
         UserError, MtpdError: with one line that names the cause.
     """
     with ranks.joined(resolve_device(recipe.device)):
-        recipe = with_native_depth(recipe)
+        recipe = with_native_depth(with_fitting_defaults(recipe))
         run = open_together(recipe, fresh=fresh, resume=resume)
         finished = ranks.from_main(lambda: is_finished(run))
         with start(recipe, run, progress=progress, resume=resume) as session:
@@ -73,7 +73,8 @@ def _take_steps(session: Session) -> Path:
     left_out = LeftOut(recipe.data.max_unusable)
     prompts = split_prompts(recipe, left_out)
     session.console.print(
-        f"{recipe.model}: {session.trunk.name}, {session.trunk.depth} layers, {session.trunk.dtype}; "
+        f"{recipe.model}: {session.trunk.name}, {session.trunk.depth} layers, {session.trunk.dtype} on "
+        f"{describe_device(session.trunk.device)}; "
         f"{len(prompts.train)} prompts to train on, {len(prompts.held_out)} held out"
     )
     rows = training_rows(session, prompts.train, left_out)

@@ -18,7 +18,7 @@ from mtpd.evaluate.suites import Question, Suite, questions, usable
 from mtpd.evaluate.trunk_quality import TrunkQuality, trunk_quality
 from mtpd.files import fingerprint_file, write_whole
 from mtpd.finished_run import open_finished
-from mtpd.heads import WEIGHTS
+from mtpd.heads import WEIGHTS, read_config
 from mtpd.parallel import ranks
 from mtpd.recipe import Recipe
 from mtpd.report.samples import sample_texts
@@ -52,10 +52,11 @@ def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: 
     baseline = request.baseline()
     mode = request.mode or ("offline" if baseline is None else baseline.mode)
     suites = {name: (suite, questions(name, suite)) for name, suite in check_request(request, baseline).items()}
-    finished = reopen(request.run, heads=request.heads)
+    finished = reopen(request.run, heads=request.heads, model=request.model)
     suites = {name: (suite, usable(finished.tokenizer, name, asked)) for name, (suite, asked) in suites.items()}
+    own_trunk = _other_trunk(request, finished)
     if baseline is not None:
-        gate.check_trunk(baseline, finished.fingerprint, f"{request.against} and {request.run}")
+        gate.check_trunk(baseline, finished.fingerprint, f"{request.against} and {request.run}", heads_trunk=own_trunk)
     if mode == "decoded":
         finished = finished.in_dtype(recipe.evaluation.dtype)
     heads = finished.heads(request.heads)
@@ -76,9 +77,10 @@ def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: 
         trained=trained_prompts(run),
         progress=progress,
     )
-    path = request.output or (run.evaluation if mode == "offline" else run.evaluation_decoded)
+    acceptance.heads_trunk = own_trunk
+    path = request.output or run.evaluation_with(request.model, mode=mode)
     acceptance.save(path)
-    if mode == "offline" and request.heads == "heads":
+    if mode == "offline" and request.heads == "heads" and request.model is None:
         found = sample_texts(
             model, heads, trace.samples, chances=chances, corpus=corpus, heads_fingerprint=acceptance.heads
         )
@@ -110,6 +112,20 @@ def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: 
         to.print(f"baseline: {request.write_baseline}", highlight=False, soft_wrap=True)
     to.print(f"written: {path}", highlight=False, soft_wrap=True)
     return 0 if verdict is None else verdict.exit_code
+
+
+def _other_trunk(request: Request, finished: LoadedRun) -> str | None:
+    """The trunk that the heads were trained for, by fingerprint, where they are measured under another; and says so."""
+    trunk = read_config(request.run / request.heads).trunk
+    if request.model is None or trunk in ("", finished.fingerprint):
+        return None
+    logger.warning(
+        "--model %s: is another trunk (%s) than the heads were trained for (%s): they are measured as they are",
+        request.model,
+        finished.fingerprint[:12],
+        trunk[:12],
+    )
+    return trunk
 
 
 def _speed(acceptance: Acceptance, trace: Trace) -> str:

@@ -27,14 +27,20 @@ class LoadedRun(FinishedRun):
     fingerprint: str
     """Of the trunk in the number format of the run."""
     ends: list[int]
+    other: str | None = None
+    """A model in place of the run's own, which its heads are used with."""
+
+    @property
+    def model(self) -> str:
+        return self.other or super().model
 
     def heads(self, name: str) -> Heads:
         """Heads of the run by the name of their folder, in the trunk's number format and eval mode.
 
         Raises:
-            UserError: there are none, their tensors do not fit, or they belong to another trunk.
+            UserError: there are none, their tensors do not fit, or they belong to another trunk than the run's own.
         """
-        heads = load_heads(self.path / name, self.trunk, fingerprint=self.fingerprint)
+        heads = load_heads(self.path / name, self.trunk, fingerprint=self.fingerprint if self.other is None else None)
         return heads.to(device=self.trunk.device, dtype=self.trunk.dtype).eval()
 
     def in_dtype(self, dtype: str) -> LoadedRun:
@@ -45,20 +51,28 @@ class LoadedRun(FinishedRun):
         return replace(self, trunk=trunk, tokenizer=tokenizer)
 
 
-def reopen(path: Path, *, heads: str = "heads", device: str | None = None, untrusted: bool = False) -> LoadedRun:
+def reopen(
+    path: Path,
+    *,
+    heads: str = "heads",
+    device: str | None = None,
+    untrusted: bool = False,
+    model: str | None = None,
+) -> LoadedRun:
     """Loads the model of a finished run.
 
     Args:
         device: None is the one of the recipe.
+        model: another model that the heads are used with, such as a fine-tuned one; None is the run's own.
         untrusted: as for `open_finished`.
 
     Raises:
         UserError: as `open_finished` and `mtpd.data.models.load_model`.
     """
     opened = open_finished(path, heads=heads, untrusted=untrusted)
-    trunk, tokenizer = load_trunk(opened.recipe, opened.model, device=device)
+    trunk, tokenizer = load_trunk(opened.recipe, model or opened.model, device=device)
     ends = end_tokens(trunk.model, tokenizer)
-    return LoadedRun(path, opened.recipe, trunk, tokenizer, trunk_fingerprint(trunk.model), ends)
+    return LoadedRun(path, opened.recipe, trunk, tokenizer, trunk_fingerprint(trunk.model), ends, model)
 
 
 def trained_prompts(run: RunDirectory) -> TrainedPrompts:

@@ -73,8 +73,11 @@ def fitting_batches(
         collate([training[index] for index in chosen[first : first + size]]) for first in range(0, len(chosen), size)
     ]
     before_last = session.recipe.heads.shared_layers
+    device = session.trunk.device
     with shared_trunk(session.recipe, session.trunk) as trunk:
-        return [with_hidden(batch, trunk, store, before_last=before_last) for batch in batches]
+        found = [with_hidden(batch, trunk, store, before_last=before_last) for batch in batches]
+    # Rows come from the host; what is fitted, and layers that run again, are where the trunk is.
+    return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in found]
 
 
 def vocabulary_of(session: Session, rows: PackedRows) -> torch.Tensor | None:
@@ -83,5 +86,6 @@ def vocabulary_of(session: Session, rows: PackedRows) -> torch.Tensor | None:
     tokens = trunk.tokens or trunk.unembedding.weight.shape[0]
     if isinstance(wanted, str):
         return load_vocabulary(wanted, tokens=tokens)
-    always = {*session.ends, *session.tokenizer.all_special_ids}
+    # A tokenizer may have special tokens that the model does not embed.
+    always = {token for token in (*session.ends, *session.tokenizer.all_special_ids) if token < tokens}
     return draft_vocabulary(rows, wanted, tokens=tokens, always=always)

@@ -17,7 +17,7 @@ from mtpd.recipe import Recipe
 from mtpd.run.directory import open_together
 from mtpd.run.material import fill_store, hidden_states, split_prompts, training_rows
 from mtpd.run.new_heads import vocabulary_of
-from mtpd.run.session import Session, start
+from mtpd.run.session import Session, start, with_fitting_defaults
 
 
 def store_hidden_states(recipe: Recipe, *, progress: bool = True) -> Path:
@@ -64,9 +64,8 @@ def count_vocabulary(recipe: Recipe, path: Path, *, progress: bool = True) -> tu
 @contextmanager
 def _rows(recipe: Recipe, *, progress: bool) -> Iterator[tuple[Session, PackedRows, list[Prompt]]]:
     """Opens what a recipe trains on: rows, and the prompts that they answer."""
-    with (
-        ranks.joined(resolve_device(recipe.device)),
-        start(recipe, open_together(recipe, fresh=False), progress=progress) as session,
-    ):
-        prompts = split_prompts(recipe).train
-        yield session, training_rows(session, prompts), prompts
+    with ranks.joined(resolve_device(recipe.device)):
+        recipe = with_fitting_defaults(recipe)
+        with start(recipe, open_together(recipe, fresh=False), progress=progress) as session:
+            prompts = split_prompts(recipe).train
+            yield session, training_rows(session, prompts), prompts

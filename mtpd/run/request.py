@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mtpd.data.find_model import check_model
 from mtpd.evaluate import gate
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.suites import Suite, load_suite
@@ -37,6 +38,7 @@ class Request:
     markdown: Path | None
     junit: Path | None
     untrusted: bool = False
+    model: str | None = None
 
     def baseline(self) -> Acceptance | None:
         """Reads the file that the result is compared with."""
@@ -50,6 +52,8 @@ def check_request(request: Request, baseline: Acceptance | None) -> dict[str, Su
         UserError: an option of another value than accepted, or one that does not go with the baseline.
     """
     gate.check_max_drop(request.max_drop)
+    if request.model is not None:
+        check_model(request.model)
     heads = read_config(request.run / request.heads)
     drafts = request.drafts or heads.depth
     heads.check_depth(drafts, key="--drafts")

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from mtpd.data import builtin_models
-from mtpd.data.models import load_model, real_tokens, resolve_device, resolve_dtype, trunk_fingerprint
+from mtpd.data.models import (
+    context_of,
+    load_model,
+    real_tokens,
+    resolve_device,
+    resolve_dtype,
+    trunk_fingerprint,
+)
 from mtpd.data.responses import end_tokens
 from mtpd.errors import UserError
 from mtpd.evaluate.compare import console
@@ -22,6 +31,11 @@ from mtpd.parallel.sequence import check_split
 from mtpd.recipe import Recipe, parse_recipe
 from mtpd.run.directory import RunDirectory
 from mtpd.trunk import Trunk
+
+logger = logging.getLogger(__name__)
+
+SHORTEST_ROW = 32
+"""Tokens of a row that a recipe accepts."""
 
 
 @dataclass
@@ -67,6 +81,42 @@ def with_native_depth(recipe: Recipe) -> Recipe:
     return parse_recipe(values)
 
 
+def with_fitting_defaults(recipe: Recipe) -> Recipe:
+    """The recipe with other defaults where those there are do not fit the model or the device; what it sets stays.
+
+    Rows are as long as the context, where that is shorter, and responses half of it at most. A GPU with a model in 16
+    bits decodes it as it is: in float32 it would be there twice, three times as large.
+
+    Raises:
+        UserError: as `load_model`, and for keys that do not go with such defaults.
+    """
+    data, evaluation = recipe.data, recipe.evaluation
+    changed: dict[str, dict[str, Any]] = {"data": {}, "evaluation": {}}
+    if "row_length" not in data.model_fields_set:
+        context = context_of(recipe.model, trust_remote_code=recipe.trust_remote_code, base=recipe.model_base)
+        if context and SHORTEST_ROW <= context < data.row_length:
+            changed["data"]["row_length"] = context
+            for name, section in (("data", data), ("evaluation", evaluation)):
+                if "max_new_tokens" not in section.model_fields_set and section.max_new_tokens > context // 2:
+                    changed[name]["max_new_tokens"] = context // 2
+            logger.warning("%s has a context of %d tokens: %s", recipe.model, context, _told(changed))
+    device = resolve_device(recipe.device)
+    small = device.type == "cuda" and resolve_dtype(recipe.dtype, device) != torch.float32
+    if small and "dtype" not in evaluation.model_fields_set:
+        changed["evaluation"]["dtype"] = "trunk"
+    if not any(changed.values()):
+        return recipe
+    fitted = recipe.model_copy(
+        update={name: getattr(recipe, name).model_copy(update=part) for name, part in changed.items()}
+    )
+    parse_recipe(fitted.model_dump(mode="json"))
+    return fitted
+
+
+def _told(changed: dict[str, dict[str, Any]]) -> str:
+    return ", ".join(f"{name}.{key}={value}" for name, part in changed.items() for key, value in part.items())
+
+
 @contextmanager
 def start(recipe: Recipe, run: RunDirectory, *, progress: bool, resume: str = "auto") -> Iterator[Session]:
     """Loads the model, shares it out over the ranks if the recipe says so, and proves that heads can be built for it.
@@ -110,6 +160,7 @@ def load_trunk(
         dtype=dtype or recipe.dtype,
         device=device or recipe.device,
         trust_remote_code=recipe.trust_remote_code,
+        base=recipe.model_base if name in (None, recipe.model) else None,
         empty=empty,
     )
     return Trunk(model, tokens=real_tokens(model, tokenizer)), tokenizer

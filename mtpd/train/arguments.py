@@ -88,6 +88,10 @@ def training_arguments(
         found = TrainingArguments(**arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"train.arguments: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and device.index and found.world_size == 1:
+        # transformers would train on the first GPU. What says `cuda` alone is the current one.
+        found.__dict__["_setup_devices"] = device
+        torch.cuda.set_device(device)
     if found.n_gpu > 1:
         # Without a launcher there is one process, which trains on one device.
         found._n_gpu = 1

@@ -17,7 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 from mtpd.data.packing import PackedRows, Sample
 from mtpd.evaluate.acceptance import SuiteCounts
 from mtpd.evaluate.offline import measure_offline
-from mtpd.heads import build_heads
+from mtpd.heads import build_heads, copy_heads
 from mtpd.parallel.partition import gathered
 from mtpd.recipe import Recipe
 from mtpd.train.model import DistillModel
@@ -92,10 +92,16 @@ class MeasuringTrainer(HeadTrainer):
     def _measure(self) -> SuiteCounts:
         """Counts of a copy in the trunk's number format, as the finished heads are measured."""
         model = self.distill_model
+        heads, trunk = model.heads, model.trunk
         with torch.no_grad():
-            copy = build_heads(model.trunk, model.heads.config)
-            copy.load_state_dict(gathered(model.heads))
-            copy.to(model.trunk.dtype).eval()
+            if any(hasattr(parameter, "ds_id") for parameter in heads.parameters()):
+                # Put together on the host: on the device there is room for them in the trunk's format alone.
+                copy = build_heads(trunk, heads.config, device=torch.device("cpu"))
+                copy.load_state_dict(gathered(heads))
+                copy.to(trunk.dtype).to(trunk.device)
+            else:
+                copy = copy_heads(heads, trunk.dtype)
+        copy.eval()
         found = [measure_offline(model.trunk, copy, self.samples, end_tokens=self.end_tokens, progress=False)["all"]]
         # All processes measure, since a partitioned trunk needs them all; what the first one finds decides for all.
         broadcast_object_list(found)

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mtpd.errors import MtpdError
-from mtpd.files import write_whole
+from mtpd.files import tensors_written
 
 OPTIMIZER = "optimizer.safetensors"
 """In a checkpoint."""
@@ -28,7 +28,7 @@ State = dict[str, dict[str, Any]]
 
 
 def state_of(model: nn.Module, optimizer: Any, engine: Any = None) -> State:
-    """The whole state. With an engine of DeepSpeed, all processes have to call it.
+    """The whole state. With an engine of DeepSpeed all processes have to call it, and the first one has the state.
 
     Args:
         model: whose trained parameters the optimizer has.
@@ -42,12 +42,16 @@ def state_of(model: nn.Module, optimizer: Any, engine: Any = None) -> State:
     _tie(engine)
     own = engine.optimizer.optimizer.state[shards[0]]
     state: State = {}
+    keeps = torch.distributed.get_rank() == 0
     for name, each in trained.items():
-        state[name] = {
-            key: safe_get_full_optimizer_state(each, key).cpu() if _by_element(value, shards[0]) else value
-            for key, value in own.items()
-        }
-    return state
+        state[name] = {}
+        for key, value in own.items():
+            if _by_element(value, shards[0]):
+                whole = safe_get_full_optimizer_state(each, key)
+                # All processes have to ask; the one that writes keeps it.
+                value = whole.cpu() if keeps else None
+            state[name][key] = value
+    return state if keeps else {}
 
 
 def put_state(state: State, model: nn.Module, optimizer: Any, engine: Any = None) -> None:
@@ -132,7 +136,8 @@ def save_state(state: State, path: Path, *, step_rows: int) -> None:
             else:
                 numbers[f"{key}/{name}"] = value
     metadata = {"format": "pt", "numbers": json.dumps(numbers), STEP_ROWS: str(step_rows)}
-    write_whole(path, save(tensors, metadata=metadata))
+    with tensors_written(path, tensors, metadata):
+        pass
 
 
 def load_state(path: Path, model: nn.Module) -> State:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mtpd.heads.base import Heads
 from mtpd.heads.drafting import Drafter, Level, Pick, to_lists
 from mtpd.packed_modules import faster, faster_logits
-from mtpd.slots import SlotCache, Span
+from mtpd.slots import Newest, SlotCache, Span
 from mtpd.trunk import Trunk
 
 
@@ -71,7 +71,7 @@ class ChainDrafter(Drafter):
         for index in range(depth):
             true = self.true[index]
             width = max(1, *(end - true[row] for row, end in enumerate(newest)))
-            span = Span([end - width for end in newest], width, tokens.device)
+            span = Newest.of(newest, tokens.device).span(width, -width)
             mask = self.caches[index].go_on(span)
             state = self._pass(index, span, span.read(self.states[index]), tokens, mask)
             for row, end in enumerate(newest):
@@ -86,6 +86,7 @@ class ChainDrafter(Drafter):
         go on, at the position of its depth but in a place of its own. A node sees what is known and the path to it.
         """
         device, count = tokens.device, len(newest)
+        newest = Newest.of(newest, device)
         rows = torch.arange(count, device=device)[:, None]
         none = torch.zeros(count, 0, dtype=torch.long, device=device)
         # The nodes so far, [N, n]; a parent of -1 is the newest token. Which nodes each sees, [N, n, n].
@@ -96,8 +97,7 @@ class ChainDrafter(Drafter):
         for index in range(depth):
             true, size = self.true[index], nodes.shape[1]
             width = max(1, *(end - index - true[row] for row, end in enumerate(newest)))
-            starts = [end - index - width for end in newest]
-            span = Span(starts, width, device)
+            span = newest.span(width, -index - width)
             ids = torch.cat([span.read(tokens, steps=index + 1), nodes], dim=1)
             states = span.read(self.states[index])
             if before is not None:
@@ -108,7 +108,7 @@ class ChainDrafter(Drafter):
             sees[:, :width, :width] = torch.ones(width, width, dtype=torch.bool, device=device).tril()
             sees[:, width:, :width] = True
             sees[:, width:, width:] = seen
-            mask = self.caches[index].go_on(Span(starts, width + size, device), positions=positions, seen=sees)
+            mask = self.caches[index].go_on(newest.span(width + size, -index - width), positions=positions, seen=sees)
             found = self.heads[index](
                 self.trunk.embed(ids), states, position_ids_BT=positions, attention_mask=mask, cache=self.caches[index]
             )

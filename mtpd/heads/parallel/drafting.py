@@ -17,7 +17,7 @@ from torch import Tensor
 from mtpd.heads.base import Heads
 from mtpd.heads.drafting import NewestStates, Pick
 from mtpd.packed_modules import faster, faster_logits
-from mtpd.slots import SlotCache, Span
+from mtpd.slots import Newest, SlotCache, Span
 from mtpd.trunk import Trunk
 
 
@@ -75,7 +75,7 @@ class BlockDrafter(_Drafts):
         for index in range(depth):
             held = self.held[index]
             width = max(1, *(end - held[row] for row, end in enumerate(newest)))
-            span = Span([end - width for end in newest], width, tokens.device)
+            span = Newest.of(newest, tokens.device).span(width, -width)
             mask = self.caches[index].go_on(span)
             state = self.heads[index](
                 span.read(self.states), position_ids_BT=span.positions, attention_mask=mask, cache=self.caches[index]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mtpd.heads.drafting import Drafter, Pick
 from mtpd.packed_modules import faster
-from mtpd.slots import SlotCache, Span
+from mtpd.slots import Newest, SlotCache, Span
 from mtpd.trunk import Trunk
 
 
@@ -46,7 +46,8 @@ class SharedLayerDrafter(Drafter):
 
     def drafts(self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick) -> Iterator[tuple[Tensor, Tensor]]:
         width = max(1, *(end - self.held[row] for row, end in enumerate(newest)))
-        span = Span([end - width for end in newest], width, tokens.device)
+        newest = Newest.of(newest, tokens.device)
+        span = newest.span(width, -width)
         self.inner.read(span, self._forward(span, span.read(self.states), self.cache.go_on(span)))
         self.held[: len(newest)] = newest
         yield from self.inner.drafts(tokens, newest, depth, pick)
