@@ -117,10 +117,10 @@ def _next_task(tokenizer: Any, each: Conversation, limits: Limits, ends: Sequenc
 
 def _generation_config(recipe: Recipe) -> GenerationConfig | None:
     """The checkpoint's generation settings, which name the tokens that end a text."""
-    if recipe.model == "tiny":
-        return None
     adapter = find_adapter(recipe.model, recipe.model_base, weights=False)
     name = recipe.model if adapter is None else adapter.base
+    if name == "tiny":
+        return None
     name = str(builtin_models.demo_directory()) if name == "demo" else name
     place, _, options = locate(name, weights=False)
     try:
