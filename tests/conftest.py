@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ import torch
 
 # Test files import the table of architectures as a module of its own.
 sys.path.insert(0, str(Path(__file__).parent))
+# Triton reads this when it is imported: without a GPU its interpreter runs kernels.
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 
 import architectures
 

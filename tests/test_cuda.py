@@ -113,9 +113,9 @@ class Steps:
 
 
 STEP = {
-    "chain": (735, 12),
-    "decoder": (702, 12),
-    "linear": (468, 9),
+    "chain": (727, 5),
+    "decoder": (694, 5),
+    "linear": (460, 2),
     "medusa": (432, 8),
     "cp": (468, 8),
     "hmm": (500, 8),
@@ -134,7 +134,7 @@ def test_a_step_of_training(form: str, gpu: Counts) -> None:
     assert (gpu.launches.total() <= STEP[form][0], gpu.syncs.total() <= STEP[form][1]) == (True, True), gpu
 
 
-LOSSES = {"mtp_d": (260, 18), "kl": (260, 18), "jsd": (296, 18), "lk": (288, 21)}
+LOSSES = {"mtp_d": (244, 1), "kl": (244, 1), "jsd": (280, 1), "lk": (278, 1)}
 """Launches and synchronisations of the fused walk over one block of three depths; they may only become fewer."""
 
 

@@ -175,6 +175,26 @@ def test_gradcheck(loss: str, top_n: int, draft: bool, softcap: float | None, mo
 
 @every_form
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("head", [{"bias": True}, {"softcap": 3.0, "scale": 2.0}], ids=["bias", "softcap"])
+def test_a_trained_unembedding(loss: str, top_n: int, head: dict[str, Any]) -> None:
+    """Fault: dL/dW without what scales a row, or added up in both passes where a loss takes two."""
+    for masks in ("ragged", "all"):
+        case, settings = Case(masks=masks, **head), replace(LOSSES[loss], top_n=top_n)
+        own = case.head.select(None)
+        trained = [each.detach().clone().requires_grad_() for each in (own.weight, own.bias) if each is not None]
+        given = case.arguments(settings) | {"unembedding": Unembedding(*trained, *[None] * (2 - len(trained)))}
+        given["unembedding"] = replace(given["unembedding"], scale=own.scale, softcap=own.softcap)
+        expected = reference.multi_depth_loss(case.students, case.trunk, **given)
+        ours, _ = multi_depth_loss(case.students, case.trunk, **given)
+        assert ours.item() == pytest.approx(expected.item(), rel=1e-9)
+        wanted = torch.autograd.grad(expected, [*case.students, *trained])
+        for gradient, each in zip(torch.autograd.grad(ours, [*case.students, *trained]), wanted, strict=True):
+            assert each.abs().max() > 0
+            torch.testing.assert_close(gradient, each, rtol=1e-9, atol=1e-9)
+
+
+@every_form
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("draft", [False, True], ids=["all tokens", "draft"])
 def test_fused_in_bfloat16(loss: str, top_n: int, draft: bool) -> None:
     """Fault: softmax or sums in half precision, which lose far more than the products' own rounding."""

@@ -1,4 +1,4 @@
-"""One tile of logits: the value of a loss and its gradient in the logits, each in a few sweeps over the tile.
+"""Tiles of logits: the value of a loss and its gradient in the logits, each in a few sweeps over the tile.
 
 What a divergence computes there is its twin in `kinds.py`.
 
@@ -10,7 +10,9 @@ Legend: S rows of the tile, M columns in use, V tokens.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +23,81 @@ from mtpd.trunk import Unembedding
 
 BLOCK = 64
 """Columns in a block of the arg-max."""
+
+
+class Sweeps:
+    """A block of logits, tile by tile.
+
+    Args:
+        rows: of a tile.
+        compiled: runs the sweeps over a tile as code of torch.compile.
+    """
+
+    def __init__(
+        self,
+        settings: LossSettings,
+        teacher_head: Unembedding,
+        unembedding: Unembedding,
+        columns_M: Tensor | None,
+        *,
+        rows: int,
+        compiled: bool,
+    ) -> None:
+        self.settings, self.columns_M, self.rows = settings, columns_M, rows
+        self.teacher_head, self.unembedding = teacher_head, unembedding
+        functions: tuple[Any, Any] = _compiled() if compiled else (teacher_tile, compare)
+        self._teacher_tile, self._compare = functions
+
+    def teacher(self, logits_RV: Tensor) -> tuple[list[Teacher | None], Tensor]:
+        """What students are compared with, by tile, and the main head's choice of each row."""
+        tiles = [
+            self._teacher_tile(part, self.teacher_head, self.settings, self.columns_M)
+            for part in logits_RV.split(self.rows)
+        ]
+        return [teacher for teacher, _ in tiles], _joined([choice for _, choice in tiles])
+
+    def compare(
+        self,
+        logits_RM: Tensor,
+        teacher: list[Teacher | None],
+        target_R: Tensor,
+        *,
+        depth: Depth,
+        mixture: Tensor,
+        needs_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes `compare` for rows of one depth, whose teacher rows are the first ones of the block."""
+        exact = torch.promote_types(logits_RM.dtype, torch.float32)
+        label_weight = torch.full((), depth.label_weight, dtype=exact, device=logits_RM.device)
+        results = [
+            self._compare(
+                part,
+                None if of_tile is None else of_tile.rows(len(part)),
+                wanted,
+                label_weight,
+                mixture,
+                self.unembedding,
+                self.settings,
+                diverges=depth.diverges,
+                needs_grad=needs_grad,
+            )
+            for part, of_tile, wanted in zip(
+                logits_RM.split(self.rows), teacher, target_R.split(self.rows), strict=False
+            )
+        ]
+        ce, value, choice = (_joined(parts) for parts in zip(*results, strict=True))
+        return ce, value, choice
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all tiles; without a copy where there is one, as on a GPU."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+@functools.cache
+def _compiled() -> tuple[Any, Any]:
+    """The sweeps as code of torch.compile, for any number of rows."""
+    return torch.compile(teacher_tile, dynamic=True), torch.compile(compare, dynamic=True)
 
 
 def teacher_tile(

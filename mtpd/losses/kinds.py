@@ -179,7 +179,12 @@ def end_to_end_tv(accepted_KP: Tensor, counted_KP: Tensor, weights: Sequence[flo
         weights: w_k, with sum 1.
     """
     chance_KP = accepted_KP.cumprod(0)
-    return (accepted_KP.new_tensor(weights)[:, None] * counted_KP * (1.0 - chance_KP)).sum(0)
+    lost_KP = counted_KP * (1.0 - chance_KP)
+    # Numbers of the host times tensors: no copy that a device waits for.
+    total_P = lost_KP[0] * weights[0]
+    for lost_P, weight in zip(lost_KP[1:], weights[1:], strict=True):
+        total_P = total_P + weight * lost_P
+    return total_P
 
 
 KL = Loss(

@@ -1,7 +1,10 @@
-"""Attention over packed rows, document after document, in place of one pass with a mask of T x T.
+"""Attention over packed rows, inside of documents, in place of one pass with a mask of T x T.
 
 transformers masks what lies in other documents, and PyTorch computes all pairs of tokens of a row nevertheless. Where
 rows are long, most of these are of different documents. What is attended to stays the same, to rounding.
+
+NVIDIA GPUs take all documents of a batch in one kernel, flash attention over sequences of different lengths, for
+numbers of 16 bits. Elsewhere, and in float32, documents go through PyTorch's scaled dot product one after the other.
 
 Legend: B rows, T positions of a row.
 """
@@ -14,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -26,7 +30,17 @@ SLIDING = "sliding_attention"
 CORE = "sdpa"
 """Name of what computes inside of a document: PyTorch's scaled dot product."""
 LONG = 1024
-"""Shortest row for which this is faster on a processor (docs/results/row_attention.md). Accelerators: not measured."""
+"""Shortest row for which this is faster on a processor (docs/results/row_attention.md). GPUs: not measured."""
+DEVICES = ("cpu", "cuda")
+"""Where long rows are attended to by documents."""
+ONE_KERNEL = "cuda"
+"""Where all documents of a batch may go through one kernel."""
+NUMBERS = (torch.bfloat16, torch.float16)
+"""The formats that the kernel computes in."""
+LARGEST = 256
+"""Numbers of an attention head at most that the kernel takes."""
+TAKEN = frozenset({"position_ids", "scaling", "sliding_window", "dropout", "cache_position", "use_cache"})
+"""What attention may be given for the kernel to compute it. Anything else that says something is PyTorch's."""
 
 
 class RowAttention:
@@ -35,6 +49,7 @@ class RowAttention:
     def __init__(self) -> None:
         self._core: Any = ALL_ATTENTION_FUNCTIONS[CORE]
         self._known: tuple[Tensor, list[list[int]]] | None = None
+        self._borders: tuple[list[list[int]], Tensor] | None = None
 
     @contextmanager
     def attending(self, *modules: nn.Module) -> Iterator[None]:
@@ -48,7 +63,7 @@ class RowAttention:
         finally:
             for config in configs:
                 config._attn_implementation = CORE
-            self._known = None
+            self._known = self._borders = None
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
@@ -58,7 +73,12 @@ class RowAttention:
         Its arguments are those of transformers' own functions, of which there is no mask.
         """
         window, rows = _window(module), []
-        for row, lengths in enumerate(self._lengths(kwargs["position_ids"], kwargs["position_ids"])):
+        documents_of_rows = self._lengths(kwargs["position_ids"], kwargs["position_ids"])
+        if _one_kernel(query, key, value, kwargs):
+            return self._together(
+                query, key, value, documents_of_rows, window=window, scale=kwargs.get("scaling")
+            ), None
+        for row, lengths in enumerate(documents_of_rows):
             queries, keys, values = (each[row : row + 1].split(lengths, dim=2) for each in (query, key, value))
             documents = [
                 self._document(module, *document, window=window, kwargs=kwargs)
@@ -73,6 +93,29 @@ class RowAttention:
             numbers = alignment.document_ids(position_ids_BT).cpu()
             self._known = given, [row.unique_consecutive(return_counts=True)[1].tolist() for row in numbers]
         return self._known[1]
+
+    def _together(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: list[list[int]],
+        *,
+        window: int | None,
+        scale: float | None,
+    ) -> Tensor:
+        """Attention [B, T, heads, size] of all documents in one kernel."""
+        if self._borders is None or self._borders[0] is not lengths:
+            ends = torch.tensor([0, *(length for row in lengths for length in row)]).cumsum(0)
+            self._borders = lengths, ends.to(query.device, torch.int32)
+        borders, longest = self._borders[1], max(map(max, lengths))
+        number = _number(query)
+        q, k, v = (each.transpose(1, 2).flatten(0, 1).to(number) for each in (query, key, value))
+        # A window of n tokens has the token itself in it; and the next token is in none.
+        seen = (-1 if window is None else window - 1, 0)
+        found = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scale, window_size=seen, enable_gqa=True)
+        assert isinstance(found, Tensor), "no further results were asked for"
+        return found.unflatten(0, (query.shape[0], query.shape[2]))
 
     def _document(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, kwargs: dict[str, Any]
@@ -94,7 +137,7 @@ class RowAttention:
 
 def by_documents(trunk: Trunk, row_length: int) -> RowAttention | None:
     """This attention where it is faster, for rows that this process has whole; None for transformers' own."""
-    long = trunk.device.type == "cpu" and row_length >= LONG
+    long = trunk.device.type in DEVICES and row_length >= LONG
     return RowAttention() if long and served(trunk) is None else None
 
 
@@ -140,6 +183,23 @@ def configurations(modules: Any) -> list[PretrainedConfig]:
     """The configurations in which modules look up how to attend."""
     found = [getattr(part, "config", None) for module in modules for part in module.modules()]
     return list({id(each): each for each in found if isinstance(each, PretrainedConfig)}.values())
+
+
+def _number(query: Tensor) -> torch.dtype:
+    """The format in which attention is computed: that of autocast, which knows nothing of the kernel."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+
+
+def _one_kernel(query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> bool:
+    """Whether one kernel can compute this attention."""
+    if query.device.type != ONE_KERNEL or _number(query) not in NUMBERS:
+        return False
+    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return False
+    further = any(each is not None and name not in TAKEN for name, each in given.items())
+    size = query.shape[-1]
+    return not (further or given.get("dropout")) and size == value.shape[-1] == key.shape[-1] and size <= LARGEST
 
 
 def _window(module: Any) -> int | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from mtpd.data.models import resolve_device
 from mtpd.data.prompts import Prompt, load_prompts
 from mtpd.data.rendering import render_all
 from mtpd.data.rows.left_out import LeftOut
@@ -221,6 +222,7 @@ def estimate_memory(
     elements = 22 * sizes.hidden + 2 * sizes.projected + 4 * sizes.inner + 6 * sizes.hidden * sizes.experts
     # Losses of the teacher's true probabilities read its logits over all tokens.
     tokens = sizes.tokens if loss_settings(recipe).true_probabilities else sizes.columns
+    device = resolve_device("auto").type if recipe.device == "auto" else recipe.device.split(":")[0]
     phases = {
         "generating": {
             "trunk": weights,
@@ -245,7 +247,7 @@ def estimate_memory(
             if data.hidden_states == "memory"
             else 0,
             "hidden states of a batch": batch_tokens * sizes.hidden * item,
-            "loss": own_logits or block_size(sizes.columns, tokens, item)[1],
+            "loss": own_logits or block_size(sizes.columns, tokens, item, device=device)[1],
         },
     }
     if data.responses == "given":

@@ -148,10 +148,6 @@ def trunk_problems(
         problems.append(f"trunk.train: {trunk.train} is not accepted with extend.to or extend.auto; accepted: frozen")
     if trunk.train == "full" and trunk.rank != defaults.rank:
         problems.append(f"trunk.rank: {trunk.rank} does nothing with trunk.train: full; accepted: {defaults.rank}")
-    if trunk.train == "full" and LOSSES[train.loss].join is not None:
-        problems.append(
-            f"train.loss: {train.loss} is not accepted with trunk.train: full; accepted: any other loss, or train: lora"
-        )
     return problems
 
 
