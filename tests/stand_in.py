@@ -87,6 +87,9 @@ class StandIn:
         if fault in ("429", "500", "503"):
             send(handler, int(fault), b"busy", {"Retry-After": "0"})
             return
+        if fault == "400":
+            send(handler, 400, b'{"message": "This model\'s maximum context length is 8 tokens"}')
+            return
         if fault == "timeout":
             time.sleep(1.0)
         content = json.dumps(self.answer(prompt, fault, body)).encode()

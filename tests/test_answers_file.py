@@ -74,6 +74,26 @@ def test_responses_of_another_program_are_those_of_a_run(
     assert noted["count"] == len(own) == 10
 
 
+def test_a_run_without_heads_goes_on_with_other_rows(
+    recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fault: one row on top of the file, or another limit, throws away what was answered, or refuses the run."""
+    output, prompts = tmp_path / "run", tmp_path / "talks.jsonl"
+    assert run(recipe, output) == 0
+    before = (output / "responses.jsonl").read_text().splitlines()
+    prompts.write_text('{"prompt": "A new one"}\n' + prompts.read_text())
+    capsys.readouterr()
+    assert run(recipe, output, "data.row_length=240") == 0
+    assert "9 of 10 prompts were answered before" in capsys.readouterr().err
+    after = (output / "responses.jsonl").read_text().splitlines()
+    assert after[: len(before)] == before
+    assert len(after) == len(before) + 1
+    assert main(["distill", *recipe, f"output={output}", "data.limit=5"]) == 0
+    assert (output / "responses.jsonl").read_text().splitlines() == after
+    assert main(["distill", *recipe, f"output={output}", "data.limit=6"]) == 2
+    assert "holds a run of another recipe (differs in data.limit)" in capsys.readouterr().err
+
+
 def test_ids_alone_and_what_is_missing(recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fault: lines with an id alone go to no prompt; prompts without a response end the run, or vanish unsaid."""
     assert run(recipe, tmp_path / "own") == 0
@@ -113,6 +133,24 @@ def test_files_that_cannot_be_used(
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"data.responses: {answered}" in said
     assert message in said
+
+
+def test_half_a_line_is_named(recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: a file that is still being written ends in a traceback."""
+    answered = tmp_path / "answered.jsonl"
+    answered.write_text('{"id": "talks-0", "response_ids": [5]}\n{"id": "tal')
+    assert run(recipe, tmp_path / "run", f"data.responses={answered}") == 2
+    assert f"data.responses: {answered}:2: no JSON; accepted: lines with id" in capsys.readouterr().err
+
+
+def test_text_is_named_as_not_exact(recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: text is taken for the tokens that the model wrote, without a word and without a check."""
+    answered = tmp_path / "answered.jsonl"
+    answered.write_text('{"id": "talks-0", "text": "no words of a random model"}\n')
+    assert run(recipe, tmp_path / "run", f"data.responses={answered}") == 2
+    said = capsys.readouterr().err
+    assert "1 responses are text: tokenised here, they may have other tokens than the model wrote" in said
+    assert "these are not the responses of this model" in said
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from processes import in_ranks
 from stand_in import StandIn
 
 from mtpd.data import responses
@@ -20,6 +22,7 @@ from mtpd.data.packing import Sample
 from mtpd.data.responses import Others, end_tokens, generate_responses
 from mtpd.data.rows.prompt import Prompt
 from mtpd.errors import MtpdError, UserError
+from mtpd.parallel import ranks
 
 PROMPTS = [Prompt(f"p{n}", "abcdefghijklmnop"[: 3 + 2 * (n % 5)] + str(n)) for n in range(24)]
 SETTINGS: dict[str, Any] = {"trunk": "t", "max_new_tokens": 12, "max_length": 1024, "progress": False}
@@ -96,6 +99,37 @@ def test_a_server_that_dies_is_gone_on_with(loaded: Any, own: list[Sample], stan
         again.close()
     assert not set(stand_in.served) & set(again.asked)
     assert len(again.asked) == len(PROMPTS) - len(kept)
+
+
+def test_prompts_that_a_server_refuses_are_left_out(
+    loaded: Any, own: list[Sample], stand_in: StandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fault: one prompt that is too long for the server ends the run, or a server that refuses all is asked on."""
+    stand_in.faults = ["400", "400"]
+    found = ask(loaded, stand_in.url, tmp_path / "r.jsonl")
+    assert len(found) == len(PROMPTS) - 2
+    assert all(sample in own for sample in found)
+    assert "status 400" in caplog.text
+    assert "maximum context length" in caplog.text
+    assert "2 of 24 prompts have no response in it; they are left out" in caplog.text
+    stand_in.faults = ["400"] * 99
+    with pytest.raises(UserError, match="status 400"):
+        ask(loaded, stand_in.url, tmp_path / "all.jsonl")
+    assert len(stand_in.faults) > 99 - len(PROMPTS)
+
+
+def test_ranks_share_a_server(loaded: Any, own: list[Sample], stand_in: StandIn, tmp_path: Path) -> None:
+    """Fault: each rank asks for all prompts, or an answer that one rank got is lost to the others."""
+    ended = in_ranks(ask_as_rank, loaded, stand_in.url, tmp_path / "r.jsonl")
+    assert ended.codes == [0, 0], ended.errors
+    assert ended.values == [[[sample.id, sample.ids] for sample in own]] * 2
+    assert sorted(stand_in.asked) == sorted(tuple(sample.prompt_ids) for sample in own)
+
+
+def ask_as_rank(loaded: Any, url: str, path: Path) -> list[Any]:
+    with ranks.joined(torch.device("cpu")), closing(server_of(loaded, url)) as server:
+        found = generate_responses(*loaded, PROMPTS, path, together=True, others=Others(server, url), **SETTINGS)
+        return [[sample.id, sample.ids] for sample in found]
 
 
 def test_no_server(loaded: Any, stand_in: StandIn, tmp_path: Path) -> None:

@@ -178,7 +178,11 @@ class Plan:
         """Counts how often the trunk runs over the training text."""
         data, train = self.recipe.data, self.recipe.train
         passes = []
-        if data.responses != "given":
+        if data.server is not None:
+            passes.append(f"generation by {data.server}, {data.generation_batch} requests at a time, and a check")
+        elif data.responses_file is not None:
+            passes.append(f"no generation but a check of {data.responses_file}")
+        elif data.responses == "trunk":
             passes.append(f"generation, {data.generation_batch} prompts at a time")
         if data.hidden_states != "recompute":
             passes.append("1 in training, or none if all states are stored")

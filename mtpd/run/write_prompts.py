@@ -13,7 +13,7 @@ from mtpd.data import builtin_models
 from mtpd.data.answers.conversation import Conversation, Limits, conversations
 from mtpd.data.answers.file import FileAnswers
 from mtpd.data.answers.task import Task
-from mtpd.data.find_model import locate
+from mtpd.data.find_model import find_adapter, locate
 from mtpd.data.models import load_model, real_tokens
 from mtpd.data.rendering import render_all
 from mtpd.data.responses import end_tokens
@@ -24,6 +24,7 @@ from mtpd.errors import UserError
 from mtpd.files import write_whole
 from mtpd.recipe import Recipe
 from mtpd.run.material import measured_prompts, split_prompts
+from mtpd.run.session import with_fitting_defaults
 from mtpd.trunk import Trunk
 
 
@@ -39,11 +40,13 @@ def write_prompts(recipe: Recipe, path: Path) -> dict[str, int]:
     Raises:
         UserError: with one line that names the cause.
     """
+    recipe = with_fitting_defaults(recipe)
     model, tokenizer = load_model(
         recipe.model,
         dtype=recipe.dtype,
         device="cpu",
         trust_remote_code=recipe.trust_remote_code,
+        base=recipe.model_base,
         config_only=True,
     )
     if tokenizer is None:
@@ -114,9 +117,11 @@ def _next_task(tokenizer: Any, each: Conversation, limits: Limits, ends: Sequenc
 
 def _generation_config(recipe: Recipe) -> GenerationConfig | None:
     """The checkpoint's generation settings, which name the tokens that end a text."""
-    if recipe.model == "tiny":
+    adapter = find_adapter(recipe.model, recipe.model_base, weights=False)
+    name = recipe.model if adapter is None else adapter.base
+    if name == "tiny":
         return None
-    name = str(builtin_models.demo_directory()) if recipe.model == "demo" else recipe.model
+    name = str(builtin_models.demo_directory()) if name == "demo" else name
     place, _, options = locate(name, weights=False)
     try:
         return GenerationConfig.from_pretrained(place, **options)

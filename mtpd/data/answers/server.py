@@ -34,6 +34,8 @@ TRIES, TRIES_AT_FIRST = 12, 3
 anything was answered, a wrong address is the likelier cause."""
 PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds before the second try, and at most before any."""
+MOST_REFUSED = 8
+"""Prompts that a server may refuse, beside a tenth of those that it answers."""
 CONNECT, READ = 10.0, 900.0
 """Seconds that a connection and an answer may take."""
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -122,6 +124,7 @@ class Server:
         waiting = iter(tasks)
         pending: set[Future[Answered]] = set()
         failure: MtpdError | None = None
+        refused = answered_before = 0
         with ThreadPoolExecutor(self.at_a_time) as pool:
             try:
                 while True:
@@ -137,12 +140,21 @@ class Server:
                     for future in done:
                         try:
                             answered = future.result()
+                        except _Refused as error:
+                            # One prompt that is too long for the server, say, ends no run.
+                            refused += 1
+                            if refused == 1:
+                                logger.warning("%s; such prompts have no response", error)
+                            if refused > MOST_REFUSED + answered_before // 10:
+                                failure = failure or error
+                            continue
                         except MtpdError as error:
                             failure = failure or error
                             self._stop.set()
                             # What is under way still comes; nothing is asked for twice.
                             pending = {each for each in pending if not each.cancel()}
                             continue
+                        answered_before += 1
                         yield answered
             finally:
                 self._stop.set()
