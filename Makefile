@@ -5,6 +5,7 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+KERNELS := $(VENV)/.kernels
 TORCH := $(shell grep '^torch==' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
@@ -31,11 +32,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
+# A gigabyte, which tests alone need where there is no GPU. Builds of torch for CUDA bring their own.
+$(KERNELS): $(INSTALLED)
+	@test "$$(uname -s)" != Linux || $(BIN)/python -c 'import triton' 2>/dev/null \
+	    || $(BIN)/pip install -qq --disable-pip-version-check triton
+	@touch $@
+
 demo: $(INSTALLED)  ## Train heads for a small real model, and measure the gain
 	$(BIN)/mtpd distill demo
 
 # One thread for each test process: more of them than cores make each other slow.
-test: lint  ## Check style and types, and run the tests
+test: lint $(KERNELS)  ## Check style and types, and run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS)
 
 # SIZE=small cuts short what takes long. `python tests/walk.py --help` says how to go on from one of the commands.

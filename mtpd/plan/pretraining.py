@@ -53,6 +53,7 @@ def pretraining_plan(recipe: PretrainRecipe, *, processes: int = 1) -> str:
             model = new_model(recipe.model, _words(recipe), row_length=data.row_length)
     trunk = Trunk(model)
     of_model = _numbers(model)
+    rows = trunk.unembedding.weight.shape[0]
     main = trunk.unembedding.weight.numel()
     of_heads = 0
     if recipe.heads.depth:
@@ -78,7 +79,7 @@ def pretraining_plan(recipe: PretrainRecipe, *, processes: int = 1) -> str:
     parts = {
         "weights, gradients, optimizer": round(trained * (whole + (STATE - whole) / sharded)),
         "layers": positions * layers * trunk.hidden_size * OF_LAYER * wide,
-        "loss": block_size(main // trunk.hidden_size, main // trunk.hidden_size, dtype.itemsize)[1] + 4 * main,
+        "loss": block_size(rows, rows, dtype.itemsize, device=device.type)[1] + 4 * main,
     }
     lines = [
         ("plan", f"{train.loss} into {recipe.output}; nothing is trained or written now"),

@@ -141,12 +141,14 @@ class DistillModel(nn.Module):
 
     def _main_head_loss(self, readout: Readout, batch: Batch, states_BTD: Tensor) -> Tensor:
         """The main head's cross-entropy on the tokens of responses: that of depth 0."""
-        states_PD = batch.flat(states_BTD)
+        states_PD, tokens_P = batch.flat(states_BTD), batch.tokens(0)
+        # What the model cannot say has no column.
+        known_P = tokens_P < readout.main.weight.shape[0]
         loss, self.main_sums = multi_depth_loss(
             [states_PD],
             states_PD,
             readout.main,
-            targets_P=[batch.tokens(0)],
+            targets_P=[torch.where(known_P, tokens_P, -1)],
             masks_P=[batch.counted(0)],
             settings=LossSettings((1.0,), (0.0,)),
             after=-1,
