@@ -27,6 +27,7 @@ DISTILL = [
     "data.max_new_tokens=8",
     "data.row_length=256",
     "data.limit=6",
+    "data.max_unusable=1",
     "train.max_steps=3",
     "train.learning_rate=0.01",
     "evaluation.prompts_limit=2",

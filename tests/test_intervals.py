@@ -8,6 +8,7 @@ from scipy import stats
 
 from mtpd.evaluate.acceptance import Acceptance, PromptCounts, SuiteCounts
 from mtpd.evaluate.intervals import intervals, paired_differences
+from mtpd.formats.verify import interval
 
 ROUNDS = 60
 
@@ -150,3 +151,11 @@ def test_suites_of_one_prompt() -> None:
     before, after = paired_differences(suites, suites)[None]
     assert len(before["tau"]) > 1
     assert np.array_equal(before["tau"], after["tau"])
+
+
+def test_a_share_of_none_is_inside_of_its_own_interval() -> None:
+    """Fault: an engine that accepts nothing, as mtpd does, is said to differ from it by rounding."""
+    for count in range(1, 200):
+        assert interval(0, count)[0] == 0.0
+        assert interval(count, count)[1] == 1.0
+        assert all(interval(k, count)[0] <= k / count <= interval(k, count)[1] for k in range(count + 1))

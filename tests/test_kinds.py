@@ -86,10 +86,6 @@ def test_what_a_kind_from_outside_does_not_read(shift: str) -> None:
         UserError, match=rf"extend.to: {shift} heads do not read each other.* accepted heads.kind: chain"
     ):
         load_recipe("smoke", [f"heads.kind={shift}", "extend.to=4"])
-    with pytest.raises(
-        UserError, match=rf"trunk.train: lora is not accepted with heads.kind: {shift}; accepted: chain"
-    ):
-        load_recipe("smoke", [f"heads.kind={shift}", "trunk.train=lora"])
 
 
 OPTIONS = """

@@ -145,7 +145,7 @@ def _with_faults(operation: str, number: int, name: str) -> dict[str, int]:
     def failure() -> OSError:
         return OSError(code, os.strerror(code))
 
-    fsync, replace, fdopen, save = os.fsync, os.replace, os.fdopen, torch.save
+    fsync, replace, write, save = os.fsync, os.replace, Path.write_bytes, torch.save
 
     def failing_fsync(handle: int) -> None:
         if due("fsync"):
@@ -157,27 +157,12 @@ def _with_faults(operation: str, number: int, name: str) -> dict[str, int]:
             raise failure()
         replace(source, target)
 
-    class Writer:
-        """A file whose write stops half-way."""
-
-        def __init__(self, file: Any) -> None:
-            self._file = file
-
-        def write(self, data: bytes) -> int:
-            if due("write"):
-                self._file.write(data[: len(data) // 2])
-                self._file.flush()
-                raise failure()
-            return int(self._file.write(data))
-
-        def __enter__(self) -> Writer:
-            return self
-
-        def __exit__(self, *_: Any) -> None:
-            self._file.close()
-
-        def __getattr__(self, attribute: str) -> Any:
-            return getattr(self._file, attribute)
+    def failing_write(path: Path, data: bytes) -> int:
+        """A write that stops half-way."""
+        if due("write"):
+            write(path, data[: len(data) // 2])
+            raise failure()
+        return int(write(path, data))
 
     def failing_save(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
         if due("torch"):
@@ -188,7 +173,7 @@ def _with_faults(operation: str, number: int, name: str) -> dict[str, int]:
         save(value, path, *args, **kwargs)
 
     os.fsync, os.replace, torch.save = failing_fsync, failing_replace, failing_save  # type: ignore[assignment]
-    os.fdopen = lambda handle, mode: Writer(fdopen(handle, mode))  # type: ignore[assignment]
+    Path.write_bytes = failing_write  # type: ignore[method-assign,assignment]
     return calls
 
 

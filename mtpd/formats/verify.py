@@ -207,4 +207,5 @@ def interval(accepted: int, drafted: int) -> tuple[float, float]:
     share, z2 = accepted / drafted, CONFIDENCE**2
     middle = (share + z2 / (2 * drafted)) / (1 + z2 / drafted)
     half = CONFIDENCE / (1 + z2 / drafted) * math.sqrt(share * (1 - share) / drafted + z2 / (4 * drafted**2))
-    return middle - half, middle + half
+    # Of none and of all the ends are exact, where rounding would leave the share itself outside.
+    return 0.0 if not accepted else middle - half, 1.0 if accepted == drafted else middle + half
