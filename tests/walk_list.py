@@ -37,6 +37,7 @@ NOT_RUN = (
     Left(r"^make (test|format)\b", "this is a checkout's, and what runs the walk"),
     Left(r"^(mtpd distill|deepspeed) .*(llama-3.1|mistral-7b|qwen3-(8b|30b))", HUB),
     Left(r"Qwen/", HUB),
+    Left(r"data\.prompts=org/dataset", "stands for a data set on the hub"),
     Left(r"^python benchmarks/", "benchmarks take minutes to hours, in a checkout"),
     Left(r"^pytest ", "tests run in a checkout"),
     Left(r"--engine vllm", "vLLM installs an environment of its own; `make verify-vllm`"),
@@ -58,6 +59,8 @@ SHORTENED = (
         r"\g<0> train.max_steps=2 train.compile=false data.texts=texts.jsonl data.held_out=texts.jsonl",
         "less text, which a tokenizer in Python reads byte by byte",
     ),
+    Changed(r"^(mtpd pretrain papers/.*)train\.max_steps=\d+", r"\1train.max_steps=2", "less of all"),
+    Changed(r"^mtpd distill model=runs/joint/model", rf"\g<0> {FEW}", "fewer prompts"),
     Changed(r"^mtpd distill bytes-code-heads\b", rf"\g<0> data.limit=40 train.max_steps=4 {FEW}", "less of all"),
     Changed(
         r"gate\.sh demo (\S+) \S+",
@@ -84,6 +87,14 @@ ENDINGS = (Ending(r"^mtpd eval .*--against", (3, 4)),)
 STAND_INS = {
     "prompts.jsonl": """seq 100 | sed 's/.*/{"prompt": "What is & times seven?"}/' > prompts.jsonl""",
     "texts.jsonl": """seq 2000 | sed 's/.*/{"text": "times_& = lambda x: & * x"}/' > texts.jsonl""",
+    "chats.json.gz": "python -c 'import gzip, json\n"
+    'chat = lambda i: [{"from": "human", "value": f"What is {i} squared?"}, {"from": "gpt", "value": f"{i * i}"}]\n'
+    'gzip.open("chats.json.gz", "wt").write(json.dumps([{"conversations": chat(i)} for i in range(100)]))\'',
+    "mails.csv": """(echo subject,body; seq 100 | sed 's/.*/Invoice number &,Please find invoice & attached./') > mails.csv""",
+    "fine-tuned": "python -c 'from mtpd.data.models import load_model\n"
+    'model, words = load_model("demo", device="cpu")\n'
+    "for each in model.model.layers[-1].parameters(): each.data *= 1.01\n"
+    'for part in (model, words): part.save_pretrained("fine-tuned")\'',
     "my-checkpoint": "python -c 'from mtpd.data.models import load_model\n"
     'for part in load_model("tiny", dtype="float32", device="cpu"): part.save_pretrained("my-checkpoint")\'',
     "recipe.yaml": "mtpd recipe show demo > recipe.yaml",
