@@ -90,7 +90,7 @@ STAND_INS = {
     "chats.json.gz": "python -c 'import gzip, json\n"
     'chat = lambda i: [{"from": "human", "value": f"What is {i} squared?"}, {"from": "gpt", "value": f"{i * i}"}]\n'
     'gzip.open("chats.json.gz", "wt").write(json.dumps([{"conversations": chat(i)} for i in range(100)]))\'',
-    "mails.csv": """(echo subject,body; seq 100 | sed 's/.*/Invoice number &,Please find invoice & attached./') > mails.csv""",
+    "mails.csv": "(echo subject,body; seq 100 | sed 's/.*/Invoice number &,Invoice & is attached./') > mails.csv",
     "fine-tuned": "python -c 'from mtpd.data.models import load_model\n"
     'model, words = load_model("demo", device="cpu")\n'
     "for each in model.model.layers[-1].parameters(): each.data *= 1.01\n"
