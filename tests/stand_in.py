@@ -32,12 +32,22 @@ class StandIn:
         self.served: list[Ids] = []
         self.bodies: list[dict[str, Any]] = []
         self.dies_after: int | None = None
+        self.pages: dict[str, str] = {}
+        self.rounds: Mapping[Ids, Sequence[tuple[int, int]]] | None = None
+        """By prompt, drafted and accepted of each round: then answers and /metrics tell of them, as vLLM does."""
+        self.counted = True
         self._lock = threading.Lock()
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                stand_in.models(self)
+                page = stand_in.page(self.path)
+                if page is not None:
+                    send(self, 200, page.encode())
+                elif self.path == "/v1/models":
+                    stand_in.models(self)
+                else:
+                    send(self, 404, b"not found")
 
             def do_POST(self) -> None:
                 stand_in.complete(self)
@@ -65,6 +75,18 @@ class StandIn:
             send(handler, 401, b"{}")
             return
         send(handler, 200, json.dumps({"data": [{"id": "other"}, {"id": "mine"}]}).encode())
+
+    def page(self, path: str) -> str | None:
+        if path != "/metrics" or path in self.pages or self.rounds is None:
+            return self.pages.get(path)
+        with self._lock:
+            rounds = [each for prompt in self.served for each in self.rounds[prompt]]
+            tokens = sum(len(self.answers[prompt]) for prompt in self.served)
+        depth = max(drafted for each in self.rounds.values() for drafted, _ in each)
+        name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+        lines = [f"vllm:generation_tokens_total {tokens}.0", f"vllm:spec_decode_num_drafts_total {len(rounds)}.0"]
+        lines += [f'{name}{{position="{k}"}} {sum(accepted > k for _, accepted in rounds)}.0' for k in range(depth)]
+        return "".join(f"{line}\n" for line in lines)
 
     def complete(self, handler: BaseHTTPRequestHandler) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
@@ -114,7 +136,12 @@ class StandIn:
             choice["prompt_token_ids"] = [1, 2, 3]
         if fault == "wrong ids":
             choice["token_ids"] = [10**6]
-        return {} if fault == "no choice" else {"choices": [choice]}
+        found: dict[str, Any] = {"choices": [choice]}
+        if self.rounds is not None and self.counted:
+            drafted, accepted = zip(*self.rounds[prompt], strict=True)
+            steps = {"per_step_drafted": list(drafted), "per_step_accepted": list(accepted)}
+            found["metrics"] = {"speculative_decoding": steps}
+        return {} if fault == "no choice" else found
 
 
 def send(

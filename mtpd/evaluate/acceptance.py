@@ -256,13 +256,59 @@ _SUMMED = (
 )
 
 
+class Load(BaseModel):
+    """Speed of a server with so many requests at a time, and what it counted of its drafts."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    concurrency: int = Field(ge=1)
+    tokens: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+    drafts: int = Field(ge=0)
+    """Rounds of drafting, by the server's own count."""
+    accepted: list[int]
+    """Of them, those whose first k + 1 drafts were all accepted."""
+    plain_tokens: int | None = Field(default=None, ge=0)
+    """Of a server without drafts, asked the same; null where there was none."""
+    plain_seconds: float | None = Field(default=None, ge=0)
+
+    @property
+    def speed(self) -> float:
+        """Tokens/s."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def plain_speed(self) -> float | None:
+        """Tokens/s without drafts."""
+        return self.plain_tokens / self.plain_seconds if self.plain_tokens and self.plain_seconds else None
+
+    @property
+    def tau(self) -> float:
+        """Tokens a round, by the server's own count."""
+        return 1.0 + sum(shares(self.accepted, [self.drafts] * len(self.accepted)))
+
+    def speed_with(self, drafts: int) -> float | None:
+        """Tokens/s to be expected with fewer drafts a round, or none.
+
+        A pass is taken to last the longer the more it drafts, in a straight line between what was measured with all
+        drafts and with none.
+        """
+        if self.plain_speed is None or not self.drafts:
+            return None
+        depth = len(self.accepted)
+        with_all = self.tau / self.speed
+        without = 1 / self.plain_speed
+        tau = 1.0 + sum(shares(self.accepted[:drafts], [self.drafts] * drafts))
+        return tau / (without + drafts / depth * (with_all - without))
+
+
 class Acceptance(BaseModel):
     """Contents of `acceptance.json`."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
     schema_version: Literal[1, 2, 3] = Field(default=3, alias="schema")
-    mode: Literal["offline", "decoded"]
+    mode: Literal["offline", "decoded", "served"]
     sampling: dict[str, float] | None = None
     settings: Settings | None = None
     """Number format, tokens drafted a round, and what else all suites share; null in files of schema 1."""
@@ -274,6 +320,8 @@ class Acceptance(BaseModel):
     """The trunk predicts prompts no better than chance: its weights are random, and the counts mean nothing."""
     versions: dict[str, str] = Field(default_factory=library_versions)
     suites: dict[str, SuiteCounts]
+    loads: list[Load] | None = None
+    """Of a server, by requests at a time; null in other modes."""
 
     @model_validator(mode="after")
     def _one_depth(self) -> Acceptance:

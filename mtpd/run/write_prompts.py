@@ -7,24 +7,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
-
-from mtpd.data import builtin_models
 from mtpd.data.answers.conversation import Conversation, Limits, conversations
 from mtpd.data.answers.file import FileAnswers
 from mtpd.data.answers.task import Task
-from mtpd.data.find_model import find_adapter, locate
-from mtpd.data.models import load_model, real_tokens
+from mtpd.data.models import real_tokens
 from mtpd.data.rendering import render_all
-from mtpd.data.responses import end_tokens
 from mtpd.data.rounds import render_round
 from mtpd.data.rows.left_out import LeftOut, Unusable
 from mtpd.data.rows.prompt import Prompt
-from mtpd.errors import UserError
 from mtpd.files import write_whole
 from mtpd.recipe import Recipe
 from mtpd.run.material import measured_prompts, split_prompts
 from mtpd.run.session import with_fitting_defaults
+from mtpd.run.without_weights import without_weights
 from mtpd.trunk import Trunk
 
 
@@ -41,18 +36,7 @@ def write_prompts(recipe: Recipe, path: Path) -> dict[str, int]:
         UserError: with one line that names the cause.
     """
     recipe = with_fitting_defaults(recipe)
-    model, tokenizer = load_model(
-        recipe.model,
-        dtype=recipe.dtype,
-        device="cpu",
-        trust_remote_code=recipe.trust_remote_code,
-        base=recipe.model_base,
-        config_only=True,
-    )
-    if tokenizer is None:
-        raise UserError(f"model: {recipe.model} has no tokenizer here; accepted: a model that has one")
-    model.generation_config = _generation_config(recipe) or model.generation_config
-    ends = end_tokens(model, tokenizer)
+    model, tokenizer, ends = without_weights(recipe)
     data, context = recipe.data, Trunk(model).context
     known: FileAnswers | None = None
     if data.responses_file is not None:
@@ -113,17 +97,3 @@ def _next_task(tokenizer: Any, each: Conversation, limits: Limits, ends: Sequenc
         return None
     each.tasks.append(Task(each.prompt, ids, turn))
     return each.tasks[-1]
-
-
-def _generation_config(recipe: Recipe) -> GenerationConfig | None:
-    """The checkpoint's generation settings, which name the tokens that end a text."""
-    adapter = find_adapter(recipe.model, recipe.model_base, weights=False)
-    name = recipe.model if adapter is None else adapter.base
-    if name == "tiny":
-        return None
-    name = str(builtin_models.demo_directory()) if name == "demo" else name
-    place, _, options = locate(name, weights=False)
-    try:
-        return GenerationConfig.from_pretrained(place, **options)
-    except OSError:
-        return None

@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -71,6 +71,9 @@ class Server:
         ends: ids that end an answer.
         tokens: how many tokens the model has.
         at_a_time: requests under way at most.
+        key: what messages call the address.
+        kept: what a message says of the answers there are, where the server fails for good.
+        on_answer: called with each task and all that the server said of its answer.
 
     Raises:
         UserError: there is no such server, or it wants a key.
@@ -88,15 +91,19 @@ class Server:
         top_p: float,
         max_new_tokens: int,
         at_a_time: int,
+        key: str = "data.responses",
+        kept: str = "; what was answered is kept, and the same command goes on with the rest",
+        on_answer: Callable[[Task, Mapping[str, Any]], None] = lambda task, answer: None,
     ) -> None:
         import httpx2  # needed with a server alone
 
+        self._key, self._kept, self._on_answer = key, kept, on_answer
         self.url = url.rstrip("/").removesuffix("/v1")
         self.at_a_time = at_a_time
         self._tokenizer, self._ends, self._tokens = tokenizer, list(ends), tokens
-        key = next((os.environ[name] for name in KEYS if os.environ.get(name)), None)
+        secret = next((os.environ[name] for name in KEYS if os.environ.get(name)), None)
         self._client = httpx2.Client(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers={"Authorization": f"Bearer {secret}"} if secret else {},
             timeout=httpx2.Timeout(READ, connect=CONNECT, pool=None),
             limits=httpx2.Limits(max_connections=at_a_time, max_keepalive_connections=at_a_time),
         )
@@ -104,12 +111,12 @@ class Server:
         self._warned = threading.Lock()
         self._body: dict[str, Any] = {
             "model": self._model(model),
-            "max_tokens": max_new_tokens,
             "temperature": temperature,
             "top_p": top_p if temperature > 0 else 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
         }
+        self.max_new_tokens = max_new_tokens
         self._as_text = False
         self._find_form()
 
@@ -163,6 +170,23 @@ class Server:
         if failure is not None:
             raise failure
 
+    def page(self, path: str) -> str | None:
+        """What the server has at a path beside OpenAI's interface, such as /metrics; None where it has nothing.
+
+        Raises:
+            MtpdError: the server failed again and again.
+        """
+        return self._patiently(lambda: self._text(path), TRIES_AT_FIRST)
+
+    def _text(self, path: str) -> str | None:
+        import httpx2
+
+        try:
+            answer = self._client.get(self.url + path)
+        except (httpx2.TransportError, httpx2.DecodingError) as error:
+            raise _Again(str(error) or type(error).__name__) from error
+        return str(answer.text) if answer.status_code == 200 else None
+
     def close(self) -> None:
         """Ends the connections."""
         self._client.close()
@@ -173,7 +197,7 @@ class Server:
         names = [each.get("id") for each in answer.get("data", []) if isinstance(each, dict)]
         names = [name for name in names if isinstance(name, str)]
         if not names:
-            raise UserError(f"data.responses: {self.url}: serves no model; accepted: a server with OpenAI's interface")
+            raise UserError(f"{self._key}: {self.url}: serves no model; accepted: a server with OpenAI's interface")
         return str(wanted if wanted in names else names[0])
 
     def _find_form(self) -> None:
@@ -199,7 +223,7 @@ class Server:
 
     def _answer(self, task: Task) -> Answered:
         text = str(self._tokenizer.decode(task.ids, skip_special_tokens=False)) if self._as_text else None
-        body = {**self._body, "prompt": task.ids if text is None else text}
+        body = {**self._body, "prompt": task.ids if text is None else text, "max_tokens": self.max_new_tokens}
         return task, self._patiently(lambda: self._response(task, body), TRIES)
 
     def _response(self, task: Task, body: dict[str, Any]) -> list[int]:
@@ -210,9 +234,10 @@ class Server:
             seen = choice.get("prompt_token_ids", answer.get("prompt_token_ids"))
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise _Again("an answer without a choice") from error
-        place = f"data.responses: {self.url}: prompt {task.prompt.id}"
+        place = f"{self._key}: {self.url}: prompt {task.prompt.id}"
         if seen is not None and seen != task.ids:
             raise UserError(f"{place}: the server read other tokens than it was asked with ({len(seen)} of them)")
+        self._on_answer(task, answer)
         if ids is None:
             self._warn_of_text()
             return ids_of_text(self._tokenizer, text, self._ends, ended=reason == "stop")
@@ -230,19 +255,19 @@ class Server:
         try:
             answer = self._client.request(method, self.url + path, json=body)
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-            raise UserError(f"data.responses: {self.url}: {error}") from error
+            raise UserError(f"{self._key}: {self.url}: {error}") from error
         except (httpx2.TransportError, httpx2.DecodingError) as error:
             raise _Again(str(error) or type(error).__name__) from error
         if answer.status_code in AGAIN:
             raise _Again(f"status {answer.status_code}", _seconds(answer))
         if answer.status_code in (401, 403):
             raise UserError(
-                f"data.responses: {self.url}: status {answer.status_code}, it wants a key; accepted: one in the "
+                f"{self._key}: {self.url}: status {answer.status_code}, it wants a key; accepted: one in the "
                 f"environment variable {KEYS[0]}"
             )
         if answer.status_code != 200:
             said = " ".join(answer.text.split())[:200]
-            raise _Refused(f"data.responses: {self.url}{path}: status {answer.status_code}: {said}")
+            raise _Refused(f"{self._key}: {self.url}{path}: status {answer.status_code}: {said}")
         try:
             found = answer.json()
         except ValueError as error:
@@ -258,10 +283,7 @@ class Server:
                 return ask()
             except _Again as error:
                 if number == tries or self._stop.is_set():
-                    raise MtpdError(
-                        f"data.responses: {self.url}: {error}, {number} times; what was answered is kept, and the same "
-                        "command goes on with the rest"
-                    ) from error
+                    raise MtpdError(f"{self._key}: {self.url}: {error}, {number} times{self._kept}") from error
                 pause = min(LONGEST_PAUSE, PAUSE * 2 ** (number - 1)) * (0.5 + random.random() / 2)
                 self._stop.wait(max(pause, min(error.after or 0.0, LONGEST_PAUSE)))
         raise AssertionError
