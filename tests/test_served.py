@@ -14,7 +14,8 @@ from mtpd.data.builtin_models import tiny_tokenizer
 from mtpd.data.rows.prompt import Prompt
 from mtpd.errors import MtpdError, UserError
 from mtpd.evaluate import served
-from mtpd.evaluate.acceptance import Load
+from mtpd.evaluate.acceptance import Acceptance, Load, PromptCounts, SuiteCounts
+from mtpd.evaluate.beside_offline import beside_offline
 from mtpd.evaluate.engine_counters import EngineCounters
 from mtpd.evaluate.served import Asked, DraftingServer, ask, load_of, suite_counts
 from mtpd.evaluate.suites import Suite
@@ -151,3 +152,41 @@ def test_the_number_of_drafts_that_is_fastest() -> None:
     assert load.speed_with(1) == pytest.approx(by_hand)
     speeds = [load.speed_with(k) or 0.0 for k in range(4)]
     assert max(range(4), key=lambda k: speeds[k]) == 2
+
+
+def acceptance(mode: Any, hits: int, *, text: str = "t", depth: int = 2, prompts: int = 8) -> Acceptance:
+    """Of ten rounds a prompt, so many whose first draft was accepted, and half of them with the second."""
+    rows = [
+        PromptCounts(
+            id=f"p{n}",
+            prompt=f"f{n}",
+            text=f"{text}{n}",
+            tokens=20,
+            forwards=11,
+            drafted=[10] * depth,
+            accepted=[hits, hits // 2, 0][:depth],
+        )
+        for n in range(prompts)
+    ]
+    return Acceptance(mode=mode, trunk="t", heads="h", suites={"mine": SuiteCounts.of(rows, depth)})
+
+
+def test_a_server_beside_what_was_measured_offline() -> None:
+    """Fault: a server with another model, or another number of drafts, is compared with these heads."""
+    offline = acceptance("offline", 4)
+    found = beside_offline(acceptance("served", 8), offline, place="here")
+    assert found is not None
+    assert (found.prompts, found.same) == (8, 8)
+    assert (found.offline, found.served) == (pytest.approx(1.6), pytest.approx(2.2))
+    assert found.change.value == found.change.low == pytest.approx(0.6 / 1.6)
+    assert "tau 1.600, served 2.200, +37.5% [+37.5, +37.5]; 8 of 8 texts are the same" in found.words
+    with pytest.raises(UserError, match="none of its 8 texts is the model's: it serves another model"):
+        beside_offline(acceptance("served", 6, text="u"), offline, place="here")
+    few = beside_offline(acceptance("served", 6, text="u", prompts=7), offline, place="here")
+    assert few is not None
+    assert few.same == 0
+    with pytest.raises(UserError, match="here: drafts 3 tokens at a time, and 2 were measured offline"):
+        beside_offline(acceptance("served", 6, depth=3), offline, place="here")
+    sums = acceptance("served", 6)
+    sums.suites["mine"].rows = None
+    assert beside_offline(sums, offline, place="here") is None
