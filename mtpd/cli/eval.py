@@ -10,9 +10,11 @@ import typer
 from mtpd.cli.kept import KEPT_RESPONSES, keeping
 from mtpd.cli.options import Debug
 from mtpd.cli.terminal import quiet_libraries
+from mtpd.errors import UserError
 from mtpd.finished_run import check_finished
 from mtpd.run.check import acceptance_file, check_file
 
+MOST_AT_A_TIME = 1024
 RESPONSES = Path("~/.cache/mtpd/responses")
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory of mtpd distill.")]
 MaxDrop = Annotated[
@@ -110,6 +112,25 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Measure what a running server of vLLM accepts, which has the exported heads. Nothing is loaded here.",
+            show_default=False,
+        ),
+    ] = None,
+    plain_server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="With --server: one of the same model without drafts, to compare texts and speed with.",
+            show_default=False,
+        ),
+    ] = None,
+    concurrency: Annotated[
+        str, typer.Option(help="With --server: requests at a time, with commas for several; counts are of the first.")
+    ] = "1",
     untrusted: Annotated[
         bool,
         typer.Option(
@@ -133,10 +154,13 @@ def evaluate(
         mtpd eval runs/demo --against baselines/main.json --max-drop 0.01
 
         mtpd eval runs/demo --model ./fine-tuned --against runs/demo
+
+        mtpd eval runs/demo --server http://localhost:8000 --concurrency 1,8,32
     """
     from mtpd.evaluate.suites import check_names  # these take a moment that --help has no need of
     from mtpd.run.request import Request, check_request
 
+    at_a_time = _concurrency(server, plain_server, concurrency, mode=mode, model=model)
     names = None if suite is None else [name.strip() for name in suite.split(",") if name.strip()]
     for option, file in (("--output", output), ("--markdown", markdown), ("--junit", junit)):
         check_file(file, key=option)
@@ -149,7 +173,7 @@ def evaluate(
         run=run,
         suites=names,
         suite_dir=suite_dir,
-        mode=mode,
+        mode="served" if server is not None else mode,
         output=output,
         heads=heads,
         drafts=drafts,
@@ -168,9 +192,38 @@ def evaluate(
     )
     check_request(request, request.baseline())
     with quiet_libraries(debug=debug or bool(context.find_root().params.get("debug"))):
-        from mtpd.run.evaluate import evaluate_run  # brings in torch
+        if server is not None:
+            from mtpd.run.evaluate_served import evaluate_server  # these bring in torch
 
-        with keeping(KEPT_RESPONSES):
-            code = evaluate_run(request)
+            code = evaluate_server(request, server, plain=plain_server, concurrency=at_a_time)
+        else:
+            from mtpd.run.evaluate import evaluate_run
+
+            with keeping(KEPT_RESPONSES):
+                code = evaluate_run(request)
     if code:
         raise typer.Exit(code)
+
+
+def _concurrency(
+    server: str | None, plain: str | None, concurrency: str, *, mode: str | None, model: str | None
+) -> list[int]:
+    """Requests at a time.
+
+    Raises:
+        UserError: a value that is not accepted, or options that do not go together.
+    """
+    for option, url in (("--server", server), ("--plain-server", plain)):
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise UserError(f"{option}: {url} is not accepted; accepted: an address such as http://localhost:8000")
+    if server is None and plain is not None:
+        raise UserError("--plain-server: goes with --server; accepted: both, or --server alone")
+    if server is not None and (mode is not None or model is not None):
+        option, value = ("--mode", mode) if mode is not None else ("--model", model)
+        raise UserError(f"{option}: {value} is not accepted with --server, which decodes itself")
+    words = [word.strip() for word in concurrency.split(",")]
+    if not all(word.isdecimal() and 1 <= int(word) <= MOST_AT_A_TIME for word in words):
+        raise UserError(
+            f"--concurrency: {concurrency} is not accepted; accepted: numbers up to {MOST_AT_A_TIME}, such as 1,8,32"
+        )
+    return [int(word) for word in words]

@@ -73,7 +73,6 @@ def beside_offline(served: Acceptance, offline: Acceptance, *, place: str) -> Be
             f"{place}: drafts {depths[0]} tokens at a time, and {depths[1]} were measured offline; accepted: mtpd eval "
             f"--drafts {depths[0]}, or num_speculative_tokens {depths[1]}"
         )
-    old, new = paired_differences(before, after)[None]
-    taus = old["tau"], new["tau"]
+    taus = [ratios["tau"] for ratios in paired_differences(before, after)[None]]
     change = taus[1] / taus[0] - 1.0
     return Beside(len(pairs), float(taus[0][0]), float(taus[1][0]), estimate(float(change[0]), change[1:]), same)

@@ -110,7 +110,7 @@ def measure_suites(
             )
         trace.measuring += time.monotonic() - began
         counts[name] = measured[name].model_copy(update={"settings": suite.settings})
-        _mark(counts[name], name, questions, trained)
+        mark_trained(counts[name], name, questions, trained)
     settings = {"dtype": str(model.trunk.dtype).removeprefix("torch."), "drafts": heads.depth}
     acceptance = Acceptance(
         mode=mode,
@@ -162,7 +162,7 @@ def prompts_alone(model: Model, name: str, suite: Suite, questions: Sequence[Que
     return fitting
 
 
-def _mark(suite: SuiteCounts, name: str, questions: Sequence[Question], trained: TrainedPrompts | None) -> None:
+def mark_trained(suite: SuiteCounts, name: str, questions: Sequence[Question], trained: TrainedPrompts | None) -> None:
     """Notes in each row whether the heads were trained on its prompt."""
     if trained is None:
         return

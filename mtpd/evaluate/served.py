@@ -133,7 +133,7 @@ def suite_counts(server: DraftingServer, found: Pass, suites: Asked, plain: Pass
         depth = len(counted.accepted)
         if all(task.key in server.said and _steps(server.said[task.key]) is not None for task in answered):
             rows = [
-                _row(task, texts[task.key], server.said[task.key], depth, plain and plain.texts[name].get(task.key))
+                _row(task, texts[task.key], server.said[task.key], depth, None if plain is None else plain.texts[name])
                 for task in answered
             ]
             counts[name] = SuiteCounts.of(rows, depth, settings=suite.settings)
@@ -179,7 +179,9 @@ def _steps(said: Mapping[str, Any]) -> list[tuple[int, int]] | None:
     return list(zip(drafted, accepted, strict=True))
 
 
-def _row(task: Task, text: list[int], said: Mapping[str, Any], depth: int, plain: list[int] | None) -> PromptCounts:
+def _row(
+    task: Task, text: list[int], said: Mapping[str, Any], depth: int, plain: Mapping[str, list[int]] | None
+) -> PromptCounts:
     steps = _steps(said) or []
     counts = Counts(depth)
     counts.start()
@@ -199,5 +201,5 @@ def _row(task: Task, text: list[int], said: Mapping[str, Any], depth: int, plain
         id=task.prompt.id,
         prompt=short(fingerprint_json(task.ids)),
         text=short(fingerprint_json(text)),
-        identical=None if plain is None else text == plain,
+        identical=None if plain is None else text == plain.get(task.key),
     )

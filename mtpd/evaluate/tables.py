@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
+from mtpd.evaluate.acceptance import Acceptance, Load, SuiteCounts
 from mtpd.evaluate.gate import COMPARED, Change, Comparison, label
 from mtpd.evaluate.intervals import DRAFTERS, FEWEST, Estimate
 from mtpd.evaluate.run_tables import (
@@ -29,25 +29,24 @@ Estimates = Mapping[str | None, Mapping[str, Estimate]]
 
 def suites_table(acceptance: Acceptance, estimates: Estimates) -> Table:
     """One line a suite: acceptance at depth 1, tau, and the control (offline) or the speed-up (decoded)."""
-    offline = acceptance.mode == "offline"
+    columns, cells_of = FURTHER[acceptance.mode]
     drafts = f"{acceptance.total().depth} drafts a round"
     title = f"Acceptance {acceptance.mode}, {drafts}{interval_note(estimates)}"
-    if not offline:
+    if acceptance.mode == "decoded":
         title += "; generate is that of transformers, engine is mtpd's own without drafts"
     table = Table(title=title, title_justify="left")
     say_if_random(table, acceptance)
     table.add_column("suite")
-    for column in ("prompts", "tau", "CAR_1", *(("Σ min(p,q)_1", "control CAR_1") if offline else DECODED_COLUMNS)):
+    for column in ("prompts", "tau", "CAR_1", *columns):
         table.add_column(column, justify="right")
     for name, found in listed(estimates):
         suite = acceptance.total() if name is None else acceptance.suites[name]
-        further = _offline_cells(suite, found) if offline else _decoded_cells(suite, found)
         table.add_row(
             name or TOTAL,
             str(suite.prompts) + (f" ({suite.trained} trained on)" if suite.trained else ""),
             found["tau"].text(),
             found["car_1"].text(),
-            *further,
+            *cells_of(suite, found),
             style="bold" if name is None else None,
         )
     return table
@@ -73,6 +72,35 @@ def _decoded_cells(suite: SuiteCounts, found: Mapping[str, Estimate]) -> list[st
         found[name].text(2) if name in found else NOT_MEASURED for name in ("speed_up", "speed_up_over_engine")
     ]
     return [*(rate(suite.tokens, each) for each in seconds), *speed_ups, same_text(suite)]
+
+
+def _served_cells(suite: SuiteCounts, found: Mapping[str, Estimate]) -> list[str]:
+    return [NOT_MEASURED if suite.identical is None else same_text(suite)]
+
+
+FURTHER = {
+    "offline": (("Σ min(p,q)_1", "control CAR_1"), _offline_cells),
+    "decoded": (DECODED_COLUMNS, _decoded_cells),
+    "served": (("same text as without drafts",), _served_cells),
+}
+"""By mode, further columns of a table of suites, and what gives their cells."""
+
+
+def loads_table(loads: Sequence[Load]) -> Table:
+    """Speeds of a server by requests at a time, and how many drafts a round would be fastest."""
+    title = "Speed of the server; tau by its own count of all rounds, fewer drafts estimated from both speeds"
+    table = Table(title=title, title_justify="left")
+    for column in ("at a time", "tokens/s", "tau", "without drafts", "speed-up", "fastest"):
+        table.add_column(column, justify="right")
+    for load in loads:
+        plain, depth = load.plain_speed, len(load.accepted)
+        cells = [NOT_MEASURED] * 3
+        if plain is not None:
+            speeds = [load.speed_with(drafts) or 0.0 for drafts in range(depth + 1)]
+            best = max(range(depth + 1), key=lambda drafts: speeds[drafts])
+            cells = [f"{plain:.1f}", f"{load.speed / plain:.2f}x", f"{best} drafts, {speeds[best]:.1f} tokens/s"]
+        table.add_row(str(load.concurrency), f"{load.speed:.1f}", f"{load.tau:.3f}", *cells)
+    return table
 
 
 def depths_table(acceptance: Acceptance, estimates: Estimates) -> Table:

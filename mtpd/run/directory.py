@@ -58,6 +58,7 @@ class RunDirectory:
         self.plot = path / "car.svg"
         self.evaluation = path / "evaluation.json"
         self.evaluation_decoded = path / "evaluation-decoded.json"
+        self.evaluation_served = path / "evaluation-served.json"
         self.samples = path / "samples.json"
         self.trunk = path / "trunk"
         self.report = path / "report.html"

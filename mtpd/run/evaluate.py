@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
 
 from mtpd.data.models import resolve_device, trunk_fingerprint
 from mtpd.decode.chances import read_chances
@@ -50,7 +54,8 @@ def evaluate_run(request: Request, *, progress: bool = True) -> int:
 def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: bool) -> int:
     began = time.monotonic()
     baseline = request.baseline()
-    mode = request.mode or ("offline" if baseline is None else baseline.mode)
+    wanted = request.mode or ("offline" if baseline is None else baseline.mode)
+    mode: Literal["offline", "decoded"] = "decoded" if wanted == "decoded" else "offline"
     suites = {name: (suite, questions(name, suite)) for name, suite in check_request(request, baseline).items()}
     finished = reopen(request.run, heads=request.heads, model=request.model)
     suites = {name: (suite, usable(finished.tokenizer, name, asked)) for name, (suite, asked) in suites.items()}
@@ -85,17 +90,42 @@ def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: 
             model, heads, trace.samples, chances=chances, corpus=corpus, heads_fingerprint=acceptance.heads
         )
         found.save(run.samples)
-    estimates = intervals(acceptance)
     to = console(quiet=not progress)
-    to.print(tables.suites_table(acceptance, estimates))
-    to.print(tables.depths_table(acceptance, estimates))
-    if acceptance.total().drafters:
-        to.print(tables.drafters_table(acceptance, estimates))
+    estimates = intervals(acceptance)
+    show_measured(to, acceptance, estimates)
     to.print(_speed(acceptance, trace), highlight=False, soft_wrap=True)
     warn_of_control(acceptance)
     quality = _check_trunk(request, finished, suites, progress=progress) if request.check_trunk else None
     if quality is not None:
         to.print(tables.quality_table(quality))
+    return conclude(request, acceptance, baseline, path, estimates, to=to, began=began, quality=quality)
+
+
+def show_measured(to: Console, acceptance: Acceptance, estimates: tables.Estimates) -> None:
+    """Prints the tables of a measurement."""
+    to.print(tables.suites_table(acceptance, estimates))
+    to.print(tables.depths_table(acceptance, estimates))
+    if acceptance.total().drafters:
+        to.print(tables.drafters_table(acceptance, estimates))
+
+
+def conclude(
+    request: Request,
+    acceptance: Acceptance,
+    baseline: Acceptance | None,
+    path: Path,
+    estimates: tables.Estimates,
+    *,
+    to: Console,
+    began: float,
+    quality: Mapping[str, tuple[TrunkQuality, TrunkQuality]] | None = None,
+) -> int:
+    """Compares a measurement with its baseline, writes what was asked for, and gives the exit code.
+
+    Args:
+        path: where the measurement was written.
+        began: when the command began, by `time.monotonic`.
+    """
     comparison = verdict = None
     if baseline is not None:
         comparison = gate.compare(baseline, acceptance, names=(str(request.against), str(path)))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from mtpd.data.find_model import check_model
+from mtpd.errors import UserError
 from mtpd.evaluate import gate
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.suites import Suite, load_suite
@@ -23,7 +24,7 @@ class Request:
     run: Path
     suites: Sequence[str] | None
     suite_dir: Path | None
-    mode: Literal["offline", "decoded"] | None
+    mode: Literal["offline", "decoded", "served"] | None
     output: Path | None
     heads: str
     drafts: int | None
@@ -71,10 +72,15 @@ def check_request(request: Request, baseline: Acceptance | None) -> dict[str, Su
         for name in request.suites or (["demo"] if baseline is None else baseline.suites)
     }
     if baseline is not None:
+        if baseline.mode == "served" and request.mode != "served":
+            raise UserError(
+                f"--against: {request.against} was measured on a server; accepted: with --server, the same way"
+            )
         gate.check_rows(baseline, str(request.against))
         between = f"{request.against} and {request.run}"
         gate.check_mode(baseline, request.mode or baseline.mode, between)
-        gate.check_settings(baseline, {**(baseline.settings or {}), "drafts": drafts}, between)
+        if baseline.mode != "served":
+            gate.check_settings(baseline, {**(baseline.settings or {}), "drafts": drafts}, between)
         gate.check_suites(baseline, {name: suite.settings for name, suite in suites.items()}, between)
     return suites
 
