@@ -11,10 +11,13 @@ from mtpd.decode.chances import read_chances
 from mtpd.decode.corpus import read_corpus
 from mtpd.evaluate import gate, outputs, tables
 from mtpd.evaluate.acceptance import Acceptance
-from mtpd.evaluate.compare import console, show_comparison
+from mtpd.evaluate.compare import console, judged, show_judged
+from mtpd.evaluate.history import read_history, sparklines
 from mtpd.evaluate.intervals import intervals
 from mtpd.evaluate.measure import Model, Trace, measure_suites, respond
+from mtpd.evaluate.slices import slices
 from mtpd.evaluate.suites import Question, Suite, questions, usable
+from mtpd.evaluate.suites.joined import join
 from mtpd.evaluate.trunk_quality import TrunkQuality, trunk_quality
 from mtpd.files import fingerprint_file, write_whole
 from mtpd.finished_run import open_finished
@@ -50,10 +53,11 @@ def evaluate_run(request: Request, *, progress: bool = True) -> int:
 def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: bool) -> int:
     began = time.monotonic()
     baseline = request.baseline()
+    past = [] if request.history is None else read_history(request.history)
     mode = request.mode or ("offline" if baseline is None else baseline.mode)
     suites = {name: (suite, questions(name, suite)) for name, suite in check_request(request, baseline).items()}
     finished = reopen(request.run, heads=request.heads, model=request.model)
-    suites = {name: (suite, usable(finished.tokenizer, name, asked)) for name, (suite, asked) in suites.items()}
+    suites = {name: (suite, _asked(finished, name, suite, found)) for name, (suite, found) in suites.items()}
     own_trunk = _other_trunk(request, finished)
     if baseline is not None:
         gate.check_trunk(baseline, finished.fingerprint, f"{request.against} and {request.run}", heads_trunk=own_trunk)
@@ -91,27 +95,42 @@ def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: 
     to.print(tables.depths_table(acceptance, estimates))
     if acceptance.total().drafters:
         to.print(tables.drafters_table(acceptance, estimates))
+    if request.asked.by:
+        to.print(tables.slices_table(slices(acceptance, request.asked.by)))
     to.print(_speed(acceptance, trace), highlight=False, soft_wrap=True)
     warn_of_control(acceptance)
     quality = _check_trunk(request, finished, suites, progress=progress) if request.check_trunk else None
     if quality is not None:
         to.print(tables.quality_table(quality))
-    comparison = verdict = None
-    if baseline is not None:
-        comparison = gate.compare(baseline, acceptance, names=(str(request.against), str(path)))
-        verdict = gate.judge(comparison, max_drop=request.max_drop, guard=request.guard)
-        show_comparison(to, comparison, verdict)
+    judgement = judged(baseline, acceptance, request.asked, names=(str(request.against), str(path)))
+    show_judged(to, judgement)
     if request.markdown is not None:
-        text = outputs.markdown(acceptance, estimates, comparison=comparison, verdict=verdict, quality=quality)
+        text = outputs.markdown(
+            acceptance,
+            estimates,
+            comparison=judgement.comparison,
+            verdicts=judgement.verdicts,
+            moved=judgement.moved,
+            sparklines=sparklines(past, acceptance),
+            quality=quality,
+        )
         write_whole(request.markdown, text)
     if request.junit is not None:
-        text = outputs.junit(acceptance, estimates, seconds=time.monotonic() - began, verdict=verdict)
+        text = outputs.junit(acceptance, estimates, seconds=time.monotonic() - began, verdicts=judgement.verdicts)
         write_whole(request.junit, text)
-    if request.write_baseline is not None and (verdict is None or verdict.outcome == "passed"):
+    code = gate.exit_code(judgement.verdicts)
+    if request.write_baseline is not None and code == 0:
         acceptance.save(request.write_baseline)
         to.print(f"baseline: {request.write_baseline}", highlight=False, soft_wrap=True)
     to.print(f"written: {path}", highlight=False, soft_wrap=True)
-    return 0 if verdict is None else verdict.exit_code
+    return code
+
+
+def _asked(finished: LoadedRun, name: str, suite: Suite, found: list[Question]) -> list[Question]:
+    """The prompts of a suite as this model is asked them."""
+    if suite.contexts:
+        return join(finished.tokenizer, name, suite, found, context=finished.trunk.context)
+    return usable(finished.tokenizer, name, found)
 
 
 def _other_trunk(request: Request, finished: LoadedRun) -> str | None:

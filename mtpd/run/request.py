@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from mtpd.data.find_model import check_model
+from mtpd.errors import UserError
 from mtpd.evaluate import gate
 from mtpd.evaluate.acceptance import Acceptance
+from mtpd.evaluate.compare import Asked
 from mtpd.evaluate.suites import Suite, load_suite
 from mtpd.finished_run import RECIPE
 from mtpd.heads import read_config
@@ -31,8 +33,8 @@ class Request:
     max_new_tokens: int | None
     responses: Path
     against: Path | None
-    max_drop: float
-    guard: gate.Guard
+    asked: Asked
+    history: Path | None
     write_baseline: Path | None
     check_trunk: bool
     markdown: Path | None
@@ -51,7 +53,11 @@ def check_request(request: Request, baseline: Acceptance | None) -> dict[str, Su
     Raises:
         UserError: an option of another value than accepted, or one that does not go with the baseline.
     """
-    gate.check_max_drop(request.max_drop)
+    request.asked.check()
+    if request.asked.max_drop_worst is not None and request.against is None:
+        raise UserError(
+            f"--max-drop-worst: {request.asked.max_drop_worst} needs --against; a first release has --min-tau instead"
+        )
     if request.model is not None:
         check_model(request.model)
     heads = read_config(request.run / request.heads)
