@@ -18,6 +18,7 @@ from mtpd.cli import main
 from mtpd.data.models import load_model
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.intervals import intervals
+from mtpd.evaluate.slices import slices
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_an_evaluation(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert measure(run, *SHORT, "-o", str(file)) == 0
     shown = capsys.readouterr().out
     found = Acceptance.load(file)
-    assert (found.mode, found.schema_version, list(found.suites)) == ("offline", 3, ["demo"])
+    assert (found.mode, found.schema_version, list(found.suites)) == ("offline", 4, ["demo"])
     suite = found.suites["demo"]
     assert suite.rows is not None
     assert (suite.prompts, len(suite.rows)) == (84, 84)
@@ -282,3 +283,58 @@ def test_other_models_under_the_same_heads(run: Path, tmp_path: Path, capsys: py
     assert (code, "no such directory" in line) == (2, True)
     code, line = error_of(run, capsys, *SHORT, "--model", "tiny", "--heads", "none")
     assert code == 2
+
+
+def test_slices_of_an_evaluation(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: what prompts are or where rounds were is not in the file, or the options of slices do nothing."""
+    file = run.parent / "acceptance.json"
+    past = run.parent / "past"
+    past.mkdir()
+    words = ["--suite", "demo,multilingual", "--limit", "14", "--max-new-tokens", "16", "-o", str(file)]
+    assert measure(run, *words, "--by", "family,language,position,mode") == 0
+    shown = capsys.readouterr().out
+    found = Acceptance.load(file)
+    rows = {name: suite.rows or [] for name, suite in found.suites.items()}
+    assert len({row.family for row in rows["demo"]}) > 3
+    assert {row.family for row in rows["multilingual"]} == {None}
+    assert len({row.language for row in rows["multilingual"]} - {None}) > 3
+    assert all(
+        row.places and sum(each[0] for each in row.places["text"].values()) == row.drafted[0] for row in rows["demo"]
+    )
+    for part in slices(found, ["family", "language", "position"]):
+        ratio = part.ratios()["tau"].text()
+        assert re.search(rf"{part.axis} +│ {re.escape(part.name)} +│ +{part.prompts} │.*{re.escape(ratio)}", shown), (
+            part
+        )
+    shutil.copy(file, past / "2026-01-01.json")
+    page = run.parent / "out.md"
+    further = ["--against", str(file), "--max-drop-worst", "0.1", "--by", "suite", "--min-tau", "9"]
+    assert measure(run, *words[:-2], *further, "--history", str(past), "--markdown", str(page)) == 3
+    shown = capsys.readouterr().out
+    assert "gate on 2 slices passed" in shown
+    assert "gate on the floor of tau undecided" in shown or "gate on the floor of tau failed" in shown
+    assert re.search(r"\| demo \| ▄▄ (\d\.\d\d) → \1 \|", page.read_text())
+    for words, message in (
+        (["--max-drop-worst", "0.1"], "--max-drop-worst: 0.1 needs --against"),
+        (["--min-tau", "0.5"], "--min-tau: 0.5 is not accepted"),
+        (["--by", "depth"], "--by: depth is not accepted"),
+        (["--suite", "demo[slow]"], "suite demo[slow]: unknown mode"),
+        (["--history", str(run.parent / "none")], "none: no such folder"),
+    ):
+        code, said = error_of(run, capsys, *words)
+        assert code == 2
+        assert message in said
+
+
+def test_long_prompts_are_measured_as_far_as_the_context_reaches(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: a suite of joined documents is not measured, or its lengths cannot be told apart."""
+    (run.parent / "suites").mkdir()
+    (run.parent / "suites" / "mine.yaml").write_text(
+        "title: mine\nsource: stdlib-held-out\ncontexts: [128, 384, 1048576]\nlimit: 18\nmax_new_tokens: 12\n"
+    )
+    file = run.parent / "acceptance.json"
+    words = ["--suite", "mine", "--suite-dir", str(run.parent / "suites"), "-o", str(file), "--by", "family,context"]
+    assert measure(run, *words) == 0
+    rows = Acceptance.load(file).suites["mine"].rows or []
+    assert [row.family for row in rows] == ["128"] * 6 + ["384"] * 6
+    assert all(row.places and min(row.places["context"]) >= 128 for row in rows[6:])

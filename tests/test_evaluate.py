@@ -221,7 +221,7 @@ def test_acceptance_file(tmp_path: Path) -> None:
         *("schema", "mode", "sampling", "settings", "trunk", "heads", "heads_trunk", "random_trunk", "versions"),
         *("suites", "sha256"),
     }
-    assert content["schema"] == 3
+    assert content["schema"] == 4
     assert set(content["suites"]["chat"]) == set(SuiteCounts.model_fields)
 
 
@@ -353,7 +353,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         Acceptance.load(path)
     acceptance().save(path)
     whole = path.read_bytes()
-    for broken in (whole[:-40], b"", whole.replace(b'"schema": 3', b'"schema": 4'), b'{"suites": {}}'):
+    for broken in (whole[:-40], b"", whole.replace(b'"schema": 4', b'"schema": 5'), b'{"suites": {}}'):
         path.write_bytes(broken)
         with pytest.raises(UserError, match="not an acceptance file"):
             Acceptance.load(path)

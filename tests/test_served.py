@@ -21,9 +21,9 @@ from mtpd.evaluate.served import Asked, DraftingServer, ask, load_of, suite_coun
 from mtpd.evaluate.suites import Suite
 
 TASKS = [Task(Prompt("a", "x"), [5, 6]), Task(Prompt("b", "y"), [7])]
-ANSWERS = {(5, 6): [10, 11, 12, 13, 14, 15], (7,): [20, 21, 22]}
+ANSWERS: dict[Any, list[int]] = {(5, 6): [10, 11, 12, 13, 14, 15], (7,): [20, 21, 22]}
 # The first text: 1 token, then rounds that write 2, 3 and 1 (of 2: the last draft lies behind the end).
-ROUNDS = {(5, 6): [(2, 1), (2, 2), (2, 1)], (7,): [(2, 0), (2, 0)]}
+ROUNDS: dict[Any, list[tuple[int, int]]] = {(5, 6): [(2, 1), (2, 2), (2, 1)], (7,): [(2, 0), (2, 0)]}
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_a_server_beside_what_was_measured_offline() -> None:
     found = beside_offline(acceptance("served", 8), offline, place="here")
     assert found is not None
     assert (found.prompts, found.same) == (8, 8)
-    assert (found.offline, found.served) == (pytest.approx(1.6), pytest.approx(2.2))
+    assert [found.offline, found.served] == pytest.approx([1.6, 2.2])
     assert found.change.value == found.change.low == pytest.approx(0.6 / 1.6)
     assert "tau 1.600, served 2.200, +37.5% [+37.5, +37.5]; 8 of 8 texts are the same" in found.words
     with pytest.raises(UserError, match="none of its 8 texts is the model's: it serves another model"):

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mtpd.data import stdlib
 from mtpd.data.prompts import load_prompts
 from mtpd.errors import UserError
 from mtpd.evaluate.contamination import TrainedPrompts, read_trained, signatures, write_signatures
-from mtpd.evaluate.suites import load_suite, questions, suite_names
+from mtpd.evaluate.slices import template_mode
+from mtpd.evaluate.suites import check_names, load_suite, questions, suite_names
+from mtpd.evaluate.suites.joined import join
 
-REQUIRED = {"mt_bench", "gsm8k", "humaneval", "math500", "cnn_dm", "nq", "rag", "alpaca", "ceval", "demo"}
+FROM_PAPERS = {"mt_bench", "gsm8k", "humaneval", "math500", "cnn_dm", "nq", "rag", "alpaca", "ceval"}
+OWN = {"demo", "long", "tools", "multilingual"}
 ROW_OF = {
     "mt_bench": {"prompt_id": 81, "prompt": ["Write a post.", "Now shorter."]},
     "gsm8k": {"question": "What is 2 + 3?", "answer": "2 + 3 = 5\n#### 5"},
@@ -34,8 +39,8 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def test_suites_that_come_with_mtpd() -> None:
     """Fault: a suite file that is not packaged, or that its own schema refuses."""
-    assert set(suite_names()) == REQUIRED
-    for name in REQUIRED:
+    assert set(suite_names()) == FROM_PAPERS | OWN
+    for name in FROM_PAPERS | {"demo"}:
         suite = load_suite(name)
         assert (suite.seed, suite.max_new_tokens) == (0, 256)
         assert 80 <= suite.limit <= 84
@@ -184,3 +189,105 @@ def test_rows_of_one_id_are_numbered(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert [question.prompt.id for question in questions("mine", suite)] == expected
     assert "suite mine: 2 rows have the id of an earlier one; they are numbered (a again is a#3)" in caplog.text
     assert [prompt.id for prompt in load_prompts(str(tmp_path / "mine.jsonl"))] == expected
+
+
+@pytest.mark.parametrize("name", ["tools", "multilingual"])
+def test_own_suites_are_never_trained_on(name: str) -> None:
+    """Fault: a suite of ours repeats a prompt that runs on the built-in set are trained on, or itself."""
+    found = questions(name, load_suite(name))
+    assert len(found) == 40
+    assert len({question.prompt.fingerprint for question in found}) == 40
+    trained = [prompt for source in ("builtin", "builtin-other") for prompt in load_prompts(source)]
+    met = TrainedPrompts(
+        frozenset(prompt.fingerprint for prompt in trained), signatures(prompt.text for prompt in trained)
+    )
+    assert set(met.meets([question.prompt.text for question in found])) == {None}
+
+
+def test_what_the_own_suites_are_of() -> None:
+    """Fault: a language or a kind of tool call without prompts, or rows whose tools are lost."""
+    tools = questions("tools", load_suite("tools"))
+    assert {question.family for question in tools} == {"call", "result", "none"}
+    assert all(question.prompt.template["tools"] and question.language == "en" for question in tools)
+    results = [question.prompt.prompt for question in tools if question.family == "result"]
+    assert all([message["role"] for message in prompt] == ["user", "assistant", "tool"] for prompt in results)
+    counts = Counter(question.language for question in questions("multilingual", load_suite("multilingual")))
+    assert counts == dict.fromkeys(["de", "fr", "es", "pt", "ru", "tr", "ar", "hi", "zh", "ja"], 4)
+
+
+def test_modes_are_suites_of_the_same_prompts(tmp_path: Path) -> None:
+    """Fault: a mode draws other prompts, is measured with the arguments of another, or is compared with it."""
+    write_rows(tmp_path / "mine.jsonl", [{"prompt": f"Question {n}?"} for n in range(20)])
+    (tmp_path / "mine.yaml").write_text(
+        "title: mine\nsource: mine.jsonl\nlimit: 5\nchat_template_kwargs: {date: today}\n"
+        "modes:\n  short: {effort: low}\n"
+    )
+    suites = {name: load_suite(name, tmp_path) for name in ("mine", "mine[thinking]", "mine[direct]", "mine[short]")}
+    asked = {name: questions(name, suite) for name, suite in suites.items()}
+    assert len({tuple(question.prompt.text for question in each) for each in asked.values()}) == 1
+    modes = {name: template_mode(each[0].prompt.template) for name, each in asked.items()}
+    assert modes["mine"] == 'date="today"'
+    assert modes["mine[thinking]"] == 'date="today", enable_thinking=true, thinking=true'
+    assert modes["mine[short]"] == 'date="today", effort="low"'
+    assert len({json.dumps(suite.settings) for suite in suites.values()}) == 4
+    check_names(list(suites), tmp_path)
+    check_names(["gsm8k[thinking]", "gsm8k[direct]"], None)
+    for name, message in (
+        ("mine[slow]", r"suite mine\[slow\]: unknown mode; accepted: thinking, direct, short"),
+        ("yours[direct]", "suite yours: unknown"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_names([name], tmp_path)
+        with pytest.raises(UserError, match=message):
+            load_suite(name, tmp_path)
+
+
+class Characters:
+    """A tokenizer of characters, without a chat template."""
+
+    chat_template = None
+    name_or_path = "characters"
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+def test_documents_are_joined_to_lengths(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Fault: prompts longer than they are called, or that the model cannot read, or other ones in the next call."""
+    lines = [
+        {"text": "\n".join(f"Line {line} of document {n} says {n * line}." for line in range(40))} for n in range(30)
+    ]
+    write_rows(tmp_path / "docs.jsonl", lines)
+    (tmp_path / "mine.yaml").write_text(
+        "title: mine\nsource: docs.jsonl\ncontexts: [1024, 4096, 16384]\nlimit: 12\nmax_new_tokens: 100\n"
+    )
+    suite = load_suite("mine", tmp_path)
+    documents = questions("mine", suite)
+    assert len(documents) == 30
+    found = join(Characters(), "mine", suite, documents, context=5000)
+    assert [(question.prompt.id, question.family) for question in found[::4]] == [("1k-0", "1k"), ("4k-0", "4k")]
+    assert len(found) == 8
+    assert "suite mine: 16384 tokens do not fit into the model's context of 5000" in caplog.text
+    for question in found:
+        length = 1024 if question.family == "1k" else 4096
+        assert 0.6 * length < len(question.prompt.text) + 100 <= length
+    assert len({question.prompt.text for question in found}) == 8
+    more = join(Characters(), "mine", suite, documents, context=20000)
+    assert more[:8] == found
+    assert len(more) == 12
+    quoted = next(question.prompt.text for question in found if "following line" in question.prompt.text)
+    line = quoted.split("\n\n")[-1]
+    assert quoted.count(line) >= 2
+    with pytest.raises(UserError, match="no length of 1024, 4096, 16384 tokens fits into the model's context of 512"):
+        join(Characters(), "mine", suite, documents, context=512)
+    with pytest.raises(UserError, match="documents are too short together for 4096 tokens"):
+        join(Characters(), "mine", suite, documents[:1], context=5000)
+
+
+def test_the_long_suite_reads_files_that_are_never_trained_on() -> None:
+    """Fault: long prompts are made of fragments, or of modules that runs on the library are trained on."""
+    found = questions("long", load_suite("long"))
+    texts = {question.prompt.text for question in found}
+    assert texts == {text for _, text in stdlib.documents(stdlib.HELD_OUT)}
+    assert not texts & {text for _, text in stdlib.documents(stdlib.SOURCE)}
+    assert sum(map(len, texts)) > 400_000

@@ -82,7 +82,7 @@ SHORTENED = (
     ),
 )
 
-ENDINGS = (Ending(r"^mtpd eval .*--against", (3, 4)),)
+ENDINGS = (Ending(r"^mtpd eval .*--(against|min-tau)", (3, 4)),)
 
 # What documents name as the reader's own, and the shell command that puts something there.
 STAND_INS = {
@@ -100,6 +100,7 @@ STAND_INS = {
     'for part in load_model("tiny", dtype="float32", device="cpu"): part.save_pretrained("my-checkpoint")\'',
     "recipe.yaml": "mtpd recipe show demo > recipe.yaml",
     "runs/new": "cp -r runs/demo runs/new",
+    "baselines/history": "mkdir -p baselines/history && cp runs/demo/acceptance.json baselines/history/2026-11-29.json",
     "runs/small": "mtpd distill smoke output=runs/small evaluation.decode_prompts=1 evaluation.max_new_tokens=8",
     "runs/shared": "mtpd distill smoke heads.shared=true output=runs/shared",
     "before.json": "cp runs/demo/acceptance-before.json before.json",

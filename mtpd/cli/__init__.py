@@ -21,6 +21,7 @@ from mtpd.cli import (
     extend,
     generate,
     graft,
+    history,
     import_,
     inspect,
     pretrain,
@@ -50,6 +51,7 @@ app.command("bench")(bench.bench)
 app.command("eval")(eval.evaluate)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
+app.command("history")(history.history)
 app.command("import")(import_.import_heads)
 app.command("export")(export.export)
 app.command("verify")(verify.verify)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli.eval import Guard, JunitFile, MarkdownFile
+from mtpd.cli.eval import By, Guard, JunitFile, MarkdownFile, MaxDropWorst
 from mtpd.cli.options import Debug
 from mtpd.run.check import acceptance_file, check_file
 
@@ -29,13 +29,16 @@ def compare(
         ),
     ] = None,
     guard: Guard = "both",
+    max_drop_worst: MaxDropWorst = None,
+    by: By = None,
     markdown: MarkdownFile = None,
     junit: JunitFile = None,
     debug: Debug = False,
 ) -> None:
     """Show what changed from one measurement to another, with paired intervals.
 
-    Exit codes with --max-drop: 0 fine, 3 worse, 4 undecided (more prompts needed); 2 a mistake, 1 a failure.
+    Exit codes with --max-drop and --max-drop-worst: 0 fine, 3 worse, 4 undecided (more prompts needed); 2 a mistake,
+    1 a failure.
 
     Examples:
 
@@ -45,11 +48,14 @@ def compare(
 
         mtpd compare baselines/main.json acceptance.json --max-drop 0.01
     """
-    from mtpd.evaluate.compare import compare_files  # brings in numpy
+    from mtpd.evaluate.compare import Asked, compare_files  # brings in numpy
+    from mtpd.evaluate.slices import check_axes
 
     for option, file in (("--markdown", markdown), ("--junit", junit)):
         check_file(file, key=option)
     baseline, candidate = acceptance_file(baseline), acceptance_file(candidate)
-    code = compare_files(baseline, candidate, max_drop=max_drop, guard=guard, markdown_file=markdown, junit_file=junit)
+    asked = Asked(max_drop, guard, max_drop_worst, check_axes(by))
+    asked.check()
+    code = compare_files(baseline, candidate, asked, markdown_file=markdown, junit_file=junit)
     if code:
         raise typer.Exit(code)

@@ -23,6 +23,23 @@ MaxDrop = Annotated[
         "--max-drop", help="The largest loss that passes: 0.01 is one point of CAR_1, and one percent of tau."
     ),
 ]
+MaxDropWorst = Annotated[
+    float | None,
+    typer.Option(
+        "--max-drop-worst",
+        help="The largest loss of tau that passes in each slice (see --by), all of them tested together: 0.05 is five "
+        "percent.",
+        show_default=False,
+    ),
+]
+By = Annotated[
+    str | None,
+    typer.Option(
+        help="Also show slices: suite, family, mode, language, position (in the response) or context, with commas "
+        "between them. The gate on slices looks at these, or at all.",
+        show_default=False,
+    ),
+]
 MarkdownFile = Annotated[
     Path | None,
     typer.Option("--markdown", help="Also write the result to this Markdown file, as a comment for a pull request."),
@@ -90,6 +107,23 @@ def evaluate(
     ] = None,
     max_drop: MaxDrop = 0.01,
     guard: Guard = "both",
+    max_drop_worst: MaxDropWorst = None,
+    by: By = None,
+    min_tau: Annotated[
+        float | None,
+        typer.Option(
+            "--min-tau",
+            help="Fail below this tau, without a baseline too: of all suites together, and of each slice of --by.",
+            show_default=False,
+        ),
+    ] = None,
+    history: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of earlier results, named so that they sort: --markdown shows tau over them.",
+            show_default=False,
+        ),
+    ] = None,
     write_baseline: Annotated[
         Path | None,
         typer.Option(help="Also write the result to this file, if the comparison passes or there is none."),
@@ -151,13 +185,17 @@ def evaluate(
 
         mtpd eval runs/demo --suite gsm8k,humaneval --suite-dir suites --write-baseline baselines/main.json
 
-        mtpd eval runs/demo --against baselines/main.json --max-drop 0.01
+        mtpd eval runs/demo --against baselines/main.json --max-drop 0.01 --max-drop-worst 0.05
+
+        mtpd eval runs/demo --by family,position --min-tau 1.3
 
         mtpd eval runs/demo --model ./fine-tuned --against runs/demo
 
         mtpd eval runs/demo --server http://localhost:8000 --concurrency 1,8,32
     """
-    from mtpd.evaluate.suites import check_names  # these take a moment that --help has no need of
+    from mtpd.evaluate.compare import Asked  # these take a moment that --help has no need of
+    from mtpd.evaluate.slices import check_axes
+    from mtpd.evaluate.suites import check_names
     from mtpd.run.request import Request, check_request
 
     at_a_time = _concurrency(server, plain_server, concurrency, mode=mode, model=model)
@@ -181,8 +219,8 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         responses=responses.expanduser(),
         against=against,
-        max_drop=max_drop,
-        guard=guard,
+        asked=Asked(max_drop, guard, max_drop_worst, check_axes(by), min_tau),
+        history=history,
         write_baseline=write_baseline,
         check_trunk=check_trunk,
         markdown=markdown,

@@ -13,6 +13,11 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+FIRST = {"text": 16, "context": 128}
+"""Upper end of the first bucket of each kind of place; each further bucket is twice as wide as those before it."""
+Places = dict[str, dict[int, list[int]]]
+"""By kind of place, then by the lower end of a bucket: rounds that count, then those accepted at each depth."""
+
 
 def shares(parts: Sequence[float], wholes: Sequence[int]) -> list[float]:
     """Divide depth by depth; CAR_1..CAR_K of accepted and drafted."""
@@ -45,6 +50,10 @@ class Counts:
     accepted: list[int] = field(default_factory=list)
     sources: dict[str, list[int]] = field(default_factory=dict)
     """Accepted drafts by the source that drafted them, and by depth, from 1 on."""
+    places: Places = field(default_factory=dict, compare=False)
+    """Of one text: where its rounds were. `text` counts the response's tokens before a round, `context` all tokens."""
+    prompt: int = field(default=0, compare=False)
+    """Tokens of the prompt of one text."""
 
     def __post_init__(self) -> None:
         self.drafted = self.drafted or [0] * self.depth
@@ -90,8 +99,9 @@ class Counts:
         counts += [0] * (place + 1 - len(counts))
         counts[place] += 1
 
-    def start(self) -> None:
-        """The forward pass over the prompt, which writes one token."""
+    def start(self, prompt: int = 0) -> None:
+        """The forward pass over a prompt of so many tokens, which writes one token."""
+        self.prompt = prompt
         self.tokens += 1
         self.forwards += 1
 
@@ -111,7 +121,17 @@ class Counts:
             for k in range(drafted):
                 self.drafted[k] += 1
                 self.accepted[k] += k < accepted
+            if drafted:
+                self._count_place(accepted)
         written = min(accepted + 1, room)
         self.tokens += written
         self.forwards += 1
         return written
+
+    def _count_place(self, accepted: int) -> None:
+        for kind, before in (("text", self.tokens), ("context", self.prompt + self.tokens)):
+            lower = 0 if before < FIRST[kind] else 1 << (before.bit_length() - 1)
+            found = self.places.setdefault(kind, {}).setdefault(lower, [0] * (self.depth + 1))
+            found[0] += 1
+            for k in range(accepted):
+                found[k + 1] += 1

@@ -71,7 +71,7 @@ class Text:
                 where each round drafted what paid: then no depth has counts of its own.
         """
         counts = Counts(depth)
-        counts.start()
+        counts.start(len(self.request.prompt))
         accepted_drafts = iter(self.sources)
         for before, drafted, accepted in self.rounds:
             counts.round(accepted, room=len(self.tokens) - before, drafted=drafted if depth else 0)

@@ -5,8 +5,9 @@ of drafts whose first k tokens are all accepted, and tau = 1 + Σ CAR_k.
 
 Schema 2 has a row of counts for each prompt, which intervals and paired comparisons need, and the
 settings of the measurement. Schema 3 has beside the heads' own counts those of the drafters that the heads
-are part of: heads and look-up together, and each alone, with the source of each accepted draft. Files of
-schema 1, which have sums alone, and of schema 2 are still read.
+are part of: heads and look-up together, and each alone, with the source of each accepted draft. Schema 4 has in
+each row where its rounds were, and what its prompt is: the slices of `mtpd.evaluate.slices`. Files of schema 1,
+which have sums alone, and of 2 and 3 are still read.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mtpd.decode.counts import Counts, conditional, shares, sum_sources
+from mtpd.decode.counts import FIRST, Counts, Places, conditional, shares, sum_sources
 from mtpd.errors import UserError
 from mtpd.evaluate.versions import library_versions
 from mtpd.files import read_sealed, sealed, write_whole
@@ -126,12 +127,35 @@ class PromptCounts(CountsModel):
     """Decoded: whether it parts from it at a tie, two tokens whose logits agree to rounding; null offline."""
     trained: Literal["exact", "near"] | None = None
     """The run was trained on this prompt, or on one that is nearly the same."""
+    family: str | None = None
+    """What the row says that it is of; null where it says nothing, as are the next two."""
+    mode: str | None = None
+    """Arguments of the chat template that wrote the prompt."""
+    language: str | None = None
+    places: Places | None = None
+    """Where the rounds were, as `mtpd.decode.counts` has it; null in files of schemas 1 to 3."""
+
+    @model_validator(mode="after")
+    def _places_add_up(self) -> Self:
+        for kind, buckets in (self.places or {}).items():
+            if kind not in FIRST or any(len(counts) != self.depth + 1 for counts in buckets.values()):
+                raise ValueError(
+                    f"places: {kind} is not accepted; accepted: {', '.join(FIRST)}, each with K + 1 counts"
+                )
+            if _columns(list(buckets.values()), self.depth + 1) != [*self.drafted[:1], *self.accepted]:
+                raise ValueError(f"places: {kind} does not add up to drafted and accepted")
+        return self
 
     @classmethod
     def of(cls, counts: Counts, **fields: Any) -> PromptCounts:
         """One text as decoding counted it."""
         return cls(
-            tokens=counts.tokens, forwards=counts.forwards, drafted=counts.drafted, accepted=counts.accepted, **fields
+            tokens=counts.tokens,
+            forwards=counts.forwards,
+            drafted=counts.drafted,
+            accepted=counts.accepted,
+            places=counts.places or {kind: {} for kind in FIRST},
+            **fields,
         )
 
 
@@ -307,7 +331,7 @@ class Acceptance(BaseModel):
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
-    schema_version: Literal[1, 2, 3] = Field(default=3, alias="schema")
+    schema_version: Literal[1, 2, 3, 4] = Field(default=4, alias="schema")
     mode: Literal["offline", "decoded", "served"]
     sampling: dict[str, float] | None = None
     settings: Settings | None = None

@@ -53,6 +53,8 @@ LABELS = {
 }
 
 Outcome = Literal["passed", "failed", "undecided"]
+EXIT_CODES = {"passed": 0, "undecided": 4, "failed": 3}
+"""From the best to the worst."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,10 @@ class Change:
     def shown(self) -> str:
         """The change as points or percent, with its 95% interval if it has one: -2.1 points [-2.8, -1.4]"""
         unit = "%" if self.relative else " points"
-        return f"{100 * self.change.value:+.2f}{unit}{_percent(' ', self.change)}"
+        return f"{100 * self.change.value:+.2f}{unit}{percent(' ', self.change)}"
 
 
-def _percent(before: str, estimate: Estimate) -> str:
+def percent(before: str, estimate: Estimate) -> str:
     """An interval in hundredths behind some words: [-2.80, -1.40]; nothing where there is none."""
     if estimate.low is None or estimate.high is None:
         return ""
@@ -110,21 +112,26 @@ class Verdict:
     """The verdict of the gate."""
 
     outcome: Outcome
-    max_drop: float
+    limit: float
+    """Value of the option."""
     reasons: list[str]
     """One line for each ratio that the gate looks at."""
     more_prompts: int | None = None
     """Undecided: how many more would decide, if the change stays as it is; None where no number helps."""
+    on: str = ""
+    """Words behind "gate", where it is not the one on all suites together."""
+    option: str = "max-drop"
+    """The option that asked for it."""
 
     @property
     def exit_code(self) -> int:
-        return {"passed": 0, "failed": 3, "undecided": 4}[self.outcome]
+        return EXIT_CODES[self.outcome]
 
     @property
     def line(self) -> str:
         """The verdict in one line."""
-        if self.outcome != "undecided":
-            return f"gate {self.outcome}: {'; '.join(self.reasons)}"
+        if self.outcome != "undecided" or self.on:
+            return f"gate{self.on} {self.outcome}: {'; '.join(self.reasons)}"
         more = "more prompts will hardly decide" if self.more_prompts is None else f"{self.more_prompts} more needed"
         return f"gate undecided, {more.replace('more needed', 'more prompts needed')}: {'; '.join(self.reasons)}"
 
@@ -146,17 +153,10 @@ def compare(
         UserError: another trunk, mode, suite, prompt or setting, or a file without counts by prompt.
     """
     check_comparable(baseline, candidate, names=names)
-    before: dict[str, list[PromptCounts]] = {}
-    after: dict[str, list[PromptCounts]] = {}
-    left_out = texts = 0
-    for name, suite in baseline.suites.items():
-        for old, new in zip(suite.rows or [], candidate.suites[name].rows or [], strict=True):
-            if old.trained or new.trained:
-                left_out += 1
-                continue
-            texts += old.text != new.text
-            before.setdefault(name, []).append(old)
-            after.setdefault(name, []).append(new)
+    before, after, left_out = pairs_compared(baseline, candidate)
+    texts = sum(
+        old.text != new.text for name, rows in before.items() for old, new in zip(rows, after[name], strict=True)
+    )
     if not before:
         raise UserError(f"{names[1]}: all {left_out} prompts were trained on; nothing is left to compare")
     notes = [RANDOM] if baseline.random_trunk or candidate.random_trunk else []
@@ -187,6 +187,23 @@ def compare(
         for name, (first, second) in paired_differences(before, after, resamples=resamples, seed=seed).items()
     }
     return Comparison(changes, {**sizes, None: sum(map(len, before.values()))}, left_out, notes)
+
+
+def pairs_compared(
+    baseline: Acceptance, candidate: Acceptance
+) -> tuple[dict[str, list[PromptCounts]], dict[str, list[PromptCounts]], int]:
+    """Rows of both files by suite, without prompts that a run was trained on, and how many those are."""
+    before: dict[str, list[PromptCounts]] = {}
+    after: dict[str, list[PromptCounts]] = {}
+    left_out = 0
+    for name, suite in baseline.suites.items():
+        for old, new in zip(suite.rows or [], candidate.suites[name].rows or [], strict=True):
+            if old.trained or new.trained:
+                left_out += 1
+                continue
+            before.setdefault(name, []).append(old)
+            after.setdefault(name, []).append(new)
+    return before, after, left_out
 
 
 def _nodes(acceptance: Acceptance) -> dict[str, int | None]:
@@ -228,7 +245,7 @@ def judge(comparison: Comparison, *, max_drop: float, guard: Guard = "both") -> 
         )
     reasons = [
         f"{label(check.name)} {check.before:.3f} → {check.after:.3f}, {check.shown()}"
-        f"{_percent(', 99.5% ', check.failing)}, on {prompts} prompts, allowed {-100 * max_drop:+.2f}"
+        f"{percent(', 99.5% ', check.failing)}, on {prompts} prompts, allowed {-100 * max_drop:+.2f}"
         for check in checks
     ]
     if prompts < MINIMUM_PROMPTS:
@@ -253,10 +270,16 @@ def _high(estimate: Estimate) -> float:
     return estimate.high
 
 
-def check_max_drop(max_drop: float) -> None:
+def exit_code(verdicts: Sequence[Verdict]) -> int:
+    """The exit code of the worst of some verdicts; 0 where there are none."""
+    codes = list(EXIT_CODES.values())
+    return max((verdict.exit_code for verdict in verdicts), key=codes.index, default=0)
+
+
+def check_max_drop(max_drop: float, *, option: str = "--max-drop") -> None:
     """Raises UserError unless it is a share."""
     if not 0.0 <= max_drop < 1.0:
-        raise UserError(f"--max-drop: {max_drop} is not accepted; accepted: from 0 to below 1, such as 0.01")
+        raise UserError(f"{option}: {max_drop} is not accepted; accepted: from 0 to below 1, such as 0.01")
 
 
 def _prompts_wanted(check: Change, prompts: int, max_drop: float) -> float:

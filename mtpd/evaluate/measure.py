@@ -20,6 +20,7 @@ from mtpd.evaluate.contamination import TrainedPrompts
 from mtpd.evaluate.decoded import measure_decoded
 from mtpd.evaluate.drafters import drafts_together, measure_drafters, with_drafters
 from mtpd.evaluate.offline import measure_offline
+from mtpd.evaluate.slices import template_mode
 from mtpd.evaluate.suites import Question, Suite
 from mtpd.evaluate.trunk_quality import at_chance
 from mtpd.files import fingerprint_json, short
@@ -110,6 +111,7 @@ def measure_suites(
             )
         trace.measuring += time.monotonic() - began
         counts[name] = measured[name].model_copy(update={"settings": suite.settings})
+        describe(counts[name], questions)
         mark_trained(counts[name], name, questions, trained)
     settings = {"dtype": str(model.trunk.dtype).removeprefix("torch."), "drafts": heads.depth}
     acceptance = Acceptance(
@@ -160,6 +162,15 @@ def prompts_alone(model: Model, name: str, suite: Suite, questions: Sequence[Que
     if len(fitting) < len(samples):
         logger.warning("suite %s: %d prompts are longer than the context", name, len(samples) - len(fitting))
     return fitting
+
+
+def describe(suite: SuiteCounts, questions: Sequence[Question]) -> None:
+    """Notes in each row what its prompt is, for slices."""
+    by_id = {question.prompt.id: question for question in questions}
+    for row in suite.rows or []:
+        question = by_id[row.id]
+        row.family, row.language = question.family or None, question.language
+        row.mode = template_mode(question.prompt.template)
 
 
 def mark_trained(suite: SuiteCounts, name: str, questions: Sequence[Question], trained: TrainedPrompts | None) -> None:

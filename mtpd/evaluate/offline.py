@@ -210,7 +210,7 @@ def _compare(
 def _walk(first: int, last: int, compared: _Compared, target_shift: int) -> tuple[Counts, list[tuple[int, int]]]:
     """The rounds of decoding a text: `first` is the position of its first response token, `last` its length."""
     counts = Counts(depth=len(compared.drafted))
-    counts.start()
+    counts.start(first)
     rounds: list[tuple[int, int]] = []
     drafted, chosen = compared.drafted, compared.chosen
     newest = first

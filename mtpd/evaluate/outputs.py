@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mtpd.evaluate.acceptance import RANDOM, Acceptance, SuiteCounts
 from mtpd.evaluate.gate import COMPARED, Comparison, Verdict, label
 from mtpd.evaluate.run_tables import TOTAL, listed
 from mtpd.evaluate.tables import Estimates, interval_note
+from mtpd.evaluate.worst import SliceChange
 
 if TYPE_CHECKING:  # brings in torch
     from mtpd.evaluate.trunk_quality import TrunkQuality
@@ -22,12 +23,19 @@ def markdown(
     estimates: Estimates,
     *,
     comparison: Comparison | None = None,
-    verdict: Verdict | None = None,
+    verdicts: Sequence[Verdict] = (),
+    moved: Sequence[SliceChange] = (),
+    sparklines: Mapping[str | None, str] | None = None,
     quality: Mapping[str, tuple[TrunkQuality, TrunkQuality]] | None = None,
 ) -> str:
-    """A comment for a pull request: the verdict, the change of each suite, and all ratios with intervals."""
+    """A comment for a pull request: verdicts, the change of each suite and slice, and all ratios with intervals.
+
+    Args:
+        moved: slices whose tau has changed.
+        sparklines: tau of earlier results by suite.
+    """
     lines = ["### Draft acceptance", ""]
-    if verdict is not None:
+    for verdict in verdicts:
         lines += [f"{MARKS[verdict.outcome]} **{verdict.line}**", ""]
     if comparison is not None:
         names = [name for name in COMPARED if name in comparison.suites[None]]
@@ -36,6 +44,15 @@ def markdown(
             cells = [f"{changes[n].before:.3f} → {changes[n].after:.3f} ({changes[n].shown()})" for n in names]
             lines += _row([suite or f"**{TOTAL}**", str(comparison.prompts[suite]), *cells])
         lines += ["", *(f"- {note}" for note in comparison.notes)]
+    if moved:
+        lines += ["", "Slices that moved:", ""]
+        lines += _row(["slice", "prompts", "tau"], head=True)
+        for each in moved:
+            lines += _row([each.label, str(each.prompts), each.shown().removeprefix("tau ")])
+    if sparklines:
+        lines += ["", "tau over the last results:", ""]
+        lines += _row(["suite", "tau"], head=True)
+        lines += [line for suite, drawn in sparklines.items() for line in _row([suite or f"**{TOTAL}**", drawn])]
     if quality:
         lines += ["", "Main head, before → after the run:", ""]
         lines += _row(["suite", "perplexity", "exact match"], head=True)
@@ -65,8 +82,8 @@ def _row(cells: list[str], *, head: bool = False) -> list[str]:
     return [line, "|" + "|".join(["---"] + ["---:"] * (len(cells) - 1)) + "|"] if head else [line]
 
 
-def junit(acceptance: Acceptance, estimates: Estimates, *, seconds: float, verdict: Verdict | None = None) -> str:
-    """JUnit XML: a test case for each suite that says its numbers, and one for the gate.
+def junit(acceptance: Acceptance, estimates: Estimates, *, seconds: float, verdicts: Sequence[Verdict] = ()) -> str:
+    """JUnit XML: a test case for each suite that says its numbers, and one for each verdict.
 
     A regression is a failure; an undecided gate is an error, because it has found nothing out.
     """
@@ -75,8 +92,8 @@ def junit(acceptance: Acceptance, estimates: Estimates, *, seconds: float, verdi
         case = ET.SubElement(suite, "testcase", classname=f"mtpd.acceptance.{acceptance.mode}", name=name or TOTAL)
         values = [f"{label(ratio)} {estimate.text()}" for ratio, estimate in found.items()]
         ET.SubElement(case, "system-out").text = "\n".join(values)
-    if verdict is not None:
-        case = ET.SubElement(suite, "testcase", classname="mtpd.gate", name=f"max-drop {verdict.max_drop}")
+    for verdict in verdicts:
+        case = ET.SubElement(suite, "testcase", classname="mtpd.gate", name=f"{verdict.option} {verdict.limit}")
         if verdict.outcome != "passed":
             kind = "failure" if verdict.outcome == "failed" else "error"
             problem = ET.SubElement(case, kind, message=verdict.line, type=verdict.outcome)

@@ -66,8 +66,8 @@ def offline_table(before: Acceptance, after: Acceptance, *, apart: frozenset[str
             name,
             str(suite.prompts),
             *cells,
-            _short(suite.ar),
-            _short(suite.expected_acceptance or []),
+            short(suite.ar),
+            short(suite.expected_acceptance or []),
             f"{first[name].tau:.2f} → {suite.tau:.2f}",
             style="bold" if name == TOTAL else None,
         )
@@ -147,7 +147,7 @@ def ways(suite: SuiteCounts) -> list[tuple[str, int, float, float | None]]:
     return sorted(timed, key=lambda each: order.index(each[0]))
 
 
-def _short(rates: Sequence[float]) -> str:
+def short(rates: Sequence[float]) -> str:
     """Rates of all depths in one cell: .45/.31/1.00"""
     return "/".join(f"{rate:.2f}".removeprefix("0") for rate in rates)
 

@@ -184,7 +184,7 @@ def _row(
 ) -> PromptCounts:
     steps = _steps(said) or []
     counts = Counts(depth)
-    counts.start()
+    counts.start(len(task.ids))
     # Passes without drafts, if there were any, wrote what the rounds did not.
     written = 1 + sum(accepted + 1 for _, accepted in steps)
     alone = max(0, len(text) - written)

@@ -19,7 +19,10 @@ from mtpd.evaluate.run_tables import (
     rate,
     same_text,
     say_if_random,
+    short,
 )
+from mtpd.evaluate.slices import Slice
+from mtpd.evaluate.worst import SliceChange
 
 if TYPE_CHECKING:  # brings in torch
     from mtpd.evaluate.trunk_quality import TrunkQuality
@@ -154,6 +157,30 @@ def comparison_table(comparison: Comparison) -> Table:
     for name, changes in listed(comparison.suites):
         cells = [_cell(changes[ratio]) for ratio in names]
         table.add_row(name or TOTAL, str(comparison.prompts[name]), *cells, style="bold" if name is None else None)
+    return table
+
+
+def changes_table(changes: Sequence[SliceChange]) -> Table:
+    """Tau of each slice before and after."""
+    table = Table(title="Change of tau in each slice (95% intervals, paired)", title_justify="left")
+    for column in ("by", "slice", "prompts", "tau"):
+        table.add_column(column, justify="left" if column in ("by", "slice") else "right")
+    for each in changes:
+        table.add_row(each.axis, each.name, str(each.prompts), each.shown().removeprefix("tau "))
+    return table
+
+
+def slices_table(found: Sequence[Slice]) -> Table:
+    """One line a slice: tau and CAR_1 with intervals, and AR at all depths."""
+    title = "Acceptance by slice (95% intervals over prompts); position and context are tokens before a round"
+    table = Table(title=title, title_justify="left")
+    for column in ("by", "slice", "prompts", "rounds", "tau", "CAR_1", "AR"):
+        table.add_column(column, justify="left" if column in ("by", "slice") else "right")
+    for each in found:
+        ratios = each.ratios()
+        ar = [ratio.value for name, ratio in ratios.items() if name.startswith("ar_")]
+        cells = (str(each.prompts), f"{each.rounds}", ratios["tau"].text(), ratios["car_1"].text(), short(ar))
+        table.add_row(each.axis, each.name, *cells)
     return table
 
 

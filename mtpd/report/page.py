@@ -25,6 +25,7 @@ from mtpd.report import svg
 from mtpd.report.car import car_chart, highest, styled
 from mtpd.report.drafting import DRAFTER_NAMES, SOURCE_NAMES, accepted_from, as_used, ordinal, way_lines
 from mtpd.report.samples import SampleText
+from mtpd.report.slices import places_charts, suites_by_depth
 from mtpd.report.verdict import Measured, measured_on, verdict
 
 PART_NAMES = {
@@ -40,6 +41,7 @@ CURVES = (
     ("Cross-entropy with the text, by depth", "nats a token", ["ce_"]),
     ("Acceptance in training (teacher-forced, on the training text)", "CAR", ["train_car_"]),
     ("Held-out acceptance during training", "tau", ["eval_tau"]),
+    ("Held-out acceptance during training, by family", "tau", ["eval_tau_"]),
     ("Learning rate", "learning rate", ["learning_rate"]),
 )
 """Title, label and names (or beginnings of names) of the training curves; those that were not logged are left out."""
@@ -194,6 +196,8 @@ def _section(section: Section) -> dict[str, Any]:
         "car_chart": Markup(car_chart(sides, None)),
         "suite_charts": [(name, Markup(car_chart(sides, name, y_high=top))) for name in names],
         "tau_chart": Markup(_tau_chart(section, after, before)),
+        "places_charts": places_charts(section.after, apart=section.apart),
+        "heat_map": Markup(suites_by_depth(after, [*together, *section.apart], depth)),
     }
 
 

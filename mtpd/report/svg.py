@@ -38,12 +38,14 @@ STYLE = """
 }
 svg text { fill: var(--soft); font-size: 12px; font-family: system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 svg .name { fill: var(--ink); } svg .title { fill: var(--ink); font-size: 17px; font-weight: 650; }
+svg .over { fill: var(--card); }
 svg .grid { stroke: var(--line); stroke-width: 1; } svg .back { fill: var(--card); }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
+.band { stroke: none; opacity: .16; }
 .bar { stroke-width: 2; stroke-linecap: round; opacity: .55; }
 .ring { stroke-width: 2; }
 """ + "".join(
-    f".s{n} .line, .s{n} .bar, .s{n} .ring {{ stroke: var(--c{n}); }} .s{n} .dot {{ fill: var(--c{n}); }} "
+    f".s{n} .line, .s{n} .bar, .s{n} .ring {{ stroke: var(--c{n}); }} .s{n} .dot, .s{n} .band {{ fill: var(--c{n}); }} "
     f".s{n} .ring {{ fill: var(--card); }}\n"
     for n in range(COLOURS + 1)
 )
@@ -68,6 +70,8 @@ class Series:
     """Number of its colour, dashes and marks; 0 is the baseline."""
     marks: bool = True
     """Marks each point, not a few of them."""
+    band: bool = False
+    """Draws intervals as a band around the line, not as a bar at each point."""
 
 
 def line_chart(
@@ -77,6 +81,7 @@ def line_chart(
     x_label: str,
     y_label: str,
     x_ticks: Sequence[float] | None = None,
+    x_names: Sequence[str] = (),
     y_low: float | None = None,
     y_high: float | None = None,
     width: float = WIDTH,
@@ -86,6 +91,7 @@ def line_chart(
     """Lines over x with error bars where points have intervals.
 
     Args:
+        x_names: what stands under the ticks in place of their numbers.
         place: x and y of the chart where it is a part of another one.
     """
     points = [point for each in series for point in each.points]
@@ -107,15 +113,15 @@ def line_chart(
         y = up(tick)
         parts.append(f'<line class="grid" x1="{start:.1f}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(_text(start - 6, y + 4, _number(tick), "end"))
-    for tick in x_ticks:
-        parts.append(_text(across(tick), height - BOTTOM + 16, _number(tick), "middle"))
+    for tick, name in zip(x_ticks, x_names or map(_number, x_ticks), strict=True):
+        parts.append(_text(across(tick), height - BOTTOM + 16, name, "middle"))
     parts.append(_text((start + width - RIGHT) / 2, height - 6, x_label, "middle"))
     parts.append(
         f'<text class="label" text-anchor="middle" transform="translate(11 {(TOP + height - BOTTOM) / 2:.1f}) '
         f'rotate(-90)">{escape(y_label)}</text>'
     )
     for offset, each in zip(_offsets(len(series)), series, strict=True):
-        shift = offset if any(point.estimate.low is not None for point in each.points) else 0.0
+        shift = offset if not each.band and any(point.estimate.low is not None for point in each.points) else 0.0
         parts += _series(each, across, up, shift)
     return "".join(parts) + "</svg>"
 
@@ -125,15 +131,51 @@ def _series(series: Series, across: _Scale, up: _Scale, shift: float) -> list[st
     places = [(across(point.x) + shift, up(point.estimate.value), point) for point in chosen]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)
     parts = [f'<g class="{_colour(series.style)}"><polyline class="line"{_dashes(series.style)} points="{path}"/>']
+    if series.band:
+        parts.append(_band(places, up))
     # Neighbouring lines have their marks at different points.
     apart = 1 if series.marks else max(1, len(places) // FEW_MARKS)
     for number, (x, y, point) in enumerate(places):
-        if point.estimate.low is not None and point.estimate.high is not None:
+        if not series.band and point.estimate.low is not None and point.estimate.high is not None:
             low, high = up(point.estimate.low), up(point.estimate.high)
             parts.append(f'<line class="bar" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>')
         if (number + series.style) % apart == 0:
             parts.append(_mark(series.style, x, y, f"{series.name}, {_number(point.x)}: {point.estimate.text()}"))
     return [*parts, "</g>"]
+
+
+def _band(places: Sequence[tuple[float, float, Point]], up: _Scale) -> str:
+    """The area between the ends of intervals; a point without one is of no width."""
+    ends = [(x, _span(point.estimate)) for x, _, point in places]
+    corners = [(x, up(max(span))) for x, span in ends] + [(x, up(min(span))) for x, span in reversed(ends)]
+    return f'<polygon class="band" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in corners)}"/>'
+
+
+def heat_map(
+    rows: Sequence[tuple[str, Sequence[Estimate]]], *, columns: Sequence[str], title: str, x_label: str
+) -> str:
+    """A cell for each row and column, the darker the nearer its share is to 1, with the number in it."""
+    step = 26.0
+    left = 22.0 + 7.2 * min(20, max((len(name) for name, _ in rows), default=1))
+    wide = (WIDTH - RIGHT - left) / max(1, len(columns))
+    height = TOP + step * len(rows) + BOTTOM
+    drawn = [_open(height, title)]
+    for number, (name, found) in enumerate(rows):
+        y = TOP + step * number
+        drawn.append(_text(left - 8, y + 17, name if len(name) <= 20 else f"{name[:19]}…", "end", style="name"))
+        for place, (column, estimate) in enumerate(zip(columns, found, strict=True)):
+            x, share = left + wide * place, min(1.0, max(0.0, estimate.value))
+            said = escape(f"{name}, {column}: {estimate.text()}")
+            box = f'x="{x:.1f}" y="{y:.1f}" width="{wide - 2:.1f}" height="{step - 2:.1f}" fill-opacity="{share:.2f}"'
+            drawn.append(f'<g class="s1"><rect class="dot" {box}><title>{said}</title></rect></g>')
+            style = "over" if share > 0.55 else "name"
+            if wide >= 24:
+                words = f"{estimate.value:.2f}".removeprefix("0")
+                drawn.append(_text(x + (wide - 2) / 2, y + 16, words, "middle", style=style))
+    for place, column in enumerate(columns):
+        drawn.append(_text(left + wide * (place + 0.5) - 1, height - BOTTOM + 16, column, "middle"))
+    drawn.append(_text((left + WIDTH - RIGHT) / 2, height - 6, x_label, "middle"))
+    return "".join(drawn) + "</svg>"
 
 
 def _mark(style: int, x: float, y: float, title: str = "", *, size: float = 4.0) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -15,10 +15,13 @@ from mtpd.decode.chances import read_chances
 from mtpd.decode.corpus import read_corpus
 from mtpd.evaluate import gate, outputs, tables
 from mtpd.evaluate.acceptance import Acceptance
-from mtpd.evaluate.compare import console, show_comparison
+from mtpd.evaluate.compare import console, judged, show_judged
+from mtpd.evaluate.history import Past, sparklines
 from mtpd.evaluate.intervals import intervals
 from mtpd.evaluate.measure import Model, Trace, measure_suites, respond
+from mtpd.evaluate.slices import slices
 from mtpd.evaluate.suites import Question, Suite, questions, usable
+from mtpd.evaluate.suites.joined import join
 from mtpd.evaluate.trunk_quality import TrunkQuality, trunk_quality
 from mtpd.files import fingerprint_file, write_whole
 from mtpd.finished_run import open_finished
@@ -54,11 +57,12 @@ def evaluate_run(request: Request, *, progress: bool = True) -> int:
 def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: bool) -> int:
     began = time.monotonic()
     baseline = request.baseline()
+    past = request.past()
     wanted = request.mode or ("offline" if baseline is None else baseline.mode)
     mode: Literal["offline", "decoded"] = "decoded" if wanted == "decoded" else "offline"
     suites = {name: (suite, questions(name, suite)) for name, suite in check_request(request, baseline).items()}
     finished = reopen(request.run, heads=request.heads, model=request.model)
-    suites = {name: (suite, usable(finished.tokenizer, name, asked)) for name, (suite, asked) in suites.items()}
+    suites = fitting(finished.tokenizer, suites, context=finished.trunk.context)
     own_trunk = _other_trunk(request, finished)
     if baseline is not None:
         gate.check_trunk(baseline, finished.fingerprint, f"{request.against} and {request.run}", heads_trunk=own_trunk)
@@ -92,21 +96,27 @@ def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: 
         found.save(run.samples)
     to = console(quiet=not progress)
     estimates = intervals(acceptance)
-    show_measured(to, acceptance, estimates)
+    show_measured(to, acceptance, estimates, by=request.asked.by)
     to.print(_speed(acceptance, trace), highlight=False, soft_wrap=True)
     warn_of_control(acceptance)
     quality = _check_trunk(request, finished, suites, progress=progress) if request.check_trunk else None
     if quality is not None:
         to.print(tables.quality_table(quality))
-    return conclude(request, acceptance, baseline, path, estimates, to=to, began=began, quality=quality)
+    return conclude(request, acceptance, baseline, path, estimates, to=to, began=began, past=past, quality=quality)
 
 
-def show_measured(to: Console, acceptance: Acceptance, estimates: tables.Estimates) -> None:
-    """Prints the tables of a measurement."""
+def show_measured(to: Console, acceptance: Acceptance, estimates: tables.Estimates, *, by: Sequence[str] = ()) -> None:
+    """Prints the tables of a measurement.
+
+    Args:
+        by: what slices are shown by.
+    """
     to.print(tables.suites_table(acceptance, estimates))
     to.print(tables.depths_table(acceptance, estimates))
     if acceptance.total().drafters:
         to.print(tables.drafters_table(acceptance, estimates))
+    if by:
+        to.print(tables.slices_table(slices(acceptance, by)))
 
 
 def conclude(
@@ -118,6 +128,7 @@ def conclude(
     *,
     to: Console,
     began: float,
+    past: Sequence[Past] = (),
     quality: Mapping[str, tuple[TrunkQuality, TrunkQuality]] | None = None,
 ) -> int:
     """Compares a measurement with its baseline, writes what was asked for, and gives the exit code.
@@ -125,23 +136,41 @@ def conclude(
     Args:
         path: where the measurement was written.
         began: when the command began, by `time.monotonic`.
+        past: earlier results, for `--markdown`.
     """
-    comparison = verdict = None
-    if baseline is not None:
-        comparison = gate.compare(baseline, acceptance, names=(str(request.against), str(path)))
-        verdict = gate.judge(comparison, max_drop=request.max_drop, guard=request.guard)
-        show_comparison(to, comparison, verdict)
+    judgement = judged(baseline, acceptance, request.asked, names=(str(request.against), str(path)))
+    show_judged(to, judgement)
     if request.markdown is not None:
-        text = outputs.markdown(acceptance, estimates, comparison=comparison, verdict=verdict, quality=quality)
+        text = outputs.markdown(
+            acceptance,
+            estimates,
+            comparison=judgement.comparison,
+            verdicts=judgement.verdicts,
+            moved=judgement.moved,
+            sparklines=sparklines(past, acceptance),
+            quality=quality,
+        )
         write_whole(request.markdown, text)
     if request.junit is not None:
-        text = outputs.junit(acceptance, estimates, seconds=time.monotonic() - began, verdict=verdict)
+        text = outputs.junit(acceptance, estimates, seconds=time.monotonic() - began, verdicts=judgement.verdicts)
         write_whole(request.junit, text)
-    if request.write_baseline is not None and (verdict is None or verdict.outcome == "passed"):
+    code = gate.exit_code(judgement.verdicts)
+    if request.write_baseline is not None and code == 0:
         acceptance.save(request.write_baseline)
         to.print(f"baseline: {request.write_baseline}", highlight=False, soft_wrap=True)
     to.print(f"written: {path}", highlight=False, soft_wrap=True)
-    return 0 if verdict is None else verdict.exit_code
+    return code
+
+
+def fitting(tokenizer: Any, suites: Suites, *, context: int) -> Suites:
+    """Suites with their prompts as a model with so many tokens of context is asked them."""
+
+    def asked(name: str, suite: Suite, found: list[Question]) -> list[Question]:
+        if suite.contexts:
+            return join(tokenizer, name, suite, found, context=context)
+        return usable(tokenizer, name, found)
+
+    return {name: (suite, asked(name, suite, found)) for name, (suite, found) in suites.items()}
 
 
 def _other_trunk(request: Request, finished: LoadedRun) -> str | None:

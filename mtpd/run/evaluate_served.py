@@ -18,7 +18,7 @@ from mtpd.evaluate.beside_offline import beside_offline
 from mtpd.evaluate.compare import console
 from mtpd.evaluate.engine_counters import WITHOUT_DRAFTS
 from mtpd.evaluate.intervals import intervals
-from mtpd.evaluate.measure import mark_trained
+from mtpd.evaluate.measure import describe, mark_trained
 from mtpd.evaluate.served import Asked, DraftingServer, Pass, ask, load_of, suite_counts
 from mtpd.evaluate.suites import Question, Suite, questions
 from mtpd.evaluate.versions import library_versions
@@ -26,7 +26,7 @@ from mtpd.files import fingerprint_file
 from mtpd.finished_run import open_finished
 from mtpd.heads import WEIGHTS, read_config
 from mtpd.run.directory import RunDirectory
-from mtpd.run.evaluate import conclude, show_measured
+from mtpd.run.evaluate import conclude, fitting, show_measured
 from mtpd.run.finished import trained_prompts
 from mtpd.run.request import Request, check_request
 from mtpd.run.without_weights import without_weights
@@ -52,9 +52,12 @@ def evaluate_server(
     opened = open_finished(request.run, heads=request.heads, untrusted=request.untrusted)
     recipe, run = opened.recipe, RunDirectory(request.run)
     baseline = request.baseline()
+    past = request.past()
     asked = {name: (suite, questions(name, suite)) for name, suite in check_request(request, baseline).items()}
     model, tokenizer, ends = without_weights(recipe, opened.model)
-    suites = _tasks(tokenizer, asked, context=Trunk(model).context)
+    context = Trunk(model).context
+    asked = fitting(tokenizer, asked, context=context)
+    suites = _tasks(tokenizer, asked, context=context)
     settings: dict[str, Any] = {
         "model": opened.model,
         "ends": ends,
@@ -76,6 +79,7 @@ def evaluate_server(
             counts = suite_counts(server, found, suites, other)
             trained = trained_prompts(run)
             for name, (_, of_suite) in asked.items():
+                describe(counts[name], of_suite)
                 mark_trained(counts[name], name, of_suite, trained)
         passes.append(load_of(found, other))
     heads = read_config(request.run / request.heads)
@@ -98,14 +102,14 @@ def evaluate_server(
     path = request.output or run.evaluation_served
     acceptance.save(path)
     to, estimates = console(quiet=not progress), intervals(acceptance)
-    show_measured(to, acceptance, estimates)
+    show_measured(to, acceptance, estimates, by=request.asked.by)
     to.print(tables.loads_table(passes))
     to.print(
         f"mtpd eval {request.run} measures the same offline, to compare with" if beside is None else beside.words,
         highlight=False,
         soft_wrap=True,
     )
-    return conclude(request, acceptance, baseline, path, estimates, to=to, began=began)
+    return conclude(request, acceptance, baseline, path, estimates, to=to, began=began, past=past)
 
 
 def _undrafted(server: DraftingServer, found: Pass) -> Pass:

@@ -11,6 +11,8 @@ from mtpd.data.find_model import check_model
 from mtpd.errors import UserError
 from mtpd.evaluate import gate
 from mtpd.evaluate.acceptance import Acceptance
+from mtpd.evaluate.compare import Asked
+from mtpd.evaluate.history import Past, read_history
 from mtpd.evaluate.suites import Suite, load_suite
 from mtpd.finished_run import RECIPE
 from mtpd.heads import read_config
@@ -32,8 +34,8 @@ class Request:
     max_new_tokens: int | None
     responses: Path
     against: Path | None
-    max_drop: float
-    guard: gate.Guard
+    asked: Asked
+    history: Path | None
     write_baseline: Path | None
     check_trunk: bool
     markdown: Path | None
@@ -45,6 +47,10 @@ class Request:
         """Reads the file that the result is compared with."""
         return None if self.against is None else Acceptance.load(self.against)
 
+    def past(self) -> list[Past]:
+        """Reads the earlier results that `--markdown` shows."""
+        return [] if self.history is None else read_history(self.history)
+
 
 def check_request(request: Request, baseline: Acceptance | None) -> dict[str, Suite]:
     """The suites that are measured, with what the command does not say as the baseline has it.
@@ -52,7 +58,11 @@ def check_request(request: Request, baseline: Acceptance | None) -> dict[str, Su
     Raises:
         UserError: an option of another value than accepted, or one that does not go with the baseline.
     """
-    gate.check_max_drop(request.max_drop)
+    request.asked.check()
+    if request.asked.max_drop_worst is not None and request.against is None:
+        raise UserError(
+            f"--max-drop-worst: {request.asked.max_drop_worst} needs --against; a first release has --min-tau instead"
+        )
     if request.model is not None:
         check_model(request.model)
     heads = read_config(request.run / request.heads)

@@ -6,10 +6,13 @@
     split: test
     prompt: "{{ question }}"      # a Jinja template over the fields of a row; left out: rows as mtpd reads prompts
     answer: "{{ answer }}"        # the reference
+    language: en                  # of the rows, a Jinja template too
     match: number                 # how an answer is compared with it
     limit: 80                     # prompts, drawn by the seed
     seed: 0
     max_new_tokens: 256           # of the response
+    modes: {short: {effort: low}} # gsm8k[short] is the suite with these arguments of the chat template
+    contexts: [1024, 4096]        # rows are documents, joined to prompts of so many tokens; see `joined.py`
 
 In a folder given as `--suite-dir`, NAME.yaml is the suite NAME, and so is NAME.jsonl with rows as mtpd reads
 prompts (`turns` or `prompt`, and optionally `reference`). Such a file also takes the place of the source of the
@@ -30,7 +33,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mtpd.data import sources
+from mtpd.data import sources, stdlib
 from mtpd.data.prompts import DistinctIds, Prompt
 from mtpd.data.rendering import render_all
 from mtpd.data.rows.left_out import LeftOut, Unusable
@@ -43,6 +46,11 @@ from mtpd.recipe.text import explain, read_mapping
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
+MODES: dict[str, dict[str, Any]] = {
+    "thinking": {"enable_thinking": True, "thinking": True},
+    "direct": {"enable_thinking": False, "thinking": False},
+}
+"""Modes of every suite, with the two names that chat templates have for it; others read neither."""
 
 
 class Suite(BaseModel):
@@ -68,10 +76,17 @@ class Suite(BaseModel):
     """Jinja template of the user's message; null: rows as mtpd reads prompts."""
     answer: str | None = None
     """Jinja template of the reference; null: the field reference."""
+    language: str | None = None
+    """Jinja template of the language that a row is in, such as `{{ language }}` or `de`; null: not said."""
     match: Literal["number"] | None = None
     """How an answer is compared with the reference. number: the last number in it; null: not at all."""
     chat_template_kwargs: dict[str, Any] = {}
     """Arguments of the model's chat template, over those of the run; those that a row has go before them."""
+    modes: dict[str, dict[str, Any]] = {}
+    """Arguments of the chat template by mode, over those of the suite: NAME[MODE] is the suite with them. Every suite
+    has the modes thinking and direct."""
+    contexts: list[int] = []
+    """Tokens of prompt and response. Rows are then documents, which are joined up to each of these lengths."""
     limit: int = Field(default=80, ge=1)
     """Prompts at most, drawn by the seed."""
     seed: int = Field(default=0, ge=0)
@@ -87,6 +102,7 @@ class Suite(BaseModel):
         arguments = {"chat_template_kwargs": json.dumps(self.chat_template_kwargs, sort_keys=True)}
         return {
             **(arguments if self.chat_template_kwargs else {}),
+            **({"contexts": ", ".join(map(str, self.contexts))} if self.contexts else {}),
             "source": source,
             "subsets": ", ".join(self.subsets) or None,
             "split": None if sources.at_hand(self.source) else self.split,
@@ -102,7 +118,10 @@ class Question:
     """A prompt of a suite, and the reference answer if it has one."""
 
     prompt: Prompt
-    answer: str | None
+    answer: str | None = None
+    family: str = ""
+    """What the row says that it is of; the family of the prompt is the suite."""
+    language: str | None = None
 
 
 def suite_names(folder: Path | None = None) -> list[str]:
@@ -131,14 +150,17 @@ def check_names(names: Sequence[str] | None, folder: Path | None, *, against: Pa
     for name in names or ():
         if list(names or ()).count(name) > 1:
             raise UserError(f"--suite: {name} is named twice")
+        name, mode = in_brackets(name)
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(f"suite {name}: unknown; {hint}accepted: {', '.join(known)}")
+        if mode is not None:
+            _mode(_find(name, folder), name, mode)
     if against is None:
         return
     measured = list(Acceptance.load(against).suites)
-    unknown = [name for name in measured if name not in known]
+    unknown = [name for name in measured if in_brackets(name)[0] not in known]
     if names is None and unknown:
         raise UserError(
             f"--against: {against}: was measured on {', '.join(unknown)}, which are no suites here; accepted: a file "
@@ -173,12 +195,27 @@ def load_suite(
     """
     if folder is not None and not folder.is_dir():
         raise UserError(f"--suite-dir: {folder}: no such folder")
+    name, mode = in_brackets(name)
     if untrusted and folder is not None:
         _refuse_escape(name, folder)
     suite = _find(name, folder)
-    arguments = {**(chat_template_kwargs or {}), **suite.chat_template_kwargs}
+    arguments = {**(chat_template_kwargs or {}), **suite.chat_template_kwargs, **_mode(suite, name, mode)}
     changes = {"limit": limit, "max_new_tokens": max_new_tokens, "chat_template_kwargs": arguments}
     return suite.model_copy(update={key: value for key, value in changes.items() if value is not None})
+
+
+def in_brackets(name: str) -> tuple[str, str | None]:
+    """Splits math500[thinking] into the name of the suite and the mode; None where there is none."""
+    name, bracket, mode = name.partition("[")
+    return name, mode.removesuffix("]") if bracket else None
+
+
+def _mode(suite: Suite, name: str, mode: str | None) -> Mapping[str, Any]:
+    """Arguments of the chat template that a mode stands for."""
+    known = {**MODES, **suite.modes}
+    if mode is not None and mode not in known:
+        raise UserError(f"suite {name}[{mode}]: unknown mode; accepted: {', '.join(known)}")
+    return {} if mode is None else known[mode]
 
 
 def _refuse_escape(name: str, folder: Path) -> None:
@@ -234,6 +271,8 @@ def _read(path: Path) -> Suite:
 def questions(name: str, suite: Suite) -> list[Question]:
     """The prompts of a suite, drawn by its seed, in the order of the source. Their family is the suite's name.
 
+    Of a suite with `contexts` these are all documents; `mtpd.evaluate.suites.joined` makes prompts of them.
+
     Raises:
         UserError: the source is missing or empty, a field that a template reads is missing.
     """
@@ -249,6 +288,9 @@ def questions(name: str, suite: Suite) -> list[Question]:
     if ids.repeated:
         logger.warning("suite %s: %s", name, ids.words())
     left_out.check(number + 1, source=f"suite {name}: {suite.source}")
+    if suite.contexts:
+        # Documents, of which prompts are made when there is a tokenizer.
+        return found
     if len(found) > suite.limit:
         chosen = sorted(random.Random(suite.seed).sample(range(len(found)), suite.limit))
         found = [found[index] for index in chosen]
@@ -268,6 +310,9 @@ def usable(tokenizer: Any, name: str, asked: Sequence[Question]) -> list[Questio
 
 
 def _rows(name: str, suite: Suite) -> Iterator[tuple[str, Any]]:
+    if suite.contexts and suite.source in (stdlib.SOURCE, stdlib.HELD_OUT):
+        yield from ((path, {"text": text}) for path, text in stdlib.documents(suite.source))
+        return
     subsets: Sequence[str | None] = suite.subsets or [None]
     for subset in subsets:
         try:
@@ -290,9 +335,10 @@ def _question(name: str, suite: Suite, number: int, place: str, row: Any) -> Que
         raise Unusable("empty", f"{place}: it has no text")
     own_id = _fill(suite.id, row, name, "id", place) if suite.id is not None else prompt.id
     answer = row.get("reference") if suite.answer is None else _fill(suite.answer, row, name, "answer", place)
+    language = None if suite.language is None else _fill(suite.language, row, name, "language", place)
     # Of a conversation the first round is measured.
     asked = replace(prompt, id=own_id, response=None, family=name, later=())
-    return Question(asked, answer if isinstance(answer, str) else None)
+    return Question(asked, answer if isinstance(answer, str) else None, prompt.family, language)
 
 
 def _fill(template: str, row: Mapping[str, Any], name: str, key: str, place: str) -> str:
