@@ -59,6 +59,10 @@ def export(
             read_config(run / "heads").check_depth(depth, key="--depth")
     with quiet_libraries(debug=debug):
         from mtpd.formats.export import export as write  # brings in torch
+        from mtpd.formats.model_card import read_says
+        from mtpd.formats.serving import to_a_completion
 
         layout, why = write(run, output, to=to, depth=depth, perturb=perturb, untrusted=untrusted)
-        typer.echo(f"{output}: layout {layout.name} ({why}); README.md there says how it is served")
+        typer.echo(f"{output}: layout {layout.name} ({why}); README.md there says more")
+        for command in to_a_completion(layout, read_says(output) or {}, output, engine=to):
+            typer.echo(command)

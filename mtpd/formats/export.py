@@ -13,6 +13,7 @@ from mtpd.formats.layout import ENGINES, Layout, targets
 from mtpd.formats.layouts import LAYOUTS
 from mtpd.formats.model_card import CARD, OWN_CARD, about, model_card
 from mtpd.formats.read_back import read_back
+from mtpd.formats.serving import write_vllm_config
 from mtpd.formats.tensors import cast, is_zero
 
 
@@ -49,9 +50,10 @@ def export(
         # A link to a file of the base must not be written through.
         (folder / EXPORTED).unlink(missing_ok=True)
         write_json(folder / EXPORTED, about(run, layout))
+        write_vllm_config(run, layout, folder, output)
         card = folder / (OWN_CARD if (folder / CARD).exists() else CARD)
         card.unlink(missing_ok=True)
-        card.write_text(model_card(run, layout, output), encoding="utf-8")
+        card.write_text(model_card(run, layout, output, folder), encoding="utf-8")
     return layout, why
 
 

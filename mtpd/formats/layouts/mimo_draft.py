@@ -15,6 +15,7 @@ from mtpd.formats.exported_run import SIZES, Run
 from mtpd.formats.families.fastmtp import FAMILY
 from mtpd.formats.layer_names import Tensors
 from mtpd.formats.layout import SGLANG, VLLM, Layout
+from mtpd.formats.layouts.hyv3_draft import quantised
 from mtpd.formats.tensors import dtype_name, stored
 from mtpd.formats.to_family import as_family
 
@@ -25,7 +26,7 @@ KEYS = (*SIZES, "rope_parameters", "rope_scaling", "rope_theta")
 
 
 def refused(run: Run) -> str | None:
-    return _needs_one_block(run) or _needs_qwen2_layers(run)
+    return _needs_one_block(run) or _needs_qwen2_layers(run) or quantised(run)
 
 
 def write(run: Run, folder: Path) -> None:
@@ -95,5 +96,5 @@ LAYOUT = Layout(
     rank=20,
     family=FAMILY,
     apart=True,
-    overrides={"num_nextn_predict_layers": 1},
+    overrides=lambda run: {"num_nextn_predict_layers": 1},
 )
