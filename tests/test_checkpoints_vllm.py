@@ -177,3 +177,38 @@ def test_what_vllm_would_read_in_the_base_s_form_is_refused(tmp_path: Path) -> N
         reason = LAYOUTS[name].refused(open_run(run))
         assert reason is not None
         assert "quantised (fp8)" in reason
+
+
+DECLARED = {"num_nextn_predict_layers": 1, "mtp_num_hidden_layers": 1, "mtp_layer_types": ["full_attention"]}
+"""What a base says that lost its heads, in the words of several families."""
+
+
+@pytest.mark.parametrize("name", ["hf-mtp", "hyv3-draft", "mimo-draft"])
+def test_an_export_says_once_how_many_heads_there_are(name: str, tmp_path: Path) -> None:
+    """Fault: new heads beside the number of those that the base declares and lacks; an engine believes either."""
+    depth = 1 if name == "mimo-draft" else 2
+    trunk = base("llama")
+    run = finished_run(tmp_path, trunk, architectures.random_heads(trunk, depth=depth))
+    native.edit_config(tmp_path / "base", **DECLARED)
+    export(run, tmp_path / "out", to=name)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    said = {key: value for key, value in config.items() if "mtp" in key or "nextn" in key}
+    assert said == {"num_mtp_layers" if name == "hf-mtp" else "num_nextn_predict_layers": depth}
+    if LAYOUTS[name].apart:
+        # The base is served as it is: what it declares is what vLLM is told otherwise.
+        told = yaml.safe_load((tmp_path / "out" / "vllm.yaml").read_text())
+        assert told["hf-overrides"]["num_nextn_predict_layers"] == depth
+
+
+def test_grafted_heads_are_declared_once(tmp_path: Path) -> None:
+    """Fault: heads put back beside the number that another export has left in the base's config."""
+    native.native_checkpoint("glm4moe", tmp_path / "original", count=2)
+    native.save_model(native.base_model("glm4moe"), tmp_path / "tuned")
+    native.edit_config(tmp_path / "tuned", num_mtp_layers=1, mtp_num_hidden_layers=1)
+    words = ["--from", str(tmp_path / "original"), "-o", str(tmp_path / "out")]
+    assert main(["graft", str(tmp_path / "tuned"), *words]) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    first = json.loads((tmp_path / "original" / "config.json").read_text())
+    counts = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+    assert {key: config.get(key) for key in counts} == {key: 2 if key in first else None for key in counts}
+    assert config["num_nextn_predict_layers"] == 2

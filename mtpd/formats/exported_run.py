@@ -13,7 +13,7 @@ from mtpd.errors import UserError
 from mtpd.finished_run import open_finished
 from mtpd.formats.directory import Checkpoint
 from mtpd.formats.find_heads import base_tensor, find_heads
-from mtpd.formats.importing import open_checkpoint
+from mtpd.formats.importing import open_checkpoint, without_declarations
 from mtpd.formats.layer_names import Tensors
 from mtpd.formats.tensors import FLOATS, Stored, cast, computed, read_header
 from mtpd.formats.to_family import by_depth
@@ -157,8 +157,8 @@ def _merge(weight: torch.Tensor, *, up: Stored, down: Stored) -> torch.Tensor:
 
 
 def changed_config(base: Checkpoint, **changes: Any) -> dict[str, Any]:
-    """The base's config with keys set where the language model's are."""
-    config = dict(base.config)
+    """The base's config with keys set where the language model's are, and no word of heads that the base lacks."""
+    config = without_declarations(base.config)
     if isinstance(config.get("text_config"), dict):
         config["text_config"] = {**config["text_config"], **changes}
         return config
