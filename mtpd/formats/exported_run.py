@@ -22,7 +22,7 @@ from mtpd.heads.adapters import ALPHA
 from mtpd.heads.config import HeadsConfig
 from mtpd.recipe import Recipe
 
-SIZES = (
+KEYS = (
     "bos_token_id",
     "eos_token_id",
     "hidden_act",
@@ -35,9 +35,12 @@ SIZES = (
     "num_key_value_heads",
     "pad_token_id",
     "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
     "vocab_size",
 )
-"""What the config of any decoder says of its sizes and special tokens: the layouts that rewrite a base keep it."""
+"""What the config of any decoder says of its layers and special tokens: draft models beside it say it too."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +111,6 @@ class Run:
             if rank:
                 tensors |= with_adapter(self.adapters, tensors, depth)
         return {name: cast(tensor, self.dtype) for name, tensor in tensors.items()}
-
-    def base_norm(self) -> Stored:
-        """The gain of the base's final norm."""
-        for name in ("model.norm.weight", "model.language_model.norm.weight", "language_model.model.norm.weight"):
-            if name in self.base.tensors:
-                return self.base.tensors[name]
-        raise UserError(f"{self.base.shown}: has no tensor model.norm.weight, the gain of its final norm")
 
 
 def open_run(path: Path, *, depth: int | None = None, untrusted: bool = False) -> Run:

@@ -63,8 +63,6 @@ class Layout:
     replaces: bool = False
     """Whether it is for bases with heads of their own. Those that are not replaced stay, and what engines load is what
     they load of the base's family."""
-    cut: str | None = None
-    """Part of the names of tensors that are cut into others. The rest is compared by name and shape alone."""
     method: str = "mtp"
     """vLLM's method of speculative decoding."""
     overrides: Callable[[Run], Mapping[str, Any]] = lambda run: {}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mtpd.formats.directory import CONFIG, write_json, write_sharded
-from mtpd.formats.exported_run import SIZES, Run
+from mtpd.formats.exported_run import KEYS, Run
 from mtpd.formats.families.hy_v3 import FAMILY
 from mtpd.formats.layout import VLLM, Layout
 from mtpd.formats.tensors import dtype_name
@@ -22,8 +22,6 @@ NORMED = ("qwen3",)
 """Bases that norm queries and keys."""
 
 BIASES = ("attention_bias", "mlp_bias")
-KEYS = (*SIZES, "rope_parameters", "rope_scaling", "rope_theta")
-"""What the config of any of the bases says of a layer."""
 
 
 def refused(run: Run) -> str | None:
