@@ -91,7 +91,9 @@ def test_different_heads_go_to_vllm_and_back(name: str, tmp_path: Path, capsys: 
     assert re.search(r"layout hyv3-draft.*read back by mtpd, every tensor of the heads", said[-3])
     assert said[-2] == f"VLLM_USE_V2_MODEL_RUNNER=1 vllm serve --config {out}/vllm.yaml"
     assert said[-1].startswith("curl http://localhost:8000/v1/completions")
-    told = {"num_nextn_predict_layers": DEPTH, "first_k_dense_replace": 6} | {"qk_norm": True} * (name == "qwen3")
+    told = {"num_nextn_predict_layers": DEPTH, "first_k_dense_replace": 6} | (
+        {"qk_norm": True} if name == "qwen3" else {}
+    )
     assert yaml.safe_load((out / "vllm.yaml").read_text()) == {
         "model": str(tmp_path / "base"),
         "hf-overrides": told,
@@ -152,6 +154,7 @@ def test_bases_with_another_layer_are_refused(case: str, tmp_path: Path, capsys:
     trunk = base(name) if name in CONFIGS else architectures.tiny_trunk(name)
     run = finished_run(tmp_path, trunk, architectures.random_heads(trunk, depth=2))
     native.edit_config(tmp_path / "base", **changes)
+    capsys.readouterr()
     assert main(["export", str(run), "--to", "hyv3-draft", "-o", str(tmp_path / "out")]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1

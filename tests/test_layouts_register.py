@@ -73,7 +73,7 @@ def write(run: Run, folder: Path) -> None:
 @pytest.fixture
 def twins(monkeypatch: pytest.MonkeyPatch) -> Layout:
     """A layout and a family from outside of the package."""
-    entry = Layout("twin-heads", "a base with twins", refused, write, {"vllm": VLLM}, rank=15, family=TWINS)
+    entry = Layout("twin-heads", "a base with twins", refused, write, {"vllm": VLLM}, rank=12, family=TWINS)
     # What `register` adds is taken away again.
     for register, entries, each in ((layout.register, LAYOUTS, entry), (family.register, FAMILIES, TWINS)):
         monkeypatch.setitem(entries, each.name, each)  # type: ignore[arg-type]
