@@ -18,7 +18,14 @@ from mtpd.formats.tensors import cast, is_zero
 
 
 def export(
-    path: Path, output: Path, *, to: str, depth: int | None = None, perturb: bool = True, untrusted: bool = False
+    path: Path,
+    output: Path,
+    *,
+    to: str,
+    depth: int | None = None,
+    base: Path | None = None,
+    perturb: bool = True,
+    untrusted: bool = False,
 ) -> tuple[Layout, str]:
     """Writes the heads of a run in a layout.
 
@@ -26,6 +33,7 @@ def export(
         path: the run directory.
         to: a layout, or an engine that one is chosen for.
         depth: how many depths; None is all.
+        base: a GGUF file of the base, for layouts that write one.
         perturb: also loads what was written, as it is and with heads made noise, which must accept less.
         untrusted: the run is somebody else's: code that comes with its model is not run, whatever its recipe says.
 
@@ -40,12 +48,15 @@ def export(
         raise UserError(f"--to {to}: is not known; accepted: {', '.join(targets())}")
     if output.exists():
         raise UserError(f"output: {output} exists; choose another output, or delete it first")
-    run = open_run(path, depth=depth, untrusted=untrusted)
+    run = open_run(path, depth=depth, gguf=base, untrusted=untrusted)
     layout, why = choose(run, to)
     with new_directory(output) as folder:
         layout.write(run, folder)
-        check(run, layout, folder)
-        if perturb:
+        if layout.checked is not None:
+            why += f"; {layout.checked(run, folder)}"
+        else:
+            check(run, layout, folder)
+        if perturb and layout.checked is None:
             why += f"; {read_back(run, folder, layout)}"
         # A link to a file of the base must not be written through.
         (folder / EXPORTED).unlink(missing_ok=True)
@@ -97,6 +108,9 @@ def unfit(run: Run, layout: Layout) -> str | None:
             f"the heads read {run.config.shared_layers} adapted layers of the trunk (heads.shared_layers), for which "
             "it has no place; accepted: mtpd's own decoding (`mtpd generate`)"
         )
+    if not run.base.files and layout.checked is None:
+        able = ", ".join(name for name, each in LAYOUTS.items() if each.checked is not None)
+        return f"the base is a file of llama.cpp; accepted: {able}, or a run with the checkpoint that it is of"
     return layout.refused(run)
 
 

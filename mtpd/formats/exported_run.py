@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from mtpd.errors import UserError
 from mtpd.finished_run import open_finished
@@ -62,6 +63,8 @@ class Run:
     depth: int
     tensors: Tensors
     adapters: Tensors
+    gguf: Path | None = None
+    """The base once more, as llama.cpp has it."""
 
     @property
     def blocks(self) -> int:
@@ -113,11 +116,12 @@ class Run:
         return {name: cast(tensor, self.dtype) for name, tensor in tensors.items()}
 
 
-def open_run(path: Path, *, depth: int | None = None, untrusted: bool = False) -> Run:
+def open_run(path: Path, *, depth: int | None = None, gguf: Path | None = None, untrusted: bool = False) -> Run:
     """The heads of a run directory, or of one that `mtpd import` wrote.
 
     Args:
         depth: how many depths to export; None is all.
+        gguf: a GGUF file of the base.
         untrusted: the run is somebody else's: it may not say that code of its model is run.
 
     Raises:
@@ -131,8 +135,35 @@ def open_run(path: Path, *, depth: int | None = None, untrusted: bool = False) -
     found = read_header(folder / WEIGHTS)[0]
     tensors = {name: tensor for name, tensor in found.items() if name.startswith("layers.")}
     adapters = {name: tensor for name, tensor in found.items() if name.startswith("adapted.")}
-    base = open_checkpoint(finished.model)
-    return Run(path, finished.recipe, finished.model, base, config, wanted, tensors, adapters)
+    file = Path(finished.model).expanduser()
+    base = GgufModel(file) if file.suffix == ".gguf" else open_checkpoint(finished.model)
+    if gguf is None and isinstance(base, GgufModel):
+        gguf = file
+    return Run(path, finished.recipe, finished.model, base, config, wanted, tensors, adapters, gguf)
+
+
+class GgufModel(Checkpoint):
+    """A GGUF file that a run has as its model: what transformers reads of its config, and no files of safetensors.
+
+    Raises:
+        UserError: transformers cannot read it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.shown = path, str(path)
+        self.files, self.index, self.file_of = [], None, {}
+        try:
+            self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
+        except Exception as error:
+            raise UserError(f"model {path}: cannot be read as a GGUF file: {str(error).splitlines()[0]}") from error
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        return {}
+
+    @property
+    def quantisation(self) -> dict[str, Any] | None:
+        return {"quant_method": "gguf"}
 
 
 def with_adapter(adapters: Tensors, tensors: Tensors, depth: int) -> Tensors:

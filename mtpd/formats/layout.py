@@ -17,7 +17,12 @@ from mtpd.heads.chain.config import KIND as CHAIN_HEADS
 if TYPE_CHECKING:  # brings in torch
     from mtpd.formats.exported_run import Run
 
-ENGINES = {"transformers": "transformers", "vllm": "vLLM", "sglang": "SGLang (not run by mtpd's authors)"}
+ENGINES = {
+    "transformers": "transformers",
+    "vllm": "vLLM",
+    "llama.cpp": "llama.cpp",
+    "sglang": "SGLang (not run by mtpd's authors)",
+}
 """Engines that `mtpd export` chooses a layout for, and how model cards call them."""
 
 VLLM_YAML = "vllm.yaml"
@@ -63,6 +68,9 @@ class Layout:
     replaces: bool = False
     """Whether it is for bases with heads of their own. Those that are not replaced stay, and what engines load is what
     they load of the base's family."""
+    checked: Callable[[Run, Path], str] | None = None
+    """For what is no checkpoint of transformers: reads it back, raises MtpdError if it is not what it should be, and
+    says what was found."""
     method: str = "mtp"
     """vLLM's method of speculative decoding."""
     overrides: Callable[[Run], Mapping[str, Any]] = lambda run: {}

@@ -60,7 +60,7 @@ def model_card(run: Run, layout: Layout, output: Path, folder: Path) -> str:
     """
     blocks = "one block" if run.recycles else f"{run.blocks} different blocks"
     parts = [
-        f"---\nlibrary_name: {'vllm' if 'vllm' in layout.serve else 'transformers'}\ntags:\n- mtp\n"
+        f"---\nlibrary_name: {next(iter(layout.serve), 'transformers')}\ntags:\n- mtp\n"
         f"- speculative-decoding\n{to_yaml({'base_model': run.model})}---\n",
         f"# {_inline(output.name)}\n",
         f"Multi-token-prediction heads for `{_inline(run.model)}`, trained by self-distillation with mtpd. "

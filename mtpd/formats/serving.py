@@ -13,7 +13,7 @@ from mtpd.formats.importing import open_checkpoint
 from mtpd.formats.layout import ENGINES, VLLM_YAML, Layout
 from mtpd.recipe.text import to_yaml
 
-PORTS = {"vllm": 8000, "sglang": 30000}
+PORTS = {"vllm": 8000, "llama.cpp": 8080, "sglang": 30000}
 """Where engines with OpenAI's interface listen unless they are told otherwise."""
 
 ASK = (
