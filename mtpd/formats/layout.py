@@ -54,6 +54,8 @@ class Layout:
     they load of the base's family."""
     cut: str | None = None
     """Part of the names of tensors that are cut into others. The rest is compared by name and shape alone."""
+    vocabulary: bool = False
+    """Whether engines draft over the heads' draft vocabulary, and not over all tokens."""
     method: str = "mtp"
     """vLLM's method of speculative decoding."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
