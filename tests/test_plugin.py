@@ -18,7 +18,8 @@ from test_checkpoints_export import finished_run, llama_run
 
 from mtpd.decode.greedy import generate
 from mtpd.decode.reference import draft_distribution, greedy
-from mtpd.errors import UserError
+from mtpd.errors import MtpdError, UserError
+from mtpd.formats.engines import with_vllm
 from mtpd.formats.engines.plugin import PLUGIN, lay_out, plugin_folder
 from mtpd.formats.engines.result import Served
 from mtpd.formats.export import export
@@ -150,3 +151,20 @@ def test_own_rounds_are_those_of_decoding() -> None:
     # Every pass but the prompt's is a round, whether or not all of its drafts have room.
     assert drafted == [counts.forwards - 1] * heads.depth
     assert accepted[0] >= counts.accepted[0]
+
+
+def test_a_server_that_ends_says_why(tmp_path: Path) -> None:
+    """Fault: the last line of a log, which says that something failed, in the place of what failed."""
+    server = tmp_path / "python"
+    server.write_text(
+        "#!/bin/sh\n"
+        "echo '(EngineCore pid=7) ERROR 11-29 12:00:00 [core.py:1] ValueError: mtpd-vllm: no such heads'\n"
+        "echo 'RuntimeError: Engine core initialization failed. See root cause above.'\n"
+        "exit 1\n"
+    )
+    server.chmod(0o755)
+    with (
+        pytest.raises(MtpdError, match=r"could not serve base: ValueError: mtpd-vllm: no such heads$"),
+        with_vllm.server(server, "base", length=8),
+    ):
+        pass

@@ -207,10 +207,9 @@ def _listens(port: int) -> bool:
 
 
 def _reason(log: str) -> str:
-    """The line that says why a server ended: the first error, which later ones only pass on."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    told = next((line for line in lines if re.search(r"(^|\s)\w*Error: ", line)), lines[-1] if lines else "no output")
-    return re.sub(r"^\(.*?\)\s*|^(ERROR|INFO)\s+\S+\s+\S+\s+\[\S+\]\s*", "", told)
+    """Gives what a server ended with: its first error, which later ones only pass on."""
+    found = re.search(r"\b\w*Error: .*", log)
+    return found[0].strip() if found else (log.strip().splitlines() or ["no output"])[-1]
 
 
 def _text(client: httpx2.Client, prompt: Sequence[int], max_new_tokens: int, *, name: str) -> list[int]:

@@ -21,12 +21,15 @@ class DraftsLog:
         self.file = Path(path).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115 - as long as the process
         self.begun: set[str] = set()
 
-    def add(self, request: str, prompt: Sequence[int], known: int, drafts: Sequence[int]) -> None:
-        """Writes a round of a request."""
+    def add(
+        self, request: str, prompt: Sequence[int], known: int, drafts: Sequence[int], *, looked_up: int = 0
+    ) -> None:
+        """Writes a round of a request, and how many of the first drafts are no head's."""
         if request not in self.begun:
             self.begun.add(request)
             self._write({"request": request, "prompt": list(prompt)})
-        self._write({"request": request, "known": known, "drafts": list(drafts)})
+        line: dict[str, object] = {"request": request, "known": known, "drafts": list(drafts)}
+        self._write(line | ({"looked_up": looked_up} if looked_up else {}))
 
     def _write(self, line: dict[str, object]) -> None:
         self.file.write(json.dumps(line) + "\n")

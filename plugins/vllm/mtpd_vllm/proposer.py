@@ -22,6 +22,7 @@ from vllm.v1.spec_decode import eagle
 
 from mtpd_vllm import ARCHITECTURE
 from mtpd_vllm.drafts_log import KEY, DraftsLog
+from mtpd_vllm.lookup import LEAST, Lookup
 from mtpd_vllm.window import Window, shifted
 
 KNOWN = (
@@ -52,6 +53,7 @@ class ChainProposer(STOCK):
         self.runner = runner
         self.windows: dict[str, Window] = {}
         self.log: DraftsLog | None = None
+        self.least = 0
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
@@ -61,9 +63,15 @@ class ChainProposer(STOCK):
         # Heads never run past the newest token, and have to see every round to have all keys and values.
         self.runner.effective_drafter_max_model_len = self.max_model_len + self.model.depth
         settings = self.vllm_config.additional_config
-        path = settings.get(KEY) if isinstance(settings, dict) else None
-        if path and get_tensor_model_parallel_rank() == 0:
-            self.log = DraftsLog(path)
+        settings = settings if isinstance(settings, dict) else {}
+        if settings.get(KEY) and get_tensor_model_parallel_rank() == 0:
+            self.log = DraftsLog(settings[KEY])
+        self.least = settings.get(LEAST, 0)
+        if self.least and self._enable_probabilistic_draft_probs:
+            raise ValueError(
+                f"mtpd-vllm: {LEAST} is not accepted with draft_sample_method probabilistic, look-up has no "
+                "probabilities; accepted: greedy drafts, with which sampled texts keep the base's distribution too"
+            )
 
     def propose(
         self,
@@ -119,14 +127,15 @@ class ChainProposer(STOCK):
             states.append(hidden)
             begins.append(begin)
             ends.append(len(ids))
-            ahead.append(known[1:])
+            ahead.append(known[1:] if known else window.looked_up())
         drafts = self._draft(ids, torch.cat(states), begins, ends, ahead, common_attn_metadata, sampling_metadata)
         for row, name in enumerate(names):
             window = self.windows[name]
-            window.read = [*ahead[row], *drafts[row, len(ahead[row]) :].tolist()][: self.model.depth - 1]
-            if self.log is not None and not ahead[row] and not self.runner.discard_request_mask.np[row]:
+            window.read = drafts[row, : self.model.depth - 1].tolist()
+            if self.log is not None and not self.runner.discard_request_mask.np[row]:
                 prompt = self.runner.requests[name].prompt_token_ids
-                self.log.add(name, prompt, len(window.text) - len(prompt), drafts[row].tolist())
+                known = len(window.text) - len(prompt)
+                self.log.add(name, prompt, known, drafts[row].tolist(), looked_up=len(ahead[row]))
         return drafts[:, :num_speculative_tokens]
 
     def _prompt_ahead(self, row: int, name: str, place: int) -> list[int]:
@@ -142,7 +151,8 @@ class ChainProposer(STOCK):
         if window is None or len(window.text) != first + 1:
             # New, with keys and values of another request up to here; or begun again.
             request = self.runner.requests[name]
-            window = Window(self.model.depth, [request.get_token_id(at) for at in range(first)])
+            lookup = Lookup(self.least) if self.least else None
+            window = Window(self.model.depth, [request.get_token_id(at) for at in range(first)], lookup=lookup)
             self.windows[name] = window
         return window
 
@@ -156,7 +166,14 @@ class ChainProposer(STOCK):
         batch: CommonAttentionMetadata,
         sampling_metadata: Any,
     ) -> Tensor:
-        """Runs the heads, one after the other, over all rows. [B, K]"""
+        """Runs the heads, one after the other, over all rows.
+
+        Args:
+            ahead: by request, tokens that take the place of the first drafts: the rest of its prompt, or looked up.
+
+        Returns:
+            The drafts, or what took their places. [B, K]
+        """
         device = self.device
         spans = [range(begin, begin + end - start) for begin, (start, end) in zip(begins, pairwise(ends), strict=True)]
         positions = torch.tensor([place for span in spans for place in span], device=device)
@@ -194,13 +211,14 @@ class ChainProposer(STOCK):
                 slot_mapping=mapping,
             ):
                 hidden = self.model(input_ids=read, positions=positions, hidden_states=hidden, spec_step_idx=place)
-            draft, probabilities = self._sample_draft_tokens(hidden[last], sampling_metadata)
-            drafts.append(draft)
-            if probabilities is not None:
-                chances.append(probabilities)
-            newest = [known[place] if place < len(known) else -1 for known in ahead]
-            told = torch.tensor(newest, device=device)
-            read = shifted(read, last, torch.where(told < 0, draft, told))
+            told = torch.tensor([known[place] if place < len(known) else -1 for known in ahead], device=device)
+            if self._enable_probabilistic_draft_probs or (told < 0).any():
+                draft, probabilities = self._sample_draft_tokens(hidden[last], sampling_metadata)
+                told = torch.where(told < 0, draft, told)
+                if probabilities is not None:
+                    chances.append(probabilities)
+            drafts.append(told)
+            read = shifted(read, last, told)
         if chances:
             self._last_draft_probs = torch.stack(chances, dim=1)[:, : self.num_speculative_tokens].contiguous()
         return torch.stack(drafts, dim=1)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mtpd_vllm.lookup import Lookup
+
 
 @dataclass
 class Window:
@@ -23,12 +25,18 @@ class Window:
         text: the known tokens x_0..x_n.
         read: the tokens that heads read in the places behind them.
         states: the base's states of the last positions, up to n-1 [at most K-1, D].
+        lookup: the index of the text; None where nothing is looked up.
     """
 
     depth: int
     text: list[int] = field(default_factory=list)
     read: list[int] = field(default_factory=list)
     states: Tensor | None = None
+    lookup: Lookup | None = None
+
+    def looked_up(self) -> list[int]:
+        """Gives the tokens that followed the newest ones before, at most as many as there are heads."""
+        return [] if self.lookup is None else self.lookup.after(self.text, self.depth)
 
     def extend(self, first: int, tokens: Sequence[int], states: Tensor, newest: int) -> tuple[list[int], Tensor, int]:
         """Adds the positions that the base has computed in a round.
