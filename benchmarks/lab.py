@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from mtpd.data.disk_store import DiskStore, fill
 from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.data.packing import PackedRows, Sample, collate, pack
 from mtpd.data.prompts import load_prompts, render
 from mtpd.data.responses import end_tokens, generate_responses
-from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, fill, store_key, with_hidden
+from mtpd.data.store import HiddenStates, MemoryStore, store_key, with_hidden
 from mtpd.data.vocabulary import draft_vocabulary
 from mtpd.errors import MtpdError
 from mtpd.evaluate.acceptance import SuiteCounts

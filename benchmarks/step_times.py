@@ -32,8 +32,9 @@ from lab import machine
 from step_time import Machine, Work, step_seconds, work_of
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from mtpd.data.disk_store import fill
 from mtpd.data.packing import PackedRows
-from mtpd.data.store import MemoryStore, fill
+from mtpd.data.store import MemoryStore
 from mtpd.heads import build_heads, configure_heads, start_heads
 from mtpd.losses.fused import TILE_BYTES
 from mtpd.parallel import ranks

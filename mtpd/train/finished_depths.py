@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ class FinishedDepths:
     def depth(self) -> int:
         return self.heads.depth
 
-    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+    def __call__(self, batch: dict[str, Any]) -> Tensor:
         """States [B, T, D] for a batch with `input_ids`, `position_ids`, `hidden` and the numbers of its rows.
 
         Parts of rows come with what follows them, `ahead`.

@@ -54,10 +54,11 @@ class HeadTrainer(SafeTrainer):
     ) -> None:
         split = model.split
         parts, ahead = (1, 0) if split is None else (split.parts, split.ahead)
+        stores = [each for each in (store, None if below is None else below.store) if each is not None]
         super().__init__(
             model=model,
             args=args,
-            train_dataset=TrainingRows(rows, multiple=_round(args, parts), parts=parts, ahead=ahead),
+            train_dataset=TrainingRows(rows, multiple=_round(args, parts), parts=parts, ahead=ahead, stores=stores),
             data_collator=collate,
             callbacks=list(callbacks),
             skip_bad_batches=skip_bad_batches,
@@ -141,7 +142,7 @@ class HeadTrainer(SafeTrainer):
             optimizer.add_param_group({**group, "params": mine, "lr": joint.learning_rate})
         return optimizer
 
-    def with_states(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def with_states(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch with the states of what is not trained: the trunk, and finished depths."""
         rows = batch["row"]
         joint = self.distill_model.joint
