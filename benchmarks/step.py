@@ -55,7 +55,7 @@ def new_trunk(dtype: torch.dtype) -> Trunk:
 
 def autocast(trunk: Trunk) -> AbstractContextManager[Any]:
     """Heads are float32 and computed in the trunk's number format, as in training."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=trunk.dtype == torch.bfloat16)
+    return torch.autocast(trunk.device.type, dtype=trunk.dtype, enabled=trunk.dtype != torch.float32)
 
 
 class Ours:

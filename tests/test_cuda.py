@@ -34,6 +34,7 @@ from mtpd.recipe import parse_recipe
 from mtpd.run import new_heads
 from mtpd.run.session import with_fitting_defaults
 from mtpd.train.arguments import training_arguments
+from mtpd.train.joint_trunk import FullTrunk
 from mtpd.train.model import DistillModel
 from mtpd.train.optimizer_state import save_state
 from mtpd.trunk import Trunk, Unembedding
@@ -256,6 +257,14 @@ def test_experts_of_heads_are_computed_in_the_format_of_autocast() -> None:
     weights = {name: parameter for name, parameter in block.named_parameters() if "experts" in name}
     assert weights
     assert all(each.dtype == torch.float32 and each.grad is not None and each.grad.any() for each in weights.values())
+    seen.clear()
+    joint = FullTrunk(trunk, original_teacher=False, dtype=torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(torch.nn.functional, "grouped_mm", watched)
+        joint.states(torch.arange(8)[None], torch.arange(8)[None]).float().sum().backward()
+    assert set(seen) == {torch.bfloat16}
+    joint._finish()
+    assert trunk.config._experts_implementation == "grouped_mm"
 
 
 def test_a_copy_of_heads_is_in_16_bits_from_the_beginning() -> None:

@@ -37,6 +37,7 @@ def training_arguments(
     dtype: torch.dtype,
     device: torch.device,
     deepspeed: dict[str, Any] | None = None,
+    every_gradient: bool = False,
     accumulation: int | None = None,
 ) -> TrainingArguments:
     """Arguments of the trainer.
@@ -45,6 +46,7 @@ def training_arguments(
 
     Args:
         deepspeed: DeepSpeed's configuration (`DeepSpeedSettings.for_heads`), inside of `deepspeed_running`.
+        every_gradient: each parameter that is trained gets a gradient in each pass, so that nobody looks for others.
         accumulation: micro batches in an optimizer step, where they are others than the recipe says.
 
     Raises:
@@ -74,6 +76,9 @@ def training_arguments(
         "adam_beta2": 0.95,
         "remove_unused_columns": False,
         "dataloader_pin_memory": device.type != "cpu",
+        # Batches come from pinned memory while the host goes on.
+        "accelerator_config": {"non_blocking": device.type != "cpu"},
+        "ddp_find_unused_parameters": not every_gradient,
         "disable_tqdm": True,
         "log_level": "error",
         **measuring_arguments(recipe),

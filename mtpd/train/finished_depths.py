@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mtpd.data.store import HiddenStates, stored_states
-from mtpd.heads import Heads, build_heads
+from mtpd.heads import Heads, copy_heads
 from mtpd.trunk import Trunk
 
 
@@ -22,9 +22,7 @@ class FinishedDepths:
 
     def __init__(self, trunk: Trunk, heads: Heads, store: HiddenStates | None) -> None:
         self.trunk, self.store = trunk, store
-        self.heads = build_heads(trunk, heads.config)
-        self.heads.load_state_dict(heads.state_dict())
-        self.heads.to(trunk.dtype).eval().requires_grad_(False)
+        self.heads = copy_heads(heads, trunk.dtype).eval().requires_grad_(False)
 
     @property
     def depth(self) -> int:
