@@ -73,8 +73,8 @@ verify-vllm: $(INSTALLED)  ## Serve exported heads of RUN with vLLM on this mach
 	rm -rf $(EXPORTS)
 	$(BIN)/mtpd export $(RUN) --to mimo-draft --depth 1 -o $(EXPORTS)/mimo-draft
 	$(BIN)/mtpd verify $(EXPORTS)/mimo-draft --engine vllm --limit 4
-	$(BIN)/mtpd export $(RUN) --to glm4moe --depth 1 -o $(EXPORTS)/glm4moe
-	$(BIN)/mtpd verify $(EXPORTS)/glm4moe --engine vllm --limit 4
+	$(BIN)/mtpd export $(RUN) --to hyv3-draft --depth 1 -o $(EXPORTS)/hyv3-draft
+	$(BIN)/mtpd verify $(EXPORTS)/hyv3-draft --engine vllm --limit 4
 	$(BIN)/python benchmarks/responses.py --ways slots,vllm --prompts 24
 
 clean:  ## Delete .venv and caches; runs/ stays

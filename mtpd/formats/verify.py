@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -175,7 +176,7 @@ def _serve(
     engine: str,
     asked: Sequence[tuple[Path, Sequence[Sequence[int]]]],
     layout: Layout,
-    says: dict[str, object],
+    says: dict[str, Any],
     max_new_tokens: int,
     depth: int,
     environment: Path | None,
@@ -193,7 +194,7 @@ def _serve(
             str(base if layout.apart else folder.resolve()),
             prompts,
             layout.speculative(str(folder.resolve()), depth),
-            dict(layout.overrides),
+            dict(says["overrides"]),
         )
         for folder, prompts in asked
     ]
