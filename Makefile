@@ -9,7 +9,7 @@ KERNELS := $(VENV)/.kernels
 TORCH := $(shell grep '^torch==' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help venv demo test walk docs lint format verify-vllm clean
+.PHONY: help venv demo test walk docs gpu lint format verify-vllm clean
 .DEFAULT_GOAL := help
 
 help:  ## Show these targets
@@ -52,6 +52,10 @@ walk: $(INSTALLED)  ## Run every command that the documents print, from a wheel
 
 docs: $(INSTALLED)  ## Build the documentation site in build/site; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# Needs an NVIDIA GPU and no network. What was found is in build/gpu.
+gpu: $(INSTALLED)  ## Check on this machine's GPU that all works, and measure how fast (docs/gpu.md)
+	$(BIN)/python -m benchmarks.gpu --out build/gpu
 
 lint: $(INSTALLED)  ## Check style and types
 	$(BIN)/ruff check --quiet .
