@@ -67,6 +67,8 @@ RUN ?= runs/demo
 EXPORTS ?= build/exports
 verify-vllm: $(INSTALLED)  ## Serve exported heads of RUN with vLLM on this machine, and let it answer prompts
 	rm -rf $(EXPORTS)
+	$(BIN)/mtpd export $(RUN) --to mtpd-vllm -o $(EXPORTS)/mtpd-vllm
+	$(BIN)/mtpd verify $(EXPORTS)/mtpd-vllm --engine vllm --limit 6 --max-new-tokens 64
 	$(BIN)/mtpd export $(RUN) --to mimo-draft --depth 1 -o $(EXPORTS)/mimo-draft
 	$(BIN)/mtpd verify $(EXPORTS)/mimo-draft --engine vllm --limit 4
 	$(BIN)/mtpd export $(RUN) --to hyv3-draft --depth 1 -o $(EXPORTS)/hyv3-draft

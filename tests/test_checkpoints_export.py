@@ -308,13 +308,16 @@ def test_verify_in_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[st
     words = ["--engine", "transformers", "--suite", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "40"]
     code = main(["verify", str(tmp_path / "out"), *words])
     # Libraries say things of their own, which come first.
-    said = capsys.readouterr().out.splitlines()[-4:]
+    said = capsys.readouterr().out.splitlines()[-5:]
     assert "3 of 3 texts are the plain model's" in said[0]
-    for line in said[1:3]:
+    drafts, equal = re.findall(r"(\d+) of (\d+)", said[1])[0]
+    assert drafts == equal
+    assert said[1].endswith(": EQUAL")
+    for line in said[2:4]:
         theirs, ours = re.findall(r"\((\d+ of \d+)\)", line)
         assert theirs == ours
-    assert said[1].startswith("CAR_1: engine 0.")
-    assert "perturbed heads: CAR_1" in said[3]
+    assert said[2].startswith("CAR_1: engine 0.")
+    assert "perturbed heads: CAR_1" in said[4]
     assert code == 0, said
     assert main(["verify", str(tmp_path / "base"), "--engine", "vllm"]) == 2
     assert "has no mtpd.json" in capsys.readouterr().err

@@ -68,6 +68,8 @@ class Layout:
     replaces: bool = False
     """Whether it is for bases with heads of their own. Those that are not replaced stay, and what engines load is what
     they load of the base's family."""
+    vocabulary: bool = False
+    """Whether engines draft over the heads' draft vocabulary, and not over all tokens."""
     checked: Callable[[Run, Path], str] | None = None
     """For what is no checkpoint of transformers: reads it back, raises MtpdError if it is not what it should be, and
     says what was found."""

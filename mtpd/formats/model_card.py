@@ -67,7 +67,7 @@ def model_card(run: Run, layout: Layout, output: Path, folder: Path) -> str:
         f"Layout `{layout.name}`: {layout.about}. Depth {run.depth}: {blocks}.\n",
         "Drafts are verified by the base's own output head, so the text is the base's.\n",
         "## Acceptance\n",
-        *_acceptance(run),
+        *_acceptance(run, layout),
         "## Serving\n",
         *_serving(layout, about(run, layout), output, folder),
         "## Recipe\n",
@@ -88,7 +88,7 @@ def _fenced(text: str, language: str) -> str:
     return f"{fence}{language}\n{text}{fence}\n"
 
 
-def _acceptance(run: Run) -> list[str]:
+def _acceptance(run: Run, layout: Layout) -> list[str]:
     lines = []
     for file, how in MEASURED.items():
         if not (run.path / file).is_file():
@@ -114,7 +114,7 @@ def _acceptance(run: Run) -> list[str]:
             lines.append(f"{RANDOM}\n")
     if not lines:
         return ["Not measured.\n"]
-    if run.config.vocabulary_size:
+    if run.config.vocabulary_size and not layout.vocabulary:
         lines.append(
             f"Measured with a draft vocabulary of {run.config.vocabulary_size} tokens; engines draft over all tokens.\n"
         )
