@@ -47,6 +47,7 @@ from mtpd.losses.settings import LossSettings
 from mtpd.pretrain import pretrain as pretraining
 from mtpd.pretrain.text import as_packed, stream_rows
 from mtpd.recipe import PretrainRecipe, load_pretrain_recipe
+from mtpd.train.arguments import arguments_of, loss_of
 from mtpd.train.finished_depths import FinishedDepths
 from mtpd.train.model import DistillModel
 from mtpd.train.trainer import HeadTrainer
@@ -213,16 +214,17 @@ class Measured:
         some = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed + 1))
         packed = as_packed(rows[some[: steps * recipe.train.micro_batch_rows]])
         depth, after = longer.depth, before.depth
-        settings = pretraining._loss(recipe)
+        settings = loss_of(recipe.train, before.depth)
         new = depth - after
         settings = LossSettings(settings.alpha[:1] * new, settings.beta[:1] * new, settings.loss, settings.top_n, 1.0)
-        changes = {"learning_rate": self.options.loop_rate, "max_steps": steps}
-        arguments = pretraining._arguments(
-            recipe.model_copy(update={"output": self.run / "loop", "train": recipe.train.model_copy(update=changes)}),
+        arguments = arguments_of(
+            recipe.train.model_copy(update={"learning_rate": self.options.loop_rate, "max_steps": steps}),
+            {"weight_decay": recipe.train.weight_decay, "save_strategy": "no"},
+            output=self.run / "loop",
+            seed=recipe.seed,
             dtype=self.trunk.dtype,
             device=self.trunk.device,
         )
-        arguments.save_strategy, arguments.eval_strategy = "no", "no"
         model = DistillModel(self.trunk, longer.train(), settings, after=after)
         HeadTrainer(model, arguments, packed, below=FinishedDepths(self.trunk, before, None), progress=False).train()
         longer.eval()

@@ -260,7 +260,9 @@ def test_what_is_shown_is_what_was_drafted(finished: Path, free_drafts: None) ->
     for limit in range(60, 66):
         pieces: list[tuple[str, str | None]] = []
         text = session.write(
-            session.prompt("hello", raw=True), limit, show=lambda *shown, pieces=pieces: pieces.append(shown)
+            list(session.model.tokenizer("hello")["input_ids"]),
+            limit,
+            show=lambda *shown, pieces=pieces: pieces.append(shown),
         )
         assert len(text.drafted_by()) == len(text.tokens) == limit
         shown = Shown(session.model.tokenizer, None, session.ends)

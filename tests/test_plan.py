@@ -99,6 +99,16 @@ def planned(*words: str) -> Plan:
     return plan(load_recipe(None, ["model=tiny", *words]))
 
 
+def test_prompts_longer_than_the_context_are_named(tmp_path: Path) -> None:
+    """Fault: the plan counts prompts that the run leaves out, without a word."""
+    path = tmp_path / "asked.jsonl"
+    rows = [{"prompt": f"Question {number}?"} for number in range(19)] + [{"prompt": "long " * 20_000}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = planned(f"data.prompts={path}", "data.held_out=builtin")
+    [note] = [note for note in found.text.notes if "cannot be used" in note]
+    assert "1 longer than the context (first: prompt asked-19" in note
+
+
 def test_the_plan_of_a_run_that_is_then_made(tmp_path: Path) -> None:
     """Fault: the plan promises less than the run then takes."""
     recipe = load_recipe(

@@ -23,11 +23,14 @@ from mtpd import alignment
 from mtpd.cli import main
 from mtpd.data import stdlib
 from mtpd.data.models import load_model, trunk_fingerprint
+from mtpd.errors import UserError
 from mtpd.heads import build_heads, configure_heads, load_heads, start_heads
 from mtpd.heads.circuit.heads import CircuitHeads
 from mtpd.heads.logit_heads import LogitHeads
 from mtpd.losses.settings import LossSettings
 from mtpd.pretrain.muon import muon_and_adamw
+from mtpd.pretrain.pretrain import pretrain
+from mtpd.pretrain.text import stream_rows
 from mtpd.pretrain.trainer import held_out_metrics
 from mtpd.recipe import HeadsRecipe, load_pretrain_recipe
 from mtpd.train.joint_trunk import FullTrunk
@@ -310,6 +313,30 @@ def test_shipped_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     # Tilted leaves of eight places, 32 components and 259 tokens; sums of a root and six regions.
     trained = 8 * 259 * (384 + 32) + (32 + 6 * 32 * 32) * (384 + 1)
     assert f"trained {trained:,} parameters" in plan
+
+
+def test_rows_without_text_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Fault: one odd row ends a run, or is left out without a word."""
+    texts = tmp_path / "texts.jsonl"
+    rows: list[object] = [
+        {"text": "a b c d e f g h"},
+        {"question": "Who?", "answer": "He."},
+        {"text": " "},
+        {"text": "i j k l m n o p"},
+        {"body": "x"},
+    ]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = stream_rows(ByT5Tokenizer(extra_ids=0), str(texts), row_length=8)
+    assert ByT5Tokenizer(extra_ids=0).decode(found.flatten().tolist()) == "a b c d e f g h</s>i j k l m n o p</s>"
+    assert "3 of 5 rows cannot be used: 1 conversations (first:" in caplog.text
+    assert "texts.jsonl:2: is a conversation; accepted: `text` rows" in caplog.text
+    texts.write_text(json.dumps(rows[1]) + "\n")
+    for tokenizer in ("bytes", "bpe:300"):
+        recipe = load_pretrain_recipe(
+            None, [*SMALL, f"data.texts={texts}", f"tokenizer={tokenizer}", f"output={tmp_path / tokenizer[:3]}"]
+        )
+        with pytest.raises(UserError, match=r"texts\.jsonl holds no texts that can be used; 1 of 1 rows"):
+            pretrain(recipe)
 
 
 def test_held_out_modules_are_apart() -> None:

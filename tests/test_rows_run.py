@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from mtpd.cli import main
+from mtpd.cli.generate import token_ids
 from mtpd.data.builtin_models import tiny_tokenizer
 from mtpd.errors import UserError
 from mtpd.evaluate.suites import load_suite, questions, usable
@@ -131,7 +133,24 @@ def test_generate_and_chat_ask_as_the_run_was_trained(
     assert [arguments["enable_thinking"] for arguments in asked] == [False, False]
     monkeypatch.setattr("mtpd.data.builtin_models.CHATML", "{{ raise_exception('roles must alternate') }}")
     assert main(["generate", str(finished_run), "--prompt", "hello"]) == 2
-    assert "the model's chat template refuses the messages: roles must alternate" in capsys.readouterr().err
+    assert "the chat template refuses its messages: roles must alternate" in capsys.readouterr().err
+
+
+def test_generate_reads_a_prompt_as_a_row(finished_run: Path) -> None:
+    """Fault: a prompt that ends with the end token of its tokenizer, or control tokens that a recipe reads as text."""
+    ends: Any = SimpleNamespace(tokenizer=ByT5Tokenizer(extra_ids=0))
+    assert ends.tokenizer("ab")["input_ids"][-1] == ends.tokenizer.eos_token_id
+    assert token_ids(ends, finished_run, "ab") == ends.tokenizer("ab", add_special_tokens=False)["input_ids"]
+    tiny: Any = SimpleNamespace(tokenizer=tiny_tokenizer())
+    end = tiny.tokenizer.eos_token
+    assert token_ids(tiny, finished_run, end) == [tiny.tokenizer.eos_token_id]
+    recipe = finished_run / "recipe.yaml"
+    values = read_mapping(recipe, what="recipe", example="recipe.yaml")
+    values["data"]["special_tokens_in_text"] = "escape"
+    recipe.write_text(json.dumps(values))
+    ids = token_ids(tiny, finished_run, end)
+    assert tiny.tokenizer.eos_token_id not in ids
+    assert tiny.tokenizer.decode(ids) == end
 
 
 def suite_of(folder: Path, rows: list[Any], text: str = "") -> list[Any]:

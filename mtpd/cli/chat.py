@@ -7,12 +7,23 @@ from typing import Annotated
 
 import typer
 
-from mtpd.cli.generate import Depth, Dtype, Run, Seed, Sources, Temperature, Tokens, TopP, drafting_of, show, summary
+from mtpd.cli.generate import (
+    Depth,
+    Dtype,
+    Run,
+    Seed,
+    Sources,
+    Temperature,
+    Tokens,
+    TopP,
+    drafting_of,
+    show,
+    summary,
+    token_ids,
+)
 from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
 from mtpd.decode.drafting import ALL_SOURCES
-from mtpd.finished_run import RECIPE
-from mtpd.recipe import load_recipe
 from mtpd.run.check import check_finished
 
 
@@ -44,8 +55,7 @@ def chat(
         from mtpd.run.loading import load
 
         model = load(run, dtype=dtype, drafting=drafting, untrusted=untrusted)
-        template = load_recipe(run / RECIPE).data.chat_template_kwargs
-        session = Session(model, settings(temperature, top_p, seed), template=template)
+        session = Session(model, settings(temperature, top_p, seed))
         messages = [{"role": "system", "content": system}] if system else []
         session.warm_up()
         while line := _ask():
@@ -57,7 +67,7 @@ def chat(
                 pieces.append(piece)
                 show(piece, source)
 
-            text = session.write(session.conversation(messages), max_new_tokens, show=take)
+            text = session.write(token_ids(model, run, messages), max_new_tokens, show=take)
             typer.echo()
             typer.secho(summary(text, time.perf_counter() - began), err=True, dim=True)
             messages.append({"role": "assistant", "content": "".join(pieces)})

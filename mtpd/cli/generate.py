@@ -5,20 +5,24 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from mtpd.cli.options import Debug, UntrustedRun
 from mtpd.cli.terminal import quiet_libraries
+from mtpd.data.rows.prompt import Prompt
 from mtpd.decode.drafting import ALL_SOURCES, SOURCES
 from mtpd.errors import UserError
 from mtpd.finished_run import RECIPE
 from mtpd.recipe import load_recipe
 from mtpd.run.check import check_finished
 
+if TYPE_CHECKING:
+    from mtpd.decode.model import Model
+
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory that `mtpd distill` has finished.")]
-Prompt = Annotated[str | None, typer.Option("--prompt", help="The prompt; without it, standard input is read.")]
+Text = Annotated[str | None, typer.Option("--prompt", help="The prompt; without it, standard input is read.")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to write at most.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy; more draws at random.")]
 TopP = Annotated[
@@ -64,7 +68,7 @@ def drafting_of(sources: str, depth: int | None) -> dict[str, Any]:
 
 def generate(
     run: Run,
-    prompt: Prompt = None,
+    prompt: Text = None,
     max_new_tokens: Tokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -92,14 +96,26 @@ def generate(
         from mtpd.run.loading import load
 
         model = load(run, dtype=dtype, drafting=drafting, untrusted=untrusted)
-        template = load_recipe(run / RECIPE).data.chat_template_kwargs
-        session = Session(model, settings(temperature, top_p, seed), template=template)
-        ids = session.prompt(text, raw=raw)
+        session = Session(model, settings(temperature, top_p, seed))
+        ids = token_ids(model, run, text if raw else [{"role": "user", "content": text}])
         session.warm_up()
         began = time.perf_counter()
         written = session.write(ids, max_new_tokens, show=show)
         typer.echo()
         typer.echo(summary(written, time.perf_counter() - began), err=True)
+
+
+def token_ids(model: Model, run: Path, said: str | list[dict[str, Any]]) -> list[int]:
+    """Token ids of a text, or of messages, up to where the model answers; as the run's own prompts are read.
+
+    Raises:
+        UserError: the model has no chat template for a conversation, or it refuses the messages.
+    """
+    from mtpd.data.rendering import render  # brings in torch
+
+    data = load_recipe(run / RECIPE).data
+    escape = data.special_tokens_in_text == "escape"
+    return render(model.tokenizer, Prompt("said", said, template=data.chat_template_kwargs, escape=escape))
 
 
 def show(piece: str, source: str | None) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-
-from jinja2.exceptions import TemplateError
 
 from mtpd.decode.choice import Choice, Greedy
 from mtpd.decode.drafting import Source
@@ -27,36 +25,10 @@ def settings(temperature: float, top_p: float, seed: int) -> tuple[Choice, int]:
 class Session:
     """A model, and how it chooses."""
 
-    def __init__(self, model: Model, chosen: tuple[Choice, int], *, template: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, model: Model, chosen: tuple[Choice, int]) -> None:
         self.model = model
-        self.template = dict(template or {})
-        """Arguments of the chat template."""
         self.choice, self.seed = chosen
         self.ends = _ends(model)
-
-    def prompt(self, text: str, *, raw: bool = False) -> list[int]:
-        """Token ids of a prompt: through the chat template if there is one, unless it is to be taken as it is."""
-        tokenizer = self.model.tokenizer
-        if raw or not tokenizer.chat_template:
-            return list(tokenizer(text)["input_ids"])
-        return self.conversation([{"role": "user", "content": text}])
-
-    def conversation(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation up to where the model answers.
-
-        Raises:
-            UserError: the model has no chat template, or it refuses the messages.
-        """
-        tokenizer = self.model.tokenizer
-        if not tokenizer.chat_template:
-            raise UserError("chat: the model has no chat template; use `mtpd generate`")
-        try:
-            ids = tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, return_dict=False, **self.template
-            )
-        except (TemplateError, ValueError, TypeError, LookupError) as error:
-            raise UserError(f"chat: the model's chat template refuses the messages: {error}") from error
-        return list(ids)
 
     def warm_up(self) -> None:
         """Does once what only the first text has to wait for."""

@@ -15,13 +15,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mtpd.data.models import resolve_device
-from mtpd.data.prompts import Prompt, load_prompts
+from mtpd.data.prompts import Prompt
 from mtpd.data.rendering import render_all
 from mtpd.data.rows.left_out import LeftOut
 from mtpd.data.sources import at_hand
 from mtpd.losses.fused import block_size
 from mtpd.recipe import Recipe, checkpoints_kept
-from mtpd.run.material import split_prompts
+from mtpd.run.material import load_given, split_prompts, with_room
 from mtpd.train.arguments import loss_settings
 
 CHARACTERS_PER_TOKEN = 4
@@ -54,10 +54,13 @@ class TextEstimate:
     """What was assumed."""
 
 
-def estimate_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, *, processes: int = 1) -> TextEstimate:
+def estimate_text(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, *, context: int, processes: int = 1
+) -> TextEstimate:
     """Counts what is at hand, and takes `limit` for the rest.
 
     Args:
+        context: tokens of the model's context.
         processes: that have rows of their own.
 
     Raises:
@@ -71,7 +74,7 @@ def estimate_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, *, 
         left_out = LeftOut(data.max_unusable)
         split = split_prompts(recipe, left_out)
         prompts, held_out = len(split.train), len(split.held_out)
-        lengths = _prompt_lengths(split.train, tokenizer, left_out, notes)
+        lengths = _prompt_lengths(recipe, split.train, tokenizer, left_out, notes, context=context)
         if left_out.total:
             notes.append(f"rows that cannot be used, left out: {left_out.words()}")
     else:
@@ -86,13 +89,7 @@ def estimate_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, *, 
     if data.responses == "given":
         notes.append(f"given responses are taken to have {data.max_new_tokens} tokens")
 
-    counts: list[int | None] = []
-    for text in data.given:
-        if at_hand(text.prompts):
-            found = load_prompts(text.prompts, split=text.split, limit=text.limit, seed=recipe.seed)
-            counts.append(len(found))
-        else:
-            counts.append(text.limit)
+    counts = [len(load_given(recipe, text)) if at_hand(text.prompts) else text.limit for text in data.given]
     given = None if None in counts else sum(count or 0 for count in counts)
     if given:
         notes.append(f"given texts are taken to fill a row ({data.row_length} tokens) each")
@@ -114,15 +111,24 @@ def estimate_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, *, 
 
 
 def _prompt_lengths(
-    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase | None, left_out: LeftOut, notes: list[str]
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase | None,
+    left_out: LeftOut,
+    notes: list[str],
+    *,
+    context: int,
 ) -> list[int]:
     chosen = prompts[:: math.ceil(len(prompts) / COUNTED)]
     if tokenizer is not None:
         refused = LeftOut(left_out.most)
-        lengths = [len(ids) for _, ids in render_all(tokenizer, chosen, refused)]
+        if recipe.data.responses == "given":
+            kept = render_all(tokenizer, chosen, refused)
+        else:
+            kept = with_room(tokenizer, chosen, refused, context=context, max_new_tokens=recipe.data.max_new_tokens)
         refused.check(len(chosen), source="data.prompts")
         left_out.take(refused)
-        return lengths
+        return [len(ids) for _, ids in kept]
     notes.append(f"there is no tokenizer: {CHARACTERS_PER_TOKEN} characters of a prompt are taken for a token")
     return [TEMPLATE_TOKENS + len(prompt.text) // CHARACTERS_PER_TOKEN for prompt in chosen]
 

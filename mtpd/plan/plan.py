@@ -245,7 +245,8 @@ def plan(recipe: Recipe, *, devices: int | None = None, device_memory: float | N
         ),
         "full": frozen,
     }[recipe.trunk.train]
-    text = estimate_text(recipe, tokenizer, processes=processes // recipe.train.sequence_parallel)
+    rank_groups = processes // recipe.train.sequence_parallel
+    text = estimate_text(recipe, tokenizer, context=trunk.context, processes=rank_groups)
     wanted = recipe.evaluation.dtype
     decoding = dtype if wanted == "trunk" else resolve_dtype(wanted, device)
     memory = estimate_memory(

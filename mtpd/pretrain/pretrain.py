@@ -27,7 +27,6 @@ from mtpd.data.store import with_hidden
 from mtpd.errors import UserError
 from mtpd.files import is_empty, write_whole
 from mtpd.heads import save_heads
-from mtpd.losses.settings import LossSettings
 from mtpd.parallel import ranks
 from mtpd.parallel.deepspeed_config import load_settings
 from mtpd.parallel.partition import deepspeed_running
@@ -35,8 +34,9 @@ from mtpd.pretrain.model import heads_of, model_of
 from mtpd.pretrain.muon import with_decoder_layer
 from mtpd.pretrain.text import as_packed, stream_rows, texts_of
 from mtpd.pretrain.trainer import MAIN, Diverged, PretrainTrainer, held_out_metrics
-from mtpd.recipe import PretrainRecipe, compared_tokens, dump, load_pretrain_recipe, loss_weights
+from mtpd.recipe import PretrainRecipe, dump, load_pretrain_recipe
 from mtpd.train import checkpoints
+from mtpd.train.arguments import arguments_of, loss_of
 from mtpd.train.joint_trunk import FullTrunk
 from mtpd.train.model import DistillModel
 from mtpd.train.rows import TrainingRows
@@ -104,18 +104,15 @@ def _pretrain(recipe: PretrainRecipe, *, progress: bool) -> Path:
     heads = heads_of(recipe, trunk, batches).to(device)
     joint = FullTrunk(trunk, original_teacher=False, dtype=dtype)
     with ExitStack() as running:
-        options: dict[str, Any] = {}
+        engine: dict[str, Any] | None = None
         settings = load_settings(recipe.train.deepspeed)
         if settings is not None:
             running.enter_context(deepspeed_running(device))
             engine = settings.for_heads(heads, hidden_size=trunk.hidden_size, own_logits=heads.own_logits)
-            # An engine in bfloat16 would train in it: products are computed in it by autocast (`DistillModel`).
-            options |= {"deepspeed": engine, "bf16": False, "use_cpu": False}
-            options["accelerator_config"] = {"use_configured_state": True}
         model = DistillModel(
             trunk,
             heads,
-            _loss(recipe),
+            loss_of(recipe.train, recipe.heads.depth),
             joint=joint,
             trunk_gradient=recipe.heads.trunk_gradient,
             autocast=dtype if settings is not None and dtype != torch.float32 else None,
@@ -125,7 +122,7 @@ def _pretrain(recipe: PretrainRecipe, *, progress: bool) -> Path:
                 layer.compile()
         trainer = PretrainTrainer(
             model,
-            _arguments(recipe, dtype=dtype, device=device, **options),
+            _arguments(recipe, dtype=dtype, device=device, deepspeed=engine),
             packed,
             held_out=held_out,
             max_rise=recipe.evaluation.max_rise,
@@ -162,20 +159,6 @@ def _by_eight(numbers: list[int]) -> Iterator[list[int]]:
     yield from (numbers[start : start + 8] for start in range(0, len(numbers), 8))
 
 
-def _loss(recipe: PretrainRecipe) -> LossSettings:
-    train, depth = recipe.train, recipe.heads.depth
-    if not depth:
-        return LossSettings((), ())
-    alpha, beta = loss_weights(train, depth)
-    return LossSettings(
-        alpha,
-        beta,
-        loss=train.loss,
-        top_n=compared_tokens(train),
-        teacher_temperature=train.teacher_temperature,
-    )
-
-
 def _load_best(trainer: PretrainTrainer) -> int | None:
     """Loads the checkpoint of the lowest held-out loss, or the newest one; gives its step, None where none is whole."""
     best = trainer.state.best_global_step
@@ -206,21 +189,11 @@ def _write(run: Path, model: DistillModel, tokenizer: Any, held_out: Tensor) -> 
 
 
 def _arguments(
-    recipe: PretrainRecipe, *, dtype: torch.dtype, device: torch.device, **options: Any
+    recipe: PretrainRecipe, *, dtype: torch.dtype, device: torch.device, deepspeed: dict[str, Any] | None
 ) -> TrainingArguments:
     train, steps = recipe.train, recipe.evaluation.steps
-    settings = {
-        "output_dir": str(recipe.output),
-        "seed": recipe.seed,
-        "data_seed": recipe.seed,
-        "num_train_epochs": train.epochs,
-        "max_steps": train.max_steps,
-        "learning_rate": train.learning_rate,
-        "lr_scheduler_type": train.scheduler,
-        "warmup_steps": train.warmup_ratio if train.warmup_ratio < 1 else 0,
+    changed = {
         "weight_decay": train.weight_decay,
-        "adam_beta2": 0.95,
-        "per_device_train_batch_size": train.micro_batch_rows,
         "gradient_accumulation_steps": accumulation(train, recipe.output, processes()),
         "eval_strategy": "steps",
         "eval_steps": steps,
@@ -229,18 +202,7 @@ def _arguments(
         "save_strategy": "steps",
         "save_steps": train.save_steps or steps,
         "save_total_limit": 2,
-        "logging_steps": train.logging_steps,
-        "report_to": "none",
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-        "use_cpu": device.type == "cpu",
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": device.type != "cpu",
-        "disable_tqdm": True,
-        "log_level": "error",
     }
-    found = TrainingArguments(**{**settings, **options})
-    if found.n_gpu > 1:
-        # Without a launcher there is one process, which trains on one device.
-        found._n_gpu = 1
-    return found
+    return arguments_of(
+        train, changed, output=recipe.output, seed=recipe.seed, dtype=dtype, device=device, deepspeed=deepspeed
+    )

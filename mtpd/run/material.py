@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from mtpd.data.given import given_samples
 from mtpd.data.packing import PackedRows, Sample, pack
 from mtpd.data.prompts import HeldOutSplit, Prompt, load_prompts, split_held_out
@@ -18,6 +20,7 @@ from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, fill, store_ke
 from mtpd.errors import UserError, enough_memory
 from mtpd.parallel.sequence import shared_trunk
 from mtpd.recipe import Recipe
+from mtpd.recipe.sections import GivenText
 from mtpd.run.check import row_format
 from mtpd.run.other_answers import other_answers
 from mtpd.run.session import Session
@@ -92,21 +95,33 @@ def training_rows(session: Session, prompts: Sequence[Prompt], left_out: LeftOut
 
 
 def usable(session: Session, prompts: Sequence[Prompt], left_out: LeftOut) -> list[Prompt]:
-    """Prompts that can be answered: the template takes them, and they leave room in the context."""
-    data, context = session.recipe.data, session.trunk.context
+    """Prompts that can be answered; without a chat template there are no rounds."""
+    tokenizer, tokens = session.tokenizer, session.recipe.data.max_new_tokens
+    kept = with_room(tokenizer, prompts, left_out, context=session.trunk.context, max_new_tokens=tokens)
+    return [prompt if tokenizer.chat_template else replace(prompt, later=()) for prompt, _ in kept]
+
+
+def with_room(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    left_out: LeftOut,
+    *,
+    context: int,
+    max_new_tokens: int,
+) -> list[tuple[Prompt, list[int]]]:
+    """Prompts with their token ids: those that the template takes and that leave room for an answer in the context."""
     kept = []
-    for prompt, ids in render_all(session.tokenizer, prompts, left_out):
-        if len(ids) + data.max_new_tokens > context:
+    for prompt, ids in render_all(tokenizer, prompts, left_out):
+        if len(ids) + max_new_tokens > context:
             left_out.add(
                 Unusable(
                     "longer than the context",
-                    f"{prompt.name}: its {len(ids)} tokens and data.max_new_tokens={data.max_new_tokens} do not fit "
+                    f"{prompt.name}: its {len(ids)} tokens and data.max_new_tokens={max_new_tokens} do not fit "
                     f"into the context of {context}",
                 )
             )
         else:
-            # Without a chat template there are no rounds.
-            kept.append(prompt if session.tokenizer.chat_template else replace(prompt, later=()))
+            kept.append((prompt, ids))
     return kept
 
 
@@ -123,20 +138,20 @@ def _given(session: Session, prompts: Sequence[Prompt], left_out: LeftOut) -> li
 
 def given_texts(recipe: Recipe) -> list[Prompt]:
     """Further texts to train on, which have their own responses."""
-    form = row_format(recipe.data, columns=False)
-    return [
-        text
-        for given in recipe.data.given
-        for text in load_prompts(
-            given.prompts,
-            split=given.split,
-            subset=given.subset,
-            limit=given.limit,
-            seed=recipe.seed,
-            form=form,
-            left_out=LeftOut(recipe.data.max_unusable),
-        )
-    ]
+    return [text for given in recipe.data.given for text in load_given(recipe, given)]
+
+
+def load_given(recipe: Recipe, given: GivenText) -> list[Prompt]:
+    """The texts of one entry of `data.given`."""
+    return load_prompts(
+        given.prompts,
+        split=given.split,
+        subset=given.subset,
+        limit=given.limit,
+        seed=recipe.seed,
+        form=row_format(recipe.data, columns=False),
+        left_out=LeftOut(recipe.data.max_unusable),
+    )
 
 
 def respond(

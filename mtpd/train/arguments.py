@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ from transformers import TrainingArguments
 from mtpd.errors import UserError
 from mtpd.losses.settings import LossSettings
 from mtpd.recipe import Recipe, checkpoints_kept, compared_tokens, loss_weights
+from mtpd.recipe.pretrain import PretrainTraining
+from mtpd.recipe.sections import LossRecipe, TrainRecipe
 from mtpd.train.measuring_trainer import measuring_arguments
 
 
@@ -20,8 +24,14 @@ def loss_settings(recipe: Recipe, *, depth: int | None = None, after: int = 0) -
         depth: of the heads; None is what the recipe says.
         after: depths up to this one have no loss.
     """
-    alpha, beta = loss_weights(recipe.train, depth or recipe.heads.depth, after=after)
-    train = recipe.train
+    return loss_of(recipe.train, depth or recipe.heads.depth, after=after)
+
+
+def loss_of(train: LossRecipe, depth: int, *, after: int = 0) -> LossSettings:
+    """The loss of so many heads that a section describes; none where there are no heads."""
+    if not depth:
+        return LossSettings((), ())
+    alpha, beta = loss_weights(train, depth, after=after)
     return LossSettings(
         alpha,
         beta,
@@ -51,36 +61,65 @@ def training_arguments(
         UserError: transformers refuses an entry of `train.arguments`.
     """
     train = recipe.train
+    changed: dict[str, Any] = {
+        "save_strategy": "steps" if train.save_steps else "epoch",
+        "save_steps": train.save_steps or 500,
+        "save_total_limit": checkpoints_kept(train),
+        "report_to": train.report_to or "none",
+        **measuring_arguments(recipe),
+        **train.arguments,
+    }
+    if accumulation is not None:
+        changed["gradient_accumulation_steps"] = accumulation
+    return arguments_of(
+        train, changed, output=recipe.output, seed=recipe.seed, dtype=dtype, device=device, deepspeed=deepspeed
+    )
+
+
+def arguments_of(
+    train: TrainRecipe | PretrainTraining,
+    changed: Mapping[str, Any],
+    *,
+    output: Path,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    deepspeed: dict[str, Any] | None = None,
+) -> TrainingArguments:
+    """What every training of mtpd has in common.
+
+    Args:
+        changed: further arguments, and others than those in common.
+
+    Raises:
+        UserError: transformers refuses one.
+    """
     arguments: dict[str, Any] = {
-        "output_dir": str(recipe.output),
-        "seed": recipe.seed,
-        "data_seed": recipe.seed,
+        "output_dir": str(output),
+        "seed": seed,
+        "data_seed": seed,
         "num_train_epochs": train.epochs,
         "max_steps": train.max_steps,
         "learning_rate": train.learning_rate,
         "lr_scheduler_type": train.scheduler,
         # A number below 1 is a share of all steps.
         "warmup_steps": train.warmup_ratio if train.warmup_ratio < 1 else 0,
+        "adam_beta2": 0.95,
         "per_device_train_batch_size": train.micro_batch_rows,
-        "gradient_accumulation_steps": accumulation or train.gradient_accumulation,
-        "save_strategy": "steps" if train.save_steps else "epoch",
-        "save_steps": train.save_steps or 500,
-        "save_total_limit": checkpoints_kept(train),
+        "gradient_accumulation_steps": train.gradient_accumulation,
         "logging_steps": train.logging_steps,
-        "report_to": train.report_to or "none",
+        "report_to": "none",
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "use_cpu": device.type == "cpu",
-        "adam_beta2": 0.95,
         "remove_unused_columns": False,
         "dataloader_pin_memory": device.type != "cpu",
         "disable_tqdm": True,
         "log_level": "error",
-        **measuring_arguments(recipe),
+        **changed,
     }
-    arguments |= train.arguments
     if deepspeed is not None:
-        # An engine in bfloat16 would train heads in it: they are computed in it by autocast (`DistillModel`).
+        # An engine in bfloat16 would train in it: products are computed in it by autocast (`DistillModel`).
         arguments |= {"deepspeed": deepspeed, "bf16": False, "use_cpu": False}
         # The process group is there already; transformers would not see one on a CPU.
         arguments["accelerator_config"] = {**arguments.get("accelerator_config", {}), "use_configured_state": True}

@@ -56,21 +56,22 @@ class LeftOut:
         """Entry of the provenance: counts, and the first place of each reason."""
         return {reason: {"rows": count, "first": self.first[reason]} for reason, count in self.counts.items()}
 
-    def check(self, rows: int, *, source: str) -> None:
+    def check(self, rows: int, *, source: str, what: str = "prompts") -> None:
         """Warns of what is left out of so many rows.
 
         Args:
             rows: all that there were, those left out among them.
             source: key of the recipe and where the rows come from, for messages.
+            what: the rows hold.
 
         Raises:
             UserError: no row is left, or too many are left out.
         """
         if not self.total and rows:
             return
-        what = f"{self.total} of {rows} rows cannot be used: {self.words()}"
+        told = f"{self.total} of {rows} rows cannot be used: {self.words()}"
         if self.total >= rows:
-            raise UserError(f"{source} holds no prompts" + (f" that can be used; {what}" if rows else ""))
+            raise UserError(f"{source} holds no {what}" + (f" that can be used; {told}" if rows else ""))
         if self.total > self.most * rows:
-            raise UserError(f"{source}: {what}; accepted: at most a share of {self.most:g} (data.max_unusable)")
-        logger.warning("%s: %s; left out", source, what)
+            raise UserError(f"{source}: {told}; accepted: at most a share of {self.most:g} (data.max_unusable)")
+        logger.warning("%s: %s; left out", source, told)
