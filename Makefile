@@ -9,7 +9,7 @@ KERNELS := $(VENV)/.kernels
 TORCH := $(shell grep '^torch==' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help venv demo test walk docs lint format verify-vllm clean
+.PHONY: help venv demo test walk docs gpu lint format verify-vllm clean
 .DEFAULT_GOAL := help
 
 help:  ## Show these targets
@@ -53,6 +53,10 @@ walk: $(INSTALLED)  ## Run every command that the documents print, from a wheel
 docs: $(INSTALLED)  ## Build the documentation site in build/site; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+# Needs an NVIDIA GPU and no network. What was found is in build/gpu.
+gpu: $(INSTALLED)  ## Check on this machine's GPU that all works, and measure how fast (docs/gpu.md)
+	$(BIN)/python -m benchmarks.gpu --out build/gpu
+
 lint: $(INSTALLED)  ## Check style and types
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
@@ -67,10 +71,12 @@ RUN ?= runs/demo
 EXPORTS ?= build/exports
 verify-vllm: $(INSTALLED)  ## Serve exported heads of RUN with vLLM on this machine, and let it answer prompts
 	rm -rf $(EXPORTS)
+	$(BIN)/mtpd export $(RUN) --to mtpd-vllm -o $(EXPORTS)/mtpd-vllm
+	$(BIN)/mtpd verify $(EXPORTS)/mtpd-vllm --engine vllm --limit 6 --max-new-tokens 64
 	$(BIN)/mtpd export $(RUN) --to mimo-draft --depth 1 -o $(EXPORTS)/mimo-draft
 	$(BIN)/mtpd verify $(EXPORTS)/mimo-draft --engine vllm --limit 4
-	$(BIN)/mtpd export $(RUN) --to glm4moe --depth 1 -o $(EXPORTS)/glm4moe
-	$(BIN)/mtpd verify $(EXPORTS)/glm4moe --engine vllm --limit 4
+	$(BIN)/mtpd export $(RUN) --to hyv3-draft --depth 1 -o $(EXPORTS)/hyv3-draft
+	$(BIN)/mtpd verify $(EXPORTS)/hyv3-draft --engine vllm --limit 4
 	$(BIN)/python benchmarks/responses.py --ways slots,vllm --prompts 24
 
 clean:  ## Delete .venv and caches; runs/ stays

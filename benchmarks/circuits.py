@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from lab import machine
+from measure import clock
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -86,9 +87,9 @@ def alternate(functions: Mapping[str, Callable[[], Any]], *, runs: int) -> tuple
         function()
     for _ in range(runs):
         for name, function in functions.items():
-            clock, processor = time.perf_counter(), time.process_time()
+            wall, processor = clock(), time.process_time()
             function()
-            times[name].append((time.perf_counter() - clock, time.process_time() - processor))
+            times[name].append((clock() - wall, time.process_time() - processor))
     clocks = {name: statistics.median(clock for clock, _ in found) for name, found in times.items()}
     return clocks, {name: statistics.median(processor for _, processor in found) for name, found in times.items()}
 
@@ -107,7 +108,7 @@ def train(trunk: Trunk, heads: Heads, rows: Tensor, *, steps: int, rate: float, 
     optimizer = torch.optim.AdamW(heads.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     size = max(1, len(order) // steps)
-    began = time.perf_counter()
+    began = clock()
     heads.train()
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -119,7 +120,7 @@ def train(trunk: Trunk, heads: Heads, rows: Tensor, *, steps: int, rate: float, 
         optimizer.step()
         optimizer.zero_grad()
     heads.eval()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 @torch.no_grad()
@@ -243,7 +244,7 @@ def _heads(
 ) -> tuple[float, tuple[int, int]]:
     """Seconds, tokens and rounds of decoding all prompts, one at a time."""
     choice = (Sampling() if heads is None else SampledDrafts()) if sampled else None
-    began = time.perf_counter()
+    began = clock()
     engine = Engine(
         trunk,
         heads,
@@ -253,7 +254,7 @@ def _heads(
         planner=Planner(Chances(), None, (HEADS,), nodes) if nodes else None,
     )
     texts = list(engine.run(Request(prompt, tokens, seed) for seed, prompt in enumerate(prompts)))
-    spent = time.perf_counter() - began
+    spent = clock() - began
     # The first token of a text comes with the pass over its prompt.
     return spent, (sum(len(text.tokens) - 1 for text in texts), sum(len(text.rounds) for text in texts))
 
@@ -262,11 +263,11 @@ def _plain(trunk: Trunk, prompts: list[list[int]], *, sampled: bool, tokens: int
     """Seconds of transformers' generate, one byte at a time."""
     torch.manual_seed(0)
     config = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=sampled, top_k=0, pad_token_id=0)
-    began = time.perf_counter()
+    began = clock()
     for prompt in prompts:
         ids = torch.tensor([prompt])
         trunk.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def writer(path: Path) -> Callable[[dict[str, Any]], None]:

@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lab import machine, write_rows
+from measure import clock
 from torch import Tensor
 
 import mtpd
@@ -66,13 +66,13 @@ def overhead(model: Model, prompts: list[list[int]], *, tokens: int, runs: int) 
         for name, speed in speeds.items():
             seconds, count = 0.0, 0
             for prompt, text in zip(prompts, texts, strict=True):
-                began = time.perf_counter()
+                began = clock()
                 if name == "plain":
                     written = generated(model.trunk, [prompt], **limits)
                 else:
                     known: Any = Known(heads, [*prompt, *text], right=name == "right")
                     written, _ = engine_texts(Model(model.trunk, known, drafting=model.drafting), [prompt], **limits)
-                seconds += time.perf_counter() - began
+                seconds += clock() - began
                 count += len(written[0])
             speed.seconds.append(seconds)
             speed.tokens = count

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lab import machine, write_rows
+from measure import clock
 
 import mtpd
 from mtpd.data.packing import Sample
@@ -88,9 +88,9 @@ def controller(model: Model, prompts: list[list[int]], tokens: int) -> dict[str,
 
             def aside(*args: Any) -> bool:
                 nonlocal inside
-                began = time.perf_counter()
+                began = clock()
                 goes_on = level(*args)
-                inside += time.perf_counter() - began
+                inside += clock() - began
                 return goes_on
 
             began = now(model.trunk)

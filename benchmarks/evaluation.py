@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lab import machine, write_rows
+from measure import clock
 
 from mtpd.evaluate.acceptance import Acceptance, PromptCounts, SuiteCounts
 from mtpd.evaluate.decoded import measure_decoded
@@ -39,21 +39,21 @@ def speed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     heads = run.heads("heads")
     suite = load_suite("demo", limit=arguments.prompts, max_new_tokens=arguments.tokens)
     asked = questions("demo", suite)
-    began = time.perf_counter()
+    began = clock()
     samples = respond(model, "demo", suite, asked, arguments.responses, progress=False)
-    responding = time.perf_counter() - began
+    responding = clock() - began
     prompts = prompts_alone(model, "demo", suite, asked)
     offline, decoding, both = [], [], []
     measure_offline(run.trunk, heads, samples[:2], end_tokens=run.ends, progress=False)
     for _ in range(arguments.runs):
-        began = time.perf_counter()
+        began = clock()
         ours = measure_offline(run.trunk, heads, samples, end_tokens=run.ends, progress=False)["demo"]
-        offline.append(len(samples) / (time.perf_counter() - began))
-        began = time.perf_counter()
+        offline.append(len(samples) / (clock() - began))
+        began = clock()
         theirs = measure_decoded(
             run.trunk, {"h": heads}, prompts, max_new_tokens=suite.max_new_tokens, end_tokens=run.ends, progress=False
         )["h"]["demo"]
-        both.append(len(prompts) / (time.perf_counter() - began))
+        both.append(len(prompts) / (clock() - began))
         decoding.append(len(prompts) / theirs.seconds)
         print(f"offline {offline[-1]:.2f}, decoded {decoding[-1]:.3f} prompts/s; tau {ours.tau:.3f}, {theirs.tau:.3f}")
     fast = statistics.median(offline)

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lab import Lab, machine, recipe, spread, write_rows
+from measure import clock
 
 from mtpd.data.packing import PackedRows, Sample, collate
 from mtpd.data.store import HiddenStates, MemoryStore, with_hidden
@@ -155,15 +155,15 @@ def cost(lab: Lab, options: Any) -> None:
     for number in range(min(len(rows), options.cost_rows)):
         row = collate([rows[number]])
         kept({**with_hidden(row, lab.trunk, store), "row": row["row"]})
-        began = time.perf_counter()
+        began = clock()
         with_hidden(row, lab.trunk, None)
-        seconds["trunk"].append(time.perf_counter() - began)
+        seconds["trunk"].append(clock() - began)
         order = list(steps)
         for name in order[number % 3 :] + order[: number % 3]:
             batch = {**with_hidden(row, lab.trunk, store), "row": row["row"]}
-            began = time.perf_counter()
+            began = clock()
             steps[name](batch)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
     length = experiment.rows.row_length
     print("| | ms a token | against 8 heads at once |\n|---|---|---|")
     for name, taken in seconds.items():

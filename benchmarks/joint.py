@@ -23,7 +23,6 @@ import argparse
 import json
 import re
 import statistics
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +30,7 @@ from typing import Any
 
 import torch
 from lab import machine
+from measure import clock
 from torch import Tensor
 
 from mtpd import alignment
@@ -143,10 +143,10 @@ def train(options: Any, arm: str, seed: int) -> Path:
     recipe = recipe_of(options, arm, seed)
     finished = recipe.output / "held-out.json"
     if not finished.is_file():
-        began = time.perf_counter()
+        began = clock()
         with trained_as(arm):
             pretraining.pretrain(recipe)
-        (recipe.output / "seconds.json").write_text(json.dumps(time.perf_counter() - began))
+        (recipe.output / "seconds.json").write_text(json.dumps(clock() - began))
     return recipe.output
 
 

@@ -8,20 +8,21 @@ import random
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from measure import clock
 from transformers import set_seed
 
+from mtpd.data.disk_store import DiskStore, fill
 from mtpd.data.models import load_model, trunk_fingerprint
 from mtpd.data.packing import PackedRows, Sample, collate, pack
 from mtpd.data.prompts import load_prompts, render
 from mtpd.data.responses import end_tokens, generate_responses
-from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, fill, store_key, with_hidden
+from mtpd.data.store import HiddenStates, MemoryStore, store_key, with_hidden
 from mtpd.data.vocabulary import draft_vocabulary
 from mtpd.errors import MtpdError
 from mtpd.evaluate.acceptance import SuiteCounts
@@ -131,11 +132,11 @@ class Lab:
             arguments = training_arguments(recipe, dtype=self.trunk.dtype, device=self.trunk.device)
             arguments.save_strategy = "no"
             model = DistillModel(self.trunk, heads, settings, after=after)
-            began = time.perf_counter()
+            began = clock()
             below = None if finished is None else FinishedDepths(self.trunk, finished, MemoryStore(self.trunk, rows))
             trainer = HeadTrainer(model, arguments, rows, store=store, below=below, progress=False)
             trainer.train()
-        return time.perf_counter() - began
+        return clock() - began
 
     def measure(self, heads: Heads, samples: Sequence[Sample]) -> SuiteCounts:
         """Offline acceptance, all families together."""

@@ -32,17 +32,26 @@ SHAPES = ((49_152, 576), (151_936, 1_024))
 class Work:
     """Random states and an unembedding of one shape, and the contenders on them."""
 
-    def __init__(self, positions: int, depths: int, vocabulary: int, size: int, dtype: torch.dtype, top_n: int) -> None:
-        draw = torch.Generator().manual_seed(0)
+    def __init__(
+        self,
+        positions: int,
+        depths: int,
+        vocabulary: int,
+        size: int,
+        dtype: torch.dtype,
+        top_n: int,
+        device: str = "cpu",
+    ) -> None:
+        draw = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=draw).to(dtype)
+            return torch.randn(*shape, generator=draw, device=device).to(dtype)
 
         self.students = [normal(positions, size).requires_grad_() for _ in range(depths)]
         self.trunk = normal(positions, size)
         self.head = Unembedding(normal(vocabulary, size).mul_(0.05))
-        self.masks = [torch.arange(positions) < positions - k for k in range(1, depths + 1)]
-        self.targets = [torch.randint(vocabulary, (positions,), generator=draw) for _ in range(depths)]
+        self.masks = [torch.arange(positions, device=device) < positions - k for k in range(1, depths + 1)]
+        self.targets = [torch.randint(vocabulary, (positions,), generator=draw, device=device) for _ in range(depths)]
         labels = 0.3 if top_n else 0.0
         self.settings = LossSettings((labels,) * depths, (1.0,) * depths, top_n=top_n)
         self.rows = sum(int(mask.sum()) for mask in self.masks)

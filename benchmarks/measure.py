@@ -16,10 +16,17 @@ from torch.utils._pytree import tree_iter
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Of one call."""
-    began = time.perf_counter()
+    """Of one call, and of what it left a GPU to do."""
+    began = clock()
     function()
-    return time.perf_counter() - began
+    return clock() - began
+
+
+def clock() -> float:
+    """Seconds since some moment, when a GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def alternate(functions: Mapping[str, Callable[[], Any]], *, runs: int) -> dict[str, float]:
@@ -67,16 +74,18 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     return counted.peak
 
 
-def product_rate(rows: int, inner: int, columns: int, dtype: torch.dtype, *, runs: int = 5) -> float:
+def product_rate(
+    rows: int, inner: int, columns: int, dtype: torch.dtype, *, runs: int = 5, device: str = "cpu"
+) -> float:
     """FLOP/s of torch.mm on [rows, inner] x [inner, columns], the best of some runs."""
-    left, right = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
-    out = torch.empty(rows, columns, dtype=dtype)
+    left, right = (torch.randn(size, inner, device=device).to(dtype) for size in (rows, columns))
+    out = torch.empty(rows, columns, dtype=dtype, device=device)
     best = min(seconds(lambda: torch.mm(left, right.T, out=out)) for _ in range(runs))
     return 2 * rows * inner * columns / best
 
 
-def bandwidth(*, megabytes: int = 512, runs: int = 5) -> float:
+def bandwidth(*, megabytes: int = 512, runs: int = 5, device: str = "cpu") -> float:
     """Bytes/s of a copy between two tensors larger than the caches, read and written ones together."""
-    source = torch.empty(megabytes * 2**18).fill_(1.0)
+    source = torch.empty(megabytes * 2**18, device=device).fill_(1.0)
     target = torch.empty_like(source).fill_(0.0)
     return 2 * source.nbytes / min(seconds(lambda: target.copy_(source)) for _ in range(runs))

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from functools import partial
 
 import torch
 from lab import machine
+from measure import clock
 from torch import Tensor
 
 SHAPES = [(576, 576)] * 2 + [(192, 576)] * 2 + [(1536, 576)] * 2 + [(576, 1536)]
@@ -49,9 +49,9 @@ def main() -> None:
             times: dict[str, list[float]] = {way: [] for way in ways}
             for _ in range(RUNS):
                 for way, function in ways.items():
-                    began = time.perf_counter()
+                    began = clock()
                     function()
-                    times[way].append(1000 * (time.perf_counter() - began))
+                    times[way].append(1000 * (clock() - began))
             shown = ", ".join(f"{way} {statistics.median(values):.1f} ms" for way, values in times.items())
             print(f"{name}, {rows} rows: {shown}", flush=True)
 

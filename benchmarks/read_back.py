@@ -56,9 +56,8 @@ BASES = {
 }
 LAYOUTS = {
     "hf-mtp": tuple(BASES),
-    "glm4moe": ("llama", "qwen2", "qwen3"),
+    "hyv3-draft": ("llama", "mistral", "qwen3"),
     "mimo-draft": ("llama", "qwen2"),
-    "speculators": ("qwen3",),
     "medusa": ("llama",),
 }
 FORMATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -121,8 +120,9 @@ def cases(folder: Path) -> Iterator[tuple[str, Path, str]]:
 def random_run(folder: Path, layout: str, base: str, dtype: str) -> Path:
     """A run directory, and the checkpoint of its base."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(BASES[base](**SIZES))
-    depth = 2 if layout in ("hf-mtp", "medusa") else 1
+    window = {"sliding_window": None} if base == "mistral" else {}
+    model = AutoModelForCausalLM.from_config(BASES[base](**SIZES, **window))
+    depth = 1 if layout == "mimo-draft" else 2
     trunk = Trunk(model.eval())
     if layout == "medusa":
         config = HeadsConfig(kind="medusa", depth=depth, hidden_size=64, columns=SIZES["vocab_size"])

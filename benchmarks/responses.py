@@ -9,14 +9,8 @@ request on, without its start. vLLM gets a virtual environment of its own (`--en
 from __future__ import annotations
 
 import argparse
-import os
-import socket
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,44 +25,8 @@ from mtpd.data.prompts import load_prompts
 from mtpd.data.rendering import render
 from mtpd.data.responses import end_tokens
 from mtpd.decode.choice import Greedy
-from mtpd.errors import MtpdError
 from mtpd.formats.engines import with_vllm
 from mtpd.trunk import Trunk
-
-START = 600.0
-"""Seconds in which a server has to answer."""
-
-
-@contextmanager
-def vllm(python: Path, model: str, *, length: int) -> Iterator[str]:
-    """Gives the address of a vLLM server of a model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--dtype", "float32"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(length), "--enforce-eager"]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    variables = {**os.environ, **with_vllm.ENVIRONMENT, **threads, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    variables.pop("PYTHONPATH", None)
-    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=variables)
-        try:
-            until = time.monotonic() + START
-            while not answers_at(port):
-                if process.poll() is not None or time.monotonic() > until:
-                    log.seek(0)
-                    raise MtpdError(f"vLLM did not start: {log.read()[-2000:]}")
-                time.sleep(1.0)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def answers_at(port: int) -> bool:
-    """Whether a server listens."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def measured(
@@ -117,7 +75,7 @@ def main() -> None:
         measured("transformers' generate_batch", by_batch, tasks, own)
     if "vllm" in ways:
         length = max(len(task.ids) for task in tasks) + new + 16
-        with vllm(with_vllm.environment(options.environment), name, length=length) as url:
+        with with_vllm.server(with_vllm.environment(options.environment), name, length=length) as url:
             server = Server(
                 url,
                 tokenizer,

@@ -25,8 +25,9 @@ from measure import alternate, peak_bytes, product_rate
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from mtpd.data.disk_store import DiskStore, fill
 from mtpd.data.packing import PackedRows
-from mtpd.data.store import DiskStore, HiddenStates, fill, with_hidden
+from mtpd.data.store import HiddenStates, with_hidden
 from mtpd.heads import build_heads
 from mtpd.heads.chain.start import initialise
 from mtpd.heads.config import HeadsConfig
@@ -54,7 +55,7 @@ def new_trunk(dtype: torch.dtype) -> Trunk:
 
 def autocast(trunk: Trunk) -> AbstractContextManager[Any]:
     """Heads are float32 and computed in the trunk's number format, as in training."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=trunk.dtype == torch.bfloat16)
+    return torch.autocast(trunk.device.type, dtype=trunk.dtype, enabled=trunk.dtype != torch.float32)
 
 
 class Ours:
@@ -97,6 +98,9 @@ class Kept:
 
     def __getitem__(self, row: int) -> torch.Tensor:
         return self.hidden_TD
+
+    def expect(self, row: int) -> None:
+        pass
 
     def put(self, rows: Sequence[int], hidden_BTD: torch.Tensor) -> None:
         raise AssertionError("all rows are here")
@@ -258,7 +262,7 @@ def main() -> None:
         trunk = new_trunk(getattr(torch, dtype))
         ids = torch.randint(49_152, (1, options.tokens), generator=torch.Generator().manual_seed(0))
         rows = PackedRows(ids, ids, torch.arange(options.tokens)[None], documents=1, cut=0, dropped=0)
-        batch = {key: value[None] for key, value in rows[0].items()} | {"row": torch.tensor([0])}
+        batch = {key: value[None] for key, value in rows[0].items()} | {"row": [0]}
         loss = LossSettings((0.0,) * options.depth, (1.0,) * options.depth)
         if "speculators" in options.parts:
             against_speculators(trunk, batch, options.depth, options.runs, report)

@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -29,11 +28,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lab import machine
+from measure import clock
 from step_time import Machine, Work, step_seconds, work_of
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from mtpd.data.disk_store import fill
 from mtpd.data.packing import PackedRows
-from mtpd.data.store import MemoryStore, fill
+from mtpd.data.store import MemoryStore
 from mtpd.heads import build_heads, configure_heads, start_heads
 from mtpd.losses.fused import TILE_BYTES
 from mtpd.parallel import ranks
@@ -95,10 +96,10 @@ class Clock(TrainerCallback):
         self._began = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._began = time.perf_counter()
+        self._began = clock()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._began)
+        self.seconds.append(clock() - self._began)
 
 
 def timed(function: Callable[[], Any], *, runs: int = 5) -> float:
@@ -106,9 +107,9 @@ def timed(function: Callable[[], Any], *, runs: int = 5) -> float:
     found = []
     for _ in range(runs):
         ranks.barrier()
-        began = time.perf_counter()
+        began = clock()
         function()
-        found.append(time.perf_counter() - began)
+        found.append(clock() - began)
     return statistics.median(found)
 
 

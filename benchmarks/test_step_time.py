@@ -28,8 +28,9 @@ from benchmarks.step_time import (
     updated,
     work_of,
 )
+from mtpd.data.disk_store import fill
 from mtpd.data.packing import PackedRows
-from mtpd.data.store import MemoryStore, fill
+from mtpd.data.store import MemoryStore
 from mtpd.heads import build_heads, configure_heads, start_heads
 from mtpd.plan.scaling import Sharding
 from mtpd.recipe import load_recipe

@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 
 from lab import machine
+from measure import clock
 
 from mtpd.data.models import load_model
 from mtpd.decode.chances import Chances
@@ -62,9 +62,9 @@ def main() -> None:
                 choice=choice,
                 planner=plan,
             )
-            began = time.perf_counter()
+            began = clock()
             written = sorted(engine.run(requests), key=lambda text: text.number)
-            spent = time.perf_counter() - began
+            spent = clock() - began
             return spent, sum(len(text.rounds) for text in written), [text.tokens for text in written]
 
         ways: dict[str, int | None] = {"without heads": None}

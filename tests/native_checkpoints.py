@@ -208,6 +208,10 @@ BY_NAME: dict[str, tuple[dict[str, Any], Shapes]] = {
             **_each("model.mtp_block.0.", LAYER),
         },
     ),
+    "hy-v3": (
+        {"model_type": "hy_v3", "architectures": ["HYV3ForCausalLM"], "num_nextn_predict_layers": 2},
+        _each("model.layers.{n}.", {**MIXED, **LAYER}, 2),
+    ),
     "step3.5": (
         {"model_type": "step3p5", "num_nextn_predict_layers": 3},
         _each(

@@ -17,7 +17,7 @@ import collections
 import ctypes
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -219,7 +219,9 @@ def _waits(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], device: tor
         # What goes there may be on its way while the host goes on; what comes from there has to have come.
         return crosses and (_on_device(args[0]) or not kwargs.get("non_blocking"))
     if name == "copy_":
-        return _on_device(args[0]) != _on_device(args[1])
+        # What is copied into pinned memory comes while the host goes on; an event says when it is there.
+        beside = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
+        return not beside and _on_device(args[0]) != _on_device(args[1])
     if name == "index" or name in PUTTING:
         indices = [index for index in args[1] if index is not None]
         return any(index.dtype in (torch.bool, torch.uint8) or not _on_device(index) for index in indices)
@@ -236,6 +238,22 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     ]
     given = [args[at] if at < len(args) else kwargs[schema.arguments[at].name] for at in places]
     return given[0] if len(given) == 1 else tuple(given)
+
+
+class _Stream:
+    """One that has nothing to do, and an event in it."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.device = device
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        _counts.wait("synchronize")
 
 
 @contextmanager
@@ -273,7 +291,7 @@ def _guard() -> Iterator[None]:
 
 def _replacements() -> list[tuple[Any, str, Any]]:
     """Functions that a pretended device needs in the place of PyTorch's."""
-    new, tolist, grad = Tensor.new_tensor, Tensor.tolist, torch.autograd.grad
+    new, tolist, grad, empty = Tensor.new_tensor, Tensor.tolist, torch.autograd.grad, torch.empty
     attention = torch.nn.functional.scaled_dot_product_attention
 
     def new_tensor(self: Tensor, data: Any, **options: Any) -> Tensor:
@@ -303,7 +321,16 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         finally:
             _counts.muted -= 1
 
+    def unpinned(*size: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        return empty(*size, **options)
+
     return [
+        (torch, "empty", unpinned),
+        (torch.cuda, "Stream", _Stream),
+        (torch.cuda, "Event", _Stream),
+        (torch.cuda, "current_stream", _Stream),
+        (torch.cuda, "stream", nullcontext),
+        (Tensor, "record_stream", lambda self, stream: None),
         (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),
         (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),

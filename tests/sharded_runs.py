@@ -22,8 +22,9 @@ import torch
 from transformers import TrainerCallback
 
 from mtpd.alignment import IGNORED
+from mtpd.data.disk_store import fill
 from mtpd.data.packing import PackedRows, Sample
-from mtpd.data.store import MemoryStore, fill
+from mtpd.data.store import MemoryStore
 from mtpd.heads import Heads, save_heads
 from mtpd.heads.chain.heads import ChainHeads
 from mtpd.recipe import parse_recipe

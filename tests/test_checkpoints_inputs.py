@@ -28,7 +28,7 @@ def test_runs_of_the_built_in_model_are_inspected_and_exported(
     main(["verify", str(tmp_path / "out"), *words])
     output = capsys.readouterr()
     assert "1 of 1 texts are the plain model's" in output.out
-    assert "/3 [" in output.err, "a bar counts texts: plain, by mtpd and by the engine"
+    assert "/2 [" in output.err, "a bar counts texts: plain, and by the engine"
     assert main(["generate", str(tmp_path / "out"), "--prompt", "Hello"]) == 2
     assert f"give the run that it was written from: {finished_run}" in capsys.readouterr().err
 

@@ -56,7 +56,7 @@ def test_native_heads_are_distilled_and_put_back(name: str, tmp_path: Path) -> N
     out = tmp_path / "out"
     assert main(["export", str(run), "--to", "vllm", "-o", str(out)]) == 0
     before, after = files(original), files(out)
-    assert set(after) == set(before) | {"README-mtpd.md", "mtpd.json"}
+    assert set(after) == set(before) | {"README-mtpd.md", "mtpd.json", "vllm.yaml"}
     assert (original / "README.md").read_text() == "the original's own card"
     card = (out / "README-mtpd.md").read_text()
     assert "vllm serve" in card

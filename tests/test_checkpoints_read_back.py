@@ -37,7 +37,7 @@ READ = re.compile(
 
 
 @pytest.mark.parametrize(
-    ("layout", "loader"), [("hf-mtp", "transformers"), ("glm4moe", "transformers"), ("mimo-draft", "mtpd")]
+    ("layout", "loader"), [("hf-mtp", "transformers"), ("hyv3-draft", "mtpd"), ("mimo-draft", "mtpd")]
 )
 def test_heads_made_noise_accept_less(layout: str, loader: str, tmp_path: Path) -> None:
     """Fault: an export that nobody has loaded; one loaded with heads of its loader's own."""
@@ -125,7 +125,7 @@ EXPORTS = {
     "llama as hf-mtp, bfloat16": ("hf-mtp", "llama", torch.bfloat16),
     "mistral as hf-mtp, float16": ("hf-mtp", "mistral", torch.float16),
     "qwen3 as hf-mtp, float32": ("hf-mtp", "qwen3", torch.float32),
-    "qwen2 as glm4moe, float32": ("glm4moe", "qwen2", torch.float32),
+    "qwen3 as hyv3-draft, float32": ("hyv3-draft", "qwen3", torch.float32),
     "llama as mimo-draft, float16": ("mimo-draft", "llama", torch.float16),
     "llama as medusa, bfloat16": ("medusa", "llama", torch.bfloat16),
 }
@@ -139,7 +139,7 @@ def small_run(folder: Path, layout: str, name: str, dtype: torch.dtype) -> Path:
     if layout == "medusa":
         heads = build_heads(trunk, HeadsConfig(kind="medusa", depth=2, hidden_size=32, columns=128))
     else:
-        heads = architectures.new_heads(trunk, "identity", depth=2 if layout == "hf-mtp" else 1)
+        heads = architectures.new_heads(trunk, "identity", depth=1 if layout == "mimo-draft" else 2)
     run = finished_run(folder, trunk, heads, base=folder / "base")
     form = f"{{kind: {heads.config.kind}, depth: {heads.depth}}}"
     (run / "recipe.yaml").write_text(f"model: {folder / 'base'}\noutput: {run}\nheads: {form}\n")

@@ -128,7 +128,7 @@ def test_help_shows_examples_that_parse(words: list[str]) -> None:
 
 
 def test_an_installed_package_has_its_recipes(tmp_path: Path) -> None:
-    """Fault: the wheel lacks recipes or presets, so that `mtpd distill demo` works in a checkout alone."""
+    """Fault: the wheel lacks recipes, presets or the plugin, so that `mtpd distill demo` works in a checkout alone."""
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     for package in wheel["packages"]:
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -137,7 +137,9 @@ def test_an_installed_package_has_its_recipes(tmp_path: Path) -> None:
     code = """
         import sys
         from mtpd.cli import main
+        from mtpd.formats.engines.plugin import plugin_folder
         from mtpd.recipe.shipped import shipped_folder
+        assert (plugin_folder() / "mtpd_vllm" / "model.py").is_file()
         print(shipped_folder(), (shipped_folder() / "deepspeed" / "zero2.json").is_file())
         sys.exit(main(["recipe", "copy", "demo"]) or main(["recipe", "check", "demo.yaml"]) or main(["recipe", "ls"]))
     """

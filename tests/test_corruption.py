@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mtpd.data import store
+from mtpd.data import store_index
 from mtpd.data.answers import kept
 from mtpd.decode.chances import CHANCES, Chances, read_chances
 from mtpd.errors import MtpdError
@@ -65,7 +65,7 @@ def answers(file: Path) -> Any:
 
 
 def index(file: Path) -> Any:
-    found = store._read_index(file)
+    found = store_index.read_index(file)
     if found is None:
         raise MtpdError(f"{file}: an index that cannot be read is refused by its name")
     return [found[key] for key in ("schema", "key", "rows", "row_length", "hidden_size", "dtype", "shards")]

@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from mtpd.alignment import IGNORED
 from mtpd.data import models
+from mtpd.data.disk_store import DiskStore
 from mtpd.data.models import load_model, resolve_device
 from mtpd.data.packing import Sample, pack
+from mtpd.data.store import stored_states
 from mtpd.decode.chances import Chances
 from mtpd.decode.engine import Engine
 from mtpd.decode.planner import Planner
@@ -32,6 +34,7 @@ from mtpd.recipe import parse_recipe
 from mtpd.run import new_heads
 from mtpd.run.session import with_fitting_defaults
 from mtpd.train.arguments import training_arguments
+from mtpd.train.joint_trunk import FullTrunk
 from mtpd.train.model import DistillModel
 from mtpd.train.optimizer_state import save_state
 from mtpd.trunk import Trunk, Unembedding
@@ -157,6 +160,27 @@ def test_the_loss(name: str, gpu: Counts) -> None:
     assert (found[0] <= LOSSES[name][0], found[1] <= LOSSES[name][1]) == (True, True), (found, gpu.places)
 
 
+def test_states_go_to_the_disk_while_the_host_goes_on(gpu: Counts, tmp_path: Path) -> None:
+    """Fault: the host waits for each row that is kept or read, or a file is written before its states have come."""
+    trunk = on_gpu()
+    rows = pack([Sample.of(str(n), [n, 1, 2], [n + 3] * 20) for n in range(4)], row_length=24)
+    states = torch.randn(4, 24, trunk.hidden_size, device=CUDA)
+    store = DiskStore(tmp_path, trunk, rows, key={})
+    gpu.reset()
+    batch = {"row": [2, 0, 1], "input_ids": torch.zeros(3, 24, dtype=torch.long, device=CUDA)}
+    found = stored_states(batch, store, lambda _: states[:3], device=CUDA)
+    assert (gpu.launches["copy_"], gpu.syncs.total()) == (1, 0)
+    store.flush()
+    assert gpu.syncs["synchronize"] == 1
+    gpu.reset()
+    batch = {"row": [0, 3, 1], "input_ids": torch.zeros(3, 24, dtype=torch.long, device=CUDA)}
+    again = stored_states(batch, store, lambda missing: states[3:][: len(missing["input_ids"])], device=CUDA)
+    assert not gpu.syncs, gpu.places
+    assert torch.equal(again.cpu(), torch.stack([found[1], states[3], found[2]]).cpu())
+    store.flush()
+    assert torch.equal(DiskStore(tmp_path, trunk, rows, key={})[3], states[3].cpu())
+
+
 def decoded(trunk: Trunk, heads: Heads | None, gpu: Counts, planner: Planner | None = None) -> tuple[int, int]:
     """Launches and synchronisations of a round at most, while two texts are written."""
     engine = Engine(trunk, heads, slots=2, capacity=64, planner=planner)
@@ -233,6 +257,14 @@ def test_experts_of_heads_are_computed_in_the_format_of_autocast() -> None:
     weights = {name: parameter for name, parameter in block.named_parameters() if "experts" in name}
     assert weights
     assert all(each.dtype == torch.float32 and each.grad is not None and each.grad.any() for each in weights.values())
+    seen.clear()
+    joint = FullTrunk(trunk, original_teacher=False, dtype=torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(torch.nn.functional, "grouped_mm", watched)
+        joint.states(torch.arange(8)[None], torch.arange(8)[None]).float().sum().backward()
+    assert set(seen) == {torch.bfloat16}
+    joint._finish()
+    assert trunk.config._experts_implementation == "grouped_mm"
 
 
 def test_a_copy_of_heads_is_in_16_bits_from_the_beginning() -> None:

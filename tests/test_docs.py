@@ -22,7 +22,7 @@ PAGES = [
     *sorted((ROOT / "mtpd").glob("*/README.md")),
 ]
 # Shared by benchmarks, or drawing what they measured.
-NO_BENCHMARKS = {"lab", "measure", "plot", "step_counts", "step_time", "test_step_time"}
+NO_BENCHMARKS = {"lab", "measure", "plot", "step_counts", "step_time", "test_gpu", "test_step_time"}
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from test_checkpoints_export import llama_run
 from test_kinds import PACKAGE, strings
 
@@ -72,7 +73,7 @@ def write(run: Run, folder: Path) -> None:
 @pytest.fixture
 def twins(monkeypatch: pytest.MonkeyPatch) -> Layout:
     """A layout and a family from outside of the package."""
-    entry = Layout("twin-heads", "a base with twins", refused, write, {"vllm": VLLM}, rank=15, family=TWINS)
+    entry = Layout("twin-heads", "a base with twins", refused, write, {"vllm": VLLM}, rank=12, family=TWINS)
     # What `register` adds is taken away again.
     for register, entries, each in ((layout.register, LAYOUTS, entry), (family.register, FAMILIES, TWINS)):
         monkeypatch.setitem(entries, each.name, each)  # type: ignore[arg-type]
@@ -91,7 +92,9 @@ def test_a_layout_from_outside_is_exported_and_read(
     assert "export --to twin-heads: fits" in capsys.readouterr().out
     assert main(["export", str(run), "--to", to, "-o", str(out)]) == 0
     assert "layout twin-heads" in capsys.readouterr().out
-    assert f"vllm serve {out} --speculative-config" in (out / "README.md").read_text()
+    assert f"\nvllm serve --config {out}/vllm.yaml\n" in (out / "README.md").read_text()
+    drafts = {"method": "mtp", "num_speculative_tokens": 2}
+    assert yaml.safe_load((out / "vllm.yaml").read_text()) == {"model": str(out), "speculative-config": drafts}
     assert main(["inspect", str(out)]) == 0
     said = capsys.readouterr().out
     assert "export of mtpd, layout twin-heads: a base with twins" in said

@@ -12,12 +12,12 @@ import pytest
 import torch
 from processes import in_ranks
 
-from mtpd.data import responses, store
+from mtpd.data import disk_store, responses
+from mtpd.data.disk_store import DiskStore, fill
 from mtpd.data.models import load_model
 from mtpd.data.packing import PackedRows, Sample, pack
 from mtpd.data.prompts import Prompt
 from mtpd.data.responses import generate_responses
-from mtpd.data.store import DiskStore, fill
 from mtpd.errors import UserError
 from mtpd.parallel import ranks
 from mtpd.trunk import Trunk
@@ -112,13 +112,13 @@ def make_rows() -> PackedRows:
 def store_states(loaded: Any, directory: Path, killed: int | None = None) -> dict[str, Any]:
     """Fills a store as rank, in shards of two rows; the rank `killed` dies before the index of its second shard."""
     trunk, rows = Trunk(loaded[0]), make_rows()
-    size, store.SHARD_BYTES = store.SHARD_BYTES, 2 * 24 * trunk.hidden_size * 4
-    write, written, passes = store.write_whole, [], [0]
-    compute = store.with_hidden
+    size, disk_store.SHARD_BYTES = disk_store.SHARD_BYTES, 2 * 24 * trunk.hidden_size * 4
+    write, written, passes = disk_store.write_whole, [], [0]
+    compute = disk_store.with_hidden
 
     def write_or_die(path: Path, content: Any) -> None:
         written.append(path)
-        if ranks.rank() == killed and len(written) == 4:
+        if ranks.rank() == killed and len(written) == 2:
             die()
         write(path, content)
 
@@ -126,9 +126,9 @@ def store_states(loaded: Any, directory: Path, killed: int | None = None) -> dic
         passes[0] += len(batch["row"])
         return compute(batch, *args, **options)
 
-    store.with_hidden = counted
+    disk_store.with_hidden = counted
     if killed is not None:
-        store.write_whole = write_or_die
+        disk_store.write_whole = write_or_die
     try:
         with ranks.joined(CPU):
             found = DiskStore(directory, trunk, rows, key=KEY, together=True)
@@ -136,9 +136,9 @@ def store_states(loaded: Any, directory: Path, killed: int | None = None) -> dic
             states = [found[row].sum().item() for row in range(len(rows))]
             return {"passes": passes[0], "states": states, "shards": sorted(found.index["shards"])}
     finally:
-        store.SHARD_BYTES = size
-        store.with_hidden = compute
-        store.write_whole = write
+        disk_store.SHARD_BYTES = size
+        disk_store.with_hidden = compute
+        disk_store.write_whole = write
 
 
 def test_ranks_fill_a_store_together(loaded: Any, tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_an_epoch_has_each_row_once() -> None:
     assert list(order) != first
     assert [bool((rows[place]["labels"] != -100).any()) for place in range(12)] == [True] * 9 + [False] * 3
     # Their states are those of rows that a store has.
-    assert all(int(rows[place]["row"]) < 9 for place in range(12))
+    assert all(rows[place]["row"] < 9 for place in range(12))
 
 
 def test_steps_keep_their_rows(runs: Path) -> None:

@@ -21,9 +21,10 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 from mtpd.alignment import IGNORED
 from mtpd.cli import main
+from mtpd.data.disk_store import DiskStore
 from mtpd.data.models import load_model
 from mtpd.data.packing import Sample, pack
-from mtpd.data.store import DiskStore, store_key
+from mtpd.data.store import store_key
 from mtpd.decode.chances import Chances
 from mtpd.decode.engine import Engine
 from mtpd.decode.planner import Planner

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +13,14 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
-from mtpd.data import store
+from mtpd.data import disk_store, store, store_index
+from mtpd.data.disk_store import DiskStore, fill
 from mtpd.data.models import load_model
 from mtpd.data.packing import PackedRows, Sample, collate, pack
-from mtpd.data.store import DiskStore, MemoryStore, fill, store_key, with_hidden
+from mtpd.data.store import MemoryStore, store_key, with_hidden
 from mtpd.errors import MtpdError
 from mtpd.files import write_whole
+from mtpd.train.rows import TrainingRows
 from mtpd.trunk import Trunk
 
 KEY = {"trunk": "a", "tokenizer": "b", "prompts": "c", "packed rows": "d"}
@@ -26,8 +31,8 @@ class Setting(NamedTuple):
     rows: PackedRows
     passes: list[int]
 
-    def batch(self, *numbers: int) -> dict[str, torch.Tensor]:
-        return collate([{**self.rows[number], "row": torch.tensor(number)} for number in numbers])
+    def batch(self, *numbers: int) -> dict[str, Any]:
+        return collate([{**self.rows[number], "row": number} for number in numbers])
 
 
 @pytest.fixture
@@ -35,7 +40,7 @@ def setting(monkeypatch: pytest.MonkeyPatch) -> Setting:
     """Ten rows in shards of four, and a trunk whose passes are counted."""
     trunk = Trunk(load_model("tiny", dtype="bfloat16", device="cpu")[0])
     rows = pack([Sample.of(str(n), [n, 1, 2], [n + 3] * (10 + n % 7)) for n in range(10)], row_length=24)
-    monkeypatch.setattr(store, "SHARD_BYTES", 4 * 24 * trunk.hidden_size * 2)
+    monkeypatch.setattr(disk_store, "SHARD_BYTES", 4 * 24 * trunk.hidden_size * 2)
     passes: list[int] = []
     hidden = trunk.hidden
 
@@ -104,12 +109,12 @@ def test_what_is_interrupted_continues_by_shards(
 
     def killed(path: Path, content: Any) -> None:
         written.append(path.name)
-        if len(written) == 4:  # the index after the second shard
+        if len(written) == 2:  # the index after the second shard
             raise RuntimeError("killed")
         write(path, content)
 
     with monkeypatch.context() as patched:
-        patched.setattr(store, "write_whole", killed)
+        patched.setattr(disk_store, "write_whole", killed)
         with pytest.raises(RuntimeError, match="killed"):
             filled(setting, tmp_path)
     setting.passes.clear()
@@ -122,15 +127,104 @@ def test_what_is_interrupted_continues_by_shards(
 
 
 def test_a_damaged_shard_is_computed_again(setting: Setting, tmp_path: Path) -> None:
-    """Fault: bytes that changed on the disk are trained on."""
+    """Fault: bytes that changed on the disk are trained on; a command that fills a store and leaves it damaged."""
     states = filled(setting, tmp_path)[9].clone()
     shard = tmp_path / "hidden-00002.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
+    for fills in (True, False):
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+        setting.passes.clear()
+        if fills:
+            assert torch.equal(filled(setting, tmp_path)[9], states)
+        else:
+            opened = DiskStore(tmp_path, setting.trunk, setting.rows, key=KEY)
+            opened.expect(9)
+            batch = with_hidden(setting.batch(8, 1, 9), setting.trunk, opened)
+            opened.flush()
+            torch.testing.assert_close(batch["hidden"][2].float(), states.float(), atol=0.05, rtol=0.05)
+        assert sum(setting.passes) == 2
+        assert all(row in DiskStore(tmp_path, setting.trunk, setting.rows, key=KEY) for row in range(10))
+
+
+def test_opening_reads_no_states(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: minutes of hashing before the first step; a file of another size that is found while training."""
+    states = filled(setting, tmp_path)
+    hashed: list[str] = []
+    inside = disk_store.fingerprint_file
+
+    def seen(path: Path) -> str:
+        hashed.append(path.name)
+        return inside(path)
+
+    monkeypatch.setattr(disk_store, "fingerprint_file", seen)
+    opened = DiskStore(tmp_path, setting.trunk, setting.rows, key=KEY)
+    assert not hashed
+    for _ in range(2):
+        assert torch.equal(opened[5], states[5])
+    assert hashed == ["hidden-00001.safetensors"]
+    shard = tmp_path / "hidden-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert [row for row in range(10) if row not in DiskStore(tmp_path, setting.trunk, setting.rows, key=KEY)] == [
+        0,
+        1,
+        2,
+        3,
+    ]
+
+
+def test_rows_are_read_ahead(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: rows that are expected keep more memory than they may, or one is given in the place of another."""
+    states = filled(setting, tmp_path)
+    monkeypatch.setattr(disk_store, "AHEAD_BYTES", 3 * store.bytes_needed(1, 24, setting.trunk))
+    opened = DiskStore(tmp_path, setting.trunk, setting.rows, key=KEY)
+    loaded = TrainingRows(setting.rows, stores=[opened])
+    for number in (4, 0, 4, 7, 2, 9):
+        loaded[number]
+    assert sorted(opened._ahead) == [0, 4, 7]
+    for number in (0, 4, 7, 2, 9):
+        assert torch.equal(opened[number], states[number])
+    assert not opened._ahead
+    assert loaded.__getstate__()["stores"] == ()
+
+
+def test_states_are_written_while_others_come(setting: Setting, tmp_path: Path) -> None:
+    """Fault: rows on their way to the disk that are computed again, changed by those after them, or lost."""
+    found = DiskStore(tmp_path, setting.trunk, setting.rows, key=KEY)
+    release = threading.Event()
+    found._writer.submit(release.wait)
+    shape = (1, 24, setting.trunk.hidden_size)
+    states = {row: torch.full(shape, float(row), dtype=torch.bfloat16) for row in range(10)}
+    for row in range(8):
+        found.put([row], states[row])
+    # Two shards are full and neither is written.
+    assert not list(tmp_path.glob("*"))
+    assert all(row in found and torch.equal(found[row], states[row][0]) for row in range(8))
+    threading.Timer(0.2, release.set).start()
+    found.put([8, 9], torch.cat([states[8], states[9]]))
+    found.flush()
+    assert not found._held
+    reopened = DiskStore(tmp_path, setting.trunk, setting.rows, key=KEY)
+    reopened.check()
+    assert all(torch.equal(each[row], states[row][0]) for row in range(10) for each in (found, reopened))
+
+
+def test_a_disk_that_fails_ends_the_run(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: an error in the thread that writes is never seen, and the store misses what it said it had."""
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left")
+
+    found = DiskStore(tmp_path, setting.trunk, setting.rows, key=KEY)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(MtpdError, match=r"hidden-0000\d.safetensors: cannot write: No space left \(.*needed"):
+            fill(found, setting.trunk, setting.rows, batch_rows=2, progress=False)
+        found._writer.shutdown()
+    assert not list(tmp_path.glob("*.safetensors"))
     setting.passes.clear()
-    assert torch.equal(filled(setting, tmp_path)[9], states)
-    assert sum(setting.passes) == 2
+    filled(setting, tmp_path)
+    assert sum(setting.passes) == 10
 
 
 @pytest.mark.parametrize("name", KEY)
@@ -159,7 +253,7 @@ def test_the_key_names_all_that_states_depend_on(setting: Setting) -> None:
 def test_a_full_disk_is_told_before_the_work(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault: hours of trunk passes that end in `No space left on device`."""
     needed = 10 * 24 * setting.trunk.hidden_size * 2
-    usage = shutil.disk_usage(tmp_path)._replace(free=store.MARGIN + needed - 1)
+    usage = shutil.disk_usage(tmp_path)._replace(free=store_index.MARGIN + needed - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(MtpdError, match=r"need [\d.]+ MB, .* has [\d.]+ MB free; set data\.hidden_states"):
         DiskStore(tmp_path / "new", setting.trunk, setting.rows, key=KEY)

@@ -68,8 +68,8 @@ def serve(said: str) -> None:
     from trl import apply_chat_template  # noqa: F401
 
     import mtpd.cli
+    import mtpd.data.disk_store
     import mtpd.data.responses
-    import mtpd.data.store
     import mtpd.run.distill
     import mtpd.run.extend
     import mtpd.run.joint_training
@@ -77,7 +77,7 @@ def serve(said: str) -> None:
     torch.set_num_threads(1)
     # Many small writes, so that something is being written most of the time.
     mtpd.data.responses.FLUSH_SECONDS = 0.0
-    mtpd.data.store.SHARD_BYTES = 64 * 2**10
+    mtpd.data.disk_store.SHARD_BYTES = 64 * 2**10
     for line in sys.stdin:
         order = json.loads(line)
         counted = Path(f"{said}.calls")

@@ -37,6 +37,15 @@ def export(
     ],
     output: Output,
     depth: Annotated[int | None, typer.Option("--depth", min=1, help="How many heads to export. Default: all.")] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            "--base",
+            exists=True,
+            dir_okay=False,
+            help="With --to llama.cpp: a GGUF file of the base, quantised or not, into which the heads are written.",
+        ),
+    ] = None,
     perturb: Annotated[
         bool,
         typer.Option(help="Load what was written, and check that each kind of tensor changes what the heads compute."),
@@ -50,7 +59,9 @@ def export(
 
         mtpd export runs/demo --to transformers -o out
 
-        mtpd export runs/demo --to vllm --depth 1 -o out
+        mtpd export runs/demo --to vllm -o out
+
+        mtpd export runs/demo --to llama.cpp --depth 1 --base model.gguf -o out
     """
     # Imported heads that mtpd cannot compute have no recipe.
     if not (run / IMPORTED).is_file():
@@ -59,6 +70,10 @@ def export(
             read_config(run / "heads").check_depth(depth, key="--depth")
     with quiet_libraries(debug=debug):
         from mtpd.formats.export import export as write  # brings in torch
+        from mtpd.formats.model_card import read_says
+        from mtpd.formats.serving import to_a_completion
 
-        layout, why = write(run, output, to=to, depth=depth, perturb=perturb, untrusted=untrusted)
-        typer.echo(f"{output}: layout {layout.name} ({why}); README.md there says how it is served")
+        layout, why = write(run, output, to=to, depth=depth, base=base, perturb=perturb, untrusted=untrusted)
+        typer.echo(f"{output}: layout {layout.name} ({why}); README.md there says more")
+        for command in to_a_completion(layout, read_says(output) or {}, output, engine=to):
+            typer.echo(command)

@@ -40,9 +40,12 @@ def verify(
     ] = True,
     debug: Debug = False,
 ) -> None:
-    """Serve an export in float32 and compare text and acceptance with mtpd's own decoding.
+    """Serve an export in float32 and compare its text and drafts with mtpd's own.
 
-    Exit codes: 0 all agree, 3 text or acceptance differ, 2 a mistake, 1 a failure.
+    Drafts are compared one by one where the engine gives them (transformers; vLLM with the plugin),
+    elsewhere by their acceptance.
+
+    Exit codes: 0 all agree, 3 text, drafts or acceptance differ, 2 a mistake, 1 a failure.
 
     Example:
 

@@ -209,9 +209,13 @@ def pack(samples: Iterable[Sample], *, row_length: int, pad_token_id: int = 0, a
     return PackedRows(input_ids, labels, position_ids, documents=len(kept), cut=cut, dropped=dropped)
 
 
-def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Rows stacked into a batch {"input_ids", "labels", "position_ids"}, each long [B, T]."""
-    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Rows stacked into a batch {"input_ids", "labels", "position_ids"}, each long [B, T].
+
+    Numbers, such as that of a row, make a list: no device gets what only the host reads.
+    """
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    return {key: torch.stack(each) if isinstance(each[0], Tensor) else each for key, each in columns.items()}
 
 
 def response_texts(rows: PackedRows) -> list[list[int]]:

@@ -13,11 +13,19 @@ from mtpd.formats.layout import ENGINES, Layout, targets
 from mtpd.formats.layouts import LAYOUTS
 from mtpd.formats.model_card import CARD, OWN_CARD, about, model_card
 from mtpd.formats.read_back import read_back
+from mtpd.formats.serving import write_vllm_config
 from mtpd.formats.tensors import cast, is_zero
 
 
 def export(
-    path: Path, output: Path, *, to: str, depth: int | None = None, perturb: bool = True, untrusted: bool = False
+    path: Path,
+    output: Path,
+    *,
+    to: str,
+    depth: int | None = None,
+    base: Path | None = None,
+    perturb: bool = True,
+    untrusted: bool = False,
 ) -> tuple[Layout, str]:
     """Writes the heads of a run in a layout.
 
@@ -25,6 +33,7 @@ def export(
         path: the run directory.
         to: a layout, or an engine that one is chosen for.
         depth: how many depths; None is all.
+        base: a GGUF file of the base, for layouts that write one.
         perturb: also loads what was written, as it is and with heads made noise, which must accept less.
         untrusted: the run is somebody else's: code that comes with its model is not run, whatever its recipe says.
 
@@ -39,19 +48,23 @@ def export(
         raise UserError(f"--to {to}: is not known; accepted: {', '.join(targets())}")
     if output.exists():
         raise UserError(f"output: {output} exists; choose another output, or delete it first")
-    run = open_run(path, depth=depth, untrusted=untrusted)
+    run = open_run(path, depth=depth, gguf=base, untrusted=untrusted)
     layout, why = choose(run, to)
     with new_directory(output) as folder:
         layout.write(run, folder)
-        check(run, layout, folder)
-        if perturb:
+        if layout.checked is not None:
+            why += f"; {layout.checked(run, folder)}"
+        else:
+            check(run, layout, folder)
+        if perturb and layout.checked is None:
             why += f"; {read_back(run, folder, layout)}"
         # A link to a file of the base must not be written through.
         (folder / EXPORTED).unlink(missing_ok=True)
         write_json(folder / EXPORTED, about(run, layout))
+        write_vllm_config(run, layout, folder, output)
         card = folder / (OWN_CARD if (folder / CARD).exists() else CARD)
         card.unlink(missing_ok=True)
-        card.write_text(model_card(run, layout, output), encoding="utf-8")
+        card.write_text(model_card(run, layout, output, folder), encoding="utf-8")
     return layout, why
 
 
@@ -95,6 +108,9 @@ def unfit(run: Run, layout: Layout) -> str | None:
             f"the heads read {run.config.shared_layers} adapted layers of the trunk (heads.shared_layers), for which "
             "it has no place; accepted: mtpd's own decoding (`mtpd generate`)"
         )
+    if not run.base.files and layout.checked is None:
+        able = ", ".join(name for name, each in LAYOUTS.items() if each.checked is not None)
+        return f"the base is a file of llama.cpp; accepted: {able}, or a run with the checkpoint that it is of"
     return layout.refused(run)
 
 
@@ -111,16 +127,8 @@ def check(run: Run, layout: Layout, folder: Path) -> None:
         raise MtpdError(f"export {layout.name}: what was written cannot be read back: {error}") from error
     found = native.tensors
     expected = run.heads(run.written if layout.replaces else native.count)
-    if layout.cut is not None:
-        # Signs may be moved besides: names and shapes are what can be compared.
-        expected, found = ({n: t for n, t in each.items() if layout.cut not in n} for each in (expected, found))
-        odd = sorted(n for n, t in expected.items() if n in found and t.shape != found[n].shape)
-        unlike = find_heads(written).cannot_run
-        if unlike:
-            raise MtpdError(f"export {layout.name}: {unlike}")
-    else:
-        # Numbers are rounded to the format of what they replace.
-        odd = sorted(n for n, t in expected.items() if n in found and not cast(t, found[n].dtype).same(found[n]))
+    # Numbers are rounded to the format of what they replace.
+    odd = sorted(n for n, t in expected.items() if n in found and not cast(t, found[n].dtype).same(found[n]))
     odd = sorted(set(expected) - set(found)) or odd
     if odd:
         raise MtpdError(f"export {layout.name}: {odd[0]} was not written as it is in {run.path}")

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from mtpd.errors import UserError
 from mtpd.finished_run import open_finished
 from mtpd.formats.directory import Checkpoint
 from mtpd.formats.find_heads import base_tensor, find_heads
-from mtpd.formats.importing import open_checkpoint
+from mtpd.formats.importing import open_checkpoint, without_declarations
 from mtpd.formats.layer_names import Tensors
 from mtpd.formats.tensors import FLOATS, Stored, cast, computed, read_header
 from mtpd.formats.to_family import by_depth
@@ -22,7 +23,7 @@ from mtpd.heads.adapters import ALPHA
 from mtpd.heads.config import HeadsConfig
 from mtpd.recipe import Recipe
 
-SIZES = (
+KEYS = (
     "bos_token_id",
     "eos_token_id",
     "hidden_act",
@@ -35,9 +36,12 @@ SIZES = (
     "num_key_value_heads",
     "pad_token_id",
     "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
     "vocab_size",
 )
-"""What the config of any decoder says of its sizes and special tokens: the layouts that rewrite a base keep it."""
+"""What the config of any decoder says of its layers and special tokens: draft models beside it say it too."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Run:
     depth: int
     tensors: Tensors
     adapters: Tensors
+    gguf: Path | None = None
+    """The base once more, as llama.cpp has it."""
 
     @property
     def blocks(self) -> int:
@@ -109,19 +115,13 @@ class Run:
                 tensors |= with_adapter(self.adapters, tensors, depth)
         return {name: cast(tensor, self.dtype) for name, tensor in tensors.items()}
 
-    def base_norm(self) -> Stored:
-        """The gain of the base's final norm."""
-        for name in ("model.norm.weight", "model.language_model.norm.weight", "language_model.model.norm.weight"):
-            if name in self.base.tensors:
-                return self.base.tensors[name]
-        raise UserError(f"{self.base.shown}: has no tensor model.norm.weight, the gain of its final norm")
 
-
-def open_run(path: Path, *, depth: int | None = None, untrusted: bool = False) -> Run:
+def open_run(path: Path, *, depth: int | None = None, gguf: Path | None = None, untrusted: bool = False) -> Run:
     """The heads of a run directory, or of one that `mtpd import` wrote.
 
     Args:
         depth: how many depths to export; None is all.
+        gguf: a GGUF file of the base.
         untrusted: the run is somebody else's: it may not say that code of its model is run.
 
     Raises:
@@ -135,8 +135,35 @@ def open_run(path: Path, *, depth: int | None = None, untrusted: bool = False) -
     found = read_header(folder / WEIGHTS)[0]
     tensors = {name: tensor for name, tensor in found.items() if name.startswith("layers.")}
     adapters = {name: tensor for name, tensor in found.items() if name.startswith("adapted.")}
-    base = open_checkpoint(finished.model)
-    return Run(path, finished.recipe, finished.model, base, config, wanted, tensors, adapters)
+    file = Path(finished.model).expanduser()
+    base = GgufModel(file) if file.suffix == ".gguf" else open_checkpoint(finished.model)
+    if gguf is None and isinstance(base, GgufModel):
+        gguf = file
+    return Run(path, finished.recipe, finished.model, base, config, wanted, tensors, adapters, gguf)
+
+
+class GgufModel(Checkpoint):
+    """A GGUF file that a run has as its model: what transformers reads of its config, and no files of safetensors.
+
+    Raises:
+        UserError: transformers cannot read it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.shown = path, str(path)
+        self.files, self.index, self.file_of = [], None, {}
+        try:
+            self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
+        except Exception as error:
+            raise UserError(f"model {path}: cannot be read as a GGUF file: {str(error).splitlines()[0]}") from error
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        return {}
+
+    @property
+    def quantisation(self) -> dict[str, Any] | None:
+        return {"quant_method": "gguf"}
 
 
 def with_adapter(adapters: Tensors, tensors: Tensors, depth: int) -> Tensors:
@@ -157,8 +184,8 @@ def _merge(weight: torch.Tensor, *, up: Stored, down: Stored) -> torch.Tensor:
 
 
 def changed_config(base: Checkpoint, **changes: Any) -> dict[str, Any]:
-    """The base's config with keys set where the language model's are."""
-    config = dict(base.config)
+    """The base's config with keys set where the language model's are, and no word of heads that the base lacks."""
+    config = without_declarations(base.config)
     if isinstance(config.get("text_config"), dict):
         config["text_config"] = {**config["text_config"], **changes}
         return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from mtpd.data.sources import hub_access
 from mtpd.errors import UserError
 from mtpd.finished_run import IMPORTED
 from mtpd.formats.directory import Checkpoint, new_directory, write_beside, write_json
-from mtpd.formats.family import OTHER
+from mtpd.formats.families import FAMILIES
+from mtpd.formats.family import OTHER, lookup
 from mtpd.formats.find_heads import Native, find_heads, layer_shapes
 from mtpd.formats.tensors import stored, write_tensors
 from mtpd.formats.to_family import first_heads
 from mtpd.heads import CONFIG as HEADS_CONFIG
 from mtpd.heads import KINDS, WEIGHTS, Heads, HeadsConfig, build_heads, class_of
+from mtpd.heads.chain.config import KIND as CHAIN
 from mtpd.recipe.text import to_yaml
 from mtpd.trunk import Trunk
 
@@ -227,13 +230,28 @@ def graft(base: str, *, original: str, output: Path, family: str | None = None) 
     mine_layers, theirs_layers = (layer_shapes(each, without=set(source.raw)) for each in (tuned, source.checkpoint))
     if tuned.quantisation is None and source.checkpoint.quantisation is None and mine_layers != theirs_layers:
         raise UserError(f"{base}: its layers have other shapes than those of {original}")
-    config = dict(tuned.config)
-    if source.key is not None:
-        set_key(config, source.key, source.count + source.family.main_too, nested="text_config" in config)
+    config = without_declarations(tuned.config, details=False)
+    for key in source.family.counts:
+        if any(lookup(each, key) is not None for each in (source.checkpoint.config, source.checkpoint.text_config)):
+            set_key(config, key, source.count + source.family.main_too, nested="text_config" in config)
     exclude_from_quantisation(config, sorted({name.rsplit(".", 1)[0] for name in source.raw}))
     with new_directory(output) as folder:
         write_beside(tuned, folder, source.raw, config, without=())
     return source
+
+
+def without_declarations(config: Mapping[str, Any], *, details: bool = True) -> dict[str, Any]:
+    """A copy of a config that declares no MTP heads, so that what is then written says once how many there are.
+
+    Args:
+        details: whether what a family says of its heads besides their number goes too.
+    """
+    counts = {key for family in FAMILIES.values() if family.kind == CHAIN.name for key in family.counts}
+    gone = {key for key in config if key in counts or (details and key.startswith("mtp_"))}
+    found = {key: value for key, value in config.items() if key not in gone}
+    if isinstance(nested := found.get("text_config"), dict):
+        found["text_config"] = without_declarations(nested, details=details)
+    return found
 
 
 def set_key(config: dict[str, Any], key: str, value: Any, *, nested: bool) -> None:

@@ -9,7 +9,7 @@ from mtpd.formats.exported_run import open_run
 from mtpd.formats.family import Family
 from mtpd.formats.find_heads import Native, NoHeads, find_heads, layer_shapes
 from mtpd.formats.importing import open_checkpoint, read_imported
-from mtpd.formats.layout import ENGINES
+from mtpd.formats.layout import ENGINES, Layout
 from mtpd.formats.layouts import LAYOUTS, layout_of
 from mtpd.formats.model_card import read_says
 
@@ -31,6 +31,8 @@ def inspect(name: str, *, family: str | None = None, base: str | None = None) ->
         ]
     says = read_says(path) if path.is_dir() else None
     layout = layout_of(says) if says else None
+    if layout is not None and layout.checked is not None:
+        return _export(layout)
     checkpoint = open_checkpoint(name)
     # Of exports without their base, `mtpd.json` says which it is.
     apart = says is not None and not layer_shapes(checkpoint, without=set())
@@ -43,10 +45,16 @@ def inspect(name: str, *, family: str | None = None, base: str | None = None) ->
         return [str(found), f"train heads for it: mtpd distill model={name}"]
     lines = _heads(native)
     if layout is not None:
-        lines.append(f"export of mtpd, layout {layout.name}: {layout.about}")
-        engines = [engine for engine in ENGINES if engine in layout.serve]
-        lines.append(f"loaded by: {', '.join(engines) or 'no engine by itself'}")
+        lines += _export(layout)
     return lines
+
+
+def _export(layout: Layout) -> list[str]:
+    engines = [engine for engine in ENGINES if engine in layout.serve]
+    return [
+        f"export of mtpd, layout {layout.name}: {layout.about}",
+        f"loaded by: {', '.join(engines) or 'no engine by itself'}",
+    ]
 
 
 def _heads(native: Native) -> list[str]:

@@ -13,8 +13,8 @@ from mtpd.evaluate.acceptance import RANDOM, Acceptance, SuiteCounts
 from mtpd.files import fingerprint_file
 from mtpd.finished_run import EXPORTED
 from mtpd.formats.exported_run import Run
-from mtpd.formats.find_heads import find_heads
-from mtpd.formats.layout import Layout
+from mtpd.formats.layout import ENGINES, Layout
+from mtpd.formats.serving import commands
 from mtpd.heads import WEIGHTS
 from mtpd.recipe import dump
 from mtpd.recipe.text import to_yaml
@@ -45,25 +45,31 @@ def about(run: Run, layout: Layout) -> dict[str, Any]:
         "run": str(run.path.resolve()),
         "depth": run.depth,
         "shared": run.config.shared,
+        "overrides": dict(layout.overrides(run)),
         "draft_vocabulary": run.config.vocabulary_size,
         "heads": fingerprint_file(run.path / "heads" / WEIGHTS),
     }
 
 
-def model_card(run: Run, layout: Layout, output: Path) -> str:
-    """Markdown with the metadata that model hubs read."""
+def model_card(run: Run, layout: Layout, output: Path, folder: Path) -> str:
+    """Markdown with the metadata that model hubs read.
+
+    Args:
+        output: where the export will be.
+        folder: where it lies until then.
+    """
     blocks = "one block" if run.recycles else f"{run.blocks} different blocks"
     parts = [
-        f"---\nlibrary_name: {'vllm' if 'vllm' in layout.serve else 'transformers'}\ntags:\n- mtp\n"
+        f"---\nlibrary_name: {next(iter(layout.serve), 'transformers')}\ntags:\n- mtp\n"
         f"- speculative-decoding\n{to_yaml({'base_model': run.model})}---\n",
         f"# {_inline(output.name)}\n",
         f"Multi-token-prediction heads for `{_inline(run.model)}`, trained by self-distillation with mtpd. "
         f"Layout `{layout.name}`: {layout.about}. Depth {run.depth}: {blocks}.\n",
         "Drafts are verified by the base's own output head, so the text is the base's.\n",
         "## Acceptance\n",
-        *_acceptance(run),
+        *_acceptance(run, layout),
         "## Serving\n",
-        *_serving(run, layout, output),
+        *_serving(layout, about(run, layout), output, folder),
         "## Recipe\n",
         _fenced(dump(run.recipe), "yaml"),
     ]
@@ -82,7 +88,7 @@ def _fenced(text: str, language: str) -> str:
     return f"{fence}{language}\n{text}{fence}\n"
 
 
-def _acceptance(run: Run) -> list[str]:
+def _acceptance(run: Run, layout: Layout) -> list[str]:
     lines = []
     for file, how in MEASURED.items():
         if not (run.path / file).is_file():
@@ -108,7 +114,7 @@ def _acceptance(run: Run) -> list[str]:
             lines.append(f"{RANDOM}\n")
     if not lines:
         return ["Not measured.\n"]
-    if run.config.vocabulary_size:
+    if run.config.vocabulary_size and not layout.vocabulary:
         lines.append(
             f"Measured with a draft vocabulary of {run.config.vocabulary_size} tokens; engines draft over all tokens.\n"
         )
@@ -119,16 +125,12 @@ def _times(speed_up: float | None) -> str:
     return "not measured" if speed_up is None else f"{speed_up:.2f}x"
 
 
-def _serving(run: Run, layout: Layout, output: Path) -> list[str]:
-    base = str(run.base.path) if run.model == "demo" else run.model
-    commands = layout.commands(out=str(output), base=base, drafts=run.depth, heads=run.written)
-    if layout.replaces:
-        # The base's own family decides.
-        known = find_heads(run.base).family.engines
-        commands = {engine: command for engine, command in commands.items() if engine.startswith(known)}
-    if not commands:
+def _serving(layout: Layout, says: Mapping[str, Any], output: Path, folder: Path) -> list[str]:
+    found = commands(layout, says, output, written=folder)
+    if not found:
         return ["No engine loads this directory by itself.\n"]
-    return [line for engine, command in commands.items() for line in (f"{engine}:\n", f"```\n{command}\n```\n")]
+    named = {ENGINES.get(engine, engine): command for engine, command in found.items()}
+    return [line for engine, command in named.items() for line in (f"{engine}:\n", f"```\n{command}\n```\n")]
 
 
 def read_says(folder: Path) -> dict[str, Any] | None:

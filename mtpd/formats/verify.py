@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,40 +15,46 @@ from mtpd.data.models import load_model
 from mtpd.data.prompts import load_prompts
 from mtpd.data.rendering import render_all
 from mtpd.data.rows.left_out import LeftOut
-from mtpd.decode.counts import Counts
-from mtpd.decode.greedy import generate
 from mtpd.decode.plain import plain_texts
 from mtpd.errors import UserError
 from mtpd.evaluate.decoded import parted_at_tie
 from mtpd.formats.directory import Checkpoint
 from mtpd.formats.engines import ENGINES, with_transformers, with_vllm
+from mtpd.formats.engines.plugin import PLUGIN
 from mtpd.formats.engines.result import Served
-from mtpd.formats.find_heads import find_heads
+from mtpd.formats.find_heads import Native, find_heads
 from mtpd.formats.importing import open_checkpoint
 from mtpd.formats.layout import Layout
 from mtpd.formats.layouts import layout_of
 from mtpd.formats.model_card import read_says
 from mtpd.formats.noise_check import accepts_less, perturbed
-from mtpd.heads import load_heads
+from mtpd.formats.replay import Compared, compared, own_counts
+from mtpd.heads import Heads, load_heads
 from mtpd.progress import Bar
 from mtpd.trunk import Trunk
 
 PERTURBED = 2
 """Prompts that are served with noise for heads."""
+AGAIN = 2
+"""Prompts that a server gets a second time, when it has their keys and values."""
 CONFIDENCE = 1.96
 """Standard deviations of the interval that a difference has to be inside of: 95%."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """Texts and counts of an engine, beside those of mtpd with the same heads."""
+    """Texts, drafts and counts of an engine, beside those of mtpd with the same heads."""
 
     layout: str
     served: Served
     plain: list[list[int]]
-    counts: Counts
+    drafted: list[int]
+    accepted: list[int]
+    """mtpd's own, over the rounds that the engine's count."""
     ties: int
     """Texts that differ from plain decoding from a tie on: two tokens whose logits agree to rounding."""
+    compared: Compared | None
+    """Of each draft with mtpd's; None where the engine gives counts alone."""
     perturbed: Served | None
 
     @property
@@ -60,7 +67,7 @@ class Verified:
 
     def position(self, k: int) -> tuple[float, float, tuple[float, float]]:
         """CAR of the engine and of mtpd up to depth k + 1, and the interval of mtpd's."""
-        accepted, drafted = self.counts.accepted[k], self.counts.drafted[k]
+        accepted, drafted = self.accepted[k], self.drafted[k]
         return self.served.car[k], accepted / max(1, drafted), interval(accepted, drafted)
 
     @property
@@ -74,7 +81,8 @@ class Verified:
 
     @property
     def ok(self) -> bool:
-        return self.text_ok and self.acceptance_ok and self.perturbation_ok is not False
+        drafts_ok = self.acceptance_ok if self.compared is None else self.compared.ok
+        return self.text_ok and drafts_ok and self.perturbation_ok is not False
 
     def lines(self) -> list[str]:
         """The result, one finding a line."""
@@ -82,12 +90,19 @@ class Verified:
             f"{self.served.version}, layout {self.layout}: {self.same} of {len(self.plain)} texts are the plain "
             f"model's" + f", {self.ties} part from it at a tie" * bool(self.ties)
         ]
+        if self.compared is None:
+            said.append("drafts: not compared, the engine gives counts alone; acceptance, of all rounds of a text:")
+        else:
+            each = zip(self.compared.drafts, self.compared.equal, self.compared.ties, strict=True)
+            told = [f"{equal} of {drafts}" + f" and {ties} at a tie" * bool(ties) for drafts, equal, ties in each]
+            equal = "EQUAL" if self.compared.ok else "NOT EQUAL"
+            said.append(f"drafts, each beside mtpd's, by depth: {', '.join(told)}: {equal}")
         for k in range(len(self.served.car)):
             theirs, ours, (low, high) = self.position(k)
             inside = "inside" if low <= theirs <= high else "OUTSIDE"
             said.append(
                 f"CAR_{k + 1}: engine {theirs:.3f} ({self.served.accepted[k]} of {self.served.drafted[k]}), mtpd "
-                f"{ours:.3f} ({self.counts.accepted[k]} of {self.counts.drafted[k]}), gap {theirs - ours:+.3f}, "
+                f"{ours:.3f} ({self.accepted[k]} of {self.drafted[k]}), gap {theirs - ours:+.3f}, "
                 f"{inside} the 95% interval {low:.3f} to {high:.3f}"
             )
         if self.perturbed is not None:
@@ -108,7 +123,10 @@ def verify(
     environment: Path | None = None,
     perturb: bool = True,
 ) -> Verified:
-    """Serves an export in float32 and compares texts and acceptance with mtpd's own.
+    """Serves an export in float32 and compares texts, drafts and acceptance with mtpd's own.
+
+    Drafts are compared one by one where the engine gives them: transformers, and vLLM with mtpd's plugin on its V1
+    runner. Elsewhere acceptance has to lie inside the interval of mtpd's.
 
     Args:
         folder: what `mtpd export` wrote.
@@ -132,50 +150,56 @@ def verify(
     depth = drafts or int(says["depth"])
     model, tokenizer = load_model(str(says["base"]), dtype="float32", device="cpu")
     trunk = Trunk(model)
-    heads = load_heads(Path(run or says["run"]) / "heads", trunk)
-    # Engines draft over all tokens.
-    heads.vocabulary = heads.get_buffer("vocabulary")[:0]
+    native = find_heads(Checkpoint(folder), family=layout.family, base=Checkpoint(folder))
+    heads = _as_exported(load_heads(Path(run or says["run"]) / "heads", trunk), native, layout)
     heads.shorten(depth)
     chosen = load_prompts(prompts)
     chosen = chosen[:: max(1, len(chosen) // limit)][:limit]
     left_out = LeftOut()
     texts = [ids for _, ids in render_all(tokenizer, chosen, left_out)]
     left_out.check(len(chosen), source=f"--suite: {prompts}")
-    plain, counts = [], Counts(heads.depth)
-    native = find_heads(Checkpoint(folder), family=layout.family, base=Checkpoint(folder))
+    if engine == "vllm":
+        texts += texts[:AGAIN]
     spoiled = texts[:PERTURBED] if perturb else []
-    # Plain, by mtpd, by the engine: texts of about the same cost.
+    plain: list[list[int]] = []
+    # Plain and by the engine: texts of about the same cost.
     with (
-        Bar(total=3 * len(texts) + len(spoiled), desc="plain", unit="text", leave=False) as bar,
+        Bar(total=2 * len(texts) + len(spoiled), desc="plain", unit="text", leave=False) as bar,
         perturbed(native) if perturb else nullcontext() as copy,
     ):
         for prompt in texts:
-            text = plain_texts(trunk.model, torch.tensor([prompt]), max_new_tokens=max_new_tokens)
+            # Drafts of the last round lie past the end.
+            text = plain_texts(trunk.model, torch.tensor([prompt]), max_new_tokens=max_new_tokens + depth)
             plain.append(text[0, len(prompt) :].tolist())
-            bar.update()
-        bar.set_description("mtpd")
-        for prompt in texts:
-            _, found = generate(
-                trunk, heads.float(), torch.tensor(prompt), max_new_tokens=max_new_tokens, end_tokens=[]
-            )
-            counts.drafted = [a + b for a, b in zip(counts.drafted, found.drafted, strict=True)]
-            counts.accepted = [a + b for a, b in zip(counts.accepted, found.accepted, strict=True)]
             bar.update()
         bar.set_description(engine)
         asked = [(folder, texts), *([(copy.folder, spoiled)] if copy is not None else [])]
         served, *others = _serve(engine, asked, layout, says, max_new_tokens, depth, environment, bar)
+    drafted, accepted = own_counts(trunk, heads, texts, plain, length=max_new_tokens, to_the_end=served.rounds is None)
+    plain = [text[:max_new_tokens] for text in plain]
     ties = sum(
         theirs != ours and parted_at_tie(trunk, torch.tensor(prompt), ours, theirs)
         for prompt, theirs, ours in zip(texts, served.texts, plain, strict=True)
     )
-    return Verified(layout.name, served, plain, counts, ties, others[0] if others else None)
+    drafts_compared = compared(trunk, heads, texts, served)
+    return Verified(layout.name, served, plain, drafted, accepted, ties, drafts_compared, others[0] if others else None)
+
+
+def _as_exported(heads: Heads, native: Native, layout: Layout) -> Heads:
+    """Gives the heads with the numbers that the export has, in float32, and the tokens that its engine drafts."""
+    if any(heads.config.adapters):
+        heads = heads.as_chain(what="verify").merged()
+    if not layout.vocabulary:
+        heads.vocabulary = heads.get_buffer("vocabulary")[:0]
+    written = next(iter(native.raw.values())).dtype
+    return heads.to(written).float()
 
 
 def _serve(
     engine: str,
     asked: Sequence[tuple[Path, Sequence[Sequence[int]]]],
     layout: Layout,
-    says: dict[str, object],
+    says: dict[str, Any],
     max_new_tokens: int,
     depth: int,
     environment: Path | None,
@@ -193,11 +217,13 @@ def _serve(
             str(base if layout.apart else folder.resolve()),
             prompts,
             layout.speculative(str(folder.resolve()), depth),
-            dict(layout.overrides),
+            dict(says["overrides"]),
+            folder / PLUGIN if (folder / PLUGIN).is_dir() else None,
         )
         for folder, prompts in asked
     ]
-    return with_vllm.serve(with_vllm.environment(environment), models, max_new_tokens=max_new_tokens)
+    python = with_vllm.environment(environment)
+    return with_vllm.serve(python, models, max_new_tokens=max_new_tokens, progress=bar.update)
 
 
 def interval(accepted: int, drafted: int) -> tuple[float, float]:

@@ -16,9 +16,17 @@ from mtpd.heads.parallel.config import KIND as PARALLEL
 
 if TYPE_CHECKING:
     from mtpd.heads.base import Batch, Heads, Readout
-    from mtpd.heads.build import build_heads, class_of, configure_heads, copy_heads, start_heads
+    from mtpd.heads.build import (
+        build_heads,
+        class_of,
+        configure_heads,
+        copy_heads,
+        empty_heads,
+        fill_heads,
+        start_heads,
+    )
     from mtpd.heads.config import CONFIG, WEIGHTS, HeadsConfig, read_config
-    from mtpd.heads.saved import check_weights, load_heads, save_heads
+    from mtpd.heads.saved import check_weights, load_heads, restore_heads, save_heads
 
 __all__ = [
     "CONFIG",
@@ -34,9 +42,12 @@ __all__ = [
     "class_of",
     "configure_heads",
     "copy_heads",
+    "empty_heads",
+    "fill_heads",
     "load_heads",
     "read_config",
     "register",
+    "restore_heads",
     "save_heads",
     "start_heads",
 ]
@@ -46,9 +57,12 @@ for _kind in (CHAIN, PARALLEL, MEDUSA, CIRCUIT):
 
 _HOMES = {
     **dict.fromkeys(("Batch", "Heads", "Readout"), "mtpd.heads.base"),
-    **dict.fromkeys(("build_heads", "class_of", "configure_heads", "copy_heads", "start_heads"), "mtpd.heads.build"),
+    **dict.fromkeys(
+        ("build_heads", "class_of", "configure_heads", "copy_heads", "empty_heads", "fill_heads", "start_heads"),
+        "mtpd.heads.build",
+    ),
     **dict.fromkeys(("CONFIG", "WEIGHTS", "HeadsConfig", "read_config"), "mtpd.heads.config"),
-    **dict.fromkeys(("check_weights", "load_heads", "save_heads"), "mtpd.heads.saved"),
+    **dict.fromkeys(("check_weights", "load_heads", "restore_heads", "save_heads"), "mtpd.heads.saved"),
 }
 
 

@@ -169,6 +169,11 @@ class Heads(nn.Module):
         """Number of top trunk layers that the heads apply themselves; 0 if they read final states."""
         return self.config.shared_layers
 
+    @property
+    def experts(self) -> bool:
+        """Whether tokens choose among parameters."""
+        return any(".experts." in name for name, _ in self.named_parameters())
+
     def rows(self) -> Tensor | None:
         """Gives the token ids of the draft vocabulary, or None where heads draft over all tokens."""
         vocabulary: Any = self.vocabulary

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mtpd.errors import UserError
 from mtpd.heads.base import Heads
@@ -38,6 +38,38 @@ def build_heads(trunk: Trunk, config: HeadsConfig, *, device: torch.device | Non
     with torch.device(trunk.device if device is None else device):
         heads = class_of(config.kind).build(trunk, config)
         return SharedLayerHeads(trunk, config, heads) if config.shared_layers else heads
+
+
+def empty_heads(trunk: Trunk, config: HeadsConfig) -> Heads:
+    """Builds heads whose parameters have shapes alone, for `fill_heads`."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return build_heads(trunk, config)
+
+
+def fill_heads(
+    heads: Heads, read: Callable[[str], Tensor], *, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Heads:
+    """Gives empty heads their weights, one tensor at a time: they are there once, in one number format.
+
+    Args:
+        read: gives a tensor of their state by its name, and of its shape.
+        dtype: number format of the parameters.
+    """
+    new = {
+        id(empty): nn.Parameter(read(name).to(device, dtype, copy=True), requires_grad=empty.requires_grad)
+        for name, empty in heads.named_parameters()
+    }
+    for module in heads.modules():
+        for name, parameter in module._parameters.items():
+            # Adapted heads and those they adapt have one and the same dictionary.
+            if parameter is not None:
+                module._parameters[name] = new.get(id(parameter), parameter)
+    buffers = dict(heads.named_buffers())
+    for name in heads.state_dict().keys() & buffers.keys():
+        buffers[name].copy_(read(name))
+    return heads.to(dtype)
 
 
 def copy_heads(heads: Heads, dtype: torch.dtype) -> Heads:

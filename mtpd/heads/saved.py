@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mtpd.errors import UserError
 from mtpd.files import fingerprint_file, sealed, tensors_written, write_whole
 from mtpd.heads.base import Heads
-from mtpd.heads.build import build_heads
+from mtpd.heads.build import empty_heads, fill_heads
 from mtpd.heads.config import CONFIG, WEIGHTS, HeadsConfig, read_config
 from mtpd.heads.kinds import KINDS
 from mtpd.trunk import Trunk
@@ -57,12 +58,15 @@ def _trained_with(directory: Path) -> str:
         return "that is not named beside them"
 
 
-def load_heads(directory: str | Path, trunk: Trunk, *, fingerprint: str | None = None) -> Heads:
-    """Loads heads from a directory that `save_heads` wrote, in eval mode.
+def load_heads(
+    directory: str | Path, trunk: Trunk, *, fingerprint: str | None = None, dtype: torch.dtype = torch.float32
+) -> Heads:
+    """Loads heads from a directory that `save_heads` wrote, in eval mode, one tensor at a time onto the trunk's device.
 
     Args:
         trunk: the model they belong to.
         fingerprint: of the trunk; if given, heads of another trunk are refused.
+        dtype: number format that they get.
 
     Raises:
         UserError: a missing or unreadable file, tensors that do not fit, or another trunk.
@@ -70,11 +74,6 @@ def load_heads(directory: str | Path, trunk: Trunk, *, fingerprint: str | None =
     directory = Path(directory)
     config = read_config(directory)
     check_weights(directory, config)
-    try:
-        tensors = load_file(directory / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{directory}: no readable heads here ({reason}); expected {CONFIG} and {WEIGHTS}") from error
     if config.kind not in KINDS:
         raise UserError(f"{directory / CONFIG}: kind: {config.kind} is not known; accepted: {', '.join(KINDS)}")
     # Imported heads say no trunk: their shapes have to fit, and they lie in its own checkpoint.
@@ -99,11 +98,43 @@ def load_heads(directory: str | Path, trunk: Trunk, *, fingerprint: str | None =
             "the trunk"
         )
     # The checksum is of the file: heads that are trained on from here have other weights.
-    heads = build_heads(trunk, config.model_copy(update={"weights": ""}))
-    expected = {name: tensor.shape for name, tensor in heads.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    if expected != found:
-        odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        raise UserError(f"{directory / WEIGHTS}: tensors missing, unexpected or of another shape: {', '.join(odd[:3])}")
-    heads.load_state_dict(tensors)
-    return heads.eval()
+    heads = empty_heads(trunk, config.model_copy(update={"weights": ""}))
+    with _reading(directory, heads) as read:
+        return fill_heads(heads, read, device=trunk.device, dtype=dtype).eval()
+
+
+def restore_heads(heads: Heads, directory: str | Path) -> None:
+    """Gives heads the weights of a directory that `save_heads` wrote of them, one tensor at a time.
+
+    Raises:
+        UserError: a missing or unreadable file, or tensors that do not fit.
+    """
+    directory = Path(directory)
+    check_weights(directory, read_config(directory))
+    with _reading(directory, heads) as read, torch.no_grad():
+        for name, tensor in heads.state_dict().items():
+            tensor.copy_(read(name))
+
+
+@contextmanager
+def _reading(directory: Path, heads: Heads) -> Iterator[Callable[[str], Tensor]]:
+    """Within it, a function reads tensors of heads by their names.
+
+    Raises:
+        UserError: there is no file that can be read, or its tensors are not those of the heads.
+    """
+    try:
+        file = safe_open(directory / WEIGHTS, framework="pt")
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{directory}: no readable heads here ({reason}); expected {CONFIG} and {WEIGHTS}") from error
+    with file:
+        expected = {name: list(tensor.shape) for name, tensor in heads.state_dict().items()}
+        names = file.keys()
+        found = {name: file.get_slice(name).get_shape() for name in names}
+        if expected != found:
+            odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+            raise UserError(
+                f"{directory / WEIGHTS}: tensors missing, unexpected or of another shape: {', '.join(odd[:3])}"
+            )
+        yield file.get_tensor

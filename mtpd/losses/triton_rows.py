@@ -54,6 +54,26 @@ def teacher_logits(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def walked(best, total, chosen, values, inside, start, SUMS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Maximum, sum of exponentials and arg-max of a row, after one more block of its columns.
+
+    Returns:
+        These three, the exponentials of the block, and what sums of those before it are to be multiplied with: both are
+        relative to the new maximum.
+    """
+    seen = tl.where(inside, values, LOWEST)
+    largest, place = tl.max(seen, 0, return_indices=True)
+    chosen = tl.where(largest > best, start + place, chosen)
+    above = tl.maximum(best, largest)
+    exponentials, shrunk = seen, above
+    if SUMS:
+        exponentials = tl.where(inside, tl.exp(seen - above), 0.0)
+        shrunk = tl.exp(best - above)
+        total = total * shrunk + tl.sum(exponentials, 0)
+    return above, total, chosen, exponentials, shrunk
+
+
+@triton.jit
 def nth_largest(row, width, top_n, BITS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """The n-th largest product of a row, in float32."""
     LEAST: tl.constexpr = -(2 ** (BITS - 1))
@@ -129,15 +149,9 @@ def teacher_rows(  # type: ignore[no-untyped-def]
         z, inside = teacher_logits(
             row, columns, at, at < width, threshold, scale, softcap, temperature, CAPPED, DRAFT, TOP_N
         )
-        z = tl.where(inside, z, LOWEST)
-        largest, place = tl.max(z, 0, return_indices=True)
-        chosen = tl.where(largest > best, start + place, chosen)
-        above = tl.maximum(best, largest)
+        best, total, chosen, q, shrunk = walked(best, total, chosen, z, inside, start, COMPARED)
         if COMPARED:
-            q = tl.where(inside, tl.exp(z - above), 0.0)
-            total = total * tl.exp(best - above) + tl.sum(q, 0)
-            weighted = weighted * tl.exp(best - above) + tl.sum(q * z, 0)
-        best = above
+            weighted = weighted * shrunk + tl.sum(q * z, 0)
     tl.store(choice + program, chosen.to(tl.int64))
     if COMPARED:
         lse = best + tl.log(total)
@@ -148,10 +162,7 @@ def teacher_rows(  # type: ignore[no-untyped-def]
             for start in range(0, tokens, BLOCK):
                 at = start + tl.arange(0, BLOCK)
                 z = finished(tl.load(row + at, mask=at < tokens, other=0.0), scale, softcap, CAPPED) / temperature
-                z = tl.where(at < tokens, z, LOWEST)
-                above = tl.maximum(top, tl.max(z, 0))
-                everything = everything * tl.exp(top - above) + tl.sum(tl.exp(z - above), 0)
-                top = above
+                top, everything, _, _, _ = walked(top, everything, chosen, z, at < tokens, start, True)
             mass = tl.exp(lse - top - tl.log(everything))
         tl.store(numbers + program, lse)
         tl.store(numbers + rows + program, weighted / total - lse)
@@ -218,26 +229,16 @@ def student_rows(  # type: ignore[no-untyped-def]
         at = start + tl.arange(0, BLOCK)
         there = at < width
         y = finished(tl.load(row + at, mask=there, other=0.0), scale, softcap, CAPPED)
-        seen = tl.where(there, y, LOWEST)
-        largest, place = tl.max(seen, 0, return_indices=True)
-        chosen = tl.where(largest > best, start + place, chosen)
-        above = tl.maximum(best, largest)
-        p = tl.where(there, tl.exp(seen - above), 0.0)
-        total = total * tl.exp(best - above) + tl.sum(p, 0)
-        best = above
+        best, total, chosen, _, _ = walked(best, total, chosen, y, there, start, True)
         if KL or REVERSE or TOP_N:
             z, inside = teacher_logits(
                 teacher, columns, at, there, threshold, scale, softcap, temperature, CAPPED, DRAFT, TOP_N
             )
-            seen = tl.where(inside, y, LOWEST)
-            above = tl.maximum(top, tl.max(seen, 0))
-            p = tl.where(inside, tl.exp(seen - above), 0.0)
-            compared = compared * tl.exp(top - above) + tl.sum(p, 0)
+            top, compared, _, p, shrunk = walked(top, compared, chosen, y, inside, start, True)
             if KL:
                 cross += tl.sum(tl.where(inside, tl.exp(z - lse_q) * y, 0.0), 0)
             if REVERSE:
-                cross = cross * tl.exp(top - above) + tl.sum(tl.where(inside, p * (y - z), 0.0), 0)
-            top = above
+                cross = cross * shrunk + tl.sum(tl.where(inside, p * (y - z), 0.0), 0)
     tl.store(choice + program, chosen.to(tl.int64))
     lse = best + tl.log(total)
     tl.store(values + program, tl.where(known, lse - of_label, 0.0))

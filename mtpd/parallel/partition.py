@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -135,7 +135,10 @@ def partitioned(trunk: Trunk, config: dict[str, Any], *, for_good: bool = False)
     if for_good:
         return
     shares = [each for each in decoder.parameters() if hasattr(each, "ds_id")]
-    whole = {id(each): _whole(each).to(trunk.device) for each in shares}
+    whole: dict[int, Tensor] = {}
+    for each in shares:
+        with _whole(each):
+            whole[id(each)] = each.detach().to("cpu", copy=True).to(trunk.device)
     engine.destroy()
     make_whole(decoder, whole)
 
@@ -153,22 +156,32 @@ def _take_out(decoder: nn.Module, module: nn.Module) -> list[tuple[nn.Module, st
     return places
 
 
-def gathered(module: nn.Module) -> dict[str, Tensor]:
+def gathered(module: nn.Module, *, keep: bool = True, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The state of a module with partitioned parameters put together, on the CPU. All processes call it.
 
     One parameter at a time is whole on the device. Modules that are not partitioned are just copied.
+
+    Args:
+        keep: whether this process wants it; one that does not has nothing.
+        dtype: number format of what is kept.
     """
-    return {
-        name: _whole(value) if hasattr(value, "ds_id") else value.detach().to("cpu", copy=True)
-        for name, value in module.state_dict(keep_vars=True).items()
-    }
+    state = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        with _whole(value):
+            if keep:
+                kept = dtype if value.is_floating_point() else None
+                state[name] = value.detach().to("cpu", kept, copy=True)
+    return state
 
 
-def _whole(parameter: Any) -> Tensor:
+def _whole(parameter: Any) -> AbstractContextManager[Any]:
+    """Within it, a parameter has all its elements."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([parameter]):
-        return parameter.detach().to("cpu", copy=True)
+    found: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter])
+    return found
 
 
 def make_whole(module: nn.Module, tensors: dict[int, Tensor]) -> None:

@@ -148,7 +148,8 @@ def _band(places: Sequence[tuple[float, float, Point]], up: _Scale) -> str:
     """The area between the ends of intervals; a point without one is of no width."""
     ends = [(x, _span(point.estimate)) for x, _, point in places]
     corners = [(x, up(max(span))) for x, span in ends] + [(x, up(min(span))) for x, span in reversed(ends)]
-    return f'<polygon class="dot band" fill-opacity="0.16" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in corners)}"/>'
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
+    return f'<polygon class="dot band" fill-opacity="0.16" points="{points}"/>'
 
 
 def heat_map(
@@ -166,8 +167,9 @@ def heat_map(
         for place, (column, estimate) in enumerate(zip(columns, found, strict=True)):
             x, share = left + wide * place, min(1.0, max(0.0, estimate.value))
             said = escape(f"{name}, {column}: {estimate.text()}")
-            box = f'x="{x:.1f}" y="{y:.1f}" width="{wide - 2:.1f}" height="{step - 2:.1f}" fill-opacity="{DARKEST * share:.2f}"'
-            drawn.append(f'<g class="s1"><rect class="dot" {box}><title>{said}</title></rect></g>')
+            box = f'x="{x:.1f}" y="{y:.1f}" width="{wide - 2:.1f}" height="{step - 2:.1f}"'
+            opacity = f'fill-opacity="{DARKEST * share:.2f}"'
+            drawn.append(f'<g class="s1"><rect class="dot" {box} {opacity}><title>{said}</title></rect></g>')
             if wide >= 24:
                 words = f"{estimate.value:.2f}".removeprefix("0")
                 drawn.append(_text(x + (wide - 2) / 2, y + 16, words, "middle", style="name"))

@@ -177,7 +177,7 @@ def decode(session: Session, samples: Sequence[Sample]) -> None:
     wanted = trunk.dtype if evaluation.dtype == "trunk" else resolve_dtype(evaluation.dtype, trunk.device)
     if wanted != trunk.dtype:
         trunk, _ = load_trunk(session.recipe, dtype=evaluation.dtype)
-    heads = load_heads(run.heads, trunk).to(wanted)
+    heads = load_heads(run.heads, trunk, dtype=wanted)
     chosen = spread(list(samples), evaluation.decode_prompts)
     suites = measure_decoded(
         trunk,

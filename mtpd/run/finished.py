@@ -40,8 +40,8 @@ class LoadedRun(FinishedRun):
         Raises:
             UserError: there are none, their tensors do not fit, or they belong to another trunk than the run's own.
         """
-        heads = load_heads(self.path / name, self.trunk, fingerprint=self.fingerprint if self.other is None else None)
-        return heads.to(device=self.trunk.device, dtype=self.trunk.dtype).eval()
+        fingerprint = self.fingerprint if self.other is None else None
+        return load_heads(self.path / name, self.trunk, fingerprint=fingerprint, dtype=self.trunk.dtype)
 
     def in_dtype(self, dtype: str) -> LoadedRun:
         """The same run with its model in another number format ("trunk" for the one it has)."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from mtpd.data.disk_store import DiskStore, fill
 from mtpd.data.given import given_samples
 from mtpd.data.packing import PackedRows, Sample, pack
 from mtpd.data.prompts import HeldOutSplit, Prompt, load_prompts, split_held_out
@@ -16,7 +17,7 @@ from mtpd.data.rendering import render_all, warn_of_control_tokens
 from mtpd.data.responses import cut_responses, generate_responses
 from mtpd.data.rows.left_out import LeftOut, Unusable
 from mtpd.data.sources import built_in
-from mtpd.data.store import DiskStore, HiddenStates, MemoryStore, fill, store_key
+from mtpd.data.store import HiddenStates, MemoryStore, store_key
 from mtpd.errors import UserError, enough_memory
 from mtpd.parallel.sequence import shared_trunk
 from mtpd.recipe import Recipe

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mtpd.data.disk_store import DiskStore
 from mtpd.data.models import real_tokens, resolve_device
 from mtpd.data.packing import PackedRows
 from mtpd.data.prompts import Prompt
-from mtpd.data.store import DiskStore
 from mtpd.data.vocabulary import coverage, save_vocabulary
 from mtpd.errors import UserError
 from mtpd.parallel import ranks

@@ -65,6 +65,8 @@ def train_heads(
                 )
             running.enter_context(deepspeed_running(trunk.device))
             options["deepspeed"] = settings.for_heads(heads, hidden_size=trunk.hidden_size, own_logits=heads.own_logits)
+        # Experts that no token goes to may have none.
+        options["every_gradient"] = joint is None and not heads.own_logits and not heads.experts
         dtype = trunk.dtype if joint is None else joint.dtype
         arguments = training_arguments(recipe, dtype=dtype, device=trunk.device, **options)
         trunk.to(arguments.device)

@@ -47,6 +47,7 @@ def training_arguments(
     dtype: torch.dtype,
     device: torch.device,
     deepspeed: dict[str, Any] | None = None,
+    every_gradient: bool = False,
     accumulation: int | None = None,
 ) -> TrainingArguments:
     """Arguments of the trainer.
@@ -55,6 +56,7 @@ def training_arguments(
 
     Args:
         deepspeed: DeepSpeed's configuration (`DeepSpeedSettings.for_heads`), inside of `deepspeed_running`.
+        every_gradient: each parameter that is trained gets a gradient in each pass, so that nobody looks for others.
         accumulation: micro batches in an optimizer step, where they are others than the recipe says.
 
     Raises:
@@ -66,6 +68,7 @@ def training_arguments(
         "save_steps": train.save_steps or 500,
         "save_total_limit": checkpoints_kept(train),
         "report_to": train.report_to or "none",
+        "ddp_find_unused_parameters": not every_gradient,
         **measuring_arguments(recipe),
         **train.arguments,
     }
@@ -114,6 +117,8 @@ def arguments_of(
         "use_cpu": device.type == "cpu",
         "remove_unused_columns": False,
         "dataloader_pin_memory": device.type != "cpu",
+        # Batches come from pinned memory while the host goes on.
+        "accelerator_config": {"non_blocking": device.type != "cpu"},
         "disable_tqdm": True,
         "log_level": "error",
         **changed,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mtpd.data.store import HiddenStates, stored_states
-from mtpd.heads import Heads, build_heads
+from mtpd.heads import Heads, copy_heads
 from mtpd.trunk import Trunk
 
 
@@ -20,15 +22,13 @@ class FinishedDepths:
 
     def __init__(self, trunk: Trunk, heads: Heads, store: HiddenStates | None) -> None:
         self.trunk, self.store = trunk, store
-        self.heads = build_heads(trunk, heads.config)
-        self.heads.load_state_dict(heads.state_dict())
-        self.heads.to(trunk.dtype).eval().requires_grad_(False)
+        self.heads = copy_heads(heads, trunk.dtype).eval().requires_grad_(False)
 
     @property
     def depth(self) -> int:
         return self.heads.depth
 
-    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+    def __call__(self, batch: dict[str, Any]) -> Tensor:
         """States [B, T, D] for a batch with `input_ids`, `position_ids`, `hidden` and the numbers of its rows.
 
         Parts of rows come with what follows them, `ahead`.

@@ -31,7 +31,7 @@ from mtpd.heads import Readout
 from mtpd.heads.adapters import ALPHA
 from mtpd.parallel import ranks
 from mtpd.recipe import Recipe
-from mtpd.trunk import Trunk
+from mtpd.trunk import GROUPED, Trunk
 
 WEIGHTS = "trunk-{}.safetensors"
 """In a checkpoint, beside the heads: what is trained of the trunk."""
@@ -171,6 +171,9 @@ class FullTrunk(JointTrunk):
         super().__init__(trunk, **settings)
         self.before = Trunk(copy.deepcopy(trunk.model), tokens=trunk.tokens) if self.original_teacher else None
         trunk.model.float().requires_grad_(True)
+        if trunk.config._experts_implementation == "grouped_mm":
+            # Their weights are in float32 now, and computed in the format of autocast as all others.
+            trunk.config._experts_implementation = GROUPED
         self.parameters = dict(trunk.model.named_parameters())
 
     @property
@@ -192,6 +195,8 @@ class FullTrunk(JointTrunk):
 
     def _finish(self) -> None:
         self.trunk.model.requires_grad_(False).to(self.dtype)
+        if self.trunk.config._experts_implementation == GROUPED:
+            self.trunk.config._experts_implementation = "grouped_mm"
 
 
 def main_head_quality(trunk: Trunk, samples: Sequence[Sample]) -> TrunkQuality:

@@ -17,7 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 from mtpd.data.packing import PackedRows, Sample
 from mtpd.evaluate.acceptance import PromptCounts, SuiteCounts
 from mtpd.evaluate.offline import measure_offline
-from mtpd.heads import build_heads, copy_heads
+from mtpd.heads import copy_heads, empty_heads, fill_heads
 from mtpd.parallel.partition import gathered
 from mtpd.recipe import Recipe
 from mtpd.train.model import DistillModel
@@ -107,9 +107,10 @@ class MeasuringTrainer(HeadTrainer):
         with torch.no_grad():
             if any(hasattr(parameter, "ds_id") for parameter in heads.parameters()):
                 # Put together on the host: on the device there is room for them in the trunk's format alone.
-                copy = build_heads(trunk, heads.config, device=torch.device("cpu"))
-                copy.load_state_dict(gathered(heads))
-                copy.to(trunk.dtype).to(trunk.device)
+                whole = gathered(heads, dtype=trunk.dtype)
+                copy = fill_heads(
+                    empty_heads(trunk, heads.config), whole.__getitem__, device=trunk.device, dtype=trunk.dtype
+                )
             else:
                 copy = copy_heads(heads, trunk.dtype)
         copy.eval()

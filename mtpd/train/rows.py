@@ -12,10 +12,11 @@ batch has one part of its rows, and the next process gets the next part of the s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from mtpd.alignment import IGNORED
 from mtpd.data.packing import PackedRows
@@ -23,7 +24,7 @@ from mtpd.data.store import HiddenStates
 from mtpd.parallel.sequence import SplitRows
 
 
-class TrainingRows(Dataset[dict[str, Tensor]]):
+class TrainingRows(Dataset[dict[str, Any]]):
     """Packed rows, each with its number "row", by which its hidden states are kept.
 
     Args:
@@ -31,26 +32,43 @@ class TrainingRows(Dataset[dict[str, Tensor]]):
             are where those of all rows are, without its labels, and with 0 as its number of "tokens".
         parts: of each row, one after the other: item i is part i % parts of row i // parts.
         ahead: how many ids, labels and positions that follow a part come with it, as "ahead" [3, ahead].
+        stores: have states of the rows, and are told of each row that is loaded: a batch is, while the one before it is
+            computed.
     """
 
-    def __init__(self, rows: PackedRows, *, multiple: int = 1, parts: int = 1, ahead: int = 0) -> None:
-        self.rows, self.parts, self.ahead = rows, parts, ahead
+    def __init__(
+        self,
+        rows: PackedRows,
+        *,
+        multiple: int = 1,
+        parts: int = 1,
+        ahead: int = 0,
+        stores: Sequence[HiddenStates] = (),
+    ) -> None:
+        self.rows, self.parts, self.ahead, self.stores = rows, parts, ahead, stores
         self.places = len(rows) + -len(rows) % multiple
         """Rows, with those that fill a round."""
 
     def __len__(self) -> int:
         return self.places * self.parts
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getstate__(self) -> dict[str, Any]:
+        """For processes that load rows, if a recipe has such: they do not read states."""
+        return {**self.__dict__, "stores": ()}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
         place, part = divmod(index, self.parts)
         row = place % len(self.rows)
+        if get_worker_info() is None:
+            for store in self.stores:
+                store.expect(row)
         item = self.rows[row]
         if place >= len(self.rows):
             item["labels"] = torch.full_like(item["labels"], IGNORED)
         if self.parts > 1:
             item = self._part(item, part)
         counted = len(item["input_ids"]) if place < len(self.rows) else 0
-        return {**item, "row": torch.tensor(row), "tokens": torch.tensor(counted)}
+        return {**item, "row": row, "tokens": torch.tensor(counted)}
 
     def _part(self, item: dict[str, Tensor], part: int) -> dict[str, Tensor]:
         size = self.rows.row_length // self.parts
@@ -102,6 +120,9 @@ class PartOfStates:
 
     def __getitem__(self, row: int) -> Tensor:
         return self.whole[row].chunk(self.split.parts)[self.split.part]
+
+    def expect(self, row: int) -> None:
+        self.whole.expect(row)
 
     def put(self, rows: Sequence[int], hidden_BTD: Tensor) -> None:
         """Nothing is missing."""

@@ -114,6 +114,7 @@ class SafeTrainer(Trainer):
         weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         found = {**inputs, **self.suspects(inputs)}
         tensors = {name: each.detach().cpu().contiguous() for name, each in found.items() if isinstance(each, Tensor)}
+        tensors |= {"row": torch.tensor(inputs["row"])} if "row" in inputs else {}
         bad = [name for name, each in tensors.items() if not torch.isfinite(each).all()]
         if not all(bool(torch.isfinite(weight).all()) for weight in weights):
             bad.append("weights")
@@ -122,7 +123,7 @@ class SafeTrainer(Trainer):
         content = {
             "step": step,
             "loss": str(loss.item()),
-            "rows": tensors["row"].tolist() if "row" in tensors else None,
+            "rows": inputs.get("row"),
             "learning_rate": self._get_learning_rate(),
             "not_finite": bad,
         }

@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from mtpd.data.packing import PackedRows, collate
 from mtpd.data.store import HiddenStates, with_hidden
 from mtpd.files import write_whole, writing
-from mtpd.heads import load_heads, save_heads
+from mtpd.heads import restore_heads, save_heads
 from mtpd.parallel.document_attention import by_documents
 from mtpd.parallel.partition import gathered, make_whole
 from mtpd.progress import Bar
@@ -54,10 +54,11 @@ class HeadTrainer(SafeTrainer):
     ) -> None:
         split = model.split
         parts, ahead = (1, 0) if split is None else (split.parts, split.ahead)
+        stores = [each for each in (store, None if below is None else below.store) if each is not None]
         super().__init__(
             model=model,
             args=args,
-            train_dataset=TrainingRows(rows, multiple=_round(args, parts), parts=parts, ahead=ahead),
+            train_dataset=TrainingRows(rows, multiple=_round(args, parts), parts=parts, ahead=ahead, stores=stores),
             data_collator=collate,
             callbacks=list(callbacks),
             skip_bad_batches=skip_bad_batches,
@@ -141,7 +142,7 @@ class HeadTrainer(SafeTrainer):
             optimizer.add_param_group({**group, "params": mine, "lr": joint.learning_rate})
         return optimizer
 
-    def with_states(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def with_states(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch with the states of what is not trained: the trunk, and finished depths."""
         rows = batch["row"]
         joint = self.distill_model.joint
@@ -236,7 +237,7 @@ class HeadTrainer(SafeTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         heads = self.distill_model.heads
-        tensors = gathered(heads)
+        tensors = gathered(heads, keep=self.args.should_save)
         if self.args.should_save:
             save_heads(heads, folder, tensors=tensors)
             if self.distill_model.joint is not None:
@@ -259,8 +260,7 @@ class HeadTrainer(SafeTrainer):
             group["lr"] = rate
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        heads = self.distill_model.heads
-        heads.load_state_dict(load_heads(resume_from_checkpoint, self.distill_model.trunk).state_dict())
+        restore_heads(self.distill_model.heads, resume_from_checkpoint)
         if self.distill_model.joint is not None:
             self.distill_model.joint.load(Path(resume_from_checkpoint))
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+Round = tuple[int, list[int]]
+"""How many tokens of a text were known, and what was drafted after them."""
+
 
 @dataclass(frozen=True)
 class Served:
@@ -14,6 +17,18 @@ class Served:
     texts: list[list[int]]
     drafted: list[int]
     accepted: list[int]
+    rounds: list[list[Round]] | None = None
+    """The rounds of each text; None where the engine gives counts alone, of all rounds to the end of a text."""
+
+    @classmethod
+    def of_rounds(cls, version: str, texts: list[list[int]], rounds: list[list[Round]], depth: int) -> Served:
+        """Counts rounds by mtpd's own rule: those without room for all drafts are left out."""
+        sums = [[0] * depth, [0] * depth]
+        for each, text in zip(rounds, texts, strict=True):
+            found = count_rounds(each, text, depth)
+            sums = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, found, strict=True)]
+        drafted, accepted = sums
+        return cls(version, texts, drafted, accepted, rounds)
 
     @property
     def car(self) -> list[float]:
@@ -21,8 +36,8 @@ class Served:
         return [a / d if d else 0.0 for a, d in zip(self.accepted, self.drafted, strict=True)]
 
 
-def count_rounds(rounds: Sequence[tuple[int, Sequence[int]]], text: Sequence[int], depth: int) -> list[list[int]]:
-    """Drafted and accepted, by position, of rounds that started with so many tokens known of a greedy text.
+def count_rounds(rounds: Sequence[Round], text: Sequence[int], depth: int) -> list[list[int]]:
+    """Drafted and accepted, by position, of rounds along a greedy text.
 
     A draft counts as accepted where it is the text's token and those before it in the round were accepted.
     Rounds without room for all drafts are left out, as in mtpd's own counts.

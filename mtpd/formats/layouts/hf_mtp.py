@@ -12,7 +12,7 @@ from mtpd.formats.exported_run import Run, changed_config
 from mtpd.formats.families.transformers_native import FAMILY
 from mtpd.formats.find_heads import HEAD_LIKE
 from mtpd.formats.importing import exclude_from_quantisation
-from mtpd.formats.layout import Layout
+from mtpd.formats.layout import PYTHON, Layout
 from mtpd.formats.to_family import as_family
 
 BASES = ("llama", "mistral", "qwen2", "qwen3")
@@ -65,14 +65,12 @@ def write(run: Run, folder: Path) -> None:
     (folder / "custom_generate" / "generate.py").write_text(GENERATE, encoding="utf-8")
 
 
-SERVE = 'AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True).generate(**inputs)  # drafts {k} a round'
-
 LAYOUT = Layout(
     "hf-mtp",
     "the base with heads as further layers, in transformers' own MTP layout",
     refused,
     write,
-    {"transformers": SERVE},
+    {"transformers": PYTHON % (", trust_remote_code=True", "")},
     rank=10,
     family=FAMILY,
 )

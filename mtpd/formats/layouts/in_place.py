@@ -9,7 +9,7 @@ from mtpd.errors import MtpdError, UserError
 from mtpd.formats.directory import link_others
 from mtpd.formats.exported_run import Run
 from mtpd.formats.find_heads import Native, find_heads
-from mtpd.formats.layout import SGLANG, VLLM, Layout
+from mtpd.formats.layout import PYTHON, SGLANG, VLLM, Layout
 from mtpd.formats.tensors import Stored, cast, overwrite
 from mtpd.formats.to_family import as_family
 
@@ -70,7 +70,7 @@ LAYOUT = Layout(
     refused,
     write,
     {
-        "transformers": 'AutoModelForCausalLM.from_pretrained("{out}").generate(**inputs, use_mtp=True)',
+        "transformers": PYTHON % ("", ", use_mtp=True"),
         "vllm": VLLM,
         "sglang": SGLANG,
     },

@@ -6,62 +6,50 @@ Beside an unchanged base, the block gets the base's state after its final norm.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mtpd.formats.directory import CONFIG, write_json, write_sharded
-from mtpd.formats.exported_run import SIZES, Run
+from mtpd.formats.exported_run import KEYS, Run
 from mtpd.formats.families.fastmtp import FAMILY
 from mtpd.formats.layer_names import Tensors
 from mtpd.formats.layout import SGLANG, VLLM, Layout
+from mtpd.formats.layouts.hyv3_draft import quantised
 from mtpd.formats.tensors import dtype_name, stored
 from mtpd.formats.to_family import as_family
 
 DRAFT_BASES = ("llama", "qwen2")
 QKV = ("q_proj", "k_proj", "v_proj")
-KEYS = (*SIZES, "rope_parameters", "rope_scaling", "rope_theta")
-"""What Qwen2's config has of a Llama's or a Qwen2's."""
 
 
 def refused(run: Run) -> str | None:
-    return _needs_one_block(run) or _needs_qwen2_layers(run)
+    return _needs_one_block(run) or _needs_qwen2_layers(run) or quantised(run)
 
 
 def write(run: Run, folder: Path) -> None:
     """Config and heads alone; the base is served as it is."""
-    write_sharded(folder, block(run))
-    write_json(folder / CONFIG, config_of(run))
-
-
-def block(run: Run) -> Tensors:
     tensors = as_family(run.heads(1), FAMILY, heads=1, layers=run.base.layers, model_type=run.model_type)
-    return tensors | {
-        name: tensor for name, tensor in zero_biases(run, "model.mtp_layers.0.").items() if name not in tensors
-    }
-
-
-def zero_biases(run: Run, prefix: str) -> Tensors:
-    """Biases of queries, keys and values, which Qwen2 has and Llama has not."""
-    found: Tensors = {}
-    for part in QKV:
-        weight = run.tensors[f"layers.0.block.layers.0.self_attn.{part}.weight"]
-        found[f"{prefix}self_attn.{part}.bias"] = stored(torch.zeros(weight.shape[0], dtype=run.dtype))
-    return found
-
-
-def config_of(run: Run) -> dict[str, Any]:
+    # Qwen2's layers have biases of queries, keys and values, and Llama's have none.
+    write_sharded(folder, _zero_biases(run) | tensors)
     base = run.base.text_config
-    config = {key: base[key] for key in KEYS if base.get(key) is not None}
-    return {
+    config = {
         "architectures": ["MiMoForCausalLM"],
         "model_type": "qwen2",
         "num_nextn_predict_layers": 1,
         "tie_word_embeddings": False,
         "use_sliding_window": False,
         "dtype": dtype_name(run.dtype),
-        **config,
+        **{key: base[key] for key in KEYS if base.get(key) is not None},
     }
+    write_json(folder / CONFIG, config)
+
+
+def _zero_biases(run: Run) -> Tensors:
+    found: Tensors = {}
+    for part in QKV:
+        weight = run.tensors[f"layers.0.block.layers.0.self_attn.{part}.weight"]
+        found[f"model.mtp_layers.0.self_attn.{part}.bias"] = stored(torch.zeros(weight.shape[0], dtype=run.dtype))
+    return found
 
 
 def _needs_one_block(run: Run) -> str | None:
@@ -95,5 +83,5 @@ LAYOUT = Layout(
     rank=20,
     family=FAMILY,
     apart=True,
-    overrides={"num_nextn_predict_layers": 1},
+    overrides=lambda run: {"num_nextn_predict_layers": 1},
 )
