@@ -136,6 +136,19 @@ def test_one_head_needs_no_other_runner(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.splitlines()[-2] == f"vllm serve --config '{out}'/vllm.yaml"
 
 
+def test_several_heads_are_not_verified_where_one_would_draft(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fault: an engine that drafts with the first block at every depth is given a verdict on all of them."""
+    trunk = base("llama")
+    run = finished_run(tmp_path, trunk, architectures.random_heads(trunk, depth=2))
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--to", "vllm", "-o", str(out), "--no-perturb"]) == 0
+    assert main(["verify", str(out), "--engine", "vllm"]) == 2
+    error = capsys.readouterr().err
+    assert "--drafts: 2 is not accepted with layout hyv3-draft in vLLM on a CPU" in error
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "biases": ("llama", {"attention_bias": True}, "attention_bias: true, and the layout's block has no biases"),
     "qwen2": ("qwen2", {}, "a qwen2 has biases in its attention.*mimo-draft for one block.*or hf-mtp"),

@@ -86,6 +86,21 @@ def workflow_steps() -> list[dict[str, Any]]:
     return steps
 
 
+VARIABLES = {
+    "RECIPE": "recipe.yaml",
+    "BASELINE": "baselines/main.json",
+    "MAX_DROP": "0.01",
+    "MAX_DROP_WORST": "0.1",
+    "BY": "family",
+    "HISTORY": "baselines/history",
+}
+
+
+def gitlab_job() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((EXAMPLES / "gitlab-ci.yml").read_text())["acceptance"]
+    return found
+
+
 def run_workflow(folder: Path, output: str) -> dict[str, subprocess.CompletedProcess[str]]:
     """Runs the steps of the workflow that are commands, as the runner does: a failed one skips all without `if`."""
     done: dict[str, subprocess.CompletedProcess[str]] = {}
@@ -95,7 +110,7 @@ def run_workflow(folder: Path, output: str) -> dict[str, subprocess.CompletedPro
             continue
         script = folder / "step.sh"
         script.write_text(step["run"])
-        variables = {"RECIPE": "recipe.yaml", "RUN": output, "BASELINE": "baselines/main.json", "MAX_DROP": "0.01"}
+        variables = VARIABLES | {"RUN": output}
         done[step["name"]] = run(
             ["bash", "-eo", "pipefail", str(script)],
             folder,
@@ -130,14 +145,20 @@ def test_the_shell_example_fails_with_damaged_heads(work: Path) -> None:
 def test_the_workflow(work: Path) -> None:
     """Fault: the workflow has an option that mtpd does not, or it swallows the exit code of the gate."""
     good = run_workflow(work, "runs/workflow")
-    assert [step.returncode for step in good.values()] == [0, 0, 0], [step.stderr for step in good.values()]
-    assert list(good) == ["Train", "Gate", "Report"]
+    assert [step.returncode for step in good.values()] == [0, 0, 0, 0], [step.stderr for step in good.values()]
+    assert list(good) == ["Train", "Gate", "Keep", "Report"]
+    assert "gate on 7 slices passed" in good["Gate"].stdout
     assert "✅ **gate passed" in (work / "summary-workflow.md").read_text()
     assert (work / "runs" / "workflow" / "report.html").is_file()
 
     shutil.copytree(work / "runs" / "first", work / "runs" / "broken")
     damage(work / "runs" / "broken")
+    [kept] = (work / "baselines" / "history").glob("*.json")
+    assert kept.read_bytes() == (work / "runs" / "workflow" / "evaluation.json").read_bytes()
+    assert "tau over the last results" not in (work / "summary-workflow.md").read_text()
     bad = run_workflow(work, "runs/broken")
+    assert list(bad) == ["Train", "Gate", "Report"]
+    assert "tau over the last results" in (work / "summary-broken.md").read_text()
     assert [step.returncode for step in bad.values()] == [0, 3, 0], [step.stderr for step in bad.values()]
     assert "❌ **gate failed" in (work / "summary-broken.md").read_text()
 
@@ -147,3 +168,24 @@ def test_the_workflow_installs_mtpd_before_it_calls_it() -> None:
     commands = [step.get("run", "") for step in workflow_steps()]
     first = next(number for number, command in enumerate(commands) if command.startswith("mtpd"))
     assert any("pip install" in command for command in commands[:first])
+
+
+def test_the_gitlab_job(work: Path) -> None:
+    """Fault: the job has an option that mtpd does not, or it swallows the exit code of the gate."""
+    job = gitlab_job()
+    assert job["variables"].keys() == VARIABLES.keys() | {"RUN"}
+    assert any("pip install" in command for command in job["before_script"])
+    shutil.copytree(work / "runs" / "first", work / "runs" / "worse")
+    damage(work / "runs" / "worse")
+    for output, code in (("runs/gitlab", 0), ("runs/worse", 3)):
+        script = work / "job.sh"
+        script.write_text("\n".join(job["script"]))
+        done = run(
+            ["bash", "-eo", "pipefail", str(script)], work, **(VARIABLES | {"RUN": output, "HISTORY": f"{output}-past"})
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        assert (work / f"{output}-past" / "history.html").is_file() == (code == 0)
+        assert (work / "acceptance.xml").is_file()
+        after = work / "after.sh"
+        after.write_text("\n".join(job["after_script"]))
+        assert run(["bash", "-e", str(after)], work, **(VARIABLES | {"RUN": output})).returncode == 0

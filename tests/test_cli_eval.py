@@ -330,11 +330,11 @@ def test_long_prompts_are_measured_as_far_as_the_context_reaches(run: Path, caps
     """Fault: a suite of joined documents is not measured, or its lengths cannot be told apart."""
     (run.parent / "suites").mkdir()
     (run.parent / "suites" / "mine.yaml").write_text(
-        "title: mine\nsource: stdlib-held-out\ncontexts: [128, 384, 1048576]\nlimit: 18\nmax_new_tokens: 12\n"
+        "title: mine\nsource: stdlib-held-out\ncontexts: [400, 900, 1048576]\nlimit: 18\nmax_new_tokens: 12\n"
     )
     file = run.parent / "acceptance.json"
     words = ["--suite", "mine", "--suite-dir", str(run.parent / "suites"), "-o", str(file), "--by", "family,context"]
     assert measure(run, *words) == 0
     rows = Acceptance.load(file).suites["mine"].rows or []
-    assert [row.family for row in rows] == ["128"] * 6 + ["384"] * 6
-    assert all(row.places and min(row.places["context"]) >= 128 for row in rows[6:])
+    assert [row.family for row in rows] == ["400"] * 6 + ["900"] * 6
+    assert all(row.places and min(row.places["context"]) >= 512 for row in rows[6:])

@@ -355,7 +355,7 @@ def test_results_over_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert line is not None
     heights = [float(point.split(",")[1]) for point in str(line.get("points")).split()]
     assert heights == sorted(heights, reverse=True)
-    assert charts[0].find(".//polygon[@class='band']") is not None
+    assert charts[0].find(".//polygon[@class='dot band']") is not None
     assert len(charts[1].findall(".//polyline")) == 2
     assert f"{past[0].acceptance.total().tau:.3f}" in page
     # The page that is there now is no acceptance file, and is not read as one.
@@ -386,7 +386,7 @@ def test_charts_of_positions() -> None:
     charts = places_charts(found)
     assert [title for title, _, _ in charts] == ["CAR by position in the response", "CAR by position in the context"]
     drawing = ET.fromstring(charts[0][2])
-    assert len(drawing.findall(".//polygon[@class='band']")) == 2
+    assert len(drawing.findall(".//polygon[@class='dot band']")) == 2
     labels = [text.text for text in drawing.findall(".//text")]
     names = [part.name for part in slices(found, ["position"])]
     assert set(names) <= set(labels)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mtpd.cli import main
-from mtpd.evaluate.acceptance import Acceptance
+from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.train import measuring_trainer, trainer
 
 
@@ -61,6 +61,9 @@ def test_the_best_heads_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert {f"eval_car_{k}" for k in (1, 2)} | {"eval_expected_1", "eval_expected_2"} <= {
         key for line in lines(run) for key in line
     }
+    families = {key: value for line in lines(run) for key, value in line.items() if key.startswith("eval_tau_")}
+    assert len(families) == 7
+    assert all(value >= 1 for value in families.values())
     # The finished heads are measured on prompts that did not choose them.
     assert Acceptance.load(run / "acceptance.json").total().prompts == 7
 
@@ -88,6 +91,12 @@ def test_what_is_measured_is_the_offline_acceptance(tmp_path: Path) -> None:
     )["prompts"]
     line = next(line for line in lines(run) if "eval_tau" in line)
     assert line["eval_tau"] == pytest.approx(found.tau)
+    by_family: dict[str, list[Any]] = {}
+    for row in found.rows or []:
+        by_family.setdefault(row.id.split("-")[1], []).append(row)
+    assert {key: value for key, value in line.items() if key.startswith("eval_tau_")} == pytest.approx(
+        {f"eval_tau_{name}": SuiteCounts.of(rows, 2).tau for name, rows in by_family.items()}
+    )
     assert found.expected_acceptance is not None
     assert line["eval_expected_2"] == pytest.approx(found.expected_acceptance[1], rel=1e-5)
 

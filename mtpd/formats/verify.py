@@ -150,8 +150,8 @@ def verify(
     depth = drafts or int(says["depth"])
     if engine == "vllm" and layout.second_runner and depth > 1 and not torch.cuda.is_available():
         raise UserError(
-            f"--drafts: {depth} is not accepted with layout {layout.name} in vLLM on a CPU, which would draft with the first "
-            "block at every depth; accepted: 1, a GPU, or mtpd export --to mtpd-vllm"
+            f"--drafts: {depth} is not accepted with layout {layout.name} in vLLM on a CPU, which would draft with "
+            "the first block at every depth; accepted: 1, a GPU, or mtpd export --to mtpd-vllm"
         )
     model, tokenizer = load_model(str(says["base"]), dtype="float32", device="cpu")
     trunk = Trunk(model)

@@ -18,6 +18,8 @@ ROW = 34.0
 """Height of one line of a dot chart."""
 MOST_POINTS = 400
 """A longer curve is thinned: more points than pixels show nothing."""
+DARKEST = 0.6
+"""Opacity of a cell of a heat map whose share is 1: the number in it has to be read."""
 FEW_MARKS = 5
 """Marks on a line that does not mark each of its points: enough to tell it from the others."""
 COLOURS = 6
@@ -38,14 +40,12 @@ STYLE = """
 }
 svg text { fill: var(--soft); font-size: 12px; font-family: system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 svg .name { fill: var(--ink); } svg .title { fill: var(--ink); font-size: 17px; font-weight: 650; }
-svg .over { fill: var(--card); }
 svg .grid { stroke: var(--line); stroke-width: 1; } svg .back { fill: var(--card); }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
-.band { stroke: none; opacity: .16; }
 .bar { stroke-width: 2; stroke-linecap: round; opacity: .55; }
 .ring { stroke-width: 2; }
 """ + "".join(
-    f".s{n} .line, .s{n} .bar, .s{n} .ring {{ stroke: var(--c{n}); }} .s{n} .dot, .s{n} .band {{ fill: var(--c{n}); }} "
+    f".s{n} .line, .s{n} .bar, .s{n} .ring {{ stroke: var(--c{n}); }} .s{n} .dot {{ fill: var(--c{n}); }} "
     f".s{n} .ring {{ fill: var(--card); }}\n"
     for n in range(COLOURS + 1)
 )
@@ -148,7 +148,8 @@ def _band(places: Sequence[tuple[float, float, Point]], up: _Scale) -> str:
     """The area between the ends of intervals; a point without one is of no width."""
     ends = [(x, _span(point.estimate)) for x, _, point in places]
     corners = [(x, up(max(span))) for x, span in ends] + [(x, up(min(span))) for x, span in reversed(ends)]
-    return f'<polygon class="band" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in corners)}"/>'
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
+    return f'<polygon class="dot band" fill-opacity="0.16" points="{points}"/>'
 
 
 def heat_map(
@@ -166,12 +167,12 @@ def heat_map(
         for place, (column, estimate) in enumerate(zip(columns, found, strict=True)):
             x, share = left + wide * place, min(1.0, max(0.0, estimate.value))
             said = escape(f"{name}, {column}: {estimate.text()}")
-            box = f'x="{x:.1f}" y="{y:.1f}" width="{wide - 2:.1f}" height="{step - 2:.1f}" fill-opacity="{share:.2f}"'
-            drawn.append(f'<g class="s1"><rect class="dot" {box}><title>{said}</title></rect></g>')
-            style = "over" if share > 0.55 else "name"
+            box = f'x="{x:.1f}" y="{y:.1f}" width="{wide - 2:.1f}" height="{step - 2:.1f}"'
+            opacity = f'fill-opacity="{DARKEST * share:.2f}"'
+            drawn.append(f'<g class="s1"><rect class="dot" {box} {opacity}><title>{said}</title></rect></g>')
             if wide >= 24:
                 words = f"{estimate.value:.2f}".removeprefix("0")
-                drawn.append(_text(x + (wide - 2) / 2, y + 16, words, "middle", style=style))
+                drawn.append(_text(x + (wide - 2) / 2, y + 16, words, "middle", style="name"))
     for place, column in enumerate(columns):
         drawn.append(_text(left + wide * (place + 0.5) - 1, height - BOTTOM + 16, column, "middle"))
     drawn.append(_text((left + WIDTH - RIGHT) / 2, height - 6, x_label, "middle"))

@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from transformers.trainer_utils import SaveStrategy
 
 from mtpd.data.packing import PackedRows, Sample
-from mtpd.evaluate.acceptance import SuiteCounts
+from mtpd.evaluate.acceptance import PromptCounts, SuiteCounts
 from mtpd.evaluate.offline import measure_offline
 from mtpd.heads import copy_heads, empty_heads, fill_heads
 from mtpd.parallel.partition import gathered
@@ -74,20 +74,31 @@ class MeasuringTrainer(HeadTrainer):
         super().__init__(model, args, rows, **options)
         args.eval_strategy = wanted
         self.samples = [Sample(each.id, each.ids, each.response_mask, "all") for each in samples]
+        self.families = {each.id: each.family or "prompts" for each in samples}
         self.end_tokens = end_tokens
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """CAR and Σ min(p, q) by depth, and tau, logged and given to the callbacks as transformers does."""
+        """CAR and Σ min(p, q) by depth, and tau, of all and by family; logged, and given to callbacks."""
         found = self._measure()
         metrics = {f"{metric_key_prefix}_tau": found.tau}
         metrics |= {f"{metric_key_prefix}_car_{k}": value for k, value in enumerate(found.car, 1)}
         metrics |= {
             f"{metric_key_prefix}_expected_{k}": value for k, value in enumerate(found.expected_acceptance or [], 1)
         }
+        metrics |= {f"{metric_key_prefix}_tau_{name}": tau for name, tau in self._by_family(found).items()}
         self.log(metrics)
         control: Any = self.control  # type: ignore[has-type]
         self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
         return metrics
+
+    def _by_family(self, found: SuiteCounts) -> dict[str, float]:
+        """Tau of each family of prompts; none where there is only one."""
+        families: dict[str, list[PromptCounts]] = {}
+        for row in found.rows or []:
+            families.setdefault(self.families[row.id], []).append(row)
+        if len(families) < 2:
+            return {}
+        return {name: SuiteCounts.of(rows, found.depth).tau for name, rows in sorted(families.items())}
 
     def _measure(self) -> SuiteCounts:
         """Counts of a copy in the trunk's number format, as the finished heads are measured."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -26,6 +26,9 @@ ASKED = (
 """Questions that any document can be asked, in turns."""
 LINE = 24
 """Characters of a line that is quoted, at least."""
+HEADING = 8
+"""About so many tokens stand above each text."""
+ATTEMPTS = 8
 
 
 def join(tokenizer: Any, name: str, suite: Suite, documents: Sequence[Question], *, context: int) -> list[Question]:
@@ -50,46 +53,48 @@ def join(tokenizer: Any, name: str, suite: Suite, documents: Sequence[Question],
         left = [str(length) for length in suite.contexts if length not in fitting]
         logger.warning("suite %s: %s tokens do not fit into the model's context of %d", name, ", ".join(left), context)
     texts = [question.prompt.text.strip() for question in documents]
-    found = []
-    for length in fitting:
-        for number in range(max(1, suite.limit // len(suite.contexts))):
-            generator = random.Random(f"{suite.seed} {length} {number}")
-            label = f"{length // 1024}k" if length % 1024 == 0 else str(length)
-            words = _words(tokenizer, texts, length - suite.max_new_tokens, ASKED[number % len(ASKED)], generator)
-            prompt = Prompt(
-                f"{label}-{number}",
-                [{"role": "user", "content": words}],
-                family=name,
-                template=dict(suite.chat_template_kwargs),
-            )
-            room = length - suite.max_new_tokens - len(render(tokenizer, prompt))
-            if room > length // 4:
-                raise UserError(
-                    f"suite {name}: its documents are too short together for {length} tokens; accepted: more of them, "
-                    "or shorter contexts"
-                )
-            found.append(Question(prompt, family=label))
-    return found
-
-
-def _words(tokenizer: Any, texts: Sequence[str], length: int, asked: str, generator: random.Random) -> str:
-    """A user's message of about so many tokens, and not more."""
 
     @cache
     def tokens(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    # The template, the question and the numbers of the texts take some tokens too.
-    room = length - 160
+    found = []
+    for length in fitting:
+        label = f"{length // 1024}k" if length % 1024 == 0 else str(length)
+        most = length - suite.max_new_tokens
+        for number in range(max(1, suite.limit // len(suite.contexts))):
+            asked, above, prompt = ASKED[number % len(ASKED)], 0, None
+            # The template, the question and the line that it quotes take tokens too: as many are left out.
+            for _ in range(ATTEMPTS):
+                words = _words(texts, tokens, most - above, asked, random.Random(f"{suite.seed} {length} {number}"))
+                message = {"role": "user", "content": words}
+                template = dict(suite.chat_template_kwargs)
+                prompt = Prompt(f"{label}-{number}", [message], family=name, template=template)
+                taken = len(render(tokenizer, prompt))
+                if taken <= most:
+                    break
+                above += taken - most + HEADING
+            if prompt is None or not 0.7 * most <= taken <= most:
+                raise UserError(
+                    f"suite {name}: its documents do not fill {length} tokens; accepted: more of them, or shorter "
+                    "contexts"
+                )
+            found.append(Question(prompt, family=label))
+    return found
+
+
+def _words(texts: Sequence[str], tokens: Callable[[str], int], room: int, asked: str, generator: random.Random) -> str:
+    """A user's message with texts of about so many tokens, and a question on one of them."""
     chosen: list[str] = []
     for text in generator.sample(texts, len(texts)):
-        cost = tokens(text) + 8
-        if cost > room:
-            text = _cut(text, max(0.0, (room - 8) / cost), tokens, room - 8)
+        cost = tokens(text) + HEADING
+        last = cost > room
+        if last:
+            text = _cut(text, max(0.0, (room - HEADING) / cost), tokens, room - HEADING)
         if text:
             chosen.append(text)
-            room -= tokens(text) + 8
-        if room < 64:
+            room -= tokens(text) + HEADING
+        if last or room < 2 * HEADING:
             break
     lines = [
         (number, line.strip())
@@ -102,10 +107,10 @@ def _words(tokenizer: Any, texts: Sequence[str], length: int, asked: str, genera
     return "\n\n".join([*numbered, asked.format(number=number, line=line)])
 
 
-def _cut(text: str, share: float, tokens: Any, room: int) -> str:
-    """The beginning of a text that has at most so many tokens, up to the end of a line where there is one."""
+def _cut(text: str, share: float, tokens: Callable[[str], int], room: int) -> str:
+    """The beginning of a text that has at most so many tokens, up to the end of a line where one is near."""
     text = text[: int(share * len(text))]
     while text and tokens(text) > room:
         text = text[: int(0.9 * len(text))]
-    line, newline, _ = text.rpartition("\n")
-    return line if newline and len(line) > len(text) // 2 else text
+    line, newline, rest = text.rpartition("\n")
+    return line if newline and len(rest) < len(text) // 10 else text

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mtpd.errors import MtpdError, UserError
+from mtpd.evaluate.engine_counters import EngineCounters
 from mtpd.files import CACHE
 from mtpd.formats.engines.plugin import lay_out
 from mtpd.formats.engines.result import Round, Served
@@ -153,11 +154,10 @@ def _serve(
 
             texts = list(pool.map(text, range(len(asked.prompts))))
             version = f"vLLM {client.get('/version').json()['version']}"
-            counters = _counters(client.get("/metrics").text)
+            counters = EngineCounters.read(client.get("/metrics").text, place=url)
         if log.is_file():
             return Served.of_rounds(version, texts, _rounds(log, len(texts)), asked.depth)
-    drafts = counters["spec_decode_num_drafts"][0]
-    return Served(version, texts, [drafts] * asked.depth, counters["spec_decode_num_accepted_tokens_per_pos"])
+    return Served(version, texts, [counters.drafts or 0] * asked.depth, counters.accepted)
 
 
 @contextmanager
@@ -226,14 +226,6 @@ def _text(client: httpx2.Client, prompt: Sequence[int], max_new_tokens: int, *, 
         raise MtpdError(f"vLLM did not answer: status {answer.status_code}: {' '.join(answer.text.split())[:200]}")
     ids: list[int] = answer.json()["choices"][0]["token_ids"]
     return ids
-
-
-def _counters(metrics: str) -> Mapping[str, list[int]]:
-    """vLLM's counters by name, those by position in order."""
-    found: dict[str, list[int]] = {}
-    for name, value in re.findall(r"^vllm:(\w+)_total\{[^}]*\} (\S+)$", metrics, flags=re.MULTILINE):
-        found.setdefault(name, []).append(int(float(value)))
-    return found
 
 
 def _rounds(log: Path, texts: int) -> list[list[Round]]:
