@@ -14,9 +14,10 @@ from mtpd.data.builtin_models import tiny_tokenizer
 from mtpd.data.rows.prompt import Prompt
 from mtpd.errors import MtpdError, UserError
 from mtpd.evaluate import served
-from mtpd.evaluate.acceptance import Acceptance, Load, PromptCounts, SuiteCounts
+from mtpd.evaluate.acceptance import Acceptance, PromptCounts, SuiteCounts
 from mtpd.evaluate.beside_offline import beside_offline
 from mtpd.evaluate.engine_counters import EngineCounters
+from mtpd.evaluate.load import Load
 from mtpd.evaluate.served import Asked, DraftingServer, ask, load_of, suite_counts
 from mtpd.evaluate.suites import Suite
 

@@ -69,6 +69,7 @@ SHORTENED = (
     ),
     Changed(r"^mtpd eval \S+ --suite demo", r"\g<0> --limit 7 --max-new-tokens 16", "fewer prompts"),
     Changed(r"^mtpd eval runs/demo( --model.*)?$", r"\g<0> --limit 7 --max-new-tokens 16", "fewer prompts"),
+    Changed(r"^mtpd eval runs/new --min-tau .*", r"\g<0> --limit 7 --max-new-tokens 16", "fewer prompts"),
     Changed(r"^mtpd generate [^#]*", r"\g<0> --max-new-tokens 16", "a shorter text"),
     Changed(r"^mtpd bench [^#]*", r"\g<0> --prompts 1 --max-new-tokens 8 --runs 1", "one text, a shorter one"),
     Changed(r"^mtpd verify [^#]*", r"\g<0> --limit 1 --max-new-tokens 16", "one text, a shorter one"),

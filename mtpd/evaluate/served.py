@@ -17,8 +17,9 @@ from mtpd.data.answers.server import Server
 from mtpd.data.answers.task import Task
 from mtpd.decode.counts import Counts
 from mtpd.errors import MtpdError, UserError
-from mtpd.evaluate.acceptance import Load, PromptCounts, SuiteCounts
+from mtpd.evaluate.acceptance import PromptCounts, SuiteCounts
 from mtpd.evaluate.engine_counters import WITHOUT_DRAFTS, EngineCounters
+from mtpd.evaluate.load import Load
 from mtpd.evaluate.suites import Suite
 from mtpd.files import fingerprint_json, short
 from mtpd.progress import Bar

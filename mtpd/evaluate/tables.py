@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from mtpd.evaluate.acceptance import Acceptance, Load, SuiteCounts
+from mtpd.evaluate.acceptance import Acceptance, SuiteCounts
 from mtpd.evaluate.gate import COMPARED, Change, Comparison, label
 from mtpd.evaluate.intervals import DRAFTERS, FEWEST, Estimate
+from mtpd.evaluate.load import Load
 from mtpd.evaluate.run_tables import (
     DECODED_COLUMNS,
     NOT_MEASURED,

@@ -13,11 +13,12 @@ from mtpd.data.rendering import render_all
 from mtpd.data.rows.left_out import LeftOut
 from mtpd.errors import UserError
 from mtpd.evaluate import tables
-from mtpd.evaluate.acceptance import Acceptance, Load
+from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.beside_offline import beside_offline
 from mtpd.evaluate.compare import console
 from mtpd.evaluate.engine_counters import WITHOUT_DRAFTS
 from mtpd.evaluate.intervals import intervals
+from mtpd.evaluate.load import Load
 from mtpd.evaluate.measure import describe, mark_trained
 from mtpd.evaluate.served import Asked, DraftingServer, Pass, ask, load_of, suite_counts
 from mtpd.evaluate.suites import Question, Suite, questions
