@@ -21,6 +21,7 @@ from mtpd.cli import main
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.depths import Depth, Depths
 from mtpd.report.samples import read_samples
+from mtpd.report.slices import places_charts
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 """Programs that open the report; Debian has the first as a package."""
@@ -190,9 +191,12 @@ def test_the_report_in_a_browser(run: Path) -> None:
     assert page.rows["mtpd eval"]["car_1"] == f"{suites.total().car[0]:.3f}"
     assert page.depths == [depth for text in read_samples(run / "samples.json") for depth in text.depths]
     assert page.depths
-    # Two sections, with two charts and one for each suite where there are several, and the training curves: loss,
-    # cross-entropy and divergence by depth, acceptance in training and beside it, learning rate.
-    assert looks[1280, False][1]["charts"] == 4 + len(held_out.suites) + 6
+    # Two sections, with three charts and one for each suite where there are several, those of positions, and the
+    # training curves: loss, cross-entropy and divergence by depth, acceptance in training and beside it, of all and by
+    # family, learning rate.
+    places = [*places_charts(held_out, apart=["builtin-other"]), *places_charts(suites)]
+    assert len(places) == 1
+    assert looks[1280, False][1]["charts"] == 6 + len(held_out.suites) + len(places) + 7
 
 
 def test_the_report_is_whole_without_a_browser(run: Path) -> None:
