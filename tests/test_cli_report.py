@@ -429,14 +429,14 @@ def test_the_report_says_that_the_start_was_kept(run: Path) -> None:
     for suite in worse["suites"].values():
         suite["drafted"] = suite["accepted"] = [0, 0]
         for row in suite["rows"]:
-            row["accepted"] = [0 for _ in row["accepted"]]
+            row["accepted"], row["places"] = [0 for _ in row["accepted"]], None
         for key in ("drafted", "accepted"):
             suite[key] = [sum(column) for column in zip(*(row[key] for row in suite["rows"]), strict=True)]
     before = json.loads((run / "acceptance.json").read_text())
     del before["sha256"]
     for suite in before["suites"].values():
         for row in suite["rows"]:
-            row["accepted"] = row["drafted"]
+            row["accepted"], row["places"] = row["drafted"], None
         suite["accepted"] = [sum(column) for column in zip(*(row["accepted"] for row in suite["rows"]), strict=True)]
     for name, content in (("", before), ("-before", before), ("-trained", worse)):
         (run / f"acceptance{name}.json").write_text(json.dumps(content))
