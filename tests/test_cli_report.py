@@ -21,6 +21,7 @@ from mtpd.cli import main
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.depths import Depth, Depths
 from mtpd.report.samples import read_samples
+from mtpd.report.slices import places_charts
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 """Programs that open the report; Debian has the first as a package."""
@@ -190,9 +191,12 @@ def test_the_report_in_a_browser(run: Path) -> None:
     assert page.rows["mtpd eval"]["car_1"] == f"{suites.total().car[0]:.3f}"
     assert page.depths == [depth for text in read_samples(run / "samples.json") for depth in text.depths]
     assert page.depths
-    # Two sections, with two charts and one for each suite where there are several, and the training curves: loss,
-    # cross-entropy and divergence by depth, acceptance in training and beside it, learning rate.
-    assert looks[1280, False][1]["charts"] == 4 + len(held_out.suites) + 6
+    # Two sections, with three charts and one for each suite where there are several, those of positions, and the
+    # training curves: loss, cross-entropy and divergence by depth, acceptance in training and beside it, of all and by
+    # family, learning rate.
+    places = [*places_charts(held_out, apart=["builtin-other"]), *places_charts(suites)]
+    assert len(places) == 1
+    assert looks[1280, False][1]["charts"] == 6 + len(held_out.suites) + len(places) + 7
 
 
 def test_the_report_is_whole_without_a_browser(run: Path) -> None:
@@ -425,14 +429,14 @@ def test_the_report_says_that_the_start_was_kept(run: Path) -> None:
     for suite in worse["suites"].values():
         suite["drafted"] = suite["accepted"] = [0, 0]
         for row in suite["rows"]:
-            row["accepted"] = [0 for _ in row["accepted"]]
+            row["accepted"], row["places"] = [0 for _ in row["accepted"]], None
         for key in ("drafted", "accepted"):
             suite[key] = [sum(column) for column in zip(*(row[key] for row in suite["rows"]), strict=True)]
     before = json.loads((run / "acceptance.json").read_text())
     del before["sha256"]
     for suite in before["suites"].values():
         for row in suite["rows"]:
-            row["accepted"] = row["drafted"]
+            row["accepted"], row["places"] = row["drafted"], None
         suite["accepted"] = [sum(column) for column in zip(*(row["accepted"] for row in suite["rows"]), strict=True)]
     for name, content in (("", before), ("-before", before), ("-trained", worse)):
         (run / f"acceptance{name}.json").write_text(json.dumps(content))
