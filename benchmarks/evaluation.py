@@ -51,8 +51,8 @@ def speed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         offline.append(len(samples) / (clock() - began))
         began = clock()
         theirs = measure_decoded(
-            run.trunk, {"h": heads}, prompts, max_new_tokens=suite.max_new_tokens, end_tokens=run.ends, progress=False
-        )["h"]["demo"]
+            run.trunk, heads, prompts, max_new_tokens=suite.max_new_tokens, end_tokens=run.ends, progress=False
+        )["demo"]
         both.append(len(prompts) / (clock() - began))
         decoding.append(len(prompts) / theirs.seconds)
         print(f"offline {offline[-1]:.2f}, decoded {decoding[-1]:.3f} prompts/s; tau {ours.tau:.3f}, {theirs.tau:.3f}")
