@@ -75,12 +75,15 @@ def test_a_plan_counts_native_heads(tmp_path: Path, capsys: pytest.CaptureFixtur
     """Fault: a plan for the recipe's default depth, whatever the checkpoint has."""
     native.native_checkpoint("transformers", tmp_path / "model", count=2)
     words = [f"model={tmp_path / 'model'}", "heads=native", "data.row_length=256", "--dry-run"]
-    assert main(["distill", *words]) == 0
-    said = capsys.readouterr().out
-    assert main(["distill", *words, "heads.depth=2"]) == 0
-    assert capsys.readouterr().out == said
-    assert main(["distill", *words, "heads.depth=1"]) == 0
-    assert capsys.readouterr().out != said
+    # Byte tokens: many prompts are longer than its context.
+    words += ["data.max_new_tokens=8", "data.max_unusable=0.9"]
+
+    def planned(*more: str) -> str:
+        assert main(["distill", *words, *more]) == 0
+        # DeepSpeed may say something before.
+        return "".join(capsys.readouterr().out.partition("plan   ")[1:])
+
+    assert planned() == planned("heads.depth=2") != planned("heads.depth=1")
 
 
 def test_untrained_heads_give_the_original_back(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import typer
@@ -305,7 +306,7 @@ def test_an_end_says_what_the_command_keeps(
     assert main(["distill", "model=demo"]) == 130
     assert capsys.readouterr().err == "mtpd: interrupted; the same command resumes where this one stopped\n"
     replace_module(monkeypatch, "mtpd.plan.plan", plan=raising(KeyboardInterrupt()))
-    replace_module(monkeypatch, "mtpd.evaluate.compare", compare_files=raising(Terminated()))
+    replace_module(monkeypatch, "mtpd.evaluate.compare", compare_files=raising(Terminated()), Asked=MagicMock())
     assert main(["distill", "model=demo", "--dry-run"]) == 130
     assert capsys.readouterr().err == "mtpd: interrupted\n"
     for name in ("a", "b"):

@@ -219,7 +219,7 @@ def test_acceptance_file(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "acceptance.json").read_text())
     assert set(content) == {
         *("schema", "mode", "sampling", "settings", "trunk", "heads", "heads_trunk", "random_trunk", "versions"),
-        *("suites", "sha256"),
+        *("suites", "loads", "sha256"),
     }
     assert content["schema"] == 4
     assert set(content["suites"]["chat"]) == set(SuiteCounts.model_fields)

@@ -255,10 +255,10 @@ def test_model_cards_show_names_as_words(finished_run: Path) -> None:
         blocks=2,
         written=2,
         recycles=False,
-        config=SimpleNamespace(vocabulary_size=0),
+        config=SimpleNamespace(vocabulary_size=0, shared=False),
     )
     layout = Layout("mtpd", "heads", lambda run: None, lambda run, folder: None, {})
-    card = model_card(run, layout, finished_run / "out")
+    card = model_card(run, layout, finished_run / "out", finished_run / "out")
     tags = Tags()
     tags.feed(card)
     assert not tags.seen & {"script", "img"}, tags.seen
