@@ -152,15 +152,27 @@ def _depended_on(prompt: Prompt) -> list[Any]:
 
 def prompts_alone(model: Model, name: str, suite: Suite, questions: Sequence[Question]) -> list[Sample]:
     """The prompts that fit into the context with their responses, as samples without one."""
-    samples = [Sample.of(q.prompt.id, render(model.tokenizer, q.prompt), [], name) for q in questions]
-    fitting = [sample for sample in samples if len(sample.ids) + suite.max_new_tokens <= model.trunk.context]
+    kept = prompts_with_room(model.tokenizer, name, suite, questions, context=model.trunk.context)
+    return [Sample.of(prompt.id, ids, [], name) for prompt, ids in kept]
+
+
+def prompts_with_room(
+    tokenizer: Any, name: str, suite: Suite, questions: Sequence[Question], *, context: int
+) -> list[tuple[Prompt, list[int]]]:
+    """The prompts that fit into the context with their responses, with their token ids.
+
+    Raises:
+        UserError: there are none.
+    """
+    rendered = [(question.prompt, render(tokenizer, question.prompt)) for question in questions]
+    fitting = [(prompt, ids) for prompt, ids in rendered if len(ids) + suite.max_new_tokens <= context]
     if not fitting:
         raise UserError(
-            f"suite {name}: no prompt fits into the context of {model.trunk.context} tokens with a response of "
+            f"suite {name}: no prompt fits into the context of {context} tokens with a response of "
             f"{suite.max_new_tokens}"
         )
-    if len(fitting) < len(samples):
-        logger.warning("suite %s: %d prompts are longer than the context", name, len(samples) - len(fitting))
+    if len(fitting) < len(rendered):
+        logger.warning("suite %s: %d prompts are longer than the context", name, len(rendered) - len(fitting))
     return fitting
 
 

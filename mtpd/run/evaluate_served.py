@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mtpd.data.answers.task import Task
 from mtpd.data.models import real_tokens
-from mtpd.data.rendering import render_all
-from mtpd.data.rows.left_out import LeftOut
 from mtpd.errors import UserError
 from mtpd.evaluate import tables
 from mtpd.evaluate.acceptance import Acceptance
@@ -19,7 +16,7 @@ from mtpd.evaluate.compare import console
 from mtpd.evaluate.engine_counters import WITHOUT_DRAFTS
 from mtpd.evaluate.intervals import intervals
 from mtpd.evaluate.load import Load
-from mtpd.evaluate.measure import describe, mark_trained
+from mtpd.evaluate.measure import describe, mark_trained, prompts_with_room
 from mtpd.evaluate.served import Asked, DraftingServer, Pass, ask, load_of, suite_counts
 from mtpd.evaluate.suites import Question, Suite, questions
 from mtpd.evaluate.versions import library_versions
@@ -32,8 +29,6 @@ from mtpd.run.finished import trained_prompts
 from mtpd.run.request import Request, check_request
 from mtpd.run.without_weights import without_weights
 from mtpd.trunk import Trunk
-
-logger = logging.getLogger(__name__)
 
 
 def evaluate_server(
@@ -120,23 +115,8 @@ def _undrafted(server: DraftingServer, found: Pass) -> Pass:
 
 
 def _tasks(tokenizer: Any, asked: Mapping[str, tuple[Suite, Sequence[Question]]], *, context: int) -> Asked:
-    """The prompts of each suite that the template takes and that leave room for an answer.
-
-    Raises:
-        UserError: none is left of a suite.
-    """
-    found = {}
-    for name, (suite, of_suite) in asked.items():
-        left_out = LeftOut()
-        rendered = render_all(tokenizer, [question.prompt for question in of_suite], left_out)
-        left_out.check(len(of_suite), source=f"suite {name}")
-        tasks = [Task(prompt, ids) for prompt, ids in rendered if len(ids) + suite.max_new_tokens <= context]
-        if not tasks:
-            raise UserError(
-                f"suite {name}: no prompt fits into the context of {context} tokens with a response of "
-                f"{suite.max_new_tokens}"
-            )
-        if len(tasks) < len(rendered):
-            logger.warning("suite %s: %d prompts are longer than the context", name, len(rendered) - len(tasks))
-        found[name] = (suite, tasks)
-    return found
+    """The prompts of each suite that leave room for an answer."""
+    return {
+        name: (suite, [Task(*each) for each in prompts_with_room(tokenizer, name, suite, found, context=context)])
+        for name, (suite, found) in asked.items()
+    }
