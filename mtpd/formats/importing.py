@@ -270,6 +270,7 @@ IGNORING = {
     "fp8": "modules_to_not_convert",
     "awq": "modules_to_not_convert",
     "mxfp4": "modules_to_not_convert",
+    "torchao": "modules_to_not_convert",
     "bitsandbytes": "llm_int8_skip_modules",
     "compressed-tensors": "ignore",
     "modelopt": "ignore",
