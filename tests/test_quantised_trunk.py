@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from mtpd.data.builtin_models import tiny
 from mtpd.data.models import load_model, real_tokens, trunk_fingerprint
 from mtpd.decode.greedy import generate
 from mtpd.errors import UserError
+from mtpd.formats.importing import exclude_from_quantisation
 from mtpd.trunk import Trunk
 
 
@@ -178,3 +180,19 @@ def test_a_run_on_an_fp8_checkpoint_goes_back_into_it(checkpoint: Path, tmp_path
     prompt = torch.tensor([[72, 101, 108, 108, 111]])
     drafted = model.generate(prompt, custom_generate=str(out), trust_remote_code=True, **settings)
     assert drafted.tolist() == model.generate(prompt, use_mtp=False, **settings).tolist()
+
+
+def test_all_of_a_head_is_left_out_of_compressed_tensors() -> None:
+    """Fault: a name that means the head's layer alone, and not the matrices in it."""
+    config: dict[str, Any] = {"quantization_config": {"quant_method": "compressed-tensors", "ignore": ["lm_head"]}}
+    exclude_from_quantisation(config, ["model.layers.3"])
+    head, rest = sorted(config["quantization_config"]["ignore"], reverse=True)
+    assert rest == "lm_head"
+    pattern = head.removeprefix("re:")
+    assert pattern != head
+    assert re.match(pattern, "model.layers.3.mlp.up_proj")
+    assert not re.match(pattern, "model.layers.30.mlp.up_proj")
+    if not absent("compressed_tensors"):
+        from compressed_tensors.utils.match import match_name
+
+        assert match_name("model.layers.3.eh_proj", head)

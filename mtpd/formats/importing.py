@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,9 @@ def exclude_from_quantisation(config: dict[str, Any], modules: list[str]) -> Non
             f"accepted: {', '.join(IGNORING)}"
         )
     key = IGNORING[method]
+    if method == "compressed-tensors":
+        # Its names mean a module alone, and not what lies in it; behind `re:` stands how a name begins.
+        modules = [rf"re:{re.escape(module)}(\.|$)" for module in modules]
     config["quantization_config"] = {**settings, key: sorted({*(settings.get(key) or ()), *modules})}
 
 
