@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import serving as serving_run
 from stand_in import StandIn
 from test_cli_eval import refresh_fingerprint
 
-import mtpd
 from mtpd.cli import main
-from mtpd.decode.engine import Engine
-from mtpd.decode.text import Request
 from mtpd.evaluate import served
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.recipe import load_recipe
@@ -43,39 +40,16 @@ def words(run: Path, *more: str) -> list[str]:
     return ["eval", str(run), *given, "--responses", str(run.parent / "responses"), *more]
 
 
-@contextmanager
-def serving(run: Path, *, drafts: bool = True, wrong: int = 0) -> Iterator[StandIn]:
-    """A server that decodes with the heads of a run, or without.
-
-    Args:
-        wrong: is added to every token of its texts.
-    """
-    model = mtpd.load(run)
-    _, tokenizer, ends = without_weights(load_recipe(run / "recipe.yaml"))
+def serving(run: Path, **options: Any) -> AbstractContextManager[StandIn]:
+    """A server that answers the questions with the heads of a run."""
+    _, tokenizer, _ = without_weights(load_recipe(run / "recipe.yaml"))
     prompts = [
         list(
             tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
         )
         for text in QUESTIONS
     ]
-    engine = Engine(
-        model.trunk, model.heads, depth=2, slots=4, capacity=max(map(len, prompts)) + TOKENS, end_tokens=ends
-    )
-    answers: dict[Any, list[int]] = {}
-    rounds: dict[Any, list[tuple[int, int]]] = {}
-    for text in engine.run([Request(prompt, TOKENS) for prompt in prompts]):
-        key = tuple(prompts[text.number])
-        answers[key] = [token + wrong for token in text.tokens]
-        rounds[key] = [(drafted, accepted) for _, drafted, accepted in text.rounds]
-    server = StandIn(answers)
-    if drafts:
-        server.rounds = rounds
-    else:
-        server.pages = {"/metrics": "vllm:generation_tokens_total 7.0\n"}
-    try:
-        yield server
-    finally:
-        server.close()
+    return serving_run(run, prompts, tokens=TOKENS, **options)
 
 
 def test_what_a_server_accepts_is_what_was_measured(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
