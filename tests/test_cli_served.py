@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
+import xml.etree.ElementTree as ET
 from contextlib import AbstractContextManager
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import pytest
+import yaml
 from serving import serving as serving_run
 from stand_in import StandIn
 from test_cli_eval import refresh_fingerprint
@@ -15,9 +19,14 @@ from test_cli_eval import refresh_fingerprint
 from mtpd.cli import main
 from mtpd.evaluate import served
 from mtpd.evaluate.acceptance import Acceptance
+from mtpd.evaluate.measure import prompts_with_room
+from mtpd.evaluate.suites import load_suite, questions
 from mtpd.recipe import load_recipe
+from mtpd.run.evaluate import fitting
 from mtpd.run.without_weights import without_weights
+from mtpd.trunk import Trunk
 
+CI = Path(__file__).parents[1] / "examples" / "ci"
 TOKENS = 12
 PROMPTS = 52
 QUESTIONS = [f"What is {n} and {n * n}?" for n in range(PROMPTS)]
@@ -109,6 +118,49 @@ def test_servers_of_something_else(run: Path, capsys: pytest.CaptureFixture[str]
         assert "--plain-server" in found
         assert "drafts too; accepted: a server without --speculative-config" in found
         assert "--drafts: 1 is not accepted, the server drafts 2" in refused("--server", server.url, "--drafts", "1")
+
+
+def gates() -> dict[str, list[str]]:
+    """The served gate of each example, as words with variables in them."""
+    workflow = yaml.safe_load((CI / "github-actions.yml").read_text())["jobs"]["gate"]
+    [step] = [step["run"] for step in workflow["steps"] if step.get("name") == "Gate, as served"]
+    job = yaml.safe_load((CI / "gitlab-ci.yml").read_text())["served"]
+    assert job["variables"].keys() < workflow["env"].keys()
+    return {
+        name: shlex.split(text.replace("\\\n", " ")) for name, text in (("workflow", step), ("job", *job["script"]))
+    }
+
+
+def test_the_served_gate_of_the_examples(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: the examples have an option that mtpd does not, or stay green while a server accepts nothing."""
+    suite = load_suite("demo")
+    model, tokenizer, _ = without_weights(load_recipe(run / "recipe.yaml"))
+    context = Trunk(model).context
+    found = fitting(tokenizer, {"demo": (suite, questions("demo", suite))}, context=context)["demo"][1]
+    prompts = [ids for _, ids in prompts_with_room(tokenizer, "demo", suite, found, context=context)]
+    variables = {"RUN": str(run), "BASELINE_SERVED": str(tmp_path / "served.json"), "BY": "family"}
+    variables |= {"MAX_DROP": "0.01", "MAX_DROP_WORST": "0.1"}
+    with serving_run(run, prompts, tokens=TOKENS) as server:
+        # As many accepted drafts as there can be, so that there is something to lose in every slice.
+        good = {key: [(2, 2)] * 4 for key in server.rounds or {}}
+        poor = {key: [(2, 0)] * (TOKENS - 1) for key in good}
+        server.rounds = good
+        words = ["eval", str(run), "--server", server.url, "--max-new-tokens", str(TOKENS)]
+        assert main([*words, "--write-baseline", variables["BASELINE_SERVED"]]) == 0
+        for name, step in gates().items():
+            assert step.pop(0) == "mtpd"
+            step = [Template(word).substitute(variables, SERVER=server.url) for word in step]
+            step = [str(tmp_path / word) if word.startswith("served.") else word for word in step]
+            for rounds, code in ((good, 0), (poor, 3)):
+                server.rounds = rounds
+                capsys.readouterr()
+                assert main(step) == code, name
+                shown = capsys.readouterr().out
+                outcome = "passed" if code == 0 else "failed"
+                assert f"gate {outcome}" in shown
+                assert f"slices {outcome}" in shown
+                failures = ET.parse(tmp_path / "served.xml").getroot().get("failures")
+                assert failures == ("0" if code == 0 else "2")
 
 
 MISTAKES = {
