@@ -219,7 +219,7 @@ def acceptance(mode: Any, hits: int, *, text: str = "t", depth: int = 2, prompts
 
 
 def test_a_server_beside_what_was_measured_offline() -> None:
-    """Fault: a server with another model, or another number of drafts, is compared with these heads."""
+    """Fault: a server with another model, or that drafts further, is compared with these heads."""
     offline = acceptance("offline", 4)
     found = beside_offline(acceptance("served", 8), offline, place="here")
     assert found is not None
@@ -232,8 +232,7 @@ def test_a_server_beside_what_was_measured_offline() -> None:
     few = beside_offline(acceptance("served", 6, text="u", prompts=7), offline, place="here")
     assert few is not None
     assert few.same == 0
-    with pytest.raises(UserError, match="here: drafts 3 tokens at a time, and 2 were measured offline"):
-        beside_offline(acceptance("served", 6, depth=3), offline, place="here")
+    assert beside_offline(acceptance("served", 6, depth=3), offline, place="here") is None
     sums = acceptance("served", 6)
     sums.suites["mine"].rows = None
     assert beside_offline(sums, offline, place="here") is None

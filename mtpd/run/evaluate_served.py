@@ -102,7 +102,9 @@ def evaluate_server(
     show_measured(to, acceptance, estimates, by=request.asked.by)
     to.print(tables.loads_table(passes))
     to.print(
-        f"mtpd eval {request.run} measures the same offline, to compare with" if beside is None else beside.words,
+        f"mtpd eval {request.run} --drafts {acceptance.total().depth} measures the same offline, to compare with"
+        if beside is None
+        else beside.words,
         highlight=False,
         soft_wrap=True,
     )
