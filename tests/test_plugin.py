@@ -169,6 +169,21 @@ def test_a_server_that_ends_says_why(tmp_path: Path) -> None:
         pass
 
 
+def test_a_server_that_is_too_slow_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: the last line of its log, which names no fault, given as the reason; a server that goes on afterwards."""
+    monkeypatch.setattr(with_vllm, "START", 0.2)
+    server = tmp_path / "python"
+    server.write_text(f"#!/bin/sh\necho $$ > {tmp_path / 'number'}\necho 'Loading: 100%'\nexec sleep 60\n")
+    server.chmod(0o755)
+    with (
+        pytest.raises(MtpdError, match=r"could not serve base: it did not start in 0\.2 s$"),
+        with_vllm.server(server, "base", length=8),
+    ):
+        pass
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "number").read_text()), 0)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have one build of PyTorch")
 @pytest.mark.parametrize(("listed", "index"), [("2.13.0+cpu, 2.13.0", False), ("2.14.0, 2.13.0", True)])
 def test_vllm_for_cpus_gets_the_build_of_pytorch_that_it_needs(listed: str, index: bool, tmp_path: Path) -> None:

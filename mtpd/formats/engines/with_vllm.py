@@ -44,7 +44,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-START, READ = 600.0, 900.0
+START, READ = 1800.0, 900.0
 """Seconds in which a server has to start, and to answer."""
 AT_A_TIME = 3
 """Requests under way."""
@@ -204,9 +204,11 @@ def server(
         try:
             until = time.monotonic() + START
             while not _listens(port):
-                if process.poll() is not None or time.monotonic() > until:
+                ended = process.poll() is not None
+                if ended or time.monotonic() > until:
                     log.seek(0)
-                    raise MtpdError(f"vLLM could not serve {model}: {_reason(log.read())}")
+                    reason = _reason(log.read()) if ended else f"it did not start in {START:g} s"
+                    raise MtpdError(f"vLLM could not serve {model}: {reason}")
                 time.sleep(0.5)
             yield f"http://127.0.0.1:{port}"
         finally:
