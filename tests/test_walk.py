@@ -112,6 +112,16 @@ def test_an_entry_that_matches_nothing_is_a_mistake(tmp_path: Path, monkeypatch:
     assert len(wrong) == 3
 
 
+def test_a_change_inside_of_a_word_is_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: an option is put into the middle of a list of suites, and a command that is right cannot be read."""
+    change = walk_list.Changed("^mtpd eval --suite demo", r"\g<0> --limit 7", "less")
+    for name, entries in {"NOT_RUN": (), "CHANGED": (change,), "SHORTENED": (), "STAND_INS": {}, "ENDINGS": ()}.items():
+        monkeypatch.setattr(walk_list, name, entries)
+    assert walk.mistakes([command("mtpd eval --suite demo")], tmp_path) == []
+    (wrong,) = walk.mistakes([command("mtpd eval --suite demo,tools")], tmp_path)
+    assert wrong.endswith("ends inside of a word of 'mtpd eval --suite demo,tools'")
+
+
 def test_what_documents_print_is_run_or_listed() -> None:
     """Fault: a page prints something that the walk does not understand, or a list has an entry too many."""
     found = printed(ROOT)

@@ -92,7 +92,7 @@ def _python(each: Printed, found: Sequence[Printed]) -> str:
 
 
 def mistakes(found: Sequence[Printed], root: Path) -> list[str]:
-    """Entries of the lists that match nothing, and exit codes that no document announces."""
+    """Entries of the lists that match nothing or a part of a word, and exit codes that no document announces."""
     texts = [*(each.text for each in found), *(changed.by for changed in walk_list.SHORTENED)]
     run = [step.printed for step in plan(found, small=False) if step.command is not None]
     entries = [
@@ -106,6 +106,14 @@ def mistakes(found: Sequence[Printed], root: Path) -> list[str]:
         f"walk_list.py: {entry!r} matches no printed command"
         for entry in entries
         if not any(re.search(entry, text) for text in texts)
+    ]
+    wrong += [
+        f"walk_list.py: {changed.pattern!r} ends inside of a word of {text!r}"
+        for changed in (*walk_list.CHANGED, *walk_list.SHORTENED)
+        for text in texts
+        if (match := re.search(changed.pattern, text))
+        and re.match(r"\S\S", text[match.end() - 1 :])
+        and match.group().split(" ")[-1] != match.expand(changed.by).split(" ")[-1]
     ]
     for ending in walk_list.ENDINGS:
         for name in sorted({each.document for each in run if re.search(ending.pattern, each.text)}):

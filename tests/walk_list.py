@@ -67,7 +67,7 @@ SHORTENED = (
         r"gate.sh smoke \1 baselines/smoke.json --limit 7 --max-new-tokens 16",
         "less of all",
     ),
-    Changed(r"^mtpd eval \S+ --suite demo", r"\g<0> --limit 7 --max-new-tokens 16", "fewer prompts"),
+    Changed(r"^mtpd eval \S+ --suite demo\S*", r"\g<0> --limit 7 --max-new-tokens 16", "fewer prompts"),
     Changed(r"^mtpd eval runs/demo( --model.*)?$", r"\g<0> --limit 7 --max-new-tokens 16", "fewer prompts"),
     Changed(r"^mtpd eval runs/new --min-tau .*", r"\g<0> --limit 7 --max-new-tokens 16", "fewer prompts"),
     Changed(r"^mtpd generate [^#]*", r"\g<0> --max-new-tokens 16", "a shorter text"),
