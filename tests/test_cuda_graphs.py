@@ -186,7 +186,7 @@ def test_rounds_of_a_bucket_launch_the_same(form: str, tree: bool, gpu: Counts) 
     trunk, heads = on_gpu(form)
     found = decoded(trunk, heads, gpu, requests(5, 9, tokens=6), graphs=Compared, nodes=6 * tree)
     assert isinstance(found.graphs, Compared)
-    assert found.graphs.calls > 10
+    assert found.graphs.calls > 3
 
 
 def test_a_pretended_graph_is_one(gpu: Counts) -> None:
