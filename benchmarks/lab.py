@@ -97,8 +97,8 @@ class Lab:
         fill(store, self.trunk, rows)
         return store
 
-    def heads(self, recipe: Recipe, rows: PackedRows, store: HiddenStates) -> Heads:
-        """New heads with the recipe's start."""
+    def heads(self, recipe: Recipe, rows: PackedRows, store: HiddenStates, *, source: Heads | None = None) -> Heads:
+        """New heads with the recipe's start, or with the weights of others."""
         settings = recipe.heads
         vocabulary = draft_vocabulary(rows, settings.vocabulary, tokens=self.trunk.tokens or 0, always=self.ends)
         size = 0 if vocabulary is None else len(vocabulary)
@@ -113,6 +113,7 @@ class Lab:
             settings.init,
             lambda: [with_hidden(collate([training[i]]), self.trunk, store) for i in range(len(rows))],
             seed=recipe.seed,
+            source=source,
         )
         return heads
 

@@ -34,8 +34,12 @@ class StandIn:
         self.dies_after: int | None = None
         self.pages: dict[str, str] = {}
         self.rounds: Mapping[Ids, Sequence[tuple[int, int]]] | None = None
-        """By prompt, drafted and accepted of each round: then answers and /metrics tell of them, as vLLM does."""
+        """By prompt, drafted and accepted of each round: then answers and /metrics tell of them, as the engine does."""
         self.counted = True
+        self.engine = "vllm"
+        """Or llamacpp, or sglang."""
+        self.others = 0
+        """Tokens that other users get with each answer."""
         self._lock = threading.Lock()
         stand_in = self
 
@@ -81,15 +85,21 @@ class StandIn:
             return self.pages.get(path)
         with self._lock:
             rounds = [each for prompt in self.served for each in self.rounds[prompt]]
-            tokens = sum(len(self.answers[prompt]) for prompt in self.served)
+            tokens = sum(len(self.answers[prompt]) + self.others for prompt in self.served)
         depth = max(drafted for each in self.rounds.values() for drafted, _ in each)
-        name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
-        lines = [f"vllm:generation_tokens_total {tokens}.0", f"vllm:spec_decode_num_drafts_total {len(rounds)}.0"]
+        if self.engine == "sglang":
+            return f"sglang:generation_tokens_total {tokens}.0\nsglang:spec_verify_calls_total {len(rounds)}.0\n"
+        name = f"{self.engine}:spec_decode_num_accepted_tokens_per_pos_total"
+        counted = "tokens_predicted_total" if self.engine == "llamacpp" else "generation_tokens_total"
+        lines = [f"{self.engine}:{counted} {tokens}.0", f"{self.engine}:spec_decode_num_drafts_total {len(rounds)}.0"]
         lines += [f'{name}{{position="{k}"}} {sum(accepted > k for _, accepted in rounds)}.0' for k in range(depth)]
         return "".join(f"{line}\n" for line in lines)
 
     def complete(self, handler: BaseHTTPRequestHandler) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        own = handler.path == "/completion"
+        if own:
+            body["max_tokens"] = body["n_predict"]
         with self._lock:
             self.bodies.append(body)
             if unknown := self.refuses & body.keys():
@@ -99,7 +109,9 @@ class StandIn:
                 send(handler, 422, b'{"message": "prompt: a string is expected"}')
                 return
             if body["max_tokens"] == 1:
-                send(handler, 200, json.dumps({"choices": [{"text": "a", "finish_reason": "length"}]}).encode())
+                further = {"timings": {"predicted_n": 1}} if self.engine == "llamacpp" else {}
+                choices = [{"text": "a", "finish_reason": "length"}]
+                send(handler, 200, json.dumps({"choices": choices, **further}).encode())
                 return
             prompt = body["prompt"] if self.refuses_ids else tuple(body["prompt"])
             self.asked.append(prompt)
@@ -114,7 +126,7 @@ class StandIn:
             return
         if fault == "timeout":
             time.sleep(1.0)
-        content = json.dumps(self.answer(prompt, fault, body)).encode()
+        content = json.dumps(self.own_answer(prompt, body) if own else self.answer(prompt, fault, body)).encode()
         if fault == "no json":
             content = b"<html>"
         if fault == "half":
@@ -137,11 +149,24 @@ class StandIn:
         if fault == "wrong ids":
             choice["token_ids"] = [10**6]
         found: dict[str, Any] = {"choices": [choice]}
-        if self.rounds is not None and self.counted:
+        if self.rounds is not None and self.engine == "sglang":
+            if body.get("return_spec_tokens_details") and self.counted:
+                accepted = [each for _, each in self.rounds[prompt]]
+                histogram = [accepted.count(n) for n in range(max(accepted) + 1)]
+                found["sglext"] = {"spec_tokens_details": {"spec_correct_drafts_histogram": histogram}}
+        elif self.rounds is not None and self.counted:
             drafted, accepted = zip(*self.rounds[prompt], strict=True)
             steps = {"per_step_drafted": list(drafted), "per_step_accepted": list(accepted)}
             found["metrics"] = {"speculative_decoding": steps}
         return {} if fault == "no choice" else found
+
+    def own_answer(self, prompt: Ids, body: dict[str, Any]) -> dict[str, Any]:
+        """llama.cpp's own form."""
+        ids = list(self.answers[prompt])[: body["max_tokens"]]
+        drafted, accepted = (sum(each) for each in zip(*(self.rounds or {})[prompt], strict=True))
+        timings = {"predicted_n": len(ids)} | ({"draft_n": drafted, "draft_n_accepted": accepted} if drafted else {})
+        stop = "limit" if len(ids) == body["max_tokens"] else "eos"
+        return {"content": "", "tokens": ids, "tokens_predicted": len(ids), "stop_type": stop, "timings": timings}
 
 
 def send(

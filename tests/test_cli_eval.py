@@ -18,7 +18,9 @@ from mtpd.cli import main
 from mtpd.data.models import load_model
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.intervals import intervals
+from mtpd.evaluate.other_model import cost
 from mtpd.evaluate.slices import slices
+from mtpd.run.report import report_run
 
 
 @pytest.fixture
@@ -274,6 +276,24 @@ def test_other_models_under_the_same_heads(run: Path, tmp_path: Path, capsys: py
     assert found.trunk != own.trunk
     assert f"is another trunk ({found.trunk[:12]}) than the heads were trained for ({own.trunk[:12]})" in shown.err
     assert "heads under another trunk than their own" in " ".join(shown.out.split())
+    assert "costs these heads" in " ".join(shown.out.split())
+    # Without a baseline it is compared with the run's own, on its suites, and nothing is judged.
+    assert measure(run, "--model", str(tmp_path / "tuned"), "--by", "family") == 0
+    shown = capsys.readouterr()
+    said = " ".join(shown.out.split())
+    expected = cost(own, Acceptance.load(run / "evaluation-tuned.json"), name=str(tmp_path / "tuned"), by=["family"])
+    assert expected.line in said
+    assert "Change of tau in each slice" in said
+    assert f"model={tmp_path / 'tuned'} heads.source={run} heads.init=null" in said
+    assert "gate" not in said
+    page = report_run(run).read_text()
+    assert "Under another model: tuned" in page
+    assert page.count('<tr data-suite="family ') == len({row.family for row in own.suites["demo"].rows or []})
+    # Another limit than the run's own: there is nothing to compare with.
+    assert measure(run, *SHORT, "--limit", "3", "--model", str(tmp_path / "tuned")) == 0
+    shown = capsys.readouterr()
+    assert "is not compared: " in shown.err
+    assert "under the run's own model, to compare with" in " ".join(shown.out.split())
     # The other way round the heads do not belong to what they are compared with.
     assert main(["compare", str(run / "evaluation-tuned.json"), str(run / "evaluation.json")]) == 2
     assert "measured with different trunks" in capsys.readouterr().err
@@ -283,6 +303,29 @@ def test_other_models_under_the_same_heads(run: Path, tmp_path: Path, capsys: py
     assert (code, "no such directory" in line) == (2, True)
     code, line = error_of(run, capsys, *SHORT, "--model", "tiny", "--heads", "none")
     assert code == 2
+
+
+def test_heads_are_trained_on_for_another_model(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: heads of the model before its fine-tuning are refused as a start, or start from other weights."""
+    model, tokenizer = load_model("tiny", dtype="float32", device="cpu")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(1.2)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "tuned")
+    words = ["distill", str(run / "recipe.yaml"), f"model={tmp_path / 'tuned'}", f"output={tmp_path / 'again'}"]
+    words += [f"heads.source={run}", "heads.init=null", "evaluation.decode_prompts=0", "evaluation.steps=0"]
+    assert main(words) == 0
+    shown = capsys.readouterr()
+    assert f"heads.source: {run / 'heads'}: were trained for another trunk" in shown.err
+    old, started, trained = (
+        load_file(folder / "model.safetensors")
+        for folder in (run / "heads", tmp_path / "again" / "heads-before", tmp_path / "again" / "heads")
+    )
+    assert all(torch.equal(old[name], started[name]) for name in old)
+    assert not all(torch.equal(old[name], trained[name]) for name in old)
+    own = json.loads((tmp_path / "again" / "heads" / "config.json").read_text())["trunk"]
+    assert own not in ("", json.loads((run / "heads" / "config.json").read_text())["trunk"])
 
 
 def test_slices_of_an_evaluation(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

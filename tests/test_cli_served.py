@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shlex
+import xml.etree.ElementTree as ET
+from contextlib import AbstractContextManager
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import pytest
+import yaml
+from serving import serving as serving_run
 from stand_in import StandIn
 from test_cli_eval import refresh_fingerprint
 
-import mtpd
 from mtpd.cli import main
-from mtpd.decode.engine import Engine
-from mtpd.decode.text import Request
 from mtpd.evaluate import served
 from mtpd.evaluate.acceptance import Acceptance
+from mtpd.evaluate.measure import prompts_with_room
+from mtpd.evaluate.suites import load_suite, questions
 from mtpd.recipe import load_recipe
+from mtpd.run.evaluate import fitting
 from mtpd.run.without_weights import without_weights
+from mtpd.trunk import Trunk
 
+CI = Path(__file__).parents[1] / "examples" / "ci"
 TOKENS = 12
 PROMPTS = 52
 QUESTIONS = [f"What is {n} and {n * n}?" for n in range(PROMPTS)]
@@ -43,39 +49,16 @@ def words(run: Path, *more: str) -> list[str]:
     return ["eval", str(run), *given, "--responses", str(run.parent / "responses"), *more]
 
 
-@contextmanager
-def serving(run: Path, *, drafts: bool = True, wrong: int = 0) -> Iterator[StandIn]:
-    """A server that decodes with the heads of a run, or without.
-
-    Args:
-        wrong: is added to every token of its texts.
-    """
-    model = mtpd.load(run)
-    _, tokenizer, ends = without_weights(load_recipe(run / "recipe.yaml"))
+def serving(run: Path, **options: Any) -> AbstractContextManager[StandIn]:
+    """A server that answers the questions with the heads of a run."""
+    _, tokenizer, _ = without_weights(load_recipe(run / "recipe.yaml"))
     prompts = [
         list(
             tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
         )
         for text in QUESTIONS
     ]
-    engine = Engine(
-        model.trunk, model.heads, depth=2, slots=4, capacity=max(map(len, prompts)) + TOKENS, end_tokens=ends
-    )
-    answers: dict[Any, list[int]] = {}
-    rounds: dict[Any, list[tuple[int, int]]] = {}
-    for text in engine.run([Request(prompt, TOKENS) for prompt in prompts]):
-        key = tuple(prompts[text.number])
-        answers[key] = [token + wrong for token in text.tokens]
-        rounds[key] = [(drafted, accepted) for _, drafted, accepted in text.rounds]
-    server = StandIn(answers)
-    if drafts:
-        server.rounds = rounds
-    else:
-        server.pages = {"/metrics": "vllm:generation_tokens_total 7.0\n"}
-    try:
-        yield server
-    finally:
-        server.close()
+    return serving_run(run, prompts, tokens=TOKENS, **options)
 
 
 def test_what_a_server_accepts_is_what_was_measured(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,6 +118,49 @@ def test_servers_of_something_else(run: Path, capsys: pytest.CaptureFixture[str]
         assert "--plain-server" in found
         assert "drafts too; accepted: a server without --speculative-config" in found
         assert "--drafts: 1 is not accepted, the server drafts 2" in refused("--server", server.url, "--drafts", "1")
+
+
+def gates() -> dict[str, list[str]]:
+    """The served gate of each example, as words with variables in them."""
+    workflow = yaml.safe_load((CI / "github-actions.yml").read_text())["jobs"]["gate"]
+    [step] = [step["run"] for step in workflow["steps"] if step.get("name") == "Gate, as served"]
+    job = yaml.safe_load((CI / "gitlab-ci.yml").read_text())["served"]
+    assert job["variables"].keys() < workflow["env"].keys()
+    return {
+        name: shlex.split(text.replace("\\\n", " ")) for name, text in (("workflow", step), ("job", *job["script"]))
+    }
+
+
+def test_the_served_gate_of_the_examples(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: the examples have an option that mtpd does not, or stay green while a server accepts nothing."""
+    suite = load_suite("demo")
+    model, tokenizer, _ = without_weights(load_recipe(run / "recipe.yaml"))
+    context = Trunk(model).context
+    found = fitting(tokenizer, {"demo": (suite, questions("demo", suite))}, context=context)["demo"][1]
+    prompts = [ids for _, ids in prompts_with_room(tokenizer, "demo", suite, found, context=context)]
+    variables = {"RUN": str(run), "BASELINE_SERVED": str(tmp_path / "served.json"), "BY": "family"}
+    variables |= {"MAX_DROP": "0.01", "MAX_DROP_WORST": "0.1"}
+    with serving_run(run, prompts, tokens=TOKENS) as server:
+        # As many accepted drafts as there can be, so that there is something to lose in every slice.
+        good = {key: [(2, 2)] * 4 for key in server.rounds or {}}
+        poor = {key: [(2, 0)] * (TOKENS - 1) for key in good}
+        server.rounds = good
+        words = ["eval", str(run), "--server", server.url, "--max-new-tokens", str(TOKENS)]
+        assert main([*words, "--write-baseline", variables["BASELINE_SERVED"]]) == 0
+        for name, step in gates().items():
+            assert step.pop(0) == "mtpd"
+            step = [Template(word).substitute(variables, SERVER=server.url) for word in step]
+            step = [str(tmp_path / word) if word.startswith("served.") else word for word in step]
+            for rounds, code in ((good, 0), (poor, 3)):
+                server.rounds = rounds
+                capsys.readouterr()
+                assert main(step) == code, name
+                shown = capsys.readouterr().out
+                outcome = "passed" if code == 0 else "failed"
+                assert f"gate {outcome}" in shown
+                assert f"slices {outcome}" in shown
+                failures = ET.parse(tmp_path / "served.xml").getroot().get("failures")
+                assert failures == ("0" if code == 0 else "2")
 
 
 MISTAKES = {

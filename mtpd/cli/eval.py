@@ -141,8 +141,8 @@ def evaluate(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Another model under the same heads, such as a fine-tuned one or the directory of an adapter: what is "
-            "lost by it is what training heads for it could win. Default: the run's own.",
+            help="Another model under the same heads, such as a fine-tuned one or the directory of an adapter: says "
+            "what it costs them, slice by slice, beside the run's own measurement. Default: the run's own.",
             show_default=False,
         ),
     ] = None,
@@ -150,7 +150,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="URL",
-            help="Measure what a running server of vLLM accepts, which has the exported heads. Nothing is loaded here.",
+            help="Measure what a running server (vLLM, llama.cpp, SGLang) accepts, which has the exported heads. "
+            "Nothing is loaded here.",
             show_default=False,
         ),
     ] = None,

@@ -2,25 +2,27 @@
 
 vLLM tells of each answer how many drafts it accepted in each round (`--per-request-spec-decode-metrics detailed`).
 Rounds are then counted by mtpd's own rule (`mtpd.decode.counts`), prompt by prompt, whatever else the server does.
-Without it there are the server's counters before and after: sums over a suite, of all rounds, the last ones of a text
-among them, whose drafts lie behind its end.
+What other servers tell (`mtpd.evaluate.told`) is of all rounds, the last ones of a text among them, whose drafts lie
+behind its end. Without it there are the server's counters before and after: of each prompt while one is asked at a
+time, else sums over a suite.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 from mtpd.data.answers.server import Server
 from mtpd.data.answers.task import Task
-from mtpd.decode.counts import Counts
 from mtpd.errors import MtpdError, UserError
 from mtpd.evaluate.acceptance import PromptCounts, SuiteCounts
-from mtpd.evaluate.engine_counters import WITHOUT_DRAFTS, EngineCounters
+from mtpd.evaluate.engine_counters import EngineCounters
 from mtpd.evaluate.load import Load
 from mtpd.evaluate.suites import Suite
+from mtpd.evaluate.told import Told, told_by_answer, told_by_counters
 from mtpd.files import fingerprint_json, short
 from mtpd.progress import Bar
 
@@ -30,6 +32,10 @@ SETTLED = 0.1
 """Seconds in which counters that do not change any more have settled."""
 LONGEST = 5.0
 """Seconds that counters may take to settle."""
+OTHERS = (
+    "for this measurement: it has other users; accepted: a server of one's own, or vLLM with "
+    "--per-request-spec-decode-metrics detailed"
+)
 
 
 class DraftingServer:
@@ -37,16 +43,54 @@ class DraftingServer:
 
     def __init__(self, url: str, tokenizer: Any, *, key: str, **settings: Any) -> None:
         self.place = f"{key}: {url.rstrip('/').removesuffix('/v1')}"
-        self.said: dict[str, Mapping[str, Any]] = {}
+        self.said: dict[str, Told] = {}
+        """By prompt, of the newest answer."""
         self.server = Server(
             url, tokenizer, temperature=0.0, top_p=1.0, key=key, kept="", on_answer=self._hear, **settings
         )
 
     def _hear(self, task: Task, answer: Mapping[str, Any]) -> None:
-        metrics = answer.get("metrics")
-        found = metrics.get("speculative_decoding") if isinstance(metrics, dict) else None
-        if isinstance(found, dict):
+        if (found := told_by_answer(answer)) is not None:
             self.said[task.key] = found
+
+    def read_after(self, task: Task, before: EngineCounters) -> EngineCounters:
+        """The counters after the only request since a reading, unless its answer has told of its drafts itself.
+
+        Raises:
+            MtpdError: there were other requests, or the server started again.
+        """
+        said = self.said.get(task.key)
+        if before.drafts is None or (said is not None and said.by_depth):
+            return before
+        tokens, until = None if said is None else said.tokens, time.monotonic() + LONGEST
+        while True:
+            now = self.counters() if tokens is None else self._counters()
+            counted = now.since(before, place=self.place)
+            if tokens in (None, counted.tokens):
+                break
+            if counted.tokens > (tokens or 0) or time.monotonic() > until:
+                raise MtpdError(f"{self.place}: wrote {counted.tokens} tokens, and {tokens} of them {OTHERS}")
+            time.sleep(SETTLED)
+        self.said[task.key] = told_by_counters(counted)
+        return now
+
+    def told(self, counted: EngineCounters, answered: Iterable[str]) -> EngineCounters:
+        """Counters with the drafts by depth, where only the answers tell of those.
+
+        Raises:
+            UserError: they do not either.
+        """
+        if counted.accepted or not counted.drafts:
+            return counted
+        said = [self.said.get(key) for key in answered]
+        told = [each for each in said if each is not None and each.by_depth]
+        if len(told) < len(said):
+            raise UserError(
+                f"{self.place}: says how many drafts it verified, and not at which depth it accepted them; accepted: a "
+                "server that tells of each answer, such as SGLang where it takes return_spec_tokens_details"
+            )
+        columns = zip_longest(*(each.accepted for each in told), fillvalue=0)
+        return replace(counted, drafts=sum(each.drafts for each in told), accepted=[sum(column) for column in columns])
 
     def counters(self) -> EngineCounters:
         """The server's counters, once they do not change any more: they are written a moment after an answer."""
@@ -60,14 +104,18 @@ class DraftingServer:
     def _counters(self) -> EngineCounters:
         return EngineCounters.read(self.server.page("/metrics"), place=self.place)
 
-    def version(self) -> str:
-        """Name and version of the engine."""
+    def version(self, engine: str) -> str:
+        """Name and version of an engine."""
         import json
 
-        try:
-            return f"vLLM {json.loads(self.server.page('/version') or '{}')['version']}"
-        except (ValueError, KeyError, TypeError):
-            return "vLLM"
+        for page, key in (("/version", "version"), ("/props", "build_info"), ("/get_server_info", "version")):
+            try:
+                found = json.loads(self.server.page(page) or "{}").get(key)
+            except (ValueError, AttributeError):
+                continue
+            if isinstance(found, str):
+                return f"{engine} {found}"
+        return engine
 
 
 @dataclass
@@ -102,14 +150,17 @@ def ask(server: DraftingServer, suites: Asked, *, concurrency: int, words: str, 
     with Bar(total=total, desc=f"{words}, {concurrency} at a time", unit="prompt", disable=not progress) as bar:
         for name, (suite, tasks) in suites.items():
             server.server.max_new_tokens = suite.max_new_tokens
-            before = server.counters()
+            before = now = server.counters()
             texts = found.texts.setdefault(name, {})
-            began = time.monotonic()
-            for task, text in server.server(tasks):
-                texts[task.key] = text
-                bar.update()
-            found.seconds += time.monotonic() - began
-            found.counted[name] = server.counters().since(before, place=server.place)
+            for part in [[task] for task in tasks] if concurrency == 1 else [tasks]:
+                began = time.monotonic()
+                for task, text in server.server(part):
+                    texts[task.key] = text
+                    bar.update()
+                found.seconds += time.monotonic() - began
+                if concurrency == 1:
+                    now = server.read_after(part[0], now)
+            found.counted[name] = server.told(server.counters().since(before, place=server.place), texts)
             if not texts:
                 raise UserError(f"{server.place}: answered no prompt of suite {name}")
     return found
@@ -130,25 +181,30 @@ def suite_counts(server: DraftingServer, found: Pass, suites: Asked, plain: Pass
         texts, counted = found.texts[name], found.counted[name]
         answered = [task for task in tasks if task.key in texts]
         if not counted.drafts:
-            raise UserError(f"{server.place}: {WITHOUT_DRAFTS}")
+            raise UserError(f"{server.place}: {counted.engine.without_drafts}")
         depth = len(counted.accepted)
-        if all(task.key in server.said and _steps(server.said[task.key]) is not None for task in answered):
-            rows = [
-                _row(task, texts[task.key], server.said[task.key], depth, None if plain is None else plain.texts[name])
-                for task in answered
-            ]
-            counts[name] = SuiteCounts.of(rows, depth, settings=suite.settings)
-            continue
-        written = sum(len(texts[task.key]) for task in answered)
-        if counted.tokens != written:
-            raise MtpdError(
-                f"{server.place}: wrote {counted.tokens} tokens, and {written} of them for this measurement: it has "
-                "other users; accepted: a server of one's own, or vLLM with --per-request-spec-decode-metrics detailed"
+        said = [server.said.get(task.key) for task in answered]
+        if all(each is not None and (each.by_depth or (depth == 1 and each.accepted)) for each in said):
+            counts[name] = SuiteCounts.of(
+                [
+                    _row(task, texts[task.key], each, depth, None if plain is None else plain.texts[name])
+                    for task, each in zip(answered, said, strict=True)
+                    if each is not None
+                ],
+                depth,
+                settings=suite.settings,
             )
+            continue
+        # A text that was tokenised here may have other tokens than the server wrote.
+        tokens = [None if each is None else each.tokens for each in said]
+        known = [len(texts[task.key]) if count is None else count for task, count in zip(answered, tokens, strict=True)]
+        written = sum(known)
+        if counted.tokens != written:
+            raise MtpdError(f"{server.place}: wrote {counted.tokens} tokens, and {written} of them {OTHERS}")
         counts[name] = SuiteCounts(
             prompts=len(answered),
             tokens=written,
-            forwards=counted.drafts + len(answered),
+            forwards=max(counted.drafts + len(answered), written - sum(counted.accepted)),
             drafted=[counted.drafts] * depth,
             accepted=counted.accepted,
             identical=None if plain is None else sum(texts[key] == plain.texts[name].get(key) for key in texts),
@@ -160,7 +216,7 @@ def suite_counts(server: DraftingServer, found: Pass, suites: Asked, plain: Pass
 def load_of(found: Pass, plain: Pass | None) -> Load:
     """Speed and counts of a pass, with and without drafts."""
     counted = list(found.counted.values())
-    accepted = [sum(column) for column in zip(*(each.accepted for each in counted), strict=True)]
+    accepted = [sum(column) for column in zip_longest(*(each.accepted for each in counted), fillvalue=0)]
     return Load(
         concurrency=found.concurrency,
         tokens=found.tokens,
@@ -172,35 +228,16 @@ def load_of(found: Pass, plain: Pass | None) -> Load:
     )
 
 
-def _steps(said: Mapping[str, Any]) -> list[tuple[int, int]] | None:
-    """Drafted and accepted of each round; None where the server does not say."""
-    drafted, accepted = said.get("per_step_drafted"), said.get("per_step_accepted")
-    if not isinstance(drafted, list) or not isinstance(accepted, list) or len(drafted) != len(accepted):
-        return None
-    return list(zip(drafted, accepted, strict=True))
-
-
-def _row(
-    task: Task, text: list[int], said: Mapping[str, Any], depth: int, plain: Mapping[str, list[int]] | None
-) -> PromptCounts:
-    steps = _steps(said) or []
-    counts = Counts(depth)
-    counts.start(len(task.ids))
-    # Passes without drafts, if there were any, wrote what the rounds did not.
-    written = 1 + sum(accepted + 1 for _, accepted in steps)
-    alone = max(0, len(text) - written)
-    counts.tokens += alone
-    counts.forwards += alone
-    known = 1 + alone
-    for drafted, accepted in steps:
-        if known >= len(text):
-            break
-        counts.round(accepted, room=len(text) - known, drafted=drafted)
-        known += accepted + 1
-    return PromptCounts.of(
-        counts,
-        id=task.prompt.id,
-        prompt=short(fingerprint_json(task.ids)),
-        text=short(fingerprint_json(text)),
-        identical=None if plain is None else text == plain.get(task.key),
-    )
+def _row(task: Task, text: list[int], said: Told, depth: int, plain: Mapping[str, list[int]] | None) -> PromptCounts:
+    counts = said.counts(len(task.ids), len(text), depth)
+    known = {
+        "id": task.prompt.id,
+        "prompt": short(fingerprint_json(task.ids)),
+        "text": short(fingerprint_json(text)),
+        "identical": None if plain is None else text == plain.get(task.key),
+    }
+    if said.rounds is not None:
+        return PromptCounts.of(counts, **known)
+    # Where they were is not known.
+    sums = {name: getattr(counts, name) for name in ("tokens", "forwards", "drafted", "accepted")}
+    return PromptCounts(**known, **sums)

@@ -52,8 +52,9 @@ class HeadsRecipe(Section):
     own MTP layers, `depth` of them (all if it is not set), which `heads=native` says for short. null: regression, or
     identity for heads that have nothing to fit."""
     source: Text | None = None
-    """Directory of heads to start from instead, such as `heads` of `mtpd pretrain`: for chain heads a chain, for
-    parallel heads those of the same block, for circuits those of block linear."""
+    """Run, or directory of heads, to start from instead: for chain heads a chain, for parallel heads those of the same
+    block, for circuits those of block linear. They may be of another model of the same width, such as this one before
+    it was fine-tuned."""
     vocabulary: Annotated[int, Field(ge=0, le=LARGEST)] | Text = 0
     """Draft vocabulary: how many of the tokens most frequent in the training responses can be drafted, special tokens
     among them; 0 for all tokens. Or a file that `mtpd data vocab` wrote."""

@@ -20,6 +20,7 @@ from mtpd.evaluate.depths import Depths
 from mtpd.evaluate.drafters import NODES
 from mtpd.evaluate.gate import Comparison, compare, label
 from mtpd.evaluate.intervals import Estimate, intervals
+from mtpd.evaluate.other_model import Cost
 from mtpd.evaluate.run_tables import TOTAL
 from mtpd.report import svg
 from mtpd.report.car import car_chart, highest, styled
@@ -76,6 +77,8 @@ class ReportContents:
     samples: Sequence[SampleText] = field(default_factory=list)
     depths: Depths | None = None
     """Tokens/s by number of drafts."""
+    models: Sequence[Cost] = ()
+    """What other models cost these heads."""
 
 
 def render_report(contents: ReportContents) -> str:
@@ -93,7 +96,10 @@ def render_report(contents: ReportContents) -> str:
         offline=offline,
         decoded=decoded,
         verdict=verdict(
-            [each["measured"] for each in offline], [each["measured"] for each in decoded], contents.depths
+            [each["measured"] for each in offline],
+            [each["measured"] for each in decoded],
+            contents.depths,
+            contents.models,
         ),
         facts=_facts(contents, sections[0]),
         curves=_curves(contents.metrics),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,7 @@ from mtpd.evaluate.acceptance import RANDOM, Acceptance, SuiteCounts
 from mtpd.evaluate.depths import Depths
 from mtpd.evaluate.gate import Comparison
 from mtpd.evaluate.intervals import Estimate
+from mtpd.evaluate.other_model import Cost
 from mtpd.report.drafting import added_by_heads, as_used
 
 COLLAPSED = 0.5
@@ -46,8 +47,10 @@ class Measured:
     """Suites that are not summed."""
 
 
-def verdict(offline: list[Measured], decoded: list[Measured], depths: Depths | None) -> Verdict:
-    """Sentences about all measurements of a run.
+def verdict(
+    offline: list[Measured], decoded: list[Measured], depths: Depths | None, models: Sequence[Cost] = ()
+) -> Verdict:
+    """Sentences about all measurements of a run, and what other models cost its heads.
 
     What training did is the headline, also where its heads were not kept; else the first measurement is.
     """
@@ -74,6 +77,7 @@ def verdict(offline: list[Measured], decoded: list[Measured], depths: Depths | N
         )
     elif depths is not None:
         lines.append(("down", f"No number of drafts is faster than none ({prompts_of(depths.prompts)})."))
+    lines += [(model.tau.direction, f"{model.line}.") for model in models]
     for each in offline:
         lines += _doubts(each)
     return Verdict(tone, headline, lines)

@@ -54,7 +54,7 @@ def check_recipe(recipe: Recipe, *, weights: bool = True) -> None:
     for number, source in enumerate(recipe.evaluation.extra):
         _check_prompts(source, RowFormat(), key=f"evaluation.extra.{number}")
     if recipe.heads.source is not None:
-        _check_heads(recipe.heads.source)
+        source_folder(recipe.heads.source)
     if isinstance(recipe.heads.vocabulary, str) and not Path(recipe.heads.vocabulary).is_file():
         raise UserError(
             f"heads.vocabulary: {recipe.heads.vocabulary}: no such file; accepted: a number of tokens, or a file that "
@@ -72,9 +72,16 @@ def check_recipe(recipe: Recipe, *, weights: bool = True) -> None:
         check_folder(Path(data.store), key="data.hidden_states")
 
 
-def _check_heads(source: str) -> None:
-    if not (Path(source) / HEADS_FILE).is_file():
-        raise UserError(f"heads.source: {source}: holds no heads; accepted: a directory of them, like runs/demo/heads")
+def source_folder(source: str) -> Path:
+    """The directory of the heads that `heads.source` names: itself, or that of a run.
+
+    Raises:
+        UserError: there are none.
+    """
+    for folder in (Path(source), Path(source) / "heads"):
+        if (folder / HEADS_FILE).is_file():
+            return folder
+    raise UserError(f"heads.source: {source}: holds no heads; accepted: a run, or a directory of heads")
 
 
 def row_format(data: DataRecipe, *, columns: bool = True) -> RowFormat:
@@ -116,7 +123,7 @@ def check_pretrain_recipe(recipe: PretrainRecipe) -> None:
     for key, source in (("data.texts", recipe.data.texts), ("data.held_out", recipe.data.held_out)):
         check_source(source, key=key, accepted=accepted)
     if recipe.heads.source is not None:
-        _check_heads(recipe.heads.source)
+        source_folder(recipe.heads.source)
     tokenizer = recipe.tokenizer or "bytes"
     if (tokenizer.startswith((".", "/", "~")) or tokenizer.count("/") > 1) and not Path(
         tokenizer

@@ -13,18 +13,20 @@ from rich.console import Console
 from mtpd.data.models import resolve_device, trunk_fingerprint
 from mtpd.decode.chances import read_chances
 from mtpd.decode.corpus import read_corpus
+from mtpd.errors import UserError
 from mtpd.evaluate import gate, outputs, tables
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.compare import console, judged, show_judged
 from mtpd.evaluate.history import Past, sparklines
 from mtpd.evaluate.intervals import intervals
 from mtpd.evaluate.measure import Model, Trace, measure_suites, respond
+from mtpd.evaluate.other_model import cost
 from mtpd.evaluate.slices import slices
 from mtpd.evaluate.suites import Question, Suite, questions, usable
 from mtpd.evaluate.suites.joined import join
 from mtpd.evaluate.trunk_quality import TrunkQuality, trunk_quality
 from mtpd.files import fingerprint_file, write_whole
-from mtpd.finished_run import open_finished
+from mtpd.finished_run import RECIPE, open_finished
 from mtpd.heads import WEIGHTS, read_config
 from mtpd.parallel import ranks
 from mtpd.recipe import Recipe
@@ -56,11 +58,14 @@ def evaluate_run(request: Request, *, progress: bool = True) -> int:
 
 def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: bool) -> int:
     began = time.monotonic()
-    baseline = request.baseline()
+    baseline, own = request.baseline(), None
     past = request.past()
     wanted = request.mode or ("offline" if baseline is None else baseline.mode)
     mode: Literal["offline", "decoded"] = "decoded" if wanted == "decoded" else "offline"
-    suites = {name: (suite, questions(name, suite)) for name, suite in check_request(request, baseline).items()}
+    if request.model is not None:
+        own = baseline or _own(request, run, mode)
+    chosen = check_request(request, baseline or own)
+    suites = {name: (suite, questions(name, suite)) for name, suite in chosen.items()}
     finished = reopen(request.run, heads=request.heads, model=request.model)
     suites = fitting(finished.tokenizer, suites, context=finished.trunk.context)
     own_trunk = _other_trunk(request, finished)
@@ -102,7 +107,10 @@ def _evaluate(request: Request, recipe: Recipe, run: RunDirectory, *, progress: 
     quality = _check_trunk(request, finished, suites, progress=progress) if request.check_trunk else None
     if quality is not None:
         to.print(tables.quality_table(quality))
-    return conclude(request, acceptance, baseline, path, estimates, to=to, began=began, past=past, quality=quality)
+    code = conclude(request, acceptance, baseline, path, estimates, to=to, began=began, past=past, quality=quality)
+    if own_trunk is not None and (own is None or own.trunk == own_trunk):
+        _show_cost(to, request, own, acceptance)
+    return code
 
 
 def show_measured(to: Console, acceptance: Acceptance, estimates: tables.Estimates, *, by: Sequence[str] = ()) -> None:
@@ -185,6 +193,37 @@ def _other_trunk(request: Request, finished: LoadedRun) -> str | None:
         trunk[:12],
     )
     return trunk
+
+
+def _own(request: Request, run: RunDirectory, mode: Literal["offline", "decoded"]) -> Acceptance | None:
+    """What the run has measured under its own model, if it is of the heads and prompts that are asked for."""
+    path = run.evaluation_with(None, mode=mode)
+    if not path.is_file():
+        return None
+    found = Acceptance.load(path)
+    try:
+        check_request(request, found)
+    except UserError as error:
+        logger.warning("%s is not compared: %s", path, error)
+        return None
+    return found
+
+
+def _show_cost(to: Console, request: Request, own: Acceptance | None, acceptance: Acceptance) -> None:
+    """Says what the other model costs the heads, in which slices, and what brings them back."""
+    if own is None:
+        to.print(
+            f"mtpd eval {request.run} measures the same under the run's own model, to compare with",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return
+    found = cost(own, acceptance, name=str(request.model), by=request.asked.by)
+    if request.against is None or not request.asked.by:
+        to.print(tables.changes_table(found.changes))
+    again = f"mtpd distill {request.run / RECIPE} model={request.model} heads.source={request.run} heads.init=null"
+    for line in (found.line, f"to train them on for it: {again} output=..."):
+        to.print(line, highlight=False, soft_wrap=True)
 
 
 def _speed(acceptance: Acceptance, trace: Trace) -> str:

@@ -13,7 +13,6 @@ from mtpd.evaluate import tables
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.beside_offline import beside_offline
 from mtpd.evaluate.compare import console
-from mtpd.evaluate.engine_counters import WITHOUT_DRAFTS
 from mtpd.evaluate.intervals import intervals
 from mtpd.evaluate.load import Load
 from mtpd.evaluate.measure import describe, mark_trained, prompts_with_room
@@ -62,8 +61,10 @@ def evaluate_server(
         "at_a_time": max(concurrency),
     }
     server = DraftingServer(url, tokenizer, key="--server", **settings)
-    if server.counters().drafts is None:
-        raise UserError(f"{server.place}: {WITHOUT_DRAFTS}")
+    counters = server.counters()
+    if counters.drafts is None:
+        raise UserError(f"{server.place}: {counters.engine.without_drafts}")
+    server.server.further = counters.engine.request
     without = None if plain is None else DraftingServer(plain, tokenizer, key="--plain-server", **settings)
     passes: list[Load] = []
     for at_a_time in concurrency:
@@ -84,7 +85,7 @@ def evaluate_server(
         settings={"drafts": len(passes[0].accepted), "concurrency": concurrency[0]},
         trunk=heads.trunk,
         heads=fingerprint_file(request.run / request.heads / WEIGHTS),
-        versions=library_versions() | {"server": server.version()},
+        versions=library_versions() | {"server": server.version(counters.engine.name)},
         suites=counts,
         loads=passes,
     )
@@ -101,7 +102,9 @@ def evaluate_server(
     show_measured(to, acceptance, estimates, by=request.asked.by)
     to.print(tables.loads_table(passes))
     to.print(
-        f"mtpd eval {request.run} measures the same offline, to compare with" if beside is None else beside.words,
+        f"mtpd eval {request.run} --drafts {acceptance.total().depth} measures the same offline, to compare with"
+        if beside is None
+        else beside.words,
         highlight=False,
         soft_wrap=True,
     )
@@ -109,8 +112,9 @@ def evaluate_server(
 
 
 def _undrafted(server: DraftingServer, found: Pass) -> Pass:
-    if any(counted.drafts for counted in found.counted.values()):
-        raise UserError(f"{server.place}: drafts too; accepted: a server without --speculative-config")
+    for counted in found.counted.values():
+        if counted.drafts:
+            raise UserError(f"{server.place}: drafts too; accepted: a server without {counted.engine.option}")
     return found
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
 import torch
 
 from mtpd.data.packing import PackedRows, collate
 from mtpd.data.store import HiddenStates, with_hidden
 from mtpd.data.vocabulary import draft_vocabulary, load_vocabulary
 from mtpd.formats.importing import native_heads
-from mtpd.heads import WEIGHTS, Heads, build_heads, configure_heads, load_heads, save_heads, start_heads
+from mtpd.heads import WEIGHTS, Heads, build_heads, configure_heads, load_heads, read_config, save_heads, start_heads
 from mtpd.parallel import ranks
 from mtpd.parallel.sequence import shared_trunk
+from mtpd.run.check import source_folder
 from mtpd.run.session import Session
 from mtpd.train.rows import TrainingRows
+
+logger = logging.getLogger(__name__)
 
 
 def new_heads(session: Session, rows: PackedRows, store: HiddenStates | None) -> Heads:
@@ -48,7 +54,7 @@ def _started(session: Session, rows: PackedRows, store: HiddenStates | None) -> 
         heads.get_buffer("vocabulary").copy_(vocabulary)
     source = None
     if recipe.heads.source is not None:
-        source = load_heads(recipe.heads.source, trunk, fingerprint=session.fingerprint)
+        source = _others(session, source_folder(recipe.heads.source))
     start_heads(
         heads,
         trunk,
@@ -61,6 +67,21 @@ def _started(session: Session, rows: PackedRows, store: HiddenStates | None) -> 
         # The states that the start was fitted to are those that training reads, also after an interruption.
         store.flush()
     return heads
+
+
+def _others(session: Session, folder: Path) -> Heads:
+    """Heads to start from; says so where they were trained for another model, such as this one before a fine-tuning."""
+    trunk = read_config(folder).trunk
+    if trunk not in ("", session.fingerprint):
+        logger.warning(
+            "heads.source: %s: were trained for another trunk (%s) than %s (%s): they are trained on from there, with "
+            "this one as the teacher",
+            folder,
+            trunk[:12],
+            session.recipe.model,
+            session.fingerprint[:12],
+        )
+    return load_heads(folder, session.trunk)
 
 
 def fitting_batches(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from mtpd.errors import UserError
 from mtpd.evaluate.acceptance import Acceptance
 from mtpd.evaluate.depths import Depths
 from mtpd.evaluate.gate import check_comparable
+from mtpd.evaluate.other_model import Cost, cost
 from mtpd.files import read_sealed, write_whole
 from mtpd.finished_run import open_finished
 from mtpd.recipe import Recipe
@@ -18,6 +20,8 @@ from mtpd.report.page import ReportContents, Section, render_report
 from mtpd.report.samples import read_samples
 from mtpd.run.directory import RunDirectory, warn_of_changes
 from mtpd.run.material import other_families
+
+logger = logging.getLogger(__name__)
 
 SHOWN_PROMPTS = 5
 """Fingerprints of training prompts that the provenance shows; the others are counted."""
@@ -49,6 +53,7 @@ def report_run(path: Path, *, output: Path | None = None, against: Path | None =
         metrics=_metrics(run.metrics),
         samples=read_samples(run.samples),
         depths=_depths(run, sections),
+        models=_other_models(run),
     )
     page = output or run.report
     write_whole(page, render_report(contents))
@@ -85,6 +90,23 @@ def _sections(recipe: Recipe, run: RunDirectory, against: Path | None) -> list[S
             f"--against: {run.path} has no {wanted.name} to compare; run mtpd eval {run.path} --against {against} first"
         )
     return sections
+
+
+def _other_models(run: RunDirectory) -> list[Cost]:
+    """What `mtpd eval --model` has measured of these heads, beside what they have under their own model."""
+    if not run.evaluation.is_file():
+        return []
+    own, costs = Acceptance.load(run.evaluation), []
+    for path in sorted(run.path.glob(f"{run.evaluation.stem}-*.json")):
+        found = Acceptance.load(path)
+        if found.mode != own.mode or found.heads_trunk != own.trunk or found.heads != own.heads:
+            continue
+        name = path.stem.removeprefix(f"{run.evaluation.stem}-")
+        try:
+            costs.append(cost(own, found, name=name))
+        except UserError as error:
+            logger.warning("%s is not shown: %s", path, error)
+    return costs
 
 
 def _apart(recipe: Recipe, acceptance: Acceptance) -> tuple[str, ...]:

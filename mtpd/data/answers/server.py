@@ -1,8 +1,9 @@
 """Answers by a server with OpenAI's interface for completions: vLLM, SGLang, llama.cpp's.
 
-Prompts go as token ids, and ids come back where the server gives them (vLLM and those that know `return_token_ids`);
-elsewhere the text is tokenised, and a warning says so. Many requests are under way at a time. What fails for a while
-(no connection, a timeout, 429, 5xx, an answer that breaks off) is asked again, with pauses that double.
+Prompts go as token ids, and ids come back where the server gives them (vLLM and those that know `return_token_ids`, and
+llama.cpp in its own form); elsewhere the text is tokenised, and a warning says so. Many requests are under way at a
+time. What fails for a while (no connection, a timeout, 429, 5xx, an answer that breaks off) is asked again, with pauses
+that double.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from mtpd.data.answers import llama_cpp
 from mtpd.data.answers.file import ids_of_text
 from mtpd.data.answers.kept import are_ids
 from mtpd.data.answers.task import Answered, Task, until_end
@@ -117,7 +119,9 @@ class Server:
             "frequency_penalty": 0.0,
         }
         self.max_new_tokens = max_new_tokens
-        self._as_text = False
+        self.further: Mapping[str, Any] = {}
+        """What each request asks for besides."""
+        self._as_text = self._llama_cpp = False
         self._find_form()
 
     def __call__(self, tasks: Sequence[Task]) -> Iterator[Answered]:
@@ -210,24 +214,29 @@ class Server:
         for further, as_text in ((extended, False), ({}, False), ({}, True)):
             body = {**self._body, **further, "prompt": "a" if as_text else self._ends[:1] or [0], "max_tokens": 1}
             try:
-                self._patiently(partial(self._request, "POST", "/v1/completions", body), TRIES_AT_FIRST)
+                answer = self._patiently(partial(self._request, "POST", "/v1/completions", body), TRIES_AT_FIRST)
             except _Refused:
                 if as_text:
                     raise
                 continue
             self._body |= further
             self._as_text = as_text
+            self._llama_cpp = llama_cpp.is_llama_cpp(answer)
             if as_text:
                 logger.warning("%s takes no token ids: it tokenises the text of the prompts itself", self.url)
             return
 
     def _answer(self, task: Task) -> Answered:
         text = str(self._tokenizer.decode(task.ids, skip_special_tokens=False)) if self._as_text else None
-        body = {**self._body, "prompt": task.ids if text is None else text, "max_tokens": self.max_new_tokens}
+        body = {**self._body, **self.further, "max_tokens": self.max_new_tokens}
+        body["prompt"] = task.ids if text is None else text
         return task, self._patiently(lambda: self._response(task, body), TRIES)
 
     def _response(self, task: Task, body: dict[str, Any]) -> list[int]:
-        answer = self._request("POST", "/v1/completions", body)
+        if self._llama_cpp:
+            answer = llama_cpp.as_openai(self._request("POST", llama_cpp.PATH, llama_cpp.as_own(body)))
+        else:
+            answer = self._request("POST", "/v1/completions", body)
         try:
             choice = answer["choices"][0]
             reason, text, ids = choice.get("finish_reason"), choice["text"], choice.get("token_ids")
