@@ -156,7 +156,7 @@ def test_what_is_launched_beside_graphs(form: str, tree: bool, most: tuple[int, 
     trunk, heads = on_gpu(form, depth=4)
     costs = decoded(trunk, heads, gpu, requests(7, 20), graphs=True, nodes=6 * tree).costs
     replayed = [(launches, syncs) for launches, syncs, graphs in costs if graphs > (heads is not None)]
-    assert len(replayed) > 10
+    assert len(replayed) > 6
     # A round with a capture, or with a first call, launches more; most have neither.
     launches, syncs = sorted(replayed)[len(replayed) // 2]
     assert (launches < most[0], syncs <= most[1]) == (True, True), (launches, syncs, gpu.launches)

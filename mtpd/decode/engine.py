@@ -102,10 +102,10 @@ class Engine:
         # Heads read prompts to the deepest of them, however few draft.
         self.tokens = torch.zeros(slots, room + deepest + 2, dtype=torch.long, device=trunk.device)
         self.graphs = Graphs.of(trunk)
-        # What passes read of a round: where texts end; tokens, parents and depths of nodes; from where these move.
+        # What passes read of a round: where texts end; tokens, parents and depths of nodes; how these move.
         self.ends_at = torch.zeros(slots, dtype=torch.long, device=trunk.device)
         self.nodes = torch.zeros(slots, 3, MOST, dtype=torch.long, device=trunk.device)
-        self.sources = torch.zeros(slots, MOST, dtype=torch.long, device=trunk.device)
+        self.moves = torch.zeros(slots, 2, 1 + MOST, dtype=torch.long, device=trunk.device)
         self.active: list[Text] = []
         # How many tokens of each text the round before has written, that `tokens` does not have yet.
         self.unwritten = 0
@@ -252,20 +252,19 @@ class Engine:
         if all(path == list(range(1, 1 + len(path))) for path in paths):
             return hidden
         count = min(newest.width(max(map(len, paths)), least=4), hidden.shape[1] - 1)
-        rows = paths + [[]] * (newest.rows - len(paths))
-        columns = on_device([[*path, *range(1 + len(path), 1 + count)] for path in rows], self.device)
-        self.sources[: len(rows), :count] = columns
+        there = list(range(1 + count))
+        rows = [[[0, *path, *there[1 + len(path) :]], there] for path in paths + [[]] * (newest.rows - len(paths))]
+        columns = on_device(rows, self.device)
+        self.moves[: len(rows), :, : 1 + count] = columns
 
         def move(at: Newest | Bounded) -> Tensors:
-            start = at.on_device[:, None]
-            row = torch.arange(len(start), device=self.device)[:, None]
-            target = start + torch.arange(1, 1 + count, device=self.device)
-            self.cache.move(row, start + self.sources[: len(start), :count], target)
+            row = torch.arange(len(at.on_device), device=self.device)[:, None]
+            places = at.on_device[:, None, None] + self.moves[: len(row), :, : 1 + count]
+            self.cache.move(row, *places.unbind(1))
             return ()
 
         newest.run(("move", count), move)
-        order = nn.functional.pad(columns[: len(paths)], (1, 0))
-        return hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[2]))
+        return hidden.gather(1, columns[: len(paths), 0, :, None].expand(-1, -1, hidden.shape[2]))
 
     def _draft(self, newest: Newest) -> Drafts | None:
         """Drafts the tokens that the round verifies."""

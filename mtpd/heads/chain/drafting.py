@@ -135,7 +135,8 @@ class ChainDrafter(Drafter):
         chances = self.unembedding(found[:, -tree.going[index] :]).float().log_softmax(-1)
         best, columns = chances.topk(tree.beside, dim=-1)
         best, drafted = best.flatten(1), self.ids(columns).flatten(1)
-        tree.best[index][:count], tree.drafted[index][:count] = best, drafted
+        if index + 1 < self.depth:
+            tree.best[index][:count], tree.drafted[index][:count] = best, drafted
         return (packed(best, drafted, tree.places[index][:count].repeat_interleave(tree.beside, dim=1)),)
 
     def copy_row(self, source: int, target: int, length: int) -> None:
@@ -200,9 +201,9 @@ class _Tree:
         """Adds the likeliest candidates of the depth before, in so many rows."""
         rows = torch.arange(count, device=self.nodes.device)[:, None]
         old, new = self.sizes[index - 1], self.sizes[index]
-        best = self.best[index - 1][:count] + self.paths[index - 1][:count].repeat_interleave(self.beside, dim=1)
-        paths, places = best.topk(self.going[index], dim=1)
-        self.paths[index][:count], self.places[index][:count] = paths, places
+        paths, places = self.paths[index][:count], self.places[index][:count]
+        best = self.best[index - 1][:count].view(count, -1, self.beside) + self.paths[index - 1][:count, :, None]
+        torch.topk(best.flatten(1), self.going[index], dim=1, out=(paths, places))
         self.nodes[:count, old:new] = self.drafted[index - 1][:count].gather(1, places)
         # The paths before are the newest nodes, or the newest token.
         origin = old - self.going[index - 1] + places // self.beside if old else torch.full_like(places, -1)
