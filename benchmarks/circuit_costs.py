@@ -25,7 +25,6 @@ from mtpd.decode.engine import Engine
 from mtpd.decode.text import Request
 from mtpd.heads import Readout
 from mtpd.losses.settings import LossSettings
-from mtpd.slots import Span
 from mtpd.trunk import Trunk
 
 FORMS = ("full", "shared", "tilted")
@@ -94,10 +93,9 @@ def _drafts(
 
     engine = Engine(trunk, None, slots=1, capacity=128)
     list(engine.run([Request(tokens[0, :64].tolist(), 2)]))
-    span = Span([64], 1, tokens.device)
 
     def trunk_pass() -> None:
-        engine.unembedding(engine._pass(span.read(engine.tokens), span, engine.cache.go_on(span)))
+        engine.unembedding(engine.verify(engine.places([64]), 1, None)[0])
 
     ways["trunk"] = torch.inference_mode()(trunk_pass)
     for structure in args.structures:

@@ -58,6 +58,7 @@ LAYOUTS = {
     "hf-mtp": tuple(BASES),
     "hyv3-draft": ("llama", "mistral", "qwen3"),
     "mimo-draft": ("llama", "qwen2"),
+    "mtpd-vllm": tuple(BASES),
     "medusa": ("llama",),
 }
 FORMATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

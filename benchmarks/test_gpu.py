@@ -82,7 +82,7 @@ def test_each_check_runs(name: str, tmp_path: Path) -> None:
         >= {
             "steps": {"step, heads of tiny"},
             "losses": {"loss by sweeps", "loss by eager"},
-            "decoding": {"1 at a time, plain generate", "2 at a time, heads"},
+            "decoding": {"graphs beside none, a tree", "1 at a time, plain generate", "2 at a time, heads, no graphs"},
             "disk": {"store of hidden states"},
             "processes": set(),
         }[name]

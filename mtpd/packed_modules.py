@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from mtpd.quantised import is_quantised
 from mtpd.trunk import Unembedding
 
 ATTENTION = "mtpd_slots"
@@ -133,7 +134,7 @@ def _fits(copies: int) -> bool:
 
 def _packs(module: nn.Module) -> bool:
     # Not subclasses: adapters and quantised layers compute something else.
-    return type(module) is nn.Linear and packable(module.weight)
+    return type(module) is nn.Linear and not is_quantised(module) and packable(module.weight)
 
 
 class _PackedLinear(nn.Linear):

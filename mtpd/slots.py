@@ -10,8 +10,9 @@ Shape legend: S slots, N active rows (slots 0..N-1), Q positions of a pass, C ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,18 +24,64 @@ from mtpd.errors import UnsupportedModel
 ROUND = 64
 """Attention reads positions up to a multiple of this many: enough room for fast kernels, little that is empty."""
 
+Tensors = tuple[Tensor, ...]
+
 
 def on_device(values: Any, device: torch.device) -> Tensor:
     """Copies lists of numbers to a device, without waiting for what it has still to do."""
     return torch.tensor(values).to(device, non_blocking=True)
 
 
-class Newest(list[int]):
-    """Position of the newest token of each row, on the host and on the device: one copy for all spans of a round."""
+def rounded(number: int, least: int, most: int) -> int:
+    """A size that graphs are captured for: `least` and its doubles, from `most` on multiples of that."""
+    if number > most:
+        return -(-number // most) * most
+    size = least
+    while size < number:
+        size *= 2
+    return size
 
-    def __init__(self, positions: Sequence[int], device: torch.device, copied: Tensor | None = None) -> None:
+
+class Graphs(Protocol):
+    """What replays passes, see `mtpd.decode.graphs`."""
+
+    def run(self, key: Hashable, function: Callable[[], Tensors]) -> Tensors:
+        """What a function gives. Calls with the same key launch the same kernels over the same addresses."""
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """Positions of the newest tokens that the device alone knows; the host knows that no span ends behind `limit`."""
+
+    on_device: Tensor
+    """[N], in a buffer that stays where it is; rows without a text may be among them."""
+    limit: int
+    graphs: Graphs
+    """Replay the passes from there on."""
+
+    def span(self, width: int, offset: int = 0) -> Span:
+        """As `Newest.span`."""
+        return Span.within(self.on_device + offset if offset else self.on_device, width, self.limit, before=offset < 0)
+
+
+class Newest(list[int]):
+    """Position of the newest token of each row, on the host and on the device: one copy for all spans of a round.
+
+    Args:
+        copied: the positions on the device, where they are there already.
+        bounded: the same positions for passes that are graphs; None where none are.
+    """
+
+    def __init__(
+        self,
+        positions: Sequence[int],
+        device: torch.device,
+        copied: Tensor | None = None,
+        bounded: Bounded | None = None,
+    ) -> None:
         super().__init__(positions)
         self.on_device = on_device(self, device) if copied is None else copied
+        self.bounded = bounded
 
     @classmethod
     def of(cls, positions: Sequence[int], device: torch.device) -> Newest:
@@ -45,6 +92,29 @@ class Newest(list[int]):
         """So many positions of each row, from the newest one moved by `offset` on."""
         first = self.on_device + offset if offset else self.on_device
         return Span([end + offset for end in self], width, first.device, first=first)
+
+    @property
+    def rows(self) -> int:
+        """Of a pass: those of graphs may be more than there are texts."""
+        return len(self) if self.bounded is None else len(self.bounded.on_device)
+
+    def width(self, needed: int, least: int = 8) -> int:
+        """The width of a pass that needs so many positions of each row: that, or the next one of graphs."""
+        return needed if self.bounded is None else rounded(needed, least, 8)
+
+    def run(self, name: Hashable, function: Callable[[Newest | Bounded], Tensors]) -> Tensors:
+        """Runs a pass of the device; as a graph, where there are such.
+
+        Args:
+            name: differs where another kernel is launched, or a number of the host is another one.
+            function: reads and writes buffers that stay where they are. What it knows of the positions it has from its
+                argument. It gives tensors [N, ...].
+        """
+        bounded = self.bounded
+        if bounded is None:
+            return function(self)
+        found = bounded.graphs.run((name, self.rows, bounded.limit), lambda: function(bounded))
+        return tuple(each[: len(self)] for each in found)
 
 
 class Span:
@@ -70,10 +140,26 @@ class Span:
         self.rows = slice(first_row, first_row + len(starts))
         self.end = max(starts) + width
         lowest = min(starts)
-        self._before = lowest < 0
-        self._same = lowest if not self._before and lowest == max(starts) else None
         first = on_device(starts, device) if first is None else first
-        self._places = first[:, None] + torch.arange(width, device=device) if width > 1 else first[:, None]
+        self._lay(first, same=lowest if 0 <= lowest == max(starts) else None, before=lowest < 0)
+
+    @classmethod
+    def within(cls, first: Tensor, width: int, end: int, *, before: bool) -> Span:
+        """A span whose starts [N] the device alone knows.
+
+        Args:
+            end: none of it lies there or behind.
+            before: whether positions may be below 0.
+        """
+        span = cls.__new__(cls)
+        span.width, span.rows, span.end = width, slice(0, len(first)), end
+        span._lay(first, same=None, before=before)
+        return span
+
+    def _lay(self, first: Tensor, *, same: int | None, before: bool) -> None:
+        self._before, self._same = before, same
+        width = self.width
+        self._places = first[:, None] + torch.arange(width, device=first.device) if width > 1 else first[:, None]
 
     @property
     def positions(self) -> Tensor:
@@ -201,7 +287,7 @@ class SlotCache(Cache):
             layer.copy_row(source, target, length)
 
     def move(self, rows: Tensor, sources: Tensor, targets: Tensor) -> None:
-        """In each of these rows [R], puts what lies in one place into another."""
+        """In these rows, puts what lies in one place into another; all three of one shape, or of ones that fit."""
         for layer in self.layers:
             for held in (layer.keys, layer.values):
                 held[rows, :, targets] = held[rows, :, sources]

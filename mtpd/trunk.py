@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from mtpd.errors import UnsupportedModel
+from mtpd.quantised import has_quantised, is_quantised, lent, matrix, shapes, weights
 
 GROUPED = "grouped_mm_in_autocast"
 """Name under which transformers has `experts_in_autocast`."""
@@ -94,6 +95,8 @@ class Trunk(nn.Module):
             raise UnsupportedModel(f"{self.name}: cannot build heads for it: it has no output head to learn from")
         self.model = model
         self.tokens = tokens
+        self.quantised = has_quantised(model)
+        self._matrix: Tensor | None = None
         model.requires_grad_(False)
         self.eval()
 
@@ -152,11 +155,20 @@ class Trunk(nn.Module):
         scale = 1.0 / float(getattr(config, "logits_scaling", None) or 1.0)
         scale *= float(getattr(config, "logit_scale", None) or 1.0)
         softcap = getattr(config, "final_logit_softcapping", None)
-        weight, bias, rows = head.weight, getattr(head, "bias", None), int(config.vocab_size)
+        weight, bias, rows = self._unembedding_matrix(head), getattr(head, "bias", None), int(config.vocab_size)
         if weight.shape[0] > rows:
             # What lies below are heads for later tokens.
             weight, bias = weight[:rows], None if bias is None else bias[:rows]
         return Unembedding(weight, bias, scale, softcap, self.tokens)
+
+    def _unembedding_matrix(self, head: Any) -> Tensor:
+        """The weight of the output head; of a quantised one what it multiplies with, which is kept."""
+        if not self.quantised or not is_quantised(head):
+            weight: Tensor = head.weight
+            return weight
+        if self._matrix is None or self._matrix.device != self.device:
+            self._matrix = matrix(head, dtype=self.dtype, device=self.device)
+        return self._matrix
 
     @torch.no_grad()
     def hidden(
@@ -229,13 +241,7 @@ class Trunk(nn.Module):
         decoder_class: Callable[[PretrainedConfig], nn.Module] = type(self.decoder)
         block: Any = decoder_class(self._block_config(source_layer))
         block.embed_tokens = None
-        # Adapters on the trunk are no part of what is repeated.
-        wanted = {
-            # A parameter that is partitioned over processes has no elements; DeepSpeed keeps what it had.
-            name.replace(".base_layer", ""): getattr(parameter, "ds_shape", parameter.shape)
-            for name, parameter in self.decoder.layers[source_layer].named_parameters()
-            if "lora_" not in name
-        }
+        wanted = shapes(self.decoder.layers[source_layer], block.layers[0])
         built = {name: p.shape for name, p in block.layers[0].named_parameters()}
         if wanted != built:
             odd = sorted(name for name in wanted.keys() | built.keys() if wanted.get(name) != built.get(name))
@@ -244,6 +250,11 @@ class Trunk(nn.Module):
                 f"{source_layer} (differs in {', '.join(odd[:3])})"
             )
         return block.float().requires_grad_(True)
+
+    def copy_layer(self, source_layer: int, block: Any) -> None:
+        """Gives a block of `block` the weights of a layer of the trunk; of a quantised one what it multiplies with."""
+        layer = block.layers[0]
+        layer.load_state_dict(weights(self.decoder.layers[source_layer], layer, dtype=self.dtype, device=self.device))
 
     def _block_config(self, source_layer: int) -> PretrainedConfig:
         config = _layers_of(self.config, source_layer, source_layer + 1, depth=self.depth)
@@ -288,11 +299,12 @@ class Trunk(nn.Module):
                 hook.remove()
         hidden = self.hidden(ids)
         block: Any = self.block(self.depth - 1)
-        block.layers[0].load_state_dict(layers[-1].state_dict())
+        self.copy_layer(self.depth - 1, block)
         block.norm.load_state_dict(self.decoder.norm.state_dict())
         block.to(device=self.device, dtype=self.dtype).eval()
         try:
-            again = block(inputs_embeds=seen["last"], use_cache=False).last_hidden_state
+            with lent(layers[-1], block.layers[0]) as products:
+                again = block(inputs_embeds=seen["last"], use_cache=False).last_hidden_state
         except (AttributeError, TypeError, RuntimeError, AssertionError) as odd:
             # Code that comes with a model may want its own way of being called.
             raise UnsupportedModel(
@@ -303,11 +315,15 @@ class Trunk(nn.Module):
             "embeddings": (self.embed(ids), seen["first"]),
             "logits": (self.unembedding(hidden), logits),
             "last layer": (again, hidden),
+            **{f"{name} of the last layer": pair for name, pair in products.items()},
         }
+        # Quantised layers round in their own way, and what they are given too.
+        rounded = {*products, *(["logits"] if self._matrix is not None else [])}
         for piece, (ours, theirs) in pieces.items():
             scale = theirs.float().abs().max().clamp_min(1e-6)
             error = ((ours.float() - theirs.float()).abs().max() / scale).item()
-            if not error <= (1e-4 if self.dtype == torch.float32 else 5e-2):
+            exact = self.dtype == torch.float32 and piece.split()[0] not in rounded
+            if not error <= (1e-4 if exact else 5e-2):
                 raise UnsupportedModel(
                     f"{self.name}: cannot build heads for it: its {piece} cannot be repeated outside the model "
                     f"(relative difference {error:.1e})"

@@ -109,6 +109,20 @@ def add_tensors(folder: Path, tensors: Tensors, *, file: str = "model-mtp.safete
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
 
 
+def in_blocks(weight: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Numbers in FP8 and a scale for each block, element by element."""
+    high, wide = -(-weight.shape[0] // rows), -(-weight.shape[1] // columns)
+    numbers, scales = torch.zeros(weight.shape, dtype=torch.float8_e4m3fn), torch.zeros(high, wide)
+    for a in range(high):
+        for b in range(wide):
+            part = weight[a * rows : (a + 1) * rows, b * columns : (b + 1) * columns]
+            scales[a, b] = part.abs().max() / 448
+            numbers[a * rows : (a + 1) * rows, b * columns : (b + 1) * columns] = (part / scales[a, b]).to(
+                torch.float8_e4m3fn
+            )
+    return numbers, scales
+
+
 def layer_of(folder: Path, number: int = L - 1) -> dict[str, tuple[int, ...]]:
     """Names behind the prefix, and shapes, of a layer of a saved base."""
     with safe_open(folder / "model.safetensors", "pt") as opened:

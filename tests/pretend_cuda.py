@@ -16,7 +16,7 @@ from __future__ import annotations
 import collections
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,40 +30,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda:0")
-VIEWS = frozenset(
-    [
-        "_conj",
-        "_reshape_alias",
-        "_unsafe_view",
-        "alias",
-        "as_strided",
-        "chunk",
-        "detach",
-        "diagonal",
-        "expand",
-        "flatten",
-        "is_same_size",
-        "lift_fresh",
-        "movedim",
-        "narrow",
-        "numel",
-        "permute",
-        "select",
-        "slice",
-        "split",
-        "split_with_sizes",
-        "squeeze",
-        "sym_size",
-        "t",
-        "transpose",
-        "unbind",
-        "unflatten",
-        "unfold",
-        "unsqueeze",
-        "view",
-        "view_as",
-    ]
-)
+VIEWS = frozenset([
+    "_conj", "_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "diagonal", "expand",
+    "flatten", "is_same_size", "lift_fresh", "movedim", "narrow", "numel", "permute", "select", "slice", "split",
+    "split_with_sizes", "squeeze", "sym_size", "t", "transpose", "unbind", "unflatten", "unfold", "unsqueeze",
+    "view", "view_as",
+])  # fmt: skip
 EMPTY = frozenset(["empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"])
 CROSSING = frozenset(
     ["_local_scalar_dense", "_pin_memory", "_to_copy", "copy_", "index", "is_pinned", "pin_memory", "set_"]
@@ -96,16 +68,19 @@ class Counts:
     places: collections.Counter[str] = field(default_factory=collections.Counter)
     """Synchronisations by the line of mtpd that they are of."""
     muted: int = 0
+    capturing: PretendedGraph | None = None
 
     def reset(self) -> None:
         for counter in (self.launches, self.syncs, self.places):
             counter.clear()
 
     def launch(self, name: str) -> None:
-        if not self.muted:
+        if not self.muted and self.capturing is None:
             self.launches[name] += 1
 
     def wait(self, name: str) -> None:
+        if self.capturing is not None:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {name} at {_place()}")
         if not self.muted:
             self.syncs[name] += 1
             self.places[_place()] += 1
@@ -181,11 +156,19 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     _check_devices(func, name, args, tensors)
     given = tree_map(_inside, (args, kwargs if device is None else {**kwargs, "device": torch.device("cpu")}))
-    if name == "histc" and not given[0][0].is_floating_point():
-        # Of whole numbers a GPU can do it, and a CPU cannot.
-        result = func(given[0][0].float(), *given[0][1:], **given[1]).to(given[0][0].dtype)
+
+    def compute() -> Any:
+        if name == "histc" and not given[0][0].is_floating_point():
+            # Of whole numbers a GPU can do it, and a CPU cannot.
+            return func(given[0][0].float(), *given[0][1:], **given[1]).to(given[0][0].dtype)
+        return func(*given[0], **given[1])
+
+    if _counts.capturing is not None:
+        if any(tensor.dim() and not _on_device(tensor) for tensor in tensors):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {name} of the host at {_place()}")
+        result = _counts.capturing.record(func, given, compute)
     else:
-        result = func(*given[0], **given[1])
+        result = compute()
     if _waits(name, args, kwargs, device):
         _counts.wait(name)
     if name not in VIEWS | EMPTY | {"_local_scalar_dense"}:
@@ -254,6 +237,67 @@ class _Stream:
 
     def synchronize(self) -> None:
         _counts.wait("synchronize")
+
+
+class PretendedGraph:
+    """What a CUDA graph is: kernels, with the addresses and the numbers that they were launched with.
+
+    To capture does not compute: what is written meanwhile is taken back. Between two replays the memory of what lies
+    between kernels belongs to others.
+    """
+
+    def __init__(self) -> None:
+        self.kernels: list[tuple[Callable[[], Any], list[Tensor]]] = []
+        """Each with what it writes anew; one that writes in place writes nothing anew."""
+        self.signature: list[Any] = []
+        """Operators, shapes and numbers of the host."""
+        self.own: dict[int, Tensor] = {}
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def record(self, func: Any, given: Any, compute: Callable[[], Any]) -> Any:
+        tensors = [each for each in tree_leaves(given) if isinstance(each, Tensor)]
+        written = [each for each in tree_leaves(_written(func, *given)) if isinstance(each, Tensor)]
+        for each in written:
+            at = each.untyped_storage().data_ptr()
+            if at not in self.own and at not in self.before:
+                whole = torch.empty(0, dtype=each.dtype).set_(each.untyped_storage())
+                self.before[at] = whole, whole.clone()
+        result = compute()
+        known = {each.untyped_storage().data_ptr() for each in tensors}
+        made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        new = [each for each in made if each.untyped_storage().data_ptr() not in known]
+        self.own |= {each.untyped_storage().data_ptr(): each for each in new}
+        self.signature.append((str(func), tree_map(lambda x: tuple(x.shape) if isinstance(x, Tensor) else x, given)))
+        if written or new:
+            self.kernels.append((compute, [] if written else new))
+        return result
+
+    def end(self) -> None:
+        for whole, before in self.before.values():
+            whole.copy_(before)
+        self._spoil()
+
+    def replay(self) -> None:
+        _counts.launch("graph")
+        for compute, new in self.kernels:
+            found = compute()
+            for held, each in zip(new, [x for x in tree_leaves(found) if isinstance(x, Tensor)], strict=bool(new)):
+                held.copy_(each)
+        self._spoil()
+
+    def _spoil(self) -> None:
+        for each in self.own.values():
+            each.fill_(float("nan") if each.is_floating_point() else 1)
+
+
+@contextmanager
+def _capture(graph: PretendedGraph, **_: Any) -> Iterator[None]:
+    _counts.capturing = graph
+    try:
+        yield
+    finally:
+        _counts.capturing = None
+    graph.end()
 
 
 @contextmanager
@@ -330,6 +374,9 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "Event", _Stream),
         (torch.cuda, "current_stream", _Stream),
         (torch.cuda, "stream", nullcontext),
+        (torch.cuda, "CUDAGraph", PretendedGraph),
+        (torch.cuda, "graph", _capture),
+        (torch.cuda, "graph_pool_handle", lambda: None),
         (Tensor, "record_stream", lambda self, stream: None),
         (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),

@@ -199,8 +199,16 @@ DECLARED = {"num_nextn_predict_layers": 1, "mtp_num_hidden_layers": 1, "mtp_laye
 """What a base says that lost its heads, in the words of several families."""
 
 
-@pytest.mark.parametrize("name", ["hf-mtp", "hyv3-draft", "mimo-draft"])
-def test_an_export_says_once_how_many_heads_there_are(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("hf-mtp", "num_mtp_layers"),
+        ("mtpd-vllm", "num_mtp_layers"),
+        ("hyv3-draft", "num_nextn_predict_layers"),
+        ("mimo-draft", "num_nextn_predict_layers"),
+    ],
+)
+def test_an_export_says_once_how_many_heads_there_are(name: str, key: str, tmp_path: Path) -> None:
     """Fault: new heads beside the number of those that the base declares and lacks; an engine believes either."""
     depth = 1 if name == "mimo-draft" else 2
     trunk = base("llama")
@@ -209,8 +217,8 @@ def test_an_export_says_once_how_many_heads_there_are(name: str, tmp_path: Path)
     export(run, tmp_path / "out", to=name)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     said = {key: value for key, value in config.items() if "mtp" in key or "nextn" in key}
-    assert said == {"num_mtp_layers" if name == "hf-mtp" else "num_nextn_predict_layers": depth}
-    if LAYOUTS[name].apart:
+    assert said == {key: depth}
+    if LAYOUTS[name].apart and name != "mtpd-vllm":
         # The base is served as it is: what it declares is what vLLM is told otherwise.
         told = yaml.safe_load((tmp_path / "out" / "vllm.yaml").read_text())
         assert told["hf-overrides"]["num_nextn_predict_layers"] == depth

@@ -10,14 +10,15 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mtpd"
 
-# What each part may import of the others. `errors`, `files`, `interrupts`, `progress` and `section` stand under
-# everything.
-BELOW = {"errors", "files", "interrupts", "progress", "section"}
+# What each part may import of the others. `errors`, `files`, `interrupts`, `progress`, `quantised` and `section` stand
+# under everything.
+BELOW = {"errors", "files", "interrupts", "progress", "quantised", "section"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "interrupts": set(),
     "progress": set(),
+    "quantised": set(),
     "section": set(),
     "recipe": BELOW | {"heads", "losses"},
     "finished_run": BELOW | {"recipe"},

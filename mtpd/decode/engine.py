@@ -15,7 +15,7 @@ Shape legend: N active rows, Q positions of a pass, D hidden size, V vocabulary 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,16 +25,19 @@ from mtpd.decode.chances import REACH
 from mtpd.decode.choice import Choice, Greedy
 from mtpd.decode.drafting import HEADS
 from mtpd.decode.drafts import Drafts
+from mtpd.decode.graphs import Graphs
 from mtpd.decode.planner import BEAM, MOST, Planner
 from mtpd.decode.text import Request, Text
 from mtpd.errors import UserError
 from mtpd.heads import Heads
 from mtpd.packed_modules import faster, faster_logits
-from mtpd.slots import Newest, SlotCache, Span, on_device
+from mtpd.slots import Bounded, Newest, SlotCache, Span, Tensors, on_device, rounded
 from mtpd.trunk import Tap, Trunk
 
 PREFILL_TOKENS = 2048
 """Prompts are read together up to about this many tokens a pass, padding included."""
+LIMITS = (256, 1024)
+"""Positions that attention in a graph reads: 256, 512, or multiples of 1,024. More graphs would have less to read."""
 
 
 class Engine:
@@ -89,7 +92,8 @@ class Engine:
         self.ends = frozenset(end_tokens)
         self.on_tokens = on_tokens
         # Drafts, and paths that heads go on from, may lie past the longest text; one place belongs to no position.
-        room = capacity + (self.depth if planner is None else max(MOST, BEAM * deepest)) + 1
+        self.beyond = (self.depth if planner is None else max(MOST, BEAM * deepest)) + 1
+        room = capacity + self.beyond
         self.cache = SlotCache(trunk.config, slots=slots, capacity=room, dtype=trunk.dtype, device=trunk.device)
         self.drafter = heads.drafter(trunk, slots=slots, capacity=room) if heads is not None else None
         if self.drafter is not None and heads is not None:
@@ -97,6 +101,11 @@ class Engine:
         self.unembedding = faster_logits(trunk, trunk.unembedding)
         # Heads read prompts to the deepest of them, however few draft.
         self.tokens = torch.zeros(slots, room + deepest + 2, dtype=torch.long, device=trunk.device)
+        self.graphs = Graphs.of(trunk)
+        # What passes read of a round: where texts end; tokens, parents and depths of nodes; from where these move.
+        self.ends_at = torch.zeros(slots, dtype=torch.long, device=trunk.device)
+        self.nodes = torch.zeros(slots, 3, MOST, dtype=torch.long, device=trunk.device)
+        self.sources = torch.zeros(slots, MOST, dtype=torch.long, device=trunk.device)
         self.active: list[Text] = []
         # How many tokens of each text the round before has written, that `tokens` does not have yet.
         self.unwritten = 0
@@ -140,7 +149,9 @@ class Engine:
         prompts = on_device(padded, device)
         span.write(self.tokens, prompts)
         self.cache.begin(span)
-        hidden = self._pass(prompts, span, mask=None)
+        if self.before_pass is not None:
+            self.before_pass()
+        hidden = self._pass(prompts, span.positions, mask=None)
         last = on_device(lengths, device) - 1
         rows = torch.arange(len(group), device=device)
         logits = self.unembedding(hidden[rows, last][:, None])
@@ -154,25 +165,18 @@ class Engine:
 
     def _round(self) -> None:
         """Drafts, verifies, and writes the accepted tokens of all active rows."""
-        newest = self._newest()
+        newest = self.places([text.newest for text in self.active], [text.last(self.unwritten) for text in self.active])
+        self.unwritten = 0
         drafts = None if self.drafter is None and self.planner is None else self._draft(newest)
-        read = newest.span(1).read(self.tokens)
-        if drafts is not None:
-            read = torch.cat([read, drafts.tokens], dim=1)
-        span = newest.span(read.shape[1])
-        if drafts is None or drafts.depths is None:
-            hidden = self._pass(read, span, self.cache.go_on(span))
-        else:
-            positions = span.positions[:, :1] + nn.functional.pad(drafts.depths, (1, 0))
-            mask = self.cache.go_on(span, positions=positions, seen=drafts.seen())
-            hidden = self._pass(read, span, mask, positions)
+        hidden, *tapped = self.verify(newest, 1 if drafts is None else 1 + drafts.tokens.shape[1], drafts)
         new = self.choice.choose(self.unembedding(hidden), self.active, drafts)
-        hidden = self._read_by_heads(hidden)
         depth = 0 if drafts is None else drafts.depth
+        if tapped:
+            [hidden] = tapped
         if drafts is not None and drafts.parents is not None:
-            self._compact(newest, drafts.paths, hidden)
+            hidden = self._compact(newest, drafts.paths, hidden)
         if self.drafter is not None:
-            longest = 1 if drafts is None else 1 + min(depth, drafts.tokens.shape[1])
+            longest = min(1 + depth, hidden.shape[1])
             self.drafter.read(newest.span(longest), hidden[:, :longest])
         self.unwritten = max(map(len, new))
         for row, (text, tokens) in enumerate(zip(self.active, new, strict=True)):
@@ -182,33 +186,86 @@ class Engine:
             text.rounds.append((len(text.tokens), depth, len(tokens) - 1))
             self._write(text, tokens)
 
-    def _newest(self) -> Newest:
-        """Positions of the newest tokens; on the device, those of the round before take the place of its drafts."""
-        count = self.unwritten
-        positions = [text.newest for text in self.active]
+    def places(
+        self, positions: Sequence[int], written: Sequence[Sequence[int]] = (), *, beyond: int | None = None
+    ) -> Newest:
+        """Says where a round goes on.
+
+        Args:
+            positions: of the newest token of each row.
+            written: of each row as many of its newest tokens, which take the place of the drafts of the round before.
+            beyond: positions that passes read or write from the newest token on; None: those of a round.
+        """
+        count = len(written[0]) if written else 0
+        graphs = None if self.graphs is None or self.graphs.refused else self.graphs
+        # Rows of a graph that have no text begin theirs, which nothing reads.
+        rows = len(positions) if graphs is None else min(rounded(len(positions), 1, 8), self.slots)
+        lists = [[end, *(written[row] if count else [])] for row, end in enumerate(positions)]
         # All that a round needs of the host comes in one copy.
-        lists = on_device(
-            [[end, *text.last(count)] for end, text in zip(positions, self.active, strict=True)], self.device
-        )
-        newest = Newest(positions, self.device, lists[:, 0])
+        copied = on_device(lists + [[0] * (1 + count)] * (rows - len(lists)), self.device)
+        bounded = None
+        if graphs is not None:
+            self.ends_at[:rows] = copied[:, 0]
+            end = max(positions) + (self.beyond if beyond is None else beyond)
+            bounded = Bounded(self.ends_at[:rows], min(rounded(end, *LIMITS), self.cache.capacity), graphs)
+        newest = Newest(positions, self.device, copied[: len(lists), 0], bounded)
         if count:
-            newest.span(count, 1 - count).write(self.tokens, lists[:, 1:])
-        self.unwritten = 0
+            newest.span(count, 1 - count).write(self.tokens, copied[: len(lists), 1:])
         return newest
 
-    def _compact(self, newest: list[int], paths: list[list[int]], hidden: Tensor) -> None:
-        """Puts what was computed for accepted drafts where a chain has it: behind the newest token, without gaps."""
-        moves = [
-            (row, newest[row], column, place)
-            for row, path in enumerate(paths)
-            for place, column in enumerate(path, start=1)
-            if column != place
-        ]
-        if not moves:
-            return
-        index, start, source, target = on_device(moves, self.device).unbind(1)
-        self.cache.move(index, start + source, start + target)
-        hidden[index, target] = hidden[index, source]
+    def verify(self, newest: Newest, width: int, drafts: Drafts | None) -> Tensors:
+        """Runs the trunk over the newest token of each row and the drafts behind it.
+
+        Args:
+            width: of the pass; without a tree it reads that many tokens of each text.
+
+        Returns:
+            Hidden states [N, Q, D]; where heads read states of a layer below, those too.
+        """
+        if self.before_pass is not None:
+            self.before_pass()
+        tree = drafts if drafts is not None and drafts.parents is not None else None
+        if tree is not None and newest.bounded is not None:
+            self.nodes[: len(newest), :, : width - 1] = tree.layout()
+
+        def forward(at: Newest | Bounded) -> Tensors:
+            span = at.span(width)
+            if tree is None:
+                hidden = self._pass(span.read(self.tokens), span.positions, self.cache.go_on(span))
+            else:
+                nodes = tree if isinstance(at, Newest) else Drafts.of(self.nodes[span.rows, :, : width - 1])
+                assert nodes.depths is not None
+                read = torch.cat([at.span(1).read(self.tokens), nodes.tokens], dim=1)
+                positions = span.positions[:, :1] + nn.functional.pad(nodes.depths, (1, 0))
+                mask = self.cache.go_on(span, positions=positions, seen=nodes.seen())
+                hidden = self._pass(read, positions, mask)
+            return (hidden,) if self.tap is None else (hidden, self.tap.seen)
+
+        return newest.run(("trunk", width, tree is not None), forward)
+
+    def _compact(self, newest: Newest, paths: list[list[int]], hidden: Tensor) -> Tensor:
+        """Puts what was computed for accepted drafts where a chain has it: behind the newest token, without gaps.
+
+        Returns:
+            Hidden states [N, 1 + n, D] in that order; n is at least the length of the longest path.
+        """
+        if all(path == list(range(1, 1 + len(path))) for path in paths):
+            return hidden
+        count = min(newest.width(max(map(len, paths)), least=4), hidden.shape[1] - 1)
+        rows = paths + [[]] * (newest.rows - len(paths))
+        columns = on_device([[*path, *range(1 + len(path), 1 + count)] for path in rows], self.device)
+        self.sources[: len(rows), :count] = columns
+
+        def move(at: Newest | Bounded) -> Tensors:
+            start = at.on_device[:, None]
+            row = torch.arange(len(start), device=self.device)[:, None]
+            target = start + torch.arange(1, 1 + count, device=self.device)
+            self.cache.move(row, start + self.sources[: len(start), :count], target)
+            return ()
+
+        newest.run(("move", count), move)
+        order = nn.functional.pad(columns[: len(paths)], (1, 0))
+        return hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[2]))
 
     def _draft(self, newest: Newest) -> Drafts | None:
         """Drafts the tokens that the round verifies."""
@@ -222,19 +279,11 @@ class Engine:
         depth = self.drafter.draft(self.tokens, newest, self.depth, choose)
         return Drafts.chain(newest.span(depth).read(self.tokens, steps=1).clone())
 
-    def _pass(
-        self,
-        tokens: Tensor,
-        span: Span,
-        mask: Tensor | dict[str, Tensor] | None,
-        positions: Tensor | None = None,
-    ) -> Tensor:
+    def _pass(self, tokens: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor] | None) -> Tensor:
         """The trunk's hidden states [N, Q, D] of tokens [N, Q]."""
-        if self.before_pass is not None:
-            self.before_pass()
         hidden: Tensor = self.decoder(
             input_ids=tokens,
-            position_ids=span.positions if positions is None else positions,
+            position_ids=positions,
             attention_mask=mask,
             past_key_values=self.cache,
             use_cache=True,

@@ -23,7 +23,7 @@ from mtpd.decode.drafting import CORPUS, HEADS, LOOKUP, SOURCES, Source
 from mtpd.decode.drafts import Drafts
 from mtpd.decode.lookup import LONGEST, LookupIndex, Match
 from mtpd.heads.drafting import Drafter
-from mtpd.slots import on_device
+from mtpd.slots import Newest, on_device
 
 MOST = 32
 """Nodes of a row at most."""
@@ -106,7 +106,7 @@ class Planner:
         if not count:
             return None
         chosen = [nodes[:count] for nodes in likeliest]
-        width = max(map(len, chosen))
+        width = Newest.of(newest, tokens.device).width(max(map(len, chosen)), least=1)
         trees = [columns(c, nodes, width) for c, nodes in zip(rows, chosen, strict=True)]
         of_tokens, parents, depths = on_device(trees, tokens.device).unbind(1)
         return Drafts(

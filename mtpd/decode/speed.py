@@ -226,7 +226,7 @@ def watch(engine: Engine, trunk: Trunk) -> Breakdown:
 
     patched: Any = engine
     patched._round, patched._read_prompts = one_round, read
-    patched._pass = timed("trunk", engine._pass)
+    patched.verify = timed("trunk", engine.verify)
     patched._draft = timed("drafts", engine._draft)
     patched.unembedding = timed("verification", engine.unembedding)
     patched.choice.choose = timed("verification", engine.choice.choose)

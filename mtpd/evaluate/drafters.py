@@ -91,20 +91,18 @@ class _Walk(Engine):
         self.states, self.reading = states, list[Text]()
         self.cache: Any = _NoCache()
         self.unembedding: Any = nn.Identity()
+        # What stands in the place of a pass reads which texts are active, and gives what heads read.
+        self.graphs = self.tap = None
 
     def _read_prompts(self, group: list[Text]) -> None:
         self.reading = group
         super()._read_prompts(group)
         self.reading = []
 
-    def _pass(self, tokens: Tensor, span: Any, mask: Any, positions: Tensor | None = None) -> Tensor:
-        places = span.positions if positions is None else positions
+    def _pass(self, tokens: Tensor, positions: Tensor, mask: Any) -> Tensor:
         texts = self.reading or self.active
         known = (self.states[text.number] for text in texts)
-        return torch.stack([each[at.clamp_max(len(each) - 1)] for each, at in zip(known, places, strict=True)])
-
-    def _read_by_heads(self, hidden: Tensor) -> Tensor:
-        return hidden
+        return torch.stack([each[at.clamp_max(len(each) - 1)] for each, at in zip(known, positions, strict=True)])
 
 
 def drafts_together(trunk: Trunk) -> bool:

@@ -14,7 +14,8 @@ from mtpd.formats.directory import CONFIG, Checkpoint
 from mtpd.formats.families import FAMILIES
 from mtpd.formats.family import OTHER, Family
 from mtpd.formats.layer_names import Tensors, to_module
-from mtpd.formats.tensors import FLOATS, Stored, computed, dtype_name, joined, part
+from mtpd.formats.quantised_heads import beside, plain
+from mtpd.formats.tensors import FLOATS, Stored, computed, joined, part
 
 HEAD_LIKE = re.compile(
     r"(^|\.)(mtp\w*|nextn|medusa\w*|eh_proj|enorm|hnorm|pre_fc_norm\w*|shared_head)(\.|$)|^\d+\.\d+\.linear\."
@@ -45,8 +46,17 @@ class Native:
 
     @cached_property
     def raw(self) -> Tensors:
-        """The heads' tensors by their names in the checkpoint."""
-        return {name: self.checkpoint.tensors[name] for name in dict.fromkeys(self.names.values())}
+        """The heads' tensors by their names in the checkpoint, quantised ones in bfloat16."""
+        found, settings = self.checkpoint.tensors, self.checkpoint.quantisation
+        return {
+            name: plain(name, found, settings, shown=self.checkpoint.shown)
+            for name in dict.fromkeys(self.names.values())
+        }
+
+    @cached_property
+    def quantised(self) -> list[str]:
+        """The names in the checkpoint of weights that are quantised there."""
+        return [name for name in self.raw if self.checkpoint.tensors[name].dtype not in FLOATS]
 
     @cached_property
     def tensors(self) -> Tensors:
@@ -152,7 +162,7 @@ def find_heads(checkpoint: Checkpoint, *, family: Family | str | None = None, ba
 
     Raises:
         UserError: no heads, a family that is not known, heads that are declared and missing or the other way
-            round, or quantised heads.
+            round, or heads that are quantised in a form that is not read.
     """
     chosen = _family(checkpoint, family)
     if chosen.separate and base is None:
@@ -183,14 +193,11 @@ def find_heads(checkpoint: Checkpoint, *, family: Family | str | None = None, ba
         raise UserError(
             f"{checkpoint.shown}: {CONFIG} declares {declared} MTP heads ({said}) and there are tensors of {found}"
         )
-    mapped = chosen.to_mtpd(names, heads=found, layers=checkpoint.layers, per_head=per_head)
-    for theirs in mapped.values():
-        if names[theirs].dtype not in FLOATS:
-            raise UserError(
-                f"{checkpoint.shown}: its MTP heads are quantised ({theirs} is {dtype_name(names[theirs].dtype)}); "
-                "heads in bfloat16, float16 or float32 are accepted, also beside a quantised base"
-            )
-    return Native(checkpoint, chosen, found, key, mapped, base or checkpoint)
+    own = [name for name in names if not beside(name, names)]
+    mapped = chosen.to_mtpd(own, heads=found, layers=checkpoint.layers, per_head=per_head)
+    native = Native(checkpoint, chosen, found, key, mapped, base or checkpoint)
+    assert native.raw, "heads have tensors, and those are read"
+    return native
 
 
 def _family(checkpoint: Checkpoint, name: Family | str | None) -> Family:
@@ -225,7 +232,9 @@ def layer_shapes(checkpoint: Checkpoint, *, without: set[str]) -> dict[int, Shap
     layers: dict[int, Shapes] = {}
     for name, tensor in checkpoint.tensors.items():
         match = re.fullmatch(r"(?:model\.|language_model\.|backbone\.)*layers\.(\d+)\.(.+)", name)
-        if match and name not in without and int(match[1]) < checkpoint.layers:
+        if not match or name in without or int(match[1]) >= checkpoint.layers:
+            continue
+        if not beside(name, checkpoint.tensors):
             layers.setdefault(int(match[1]), {})[match[2]] = tensor.shape
     return layers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,7 @@ IGNORING = {
     "fp8": "modules_to_not_convert",
     "awq": "modules_to_not_convert",
     "mxfp4": "modules_to_not_convert",
+    "torchao": "modules_to_not_convert",
     "bitsandbytes": "llm_int8_skip_modules",
     "compressed-tensors": "ignore",
     "modelopt": "ignore",
@@ -293,6 +295,9 @@ def exclude_from_quantisation(config: dict[str, Any], modules: list[str]) -> Non
             f"accepted: {', '.join(IGNORING)}"
         )
     key = IGNORING[method]
+    if method == "compressed-tensors":
+        # Its names mean a module alone, and not what lies in it; behind `re:` stands how a name begins.
+        modules = [rf"re:{re.escape(module)}(\.|$)" for module in modules]
     config["quantization_config"] = {**settings, key: sorted({*(settings.get(key) or ()), *modules})}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtpd.slots import Newest, Span
+from mtpd.slots import Bounded, Newest, Span
 from mtpd.trunk import Trunk
 
 Pick = Callable[[Tensor, int], Tensor]
@@ -29,11 +29,16 @@ Level = Callable[[list[list[float]], list[list[int]], list[list[int]]], bool]
 parent is a place among the candidates of the depth before."""
 
 
-def to_lists(values: Tensor, *ids: Tensor) -> list[list[list[Any]]]:
-    """Copies numbers [N, m] and ids [N, m] from the device in one transfer, for which the host waits."""
+def packed(values: Tensor, *ids: Tensor) -> Tensor:
+    """Numbers [N, m] and ids [N, m] in one tensor."""
     # Every id below 2 ** 24 is whole in float32.
-    first, *rest = torch.stack([values.float(), *(each.float() for each in ids)]).tolist()
-    return [first, *([[int(number) for number in row] for row in each] for each in rest)]
+    return torch.stack([values.float(), *(each.float() for each in ids)], dim=1)
+
+
+def to_lists(both: Tensor) -> list[list[list[Any]]]:
+    """Values, and each of the ids, that `packed` put together; in one transfer, for which the host waits."""
+    first, *rest = zip(*both.tolist(), strict=True)
+    return [list(first), *([[int(number) for number in row] for row in each] for each in rest)]
 
 
 class Drafter(ABC):
@@ -114,7 +119,7 @@ class Drafter(ABC):
         def choose(logits: Tensor, number: int) -> Tensor:
             nonlocal goes_on, going
             best, columns = logits.float().log_softmax(-1).topk(min(beam, logits.shape[-1]), dim=-1)
-            values, ids = to_lists(best, self.ids(columns))
+            values, ids = to_lists(packed(best, self.ids(columns)))
             reached = [
                 [
                     (before + value, value, token, place)
@@ -160,6 +165,7 @@ class NewestStates(Drafter):
     def copy_row(self, source: int, target: int, length: int) -> None:
         self.states[target, :length] = self.states[source, :length]
 
-    def newest_states(self, newest: Sequence[int]) -> Tensor:
+    def newest_states(self, newest: Sequence[int] | Bounded) -> Tensor:
         """h_{N-1} [N, D], for the position N of the newest token of each row."""
-        return Newest.of(newest, self.states.device).span(1, -1).read(self.states)[:, 0]
+        at = newest if isinstance(newest, Bounded) else Newest.of(newest, self.states.device)
+        return at.span(1, -1).read(self.states)[:, 0]

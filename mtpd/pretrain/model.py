@@ -41,6 +41,10 @@ def model_of(recipe: PretrainRecipe, texts: Iterable[str], *, device: torch.devi
         model = new_model(recipe.model, tokenizer, row_length=recipe.data.row_length).to(device)
         tokens = len(tokenizer)
     trunk = Trunk(model, tokens=tokens)
+    if trunk.quantised:
+        raise UserError(
+            f"model: {recipe.model} has quantised weights, which are not trained; accepted: the same model in 16 bits"
+        )
     trunk.check()
     return trunk, tokenizer
 

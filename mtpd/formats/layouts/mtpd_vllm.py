@@ -17,6 +17,7 @@ from mtpd.formats.engines.plugin import PLUGIN, plugin_folder
 from mtpd.formats.exported_run import Run
 from mtpd.formats.families.transformers_native import FAMILY
 from mtpd.formats.find_heads import base_tensor
+from mtpd.formats.importing import without_declarations
 from mtpd.formats.layer_names import Tensors
 from mtpd.formats.layout import VLLM, Layout
 from mtpd.formats.tensors import FLOATS, cast, dtype_name, joined, part, read_header, stored
@@ -73,14 +74,13 @@ def _draft_vocabulary(run: Run) -> Tensors:
 
 
 def _config(run: Run) -> dict[str, Any]:
-    base = {
-        key: value for key, value in run.base.text_config.items() if key not in LEFT_OUT and not key.startswith("_")
-    }
+    declared = without_declarations(run.base.text_config)
+    base = {key: value for key, value in declared.items() if key not in LEFT_OUT and not key.startswith("_")}
     return base | {
         "architectures": ["MtpdChainMTP"],
         "model_type": "mtp",
         "base_model_type": run.model_type,
-        "num_nextn_predict_layers": run.depth,
+        # Layers in the file. How many heads they make, one may be several, is the length of the list.
         FAMILY.counts[0]: run.written,
         "block_of": _blocks(run),
         "draft_vocab_size": run.config.vocabulary_size,

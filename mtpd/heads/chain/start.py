@@ -58,7 +58,7 @@ def initialise(heads: ChainHeads, trunk: Trunk, start: Start | None, *, seed: in
         head.project.weight.copy_(project)
         if start in ("copy_last", "copy_last_k"):
             source = heads.config.source_layers[index]
-            block.layers[0].load_state_dict(trunk.decoder.layers[source].state_dict())
+            trunk.copy_layer(source, block)
         elif start in ("identity", "regression"):
             silence(block.layers[0], trunk.name)
     return start == "regression"

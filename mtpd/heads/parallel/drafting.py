@@ -8,6 +8,7 @@ Shape legend: N rows, Q positions of a pass, D hidden size, K depths, M columns 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from mtpd.heads.base import Heads
 from mtpd.heads.drafting import NewestStates, Pick
 from mtpd.packed_modules import faster, faster_logits
-from mtpd.slots import Newest, SlotCache, Span
+from mtpd.slots import Bounded, Newest, SlotCache, Span, Tensors
 from mtpd.trunk import Trunk
 
 
@@ -38,8 +39,12 @@ class StateDrafter(_Drafts):
     """Drafts with heads that read one position: all depths in one matmul."""
 
     def drafts(self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick) -> Iterator[tuple[Tensor, Tensor]]:
-        hidden = self.newest_states(newest)
-        logits = self.unembedding(torch.stack([head(hidden) for head in self.heads[:depth]], dim=1))
+        def states(at: Newest | Bounded) -> Tensors:
+            hidden = self.newest_states(at)
+            return (torch.stack([head(hidden) for head in self.heads[:depth]], dim=1),)
+
+        [found] = Newest.of(newest, tokens.device).run(("heads", depth), states)
+        logits = self.unembedding(found)
         for index in range(depth):
             yield logits[:, index], pick(logits[:, index], index)
 
@@ -72,15 +77,21 @@ class BlockDrafter(_Drafts):
             held[target] = held[source]
 
     def drafts(self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick) -> Iterator[tuple[Tensor, Tensor]]:
+        newest = Newest.of(newest, tokens.device)
         for index in range(depth):
             held = self.held[index]
-            width = max(1, *(end - held[row] for row, end in enumerate(newest)))
-            span = Newest.of(newest, tokens.device).span(width, -width)
-            mask = self.caches[index].go_on(span)
-            state = self.heads[index](
-                span.read(self.states), position_ids_BT=span.positions, attention_mask=mask, cache=self.caches[index]
-            )
+            width = newest.width(max(1, *(end - held[row] for row, end in enumerate(newest))))
+            [state] = newest.run(("head", index, width), functools.partial(self._newest_state, index, width))
             for row, end in enumerate(newest):
                 held[row] = end
-            logits = self.unembedding(state[:, -1])
+            logits = self.unembedding(state)
             yield logits, pick(logits, index)
+
+    def _newest_state(self, index: int, width: int, at: Newest | Bounded) -> Tensors:
+        """h^k [N, D] of head k = index + 1 at the newest position that it reads."""
+        span = at.span(width, -width)
+        mask = self.caches[index].go_on(span)
+        state = self.heads[index](
+            span.read(self.states), position_ids_BT=span.positions, attention_mask=mask, cache=self.caches[index]
+        )
+        return (state[:, -1],)

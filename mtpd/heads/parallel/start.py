@@ -67,7 +67,7 @@ def initialise(heads: AnyParallel, trunk: Trunk, start: str | None, *, seed: int
             set_gain(head.hidden_norm, inverse_gain(gain(head.block.norm).float()))
         if start in ("copy_last", "copy_last_k"):
             source = heads.config.source_layers[index]
-            head.block.layers[0].load_state_dict(trunk.decoder.layers[source].state_dict())
+            trunk.copy_layer(source, head.block)
         elif start != "random":
             silence(head.block.layers[0], trunk.name)
     return start == "regression"

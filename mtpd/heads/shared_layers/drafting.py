@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mtpd.heads.drafting import Drafter, Pick
 from mtpd.packed_modules import faster
-from mtpd.slots import Newest, SlotCache, Span
+from mtpd.slots import Bounded, Newest, SlotCache, Span, Tensors
 from mtpd.trunk import Trunk
 
 
@@ -45,10 +45,15 @@ class SharedLayerDrafter(Drafter):
         span.write(self.states, hidden)
 
     def drafts(self, tokens: Tensor, newest: Sequence[int], depth: int, pick: Pick) -> Iterator[tuple[Tensor, Tensor]]:
-        width = max(1, *(end - self.held[row] for row, end in enumerate(newest)))
         newest = Newest.of(newest, tokens.device)
-        span = newest.span(width, -width)
-        self.inner.read(span, self._forward(span, span.read(self.states), self.cache.go_on(span)))
+        width = newest.width(max(1, *(end - self.held[row] for row, end in enumerate(newest))))
+
+        def catch_up(at: Newest | Bounded) -> Tensors:
+            span = at.span(width, -width)
+            self.inner.read(span, self._forward(span, span.read(self.states), self.cache.go_on(span)))
+            return ()
+
+        newest.run(("shared layers", width), catch_up)
         self.held[: len(newest)] = newest
         yield from self.inner.drafts(tokens, newest, depth, pick)
 

@@ -19,11 +19,21 @@ def refused_version() -> str | None:
     from vllm.config import SpeculativeConfig
     from vllm.config.speculative import MTPModelTypes
 
+    hooks = "mtp" in getattr(MTPModelTypes, "__args__", ()) and hasattr(SpeculativeConfig, "use_multi_module_mtp")
+    return refused(found, hooks=hooks)
+
+
+def refused(found: str, *, hooks: bool) -> str | None:
+    """Says why a version of vLLM is not accepted; None if it is.
+
+    Args:
+        hooks: whether it has what the plugin builds on.
+    """
     numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
     accepted = f"{'.'.join(map(str, FIRST))} and newer, below {'.'.join(map(str, BEYOND))}"
     if not FIRST <= numbers < BEYOND:
         return f"mtpd-vllm: vLLM {found} is not known to it; accepted: {accepted}"
-    if "mtp" not in getattr(MTPModelTypes, "__args__", ()) or not hasattr(SpeculativeConfig, "use_multi_module_mtp"):
+    if not hooks:
         return f"mtpd-vllm: vLLM {found} lacks its hooks for several MTP heads; accepted: an unchanged {accepted}"
     return None
 

@@ -15,8 +15,7 @@ class MtpdConfig(PreTrainedConfig):
 
     Args:
         base_model_type: the base's `model_type`; all other keys of its config follow.
-        num_nextn_predict_layers: how many heads there are.
-        block_of: by head, the number of its block, from 0 on: heads may share one.
+        block_of: by head, the number of its block, from 0 on: heads may share one. There are as many heads.
         draft_vocab_size: tokens that are drafted; 0 is all.
 
     Raises:
@@ -29,7 +28,6 @@ class MtpdConfig(PreTrainedConfig):
     def __init__(
         self,
         base_model_type: str = "",
-        num_nextn_predict_layers: int = 0,
         block_of: Sequence[int] = (),
         draft_vocab_size: int = 0,
         architectures: list[str] | None = None,
@@ -48,6 +46,7 @@ class MtpdConfig(PreTrainedConfig):
             self.__dict__.pop("layer_types", None)
         self.architectures = architectures
         self.base_model_type = base_model_type
-        self.num_nextn_predict_layers = num_nextn_predict_layers
+        # The key by which vLLM chooses its speculator for several heads.
+        self.num_nextn_predict_layers = len(block_of)
         self.block_of = list(block_of)
         self.draft_vocab_size = draft_vocab_size
