@@ -43,6 +43,7 @@ NOT_RUN = (
     Left(r"--engine vllm", "vLLM installs an environment of its own; `make verify-vllm`"),
     Left(r"--suite-dir SUITES", "the suites are downloads"),
     Left(r"^mtpd graft .* ORIGINAL", "needs a checkpoint with MTP layers and a fine-tune that lost them"),
+    Left(r"\b(model-W4A16|runs/w4a16)\b", "needs a quantised checkpoint, and the package that reads it"),
     Left(r"^mtpd (inspect PATH|export RUN)", "stands for any path"),
 )
 

@@ -18,7 +18,7 @@ PORTS = {"vllm": 8000, "llama.cpp": 8080, "sglang": 30000}
 
 ASK = (
     "curl http://localhost:{port}/v1/completions -H 'Content-Type: application/json' "
-    '-d \'{{"prompt": "Once upon a time", "max_tokens": 64}}\''
+    '-d \'{{"prompt": "Once upon a time", "max_tokens": 64, "temperature": 0}}\''
 )
 
 
