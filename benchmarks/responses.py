@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from transformers import GenerationConfig
 
 from mtpd.data import builtin_models
 from mtpd.data.answers.server import Server
-from mtpd.data.answers.task import Answerer, Task
+from mtpd.data.answers.task import Answered, Answerer, Task
 from mtpd.data.generation import answers
 from mtpd.data.models import load_model
 from mtpd.data.prompts import load_prompts
@@ -60,17 +61,17 @@ def main() -> None:
     print(f"{len(tasks)} prompts, {new} tokens at most, {torch.get_num_threads()} threads, {model.dtype}\n")
     print("| way | tokens | seconds | tokens/s | prompts with the slots' tokens |\n|---|---|---|---|---|")
 
-    def by_slots(asked):  # type: ignore[no-untyped-def]
+    def by_slots(asked: Sequence[Task]) -> Iterator[Answered]:
         return answers(Trunk(model), asked, Greedy(), max_new_tokens=new, ends=ends, slots=options.at_a_time, seed=0)
 
     own = measured("slots", by_slots, tasks, None)
     if "generate_batch" in ways:
         config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
 
-        def by_batch(asked):  # type: ignore[no-untyped-def]
+        def by_batch(asked: Sequence[Task]) -> Iterator[Answered]:
             by_ids = {tuple(task.ids): task for task in asked}
             found = model.generate_batch([task.ids for task in asked], generation_config=config)
-            return [(by_ids[tuple(each.prompt_ids)], list(each.generated_tokens)) for each in found.values()]
+            return iter([(by_ids[tuple(each.prompt_ids)], list(each.generated_tokens)) for each in found.values()])
 
         measured("transformers' generate_batch", by_batch, tasks, own)
     if "vllm" in ways:

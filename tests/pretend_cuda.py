@@ -29,6 +29,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from mtpd.decode.graphs import WAITING
+
 CUDA = torch.device("cuda:0")
 VIEWS = frozenset([
     "_conj", "_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "diagonal", "expand",
@@ -42,19 +44,6 @@ CROSSING = frozenset(
 )
 """Operators whose tensors may be on two devices."""
 PUTTING = frozenset(["_index_put_impl_", "index_put", "index_put_"])
-WAITING = frozenset(
-    [
-        "_local_scalar_dense",
-        "_unique2",
-        "equal",
-        "is_nonzero",
-        "masked_select",
-        "nonzero",
-        "unique_consecutive",
-        "unique_dim",
-    ]
-)
-"""Operators whose result the host has to know."""
 
 
 @dataclass

@@ -255,14 +255,19 @@ def test_the_main_head_before_and_after(run: Path, capsys: pytest.CaptureFixture
     assert after > 1.5 * before
 
 
-def test_other_models_under_the_same_heads(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fault: a fine-tuned model is refused, taken for the run's own, or not to be told from it in what is written."""
+def save_tuned(folder: Path) -> None:
+    """Writes the tiny model as a fine-tuning could have left it."""
     model, tokenizer = load_model("tiny", dtype="float32", device="cpu")
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.down_proj.weight.mul_(1.2)
     for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "tuned")
+        part.save_pretrained(folder)
+
+
+def test_other_models_under_the_same_heads(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault: a fine-tuned model is refused, taken for the run's own, or not to be told from it in what is written."""
+    save_tuned(tmp_path / "tuned")
     assert measure(run, *SHORT, "--limit", "4") == 0
     own = Acceptance.load(run / "evaluation.json")
     samples = (run / "samples.json").read_bytes()
@@ -307,12 +312,7 @@ def test_other_models_under_the_same_heads(run: Path, tmp_path: Path, capsys: py
 
 def test_heads_are_trained_on_for_another_model(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fault: heads of the model before its fine-tuning are refused as a start, or start from other weights."""
-    model, tokenizer = load_model("tiny", dtype="float32", device="cpu")
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.down_proj.weight.mul_(1.2)
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "tuned")
+    save_tuned(tmp_path / "tuned")
     words = ["distill", str(run / "recipe.yaml"), f"model={tmp_path / 'tuned'}", f"output={tmp_path / 'again'}"]
     words += [f"heads.source={run}", "heads.init=null", "evaluation.decode_prompts=0", "evaluation.steps=0"]
     assert main(words) == 0
